@@ -1,0 +1,252 @@
+"""Softmax attention behind one function, with masks given as row ends or lengths.
+
+Block-causal masks (Eq. 4-5) and the valid part of the rolling cache have one thing in common: what
+a query may see is a prefix of the keys. So no kernel here is ever handed a dense mask for them:
+
+* `kv_end`, one static integer per query row, for training on whole clips;
+* `kv_length`, one number (or one per sample), for sampling from the cache.
+
+Axis letters: B batch, T query tokens, S key tokens, N heads, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omniforcing_jax.ops import splash
+
+IMPLEMENTATIONS = ("auto", "xla", "prefix", "cudnn", "splash")
+
+# Each group of equal kv_end is one kernel call in the program; a mask that changes on every row
+# would unroll into thousands.
+MAX_PREFIX_GROUPS = 256
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    kv_end: np.ndarray | None = None,
+    kv_length: int | jax.Array | None = None,
+    mask: jax.Array | np.ndarray | None = None,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """softmax(q k^T * scale) v per head, with the softmax in fp32.
+
+    At most one of `kv_end`, `kv_length` and `mask` may be given; without any, every query sees
+    every key. Hidden keys and values need no particular content but must be finite: their weight is
+    zero, and zero times infinity is not.
+
+    Implementations:
+      * `xla`: plain einsum with a dense mask, the reference for the others. Holds fp32 logits
+        [B, N, T, S], so long sequences take much memory.
+      * `prefix`: rows with equal `kv_end` attend, unmasked, to a static slice of the keys. No mask
+        and no wasted multiplication; every group runs on the platform's best dense kernel.
+      * `cudnn`: as `prefix`, always on cuDNN flash attention (NVIDIA GPU, 16-bit dtypes).
+      * `splash`: TPU Pallas kernel that computes the mask block by block. On CPU it is interpreted,
+        which is slow and meant for tests.
+      * `auto`: TPU: splash where shapes allow; GPU: cudnn for 16-bit dtypes where shapes allow;
+        otherwise `prefix` for `kv_end` and `xla` for the rest. Dense masks always go to `xla`.
+
+    Args:
+      q: [B, T, N, H].
+      k: [B, S, N, H], same dtype as q.
+      v: [B, S, N, H], same dtype as q.
+      kv_end: numpy int [T] in 1..S; query t attends to keys [0, kv_end[t]). Static.
+      kv_length: every query attends to keys [0, kv_length). A Python int in 1..S cuts the keys
+        statically; a traced scalar or int [B] is taken to be at least 1 without a check.
+      mask: bool, broadcastable to [B, N, T, S], True where attention is allowed; rows without any
+        allowed key give zeros. `xla` only.
+      scale: factor on the logits, H**-0.5 by default.
+      implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
+
+    Raises:
+      ValueError: inconsistent shapes, dtypes or masks, or an implementation that cannot run them
+        on this platform.
+    """
+    _check_inputs(q, k, v, kv_end, kv_length, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(kv_length, int | np.integer):
+        k, v, kv_length = k[:, :kv_length], v[:, :kv_length], None
+    if implementation == "auto":
+        implementation = _choose(q, k, kv_end, mask)
+    if mask is not None and implementation != "xla":
+        raise ValueError(f"{implementation!r} attention takes no dense mask; use 'xla' or 'auto'")
+
+    match implementation:
+        case "xla":
+            return _masked_xla(q, k, v, kv_end, kv_length, mask, scale)
+        case "prefix":
+            kernel = "cudnn" if _cudnn_refusal(q) is None else "xla"
+            return _prefix(q, k, v, kv_end, kv_length, scale, kernel)
+        case "cudnn":
+            if (refusal := _cudnn_refusal(q)) is not None:
+                raise ValueError(f"'cudnn' attention {refusal}; use 'prefix', 'xla' or 'auto'")
+            return _prefix(q, k, v, kv_end, kv_length, scale, "cudnn")
+        case "splash":
+            if kv_length is not None:
+                kv_length = _per_sample(kv_length, q.shape[0])
+            return splash.splash_attention(
+                q, k, v, kv_end=kv_end, kv_length=kv_length, scale=scale, platform=platform()
+            )
+    raise ValueError(f"unknown implementation {implementation!r}; known: {IMPLEMENTATIONS}")
+
+
+def attention_flops(batch: int, q_len: int, kv: int | np.ndarray, heads: int, head_dim: int) -> int:
+    """Forward FLOPs of the two matrix products (a multiply-add counts as two).
+
+    Args:
+      batch: B.
+      q_len: T.
+      kv: key length S, or `kv_end` [T] to count only the pairs a block-causal mask allows.
+      heads: N.
+      head_dim: H.
+
+    Raises:
+      ValueError: `kv_end` has not one entry per query.
+    """
+    if np.ndim(kv) and len(kv) != q_len:
+        raise ValueError(f"kv_end has {len(kv)} entries for {q_len} queries")
+    pairs = int(np.sum(kv, dtype=np.int64)) if np.ndim(kv) else q_len * int(kv)
+    return 4 * batch * heads * head_dim * pairs
+
+
+def platform() -> str:
+    """Platform the program is being traced for: `tpu`, `gpu` or `cpu`.
+
+    The mesh decides where one is set, so that programs can be compiled ahead of time for devices
+    that this machine does not have.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _choose(q, k, kv_end, mask) -> str:
+    if mask is not None:
+        return "xla"
+    if platform() == "tpu" and splash.supports(q.shape[1], k.shape[1], q.shape[-1]):
+        return "splash"
+    if _cudnn_refusal(q) is None:
+        return "cudnn"
+    return "xla" if kv_end is None else "prefix"
+
+
+def _cudnn_refusal(q) -> str | None:
+    """Why cuDNN cannot run these inputs here, or None if it can."""
+    if platform() != "gpu":
+        return f"needs an NVIDIA GPU, but the platform is {platform()!r}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, got {q.dtype.name}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"needs a head dim that is a multiple of 8 and at most 128, got {q.shape[-1]}"
+    return None
+
+
+# Dense kernels
+
+
+def _xla(q, k, v, mask, scale):
+    """Reference attention; `mask` broadcasts to [B, N, T, S] or is None."""
+    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
+    if mask is None:
+        probs = jax.nn.softmax(logits, axis=-1)
+    else:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        # The second select turns the uniform softmax of rows without any key into zeros.
+        probs = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
+    return jnp.einsum("BNTS,BSNH->BTNH", probs.astype(v.dtype), v).astype(q.dtype)
+
+
+def _dense(q, k, v, kv_length, scale, kernel):
+    """All queries attend to keys [0, kv_length), or to all keys; `kernel` is `xla` or `cudnn`."""
+    if kernel == "xla":
+        return _masked_xla(q, k, v, None, kv_length, None, scale)
+    lengths = None if kv_length is None else _per_sample(kv_length, q.shape[0])
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+def _prefix(q, k, v, kv_end, kv_length, scale, kernel):
+    """Attention as one dense call per group of rows that see the same keys."""
+    if kv_end is None:
+        return _dense(q, k, v, kv_length, scale, kernel)
+    starts = np.flatnonzero(np.diff(kv_end, prepend=-1))  # first row of each group
+    if len(starts) > MAX_PREFIX_GROUPS:
+        raise ValueError(
+            f"kv_end changes {len(starts)} times along the queries, and prefix decomposition "
+            f"unrolls at most {MAX_PREFIX_GROUPS} groups; use 'splash' or 'xla'"
+        )
+    stops = [*starts[1:], len(kv_end)]
+    groups = [
+        _dense(q[:, i:j], k[:, : kv_end[i]], v[:, : kv_end[i]], None, scale, kernel)
+        for i, j in zip(starts, stops)
+    ]
+    return jnp.concatenate(groups, axis=1)  # [B, T, N, H]
+
+
+def _masked_xla(q, k, v, kv_end, kv_length, mask, scale):
+    """`_xla` with the mask that `kv_end` or `kv_length` stands for."""
+    keys = jnp.arange(k.shape[1])  # [S]
+    if kv_end is not None:
+        mask = keys < jnp.asarray(kv_end)[:, None]  # [T, S]
+    elif kv_length is not None:
+        mask = keys < _per_sample(kv_length, q.shape[0])[:, None, None, None]  # [B, 1, 1, S]
+    return _xla(q, k, v, mask, scale)
+
+
+def _per_sample(kv_length, batch: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(kv_length, jnp.int32), (batch,))
+
+
+# Checks
+
+
+def _check_inputs(q, k, v, kv_end, kv_length, mask) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            "expected q [B, T, N, H] and k, v [B, S, N, H], "
+            f"got q {q.shape}, k {k.shape}, v {v.shape}"
+        )
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(f"q {q.shape} and k {k.shape} differ in batch, heads or head dim")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if sum(x is not None for x in (kv_end, kv_length, mask)) > 1:
+        raise ValueError("give at most one of kv_end, kv_length and mask")
+    batch, q_len, heads, _ = q.shape
+    kv_len = k.shape[1]
+    if kv_end is not None:
+        _check_kv_end(kv_end, q_len, kv_len)
+    if isinstance(kv_length, int | np.integer):
+        if not 1 <= kv_length <= kv_len:
+            raise ValueError(f"kv_length must be in 1..{kv_len}, got {kv_length}")
+    elif kv_length is not None and jnp.shape(kv_length) not in ((), (batch,)):
+        raise ValueError(
+            f"kv_length must be a scalar or have shape ({batch},), got {jnp.shape(kv_length)}"
+        )
+    if mask is not None:
+        full = (batch, heads, q_len, kv_len)
+        padded = (1,) * (4 - mask.ndim) + mask.shape
+        fits = len(padded) == 4 and all(m in (1, n) for m, n in zip(padded, full))
+        if mask.dtype != bool or not fits:
+            raise ValueError(
+                f"mask must be bool and broadcastable to {full}, got {mask.dtype} {mask.shape}"
+            )
+
+
+def _check_kv_end(kv_end, q_len: int, kv_len: int) -> None:
+    if not isinstance(kv_end, np.ndarray) or not np.issubdtype(kv_end.dtype, np.integer):
+        raise ValueError(f"kv_end must be a numpy int array, known at trace time, got {kv_end!r}")
+    if kv_end.shape != (q_len,):
+        raise ValueError(f"kv_end must have shape ({q_len},), got {kv_end.shape}")
+    if kv_end.min() < 1 or kv_end.max() > kv_len:
+        raise ValueError(
+            f"kv_end must lie in 1..{kv_len} (no row may see nothing), "
+            f"got {kv_end.min()}..{kv_end.max()}"
+        )
