@@ -1,0 +1,195 @@
+"""Layers of the LTX-2 convolutional video VAE.
+
+Axis letters: B batch, F frames, H height, W width, C channels; activations are [B, F, H, W, C].
+
+Time. Every convolution has kernel 3 and pads time by repeating frames: a causal one puts its first
+frame twice in front, a non-causal one its first frame in front and its last frame behind. A causal
+layer therefore needs exactly the last two frames of its input to go on with the next chunk of a
+stream; these are its *cache*. `cache=None` means "the clip starts here". A full causal decode is
+the case of one chunk, so clip and stream share this code.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+# Nested dict with the layout of the parameters, one [B, 2, H, W, C] array per convolution.
+ConvCache = dict[str, Any]
+
+PADDING_MODES = ("zeros", "reflect")
+KERNEL_SIZE = 3
+_CACHED_FRAMES = KERNEL_SIZE - 1
+
+
+def pixel_norm_silu(x: jax.Array) -> jax.Array:
+    """silu(x / sqrt(mean_c(x^2) + 1e-8)) in float32, returned in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return nn.silu(wide * jax.lax.rsqrt(mean_square + 1e-8)).astype(x.dtype)
+
+
+def patchify(video: jax.Array, patch: int) -> jax.Array:
+    """[B, F, H*q, W*r, C] -> [B, F, H, W, (C r q)]: width comes before height in the channels."""
+    return rearrange(video, "b f (h q) (w r) c -> b f h w (c r q)", q=patch, r=patch)
+
+
+def unpatchify(x: jax.Array, patch: int) -> jax.Array:
+    """Inverse of `patchify`."""
+    return rearrange(x, "b f h w (c r q) -> b f (h q) (w r) c", q=patch, r=patch)
+
+
+def space_to_depth(x: jax.Array, stride: tuple[int, int, int]) -> jax.Array:
+    """[B, F*t, H*s, W*s, C] -> [B, F, H, W, (C t s s)] for stride (t, s, s)."""
+    t, p, q = stride
+    return rearrange(x, "b (f t) (h p) (w q) c -> b f h w (c t p q)", t=t, p=p, q=q)
+
+
+def depth_to_space(x: jax.Array, stride: tuple[int, int, int]) -> jax.Array:
+    """Inverse of `space_to_depth`."""
+    t, p, q = stride
+    return rearrange(x, "b f h w (c t p q) -> b (f t) (h p) (w q) c", t=t, p=p, q=q)
+
+
+def pad_time(
+    x: jax.Array, causal: bool, cache: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Adds the two frames a kernel of 3 needs: [B, F, H, W, C] -> [B, F + 2, H, W, C].
+
+    Returns the padded input and the cache for the next chunk (None when not causal).
+    """
+    if not causal:
+        return jnp.concatenate([x[:, :1], x, x[:, -1:]], axis=1), None
+    past = jnp.repeat(x[:, :1], _CACHED_FRAMES, axis=1) if cache is None else cache
+    padded = jnp.concatenate([past.astype(x.dtype), x], axis=1)
+    return padded, padded[:, -_CACHED_FRAMES:]
+
+
+class CausalConv3d(nn.Module):
+    """3x3x3 convolution with repeated frames in time and zeros or reflection in space.
+
+    Zeros are added by the convolution itself. The explicit paddings are fused by XLA with the
+    normalisation that comes before, whose result has to be written out in any case.
+    """
+
+    features: int
+    padding_mode: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, causal: bool, cache: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """[B, F, H, W, C] -> ([B, F, H, W, features], cache of the last two input frames)."""
+        shape = (KERNEL_SIZE, KERNEL_SIZE, KERNEL_SIZE, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, cache = pad_time(x.astype(self.dtype), causal, cache)
+        if self.padding_mode == "reflect":
+            x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+            padding = [(0, 0), (0, 0), (0, 0)]
+        else:
+            padding = [(0, 0), (1, 1), (1, 1)]
+        x = jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(self.dtype),
+            window_strides=(1, 1, 1),
+            padding=padding,
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        )
+        return x + bias.astype(self.dtype), cache
+
+
+class ResBlock(nn.Module):
+    """x + conv2(silu(norm(conv1(silu(norm(x)))))), the width stays."""
+
+    padding_mode: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, causal: bool, cache: ConvCache | None = None
+    ) -> tuple[jax.Array, ConvCache]:
+        past, new = cache or {}, {}
+        y = x
+        for name in ("conv1", "conv2"):
+            conv = CausalConv3d(x.shape[-1], self.padding_mode, self.dtype, name=name)
+            y, new[name] = conv(pixel_norm_silu(y), causal, past.get(name))
+        return x + y, new
+
+
+class ResBlocks(nn.Module):
+    """A run of `num_layers` residual blocks ("res_x" in a checkpoint's block list)."""
+
+    num_layers: int
+    padding_mode: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, causal: bool, cache: ConvCache | None = None
+    ) -> tuple[jax.Array, ConvCache]:
+        past, new = cache or {}, {}
+        for i in range(self.num_layers):
+            name = f"res_blocks_{i}"
+            block = ResBlock(self.padding_mode, self.dtype, name=name)
+            x, new[name] = block(x, causal, past.get(name))
+        return x, new
+
+
+class SpaceToDepthDownsample(nn.Module):
+    """Convolution and space-to-depth, plus the channel-averaged space-to-depth of the input.
+
+    With a temporal stride the first frame is doubled, so that it forms a pair of its own and every
+    later frame is paired with frames of its past only.
+    """
+
+    features: int
+    stride: tuple[int, int, int]
+    padding_mode: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, causal: bool) -> jax.Array:
+        t, p, q = self.stride
+        if t == 2:
+            x = jnp.concatenate([x[:, :1], x], axis=1)
+        skip = space_to_depth(x, self.stride)
+        # [B, f, h, w, features, group] -> [B, f, h, w, features]
+        skip = skip.reshape(*skip.shape[:-1], self.features, -1).mean(axis=-1)
+        conv = CausalConv3d(
+            self.features // (t * p * q), self.padding_mode, self.dtype, name="conv"
+        )
+        y, _ = conv(x, causal)
+        return space_to_depth(y, self.stride) + skip
+
+
+class DepthToSpaceUpsample(nn.Module):
+    """Convolution and depth-to-space; width / `multiplier`; optional skip path of tiled channels.
+
+    With a temporal stride the clip's first frame yields one frame, every other frame two.
+    """
+
+    multiplier: int
+    stride: tuple[int, int, int]
+    residual: bool
+    padding_mode: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, causal: bool, cache: ConvCache | None = None
+    ) -> tuple[jax.Array, ConvCache]:
+        volume = self.stride[0] * self.stride[1] * self.stride[2]
+        features = volume * x.shape[-1] // self.multiplier
+        conv = CausalConv3d(features, self.padding_mode, self.dtype, name="conv")
+        y, conv_cache = conv(x, causal, None if cache is None else cache["conv"])
+        y = depth_to_space(y, self.stride)
+        if self.residual:
+            skip = depth_to_space(x, self.stride)
+            y = y + jnp.tile(skip, (1, 1, 1, 1, volume // self.multiplier))
+        if cache is None:
+            y = y[:, self.stride[0] - 1 :]
+        return y, {"conv": conv_cache}
