@@ -1,0 +1,88 @@
+"""Speed and memory of the LTX-2 converter, beside a plain copy of the same file.
+
+    python -m benchmarks.convert --folder /tmp/convert_benchmark --layers 2
+
+Writes a random checkpoint with the keys and widths of LTX-2 19B but fewer layers (2 layers are
+7.8 GB), copies it, converts it, prints MB/s of both and the converter's peak resident memory, and
+deletes everything. Needs 2.1 times the file's size on disk. The page cache is dropped for the file
+before each pass; copy and conversion both end with their data on disk.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+from checkpoint_converters import ltx2, synthetic
+
+COPY_BYTES = 16 << 20
+
+
+def forget(path: pathlib.Path) -> None:
+    """Drops a file from the page cache, so that the next pass reads it from disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def copy_seconds(source: pathlib.Path, target: pathlib.Path) -> float:
+    """Time of reading a file and writing it to disk again."""
+    forget(source)
+    start = time.perf_counter()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while data := reader.read(COPY_BYTES):
+            writer.write(data)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return time.perf_counter() - start
+
+
+def convert_here(source: pathlib.Path, target: pathlib.Path, mesh: str) -> dict[str, float]:
+    """Converts in this process; {"seconds", "peak_bytes"}."""
+    forget(source)
+    start = time.perf_counter()
+    ltx2.convert(source, target, mesh=ltx2.converting.parse_mesh(mesh))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return {"seconds": seconds, "peak_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert")
+    parser.add_argument("--folder", required=True, type=pathlib.Path, help="created, then deleted")
+    parser.add_argument("--size", default="full", choices=list(synthetic.SIZES))
+    parser.add_argument("--layers", type=int, default=2, help="transformer layers")
+    parser.add_argument("--mesh", default="", help="as for checkpoint_converters.ltx2")
+    parser.add_argument("--convert-only", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    source, target = args.folder / "source.safetensors", args.folder / "converted"
+    if args.convert_only:  # a process of its own, so that its peak memory is the converter's
+        print(json.dumps(convert_here(source, target, args.mesh)))
+        return
+    args.folder.mkdir(parents=True)
+    try:
+        synthetic.write(source, args.size, "2.0", num_layers=args.layers)
+        num_bytes = source.stat().st_size
+        copied = copy_seconds(source, args.folder / "copy")
+        (args.folder / "copy").unlink()
+        command = [sys.executable, "-m", "benchmarks.convert", *sys.argv[1:], "--convert-only"]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        result = json.loads(output.splitlines()[-1])
+        print(f"file        {num_bytes / 1e9:8.2f} GB")
+        print(f"plain copy  {num_bytes / 1e6 / copied:8.0f} MB/s")
+        print(f"conversion  {num_bytes / 1e6 / result['seconds']:8.0f} MB/s")
+        print(f"peak memory {result['peak_bytes'] / 2**30:8.2f} GiB")
+    finally:
+        shutil.rmtree(args.folder)
+
+
+if __name__ == "__main__":
+    main()

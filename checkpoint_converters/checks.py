@@ -1,0 +1,201 @@
+"""Everything that can be known to be wrong before a byte is written, in plain words."""
+
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+
+from checkpoint_converters import key_map
+from checkpoint_converters.reading import Checkpoint
+from checkpoint_converters.safetensors_io import TensorInfo
+from checkpoint_converters.shapes import ANY, expected_shapes
+
+KNOWN_VERSIONS = ("2.0", "2.3", "2.5")
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+SPARE_BYTES = 64 << 20
+
+# prefix of the official key: component; the first that fits
+_OWNERS = (
+    (key_map.DIT + "video_embeddings_connector.", "connectors"),
+    (key_map.DIT + "audio_embeddings_connector.", "connectors"),
+    ("text_embedding_projection.", "connectors"),
+    (key_map.DIT, "transformer"),
+    ("vae.", "video_vae"),
+    ("audio_vae.", "audio_vae"),
+    ("vocoder.", "vocoder"),
+)
+
+
+def owner(key: str) -> str | None:
+    """The component an official key belongs to, None if it belongs to none."""
+    return next((name for prefix, name in _OWNERS if key.startswith(prefix)), None)
+
+
+def present_components(tensors: Iterable[str]) -> tuple[str, ...]:
+    """Components of which at least one tensor is there."""
+    found = {owner(key) for key in tensors}
+    return tuple(name for name in key_map.COMPONENTS if name in found)
+
+
+def merge(checkpoints: list[Checkpoint]) -> tuple[Checkpoint, list[str]]:
+    """One checkpoint out of several files that each hold some components, and what is wrong.
+
+    Files of different model versions do not fit together: LTX-2.0 and 2.3 have different latents.
+    """
+    problems = []
+    tensors: dict[str, TensorInfo] = {}
+    config: dict = {}
+    for checkpoint in checkpoints:
+        problems += [f"{checkpoint.path}: {key} is in another input as well; drop one"
+                     for key in checkpoint.tensors if key in tensors]  # fmt: skip
+        tensors |= checkpoint.tensors
+        for section, value in (checkpoint.config or {}).items():
+            if config.setdefault(section, value) != value:
+                problems.append(
+                    f"{checkpoint.path}: config section {section!r} differs from the other "
+                    "inputs'; convert files of one release together"
+                )
+        if checkpoint.config is None:
+            problems.append(
+                f"{checkpoint.path}: no `config` in the file's metadata, so its architecture is "
+                "unknown; use the original file (re-saved ones often lose it), or "
+                "checkpoint_converters.omniforcing for an OmniForcing student"
+            )
+    versions = {c.model_version for c in checkpoints if c.model_version is not None}
+    if len(versions) > 1:
+        listing = ", ".join(f"{c.path} is {c.model_version}" for c in checkpoints)
+        problems.append(f"mixed model versions ({listing}); use files of one version")
+    for checkpoint in checkpoints:
+        problems += version_problems(checkpoint)
+    merged = Checkpoint(
+        path=checkpoints[0].path,
+        tensors=tensors,
+        config=config,
+        model_version=next(iter(versions), None),
+        files=tuple(file for c in checkpoints for file in c.files),
+    )
+    return merged, problems
+
+
+def version_problems(checkpoint: Checkpoint) -> list[str]:
+    """Whether `model_version` is there and known."""
+    version = checkpoint.model_version
+    known = ", ".join(f"{v}.x" for v in KNOWN_VERSIONS)
+    if version is None:
+        return [
+            f"{checkpoint.path}: no `model_version` in the file's metadata; if you know it, pass "
+            f"--model-version (known: {known})"
+        ]
+    if ".".join(str(version).split(".")[:2]) not in KNOWN_VERSIONS:
+        return [f"{checkpoint.path}: unknown model_version {version!r} (known: {known})"]
+    return []
+
+
+def tensor_problems(
+    tensors: Mapping[str, TensorInfo], config: dict, components: Iterable[str]
+) -> list[str]:
+    """Missing, unexpected and misshapen tensors and unusable dtypes of the given components."""
+    components = tuple(components)
+    problems: list[tuple[str, str]] = []  # (key, what is wrong)
+    expected: dict[str, tuple[int, ...]] = {}
+    unknown_config = []
+    for component in components:
+        try:
+            expected |= expected_shapes(config, component)
+        except ValueError as error:
+            unknown_config.append(f"metadata of {component}: {error}")
+            components = tuple(c for c in components if c != component)
+    for key, shape in expected.items():
+        if key not in tensors:
+            problems.append((key, f"missing, shape {_text(shape)}"))
+            continue
+        info = tensors[key]
+        width = config.get("transformer", {}).get("caption_channels", 1)
+        if not _matches(info.shape, shape, width):
+            problems.append((key, f"has shape {_text(info.shape)}, must be {_text(shape)}"))
+        if info.dtype_code not in WEIGHT_DTYPES:
+            problems.append(
+                (key, f"has dtype {info.dtype_code}; use the bfloat16 or float32 file instead")
+            )
+    checked = (None, *components)
+    for key in tensors:
+        if key not in expected and owner(key) in checked and not key_map.is_ignored(key):
+            problems.append((key, "is not part of the model that the metadata describes"))
+    return unknown_config + _grouped(problems)
+
+
+def _matches(shape: tuple[int, ...], expected: tuple[int, ...], width: int) -> bool:
+    """Equal sizes; where any is allowed, a multiple of the text encoder's width."""
+    return len(shape) == len(expected) and all(
+        (size % width == 0 and size > 0) if want == ANY else size == want
+        for size, want in zip(shape, expected)
+    )
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "(" + ", ".join("any" if size == ANY else str(size) for size in shape) + ")"
+
+
+def _grouped(problems: list[tuple[str, str]]) -> list[str]:
+    """One line per kind of tensor: the numbers of equal problems in different blocks are joined."""
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for key, text in problems:
+        match = re.search(r"blocks\.(\d+)\.", key)
+        number = match[1] if match else ""
+        pattern = key if not match else key[: match.start(1)] + "*" + key[match.end(1) :]
+        groups.setdefault((pattern, text), []).append((number, key))
+    lines = []
+    for (pattern, text), members in groups.items():
+        if len(members) == 1:
+            lines.append(f"{members[0][1]}: {text}")
+        else:
+            numbers = _ranges(sorted(int(number) for number, _ in members))
+            lines.append(f"{pattern.replace('*', '{' + numbers + '}', 1)}: {text}")
+    return lines
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2,5'."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def output_problems(
+    output: pathlib.Path, partial: pathlib.Path, overwrite: bool, num_bytes: int
+) -> list[str]:
+    """Whether the result can be written: place free, folder writable, disk large enough."""
+    problems = []
+    if output.exists() and not output.is_dir():
+        problems.append(f"{output}: is a file; choose another --output")
+    elif output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            problems.append(f"{output}: not empty; choose another --output or pass --overwrite")
+        elif not (output / "config.json").is_file():
+            problems.append(
+                f"{output}: is not a converted checkpoint, so --overwrite does not delete it; "
+                "choose another --output"
+            )
+    if partial.exists() and not overwrite:
+        problems.append(
+            f"{partial}: left by an interrupted conversion, or another one is running; "
+            "delete it or pass --overwrite"
+        )
+    parent = output.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        problems.append(f"{parent}: cannot be written to; choose another --output")
+        return problems
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes + SPARE_BYTES:
+        problems.append(
+            f"{parent}: {free / 1e9:.1f} GB free, {(num_bytes + SPARE_BYTES) / 1e9:.1f} GB needed; "
+            "free some space, choose another --output, or convert fewer --components"
+        )
+    return problems

@@ -1,0 +1,425 @@
+"""LTX-2 as diffusers stores it: its tensor names and configs in terms of the official single file.
+
+diffusers writes one sub-folder per component, each with weights and a `config.json`. The tables
+here rename the tensors to official keys; `metadata_of_folder` turns the configs into the JSON that
+the official file carries in its header, so that everything downstream sees one format.
+"""
+
+import json
+import pathlib
+import re
+
+from checkpoint_converters.key_map import DIT
+from checkpoint_converters.safetensors_io import ConversionError
+
+# sub-folder of a diffusers model: component
+DIFFUSERS_FOLDERS = {
+    "transformer": "transformer",
+    "connectors": "connectors",
+    "vae": "video_vae",
+    "audio_vae": "audio_vae",
+    "vocoder": "vocoder",
+}
+
+# component: (prefix of the official key, ((pattern, replacement), ...)), all patterns are tried
+DIFFUSERS_NAMES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "transformer": (
+        DIT,
+        (
+            (r"^(audio_)?proj_in\.", r"\1patchify_proj."),
+            (r"^(audio_)?time_embed\.", r"\1adaln_single."),
+            (r"^(audio_)?prompt_adaln\.", r"\1prompt_adaln_single."),
+            (r"^av_cross_attn_(video|audio)_scale_shift\.", r"av_ca_\1_scale_shift_adaln_single."),
+            (r"^av_cross_attn_video_a2v_gate\.", "av_ca_a2v_gate_adaln_single."),
+            (r"^av_cross_attn_audio_v2a_gate\.", "av_ca_v2a_gate_adaln_single."),
+            (r"(video|audio)_a2v_cross_attn_scale_shift_table$", r"scale_shift_table_a2v_ca_\1"),
+            (r"\.norm_([qk])\.", r".\1_norm."),
+        ),
+    ),
+    "connectors": (
+        "",
+        (
+            (r"^text_proj_in\.", "text_embedding_projection.aggregate_embed."),
+            (
+                r"^(video|audio)_text_proj_in\.",
+                r"text_embedding_projection.\1_aggregate_embed.",
+            ),
+            (r"^(video|audio)_connector\.", DIT + r"\1_embeddings_connector."),
+            (r"\.transformer_blocks\.", ".transformer_1d_blocks."),
+            (r"\.norm_([qk])\.", r".\1_norm."),
+        ),
+    ),
+    "video_vae": (
+        "vae.",
+        (
+            (r"^latents_(mean|std)$", r"per_channel_statistics.\1-of-means"),
+            (r"\.resnets\.", ".res_blocks."),
+        ),
+    ),
+    "audio_vae": (
+        "audio_vae.",
+        ((r"^latents_(mean|std)$", r"per_channel_statistics.\1-of-means"),),
+    ),
+    "vocoder": (
+        "vocoder.",
+        (
+            (r"(^|\.)upsamplers\.", r"\1ups."),
+            (r"(^|\.)resnets\.", r"\1resblocks."),
+            (r"(^|\.)conv_in\.", r"\1conv_pre."),
+            (r"(^|\.)conv_out\.", r"\1conv_post."),
+            (r"(^|\.)act_out\.", r"\1act_post."),
+            (r"\.downsample\.filter$", ".downsample.lowpass.filter"),
+        ),
+    ),
+}
+
+
+def _official_stage(key: str, num_down: int) -> str:
+    """Stage of the video VAE. diffusers groups a sampler with its resnets, official files do not.
+
+    Encoder: stage 2i = resnets of group i, 2i+1 = its downsampler, the last = mid block.
+    Decoder: stage 0 = mid block, 2i+1 = upsampler of group i, 2i+2 = its resnets.
+    """
+    match = re.match(r"(encoder|decoder)\.(mid_block|(?:down|up)_blocks\.(\d+))\.(\w+)\.(.*)", key)
+    if match is None:
+        return key
+    coder, _, group, member, rest = match.groups()
+    first = 0 if coder == "encoder" else 1
+    if group is None:
+        stage = 2 * num_down if coder == "encoder" else 0
+    else:
+        stage = 2 * int(group) + (member == "resnets" if first else member != "resnets") + first
+    if member != "resnets":  # "downsamplers.0.conv" is "conv"
+        rest = rest.removeprefix("0.")
+        member = ""
+    stages = "down_blocks" if coder == "encoder" else "up_blocks"
+    return ".".join(part for part in (coder, stages, str(stage), member, rest) if part)
+
+
+def official_from_diffusers(component: str, keys: list[str]) -> dict[str, str]:
+    """{diffusers key: official key} for all keys of one diffusers sub-folder.
+
+    The keys are needed together because the number of the encoder's last stage depends on how
+    many stages there are. Unknown keys come out as unknown official keys.
+    """
+    prefix, renames = DIFFUSERS_NAMES[component]
+    groups = [int(m[1]) for k in keys if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", k))]
+    num_down = 1 + max(groups, default=-1)
+    result = {}
+    for key in keys:
+        name = _official_stage(key, num_down) if component == "video_vae" else key
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        result[key] = prefix + name
+    return result
+
+
+# -- configs -------------------------------------------------------------------------------------
+
+
+def metadata_of_folder(path: pathlib.Path) -> tuple[dict, str]:
+    """(config, model_version) in the official schema, derived from the sub-folders' configs.
+
+    Sections of absent sub-folders are absent.
+
+    Raises:
+      ConversionError: a config is missing or unreadable, or says something that the official
+        schema cannot express.
+    """
+    configs, problems = {}, []
+    for folder in DIFFUSERS_FOLDERS:
+        if not any((path / folder).glob("*.safetensors")):
+            continue
+        file = path / folder / "config.json"
+        try:
+            configs[folder] = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            problems.append(f"{file}: cannot be read ({error}); diffusers writes it with the model")
+    if problems:
+        raise ConversionError(problems)
+    sections = {
+        "transformer": _transformer_section,
+        "vae": _video_vae_section,
+        "audio_vae": _audio_vae_section,
+        "vocoder": _vocoder_section,
+    }
+    config: dict = {}
+    for name, section in sections.items():
+        if name not in configs and not (name == "transformer" and "connectors" in configs):
+            continue
+        try:
+            if name == "transformer":
+                config[name] = section(configs.get(name), configs.get("connectors"))
+            else:
+                config[name] = section(configs[name])
+        except KeyError as error:
+            problems.append(f"{path / name / 'config.json'}: lacks {error}")
+        except ValueError as error:
+            problems.append(f"{path / name / 'config.json'}: {error}")
+    if problems:
+        raise ConversionError(problems)
+    return config, _version(configs)
+
+
+def _version(configs: dict) -> str:
+    """diffusers does not store a version; the architecture tells."""
+    transformer = configs.get("transformer", {})
+    if transformer.get("use_keyframes_abs_pos_embedding", False):
+        return "2.5.0"
+    newer = (
+        transformer.get("gated_attn", False),
+        configs.get("connectors", {}).get("per_modality_projections", False),
+        "bwe_hidden_channels" in configs.get("vocoder", {}),
+        configs.get("vae", {}).get("decoder_spatial_padding_mode", "reflect") == "zeros",
+    )
+    return "2.3.0" if any(newer) else "2.0.0"
+
+
+def _require(config: dict, **values) -> None:
+    """Raises ValueError unless every named setting has the only value that can be expressed."""
+    for name, value in values.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} is {config[name]!r}, only {value!r} is supported")
+
+
+def _transformer_section(t: dict | None, c: dict | None) -> dict:
+    section = {"_class_name": "AVTransformer3DModel"}
+    if t is not None:
+        _require(
+            t, patch_size=1, patch_size_t=1, audio_patch_size=1, audio_patch_size_t=1,
+            qk_norm="rms_norm_across_heads", norm_elementwise_affine=False, attention_bias=True,
+            attention_out_bias=True, audio_ff_bias=True, causal_offset=1,
+            activation_fn="gelu-approximate", use_prompt_adaln_single=True,
+        )  # fmt: skip
+        if t.get("gated_attn", False) != t.get("audio_gated_attn", False):
+            raise ValueError("gated_attn and audio_gated_attn differ")
+        if t.get("cross_attn_mod", False) != t.get("audio_cross_attn_mod", False):
+            raise ValueError("cross_attn_mod and audio_cross_attn_mod differ")
+        section |= {
+            "activation_fn": t["activation_fn"],
+            "attention_bias": True,
+            "num_layers": t["num_layers"],
+            "num_attention_heads": t["num_attention_heads"],
+            "attention_head_dim": t["attention_head_dim"],
+            "cross_attention_dim": t["cross_attention_dim"],
+            "in_channels": t["in_channels"],
+            "out_channels": t["out_channels"] or t["in_channels"],
+            "audio_num_attention_heads": t["audio_num_attention_heads"],
+            "audio_attention_head_dim": t["audio_attention_head_dim"],
+            "audio_cross_attention_dim": t["audio_cross_attention_dim"],
+            "audio_in_channels": t["audio_in_channels"],
+            "audio_out_channels": t["audio_out_channels"] or t["audio_in_channels"],
+            "caption_channels": t["caption_channels"],
+            "qk_norm": "rms_norm",
+            "standardization_norm": "rms_norm",
+            "norm_elementwise_affine": False,
+            "norm_eps": t["norm_eps"],
+            "positional_embedding_type": "rope",
+            "positional_embedding_theta": t["rope_theta"],
+            "positional_embedding_max_pos": [
+                t["pos_embed_max_pos"],
+                t["base_height"],
+                t["base_width"],
+            ],
+            "audio_positional_embedding_max_pos": [t["audio_pos_embed_max_pos"]],
+            "rope_type": t["rope_type"],
+            "frequencies_precision": "float64" if t["rope_double_precision"] else "float32",
+            "use_middle_indices_grid": True,
+            "causal_temporal_positioning": True,
+            "timestep_scale_multiplier": t["timestep_scale_multiplier"],
+            "av_ca_timestep_scale_multiplier": t["cross_attn_timestep_scale_multiplier"],
+            "av_cross_ada_norm": True,
+            "use_audio_video_cross_attention": True,
+            "apply_gated_attention": t.get("gated_attn", False),
+            "cross_attention_adaln": t.get("cross_attn_mod", False),
+            "caption_proj_before_connector": not t.get("use_prompt_embeddings", True),
+            "ff_bias": t.get("ff_bias", True),
+            "use_keyframes_abs_pos_embedding": t.get("use_keyframes_abs_pos_embedding", False),
+        }
+    if c is not None:
+        connectors = _connector_fields(c)
+        for name in ("caption_channels", "caption_proj_before_connector"):
+            if name in section and section[name] != connectors[name]:
+                raise ValueError(f"{name} disagrees with the connectors' config.json")
+        section |= connectors
+    return section
+
+
+def _connector_fields(c: dict) -> dict:
+    _require(c, proj_bias=c["per_modality_projections"])
+    for name in ("num_layers", "num_learnable_registers"):
+        if c[f"video_connector_{name}"] != c[f"audio_connector_{name}"]:
+            raise ValueError(f"connectors: {name} differs between video and audio")
+    if c["video_gated_attn"] != c["audio_gated_attn"]:
+        raise ValueError("connectors: video_gated_attn and audio_gated_attn differ")
+    fields = {
+        "caption_channels": c["caption_channels"],
+        "caption_proj_before_connector": c["per_modality_projections"],
+        "use_embeddings_connector": True,
+        "connector_num_layers": c["video_connector_num_layers"],
+        "connector_num_attention_heads": c["video_connector_num_attention_heads"],
+        "connector_attention_head_dim": c["video_connector_attention_head_dim"],
+        "audio_connector_num_attention_heads": c["audio_connector_num_attention_heads"],
+        "audio_connector_attention_head_dim": c["audio_connector_attention_head_dim"],
+        "connector_num_learnable_registers": c["video_connector_num_learnable_registers"],
+        "connector_positional_embedding_max_pos": [c["connector_rope_base_seq_len"]],
+        "connector_norm_output": True,
+        "connector_apply_gated_attention": c["video_gated_attn"],
+    }
+    # the official file has one entry each for the transformer and the connectors
+    fields |= {
+        "rope_type": c["rope_type"],
+        "frequencies_precision": "float64" if c["rope_double_precision"] else "float32",
+        "positional_embedding_theta": c["rope_theta"],
+    }
+    if c["per_modality_projections"]:
+        fields["text_encoder_norm_type"] = "per_token_rms"
+        fields["caption_projection_first_linear"] = False
+        fields["caption_projection_second_linear"] = False
+        fields["caption_proj_input_norm"] = False
+    return fields
+
+
+_DOWN = {
+    "spatial": "compress_space_res",
+    "temporal": "compress_time_res",
+    "spatiotemporal": "compress_all_res",
+}
+_UP = {
+    "spatial": "compress_space",
+    "temporal": "compress_time",
+    "spatiotemporal": "compress_all",
+}
+
+
+def _video_vae_section(v: dict) -> dict:
+    _require(
+        v, patch_size_t=1, timestep_conditioning=False, encoder_causal=True,
+        encoder_spatial_padding_mode="zeros", scaling_factor=1.0,
+    )  # fmt: skip
+    if any(v["decoder_inject_noise"]):
+        raise ValueError("decoder_inject_noise is set, which is not supported")
+    channels = v["latent_channels"]  # diffusers gives the first stage this width
+    encoder = []
+    for count, kind, width in zip(v["layers_per_block"], v["downsample_type"],
+                                  v["block_out_channels"], strict=False):  # fmt: skip
+        encoder.append(["res_x", {"num_layers": count}])
+        encoder.append([_DOWN[kind], {"multiplier": width // channels}])
+        channels = width
+    encoder.append(["res_x", {"num_layers": v["layers_per_block"][-1]}])
+
+    layers = v["decoder_layers_per_block"][::-1]
+    factors, residuals = v["upsample_factor"][::-1], v["upsample_residual"][::-1]
+    width = v["decoder_block_out_channels"][-1]
+    decoder = [["res_x", {"num_layers": layers[0]}]]
+    for i, kind in enumerate(v["upsample_type"]):
+        if v["decoder_block_out_channels"][::-1][i] != width:
+            raise ValueError("decoder_block_out_channels must follow upsample_factor")
+        decoder.append([_UP[kind], {"multiplier": factors[i], "residual": bool(residuals[i])}])
+        decoder.append(["res_x", {"num_layers": layers[i + 1]}])
+        width //= factors[i]
+    section = {
+        "_class_name": "CausalVideoAutoencoder",
+        "dims": 3,
+        "in_channels": v["in_channels"],
+        "out_channels": v["out_channels"],
+        "latent_channels": v["latent_channels"],
+        "encoder_blocks": encoder,
+        "decoder_blocks": decoder[::-1],  # official files list them from the pixels' side
+        "scaling_factor": v["scaling_factor"],
+        "norm_layer": "pixel_norm",
+        "patch_size": v["patch_size"],
+        "latent_log_var": "uniform",
+        "use_quant_conv": False,
+        "causal_decoder": v["decoder_causal"],
+        "timestep_conditioning": False,
+        "normalize_latent_channels": False,
+        "encoder_base_channels": v["latent_channels"],
+        "decoder_base_channels": width,
+    }
+    # the official default is zeros in the encoder, reflect in the decoder
+    if v["decoder_spatial_padding_mode"] != "reflect":
+        section["spatial_padding_mode"] = v["decoder_spatial_padding_mode"]
+    return section
+
+
+def _audio_vae_section(a: dict) -> dict:
+    _require(a, is_causal=True)
+    return {
+        "model": {
+            "params": {
+                "ddconfig": {
+                    "double_z": a["double_z"],
+                    "mel_bins": a["mel_bins"],
+                    "z_channels": a["latent_channels"],
+                    "resolution": a["resolution"],
+                    "downsample_time": False,
+                    "in_channels": a["in_channels"],
+                    "out_ch": a["output_channels"],
+                    "ch": a["base_channels"],
+                    "ch_mult": a["ch_mult"],
+                    "num_res_blocks": a["num_res_blocks"],
+                    "attn_resolutions": a["attn_resolutions"] or [],
+                    "dropout": a["dropout"],
+                    "mid_block_add_attention": a["mid_block_add_attention"],
+                    "norm_type": a["norm_type"],
+                    "causality_axis": a["causality_axis"],
+                },
+                "sampling_rate": a["sample_rate"],
+            }
+        },
+        "preprocessing": {
+            "audio": {
+                "sampling_rate": a["sample_rate"],
+                "max_wav_value": 32768.0,
+                "duration": 5.12,
+                "stereo": a["in_channels"] == 2,
+                "causal_padding": 3,
+            },
+            "stft": {
+                "filter_length": 1024,
+                "hop_length": a["mel_hop_length"],
+                "win_length": 1024,
+                "causal": True,
+            },
+            "mel": {"n_mel_channels": a["mel_bins"], "mel_fmin": 0, "mel_fmax": 8000},
+        },
+    }
+
+
+def _generator(v: dict, prefix: str = "") -> dict:
+    snake = v[f"{prefix}act_fn"] == "snakebeta"
+    section = {
+        "resblock": "AMP1" if snake else "1",
+        "stereo": v[f"{prefix}out_channels"] == 2,
+        "upsample_initial_channel": v[f"{prefix}hidden_channels"],
+        "upsample_rates": v[f"{prefix}upsample_factors"],
+        "upsample_kernel_sizes": v[f"{prefix}upsample_kernel_sizes"],
+        "resblock_kernel_sizes": v[f"{prefix}resnet_kernel_sizes"],
+        "resblock_dilation_sizes": v[f"{prefix}resnet_dilations"],
+    }
+    if snake:
+        section["activation"] = "snakebeta"
+        section["use_bias_at_final"] = v[f"{prefix}final_bias"]
+        section["use_tanh_at_final"] = v[f"{prefix}final_act_fn"] == "tanh"
+    return section
+
+
+def _vocoder_section(v: dict) -> dict:
+    if "bwe_hidden_channels" not in v:
+        _require(v, final_act_fn="tanh", final_bias=True, antialias=False)
+        return _generator(v) | {"output_sampling_rate": v["output_sampling_rate"]}
+    _require(v, antialias_ratio=2, antialias_kernel_size=12, final_act_fn=None)
+    return {
+        "vocoder": _generator(v),
+        "bwe": _generator(v, "bwe_")
+        | {
+            "apply_final_activation": v["bwe_final_act_fn"] is not None,
+            "input_sampling_rate": v["input_sampling_rate"],
+            "output_sampling_rate": v["output_sampling_rate"],
+            "hop_length": v["hop_length"],
+            "n_fft": v["filter_length"],
+            "win_size": v["window_length"],
+            "num_mels": v["num_mel_channels"],
+        },
+    }

@@ -1,0 +1,393 @@
+"""Official LTX-2 checkpoint keys <-> paths in our parameter trees: one table, both directions.
+
+A row is (component, official key, path, kind). Placeholders stand for the parts that vary:
+`<i>`, `<j>` are integers that appear on both sides, `<layer>` is an integer that becomes the
+leading axis of a stacked array, any other `<name>` is looked up in `NAMES`. The `kind` says which
+tensors hang below the key and how each is laid out (`KINDS`). Example:
+
+    model.diffusion_model.transformer_blocks.7.attn1.to_q.weight (out, in)
+        -> transformer: blocks/video_attn/q/kernel[7] (in, out)
+
+All transforms are permutations of axes or a squeeze of a leading axis of size one, so they can be
+undone bit by bit.
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
+
+DIT = "model.diffusion_model."
+
+
+class Transform(NamedTuple):
+    """Layout change of one tensor: squeeze a leading axis of size 1, then permute axes."""
+
+    permutation: tuple[int, ...] | None = None
+    squeeze: bool = False
+
+    def apply(self, array: np.ndarray) -> np.ndarray:
+        """Official layout -> ours; a view."""
+        array = array[0] if self.squeeze else array
+        return array if self.permutation is None else array.transpose(self.permutation)
+
+    def invert(self, array: np.ndarray) -> np.ndarray:
+        """Our layout -> official; a view."""
+        if self.permutation is not None:
+            array = array.transpose(np.argsort(self.permutation))
+        return array[None] if self.squeeze else array
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Our shape of a tensor with the official shape `shape`.
+
+        Raises:
+          ValueError: the tensor has another rank than this kind of tensor must have.
+        """
+        shape = tuple(shape)
+        if self.squeeze:
+            if not shape or shape[0] != 1:
+                raise ValueError(f"leading axis must have size 1, shape is {shape}")
+            shape = shape[1:]
+        if self.permutation is None:
+            return shape
+        if len(shape) != len(self.permutation):
+            raise ValueError(f"must have {len(self.permutation)} axes, shape is {shape}")
+        return tuple(shape[axis] for axis in self.permutation)
+
+
+_AS_IS = Transform()
+
+# kind: {what follows the official key: (what follows our path, transform)}
+KINDS: dict[str, dict[str, tuple[str, Transform]]] = {
+    "linear": {".weight": ("/kernel", Transform((1, 0))), ".bias": ("/bias", _AS_IS)},
+    "conv1d": {".weight": ("/kernel", Transform((2, 1, 0))), ".bias": ("/bias", _AS_IS)},
+    "conv2d": {".weight": ("/kernel", Transform((2, 3, 1, 0))), ".bias": ("/bias", _AS_IS)},
+    "conv3d": {".weight": ("/kernel", Transform((2, 3, 4, 1, 0))), ".bias": ("/bias", _AS_IS)},
+    # PyTorch stores a transposed convolution as (in, out, k); ours is (k, in, out), not flipped
+    "conv_transpose1d": {
+        ".weight": ("/kernel", Transform((2, 0, 1))),
+        ".bias": ("/bias", _AS_IS),
+    },
+    "norm": {".weight": ("/scale", _AS_IS)},
+    "array": {"": ("", _AS_IS)},
+    "sinks": {"": ("", Transform(squeeze=True))},
+}
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+# placeholder: {official name: our name}
+NAMES: dict[str, dict[str, str]] = {
+    "projection": {
+        "patchify_proj": "video_in",
+        "audio_patchify_proj": "audio_in",
+        "proj_out": "video_out",
+        "audio_proj_out": "audio_out",
+    },
+    "caption": {
+        "caption_projection": "video_caption",
+        "audio_caption_projection": "audio_caption",
+    },
+    "adaln": {
+        "adaln_single": "video_adaln",
+        "audio_adaln_single": "audio_adaln",
+        "prompt_adaln_single": "video_prompt_adaln",
+        "audio_prompt_adaln_single": "audio_prompt_adaln",
+        "av_ca_video_scale_shift_adaln_single": "video_cross_adaln",
+        "av_ca_audio_scale_shift_adaln_single": "audio_cross_adaln",
+        "av_ca_a2v_gate_adaln_single": "a2v_gate_adaln",
+        "av_ca_v2a_gate_adaln_single": "v2a_gate_adaln",
+    },
+    "head_table": {
+        "scale_shift_table": "video_out_table",
+        "audio_scale_shift_table": "audio_out_table",
+    },
+    "attention": {
+        "attn1": "video_attn",
+        "attn2": "video_text_attn",
+        "audio_attn1": "audio_attn",
+        "audio_attn2": "audio_text_attn",
+        "audio_to_video_attn": "a2v_attn",
+        "video_to_audio_attn": "v2a_attn",
+    },
+    "heads": {
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "out",
+        "to_gate_logits": "gate",
+    },
+    "qk_norm": _same("q_norm", "k_norm"),
+    "feed_forward": {"ff": "video_ff", "audio_ff": "audio_ff"},
+    "half_ff": {"net.0.proj": "up", "net.2": "down"},
+    "block_table": {
+        "scale_shift_table": "video_table",
+        "audio_scale_shift_table": "audio_table",
+        "scale_shift_table_a2v_ca_video": "video_cross_table",
+        "scale_shift_table_a2v_ca_audio": "audio_cross_table",
+        "prompt_scale_shift_table": "video_prompt_table",
+        "audio_prompt_scale_shift_table": "audio_prompt_table",
+    },
+    "connector": {
+        "video_embeddings_connector": "video_connector",
+        "audio_embeddings_connector": "audio_connector",
+    },
+    "aggregate": {
+        "aggregate_embed": "projection",
+        "video_aggregate_embed": "video_projection",
+        "audio_aggregate_embed": "audio_projection",
+    },
+    "coder": _same("encoder", "decoder"),
+    "end": _same("conv_in", "conv_out"),
+    "stage": _same("down_blocks", "up_blocks"),
+    "level": _same("down", "up"),
+    "conv": _same("conv1", "conv2"),
+    "audio_conv": _same("conv1", "conv2", "nin_shortcut"),
+    "statistic": {"mean-of-means": "mean", "std-of-means": "std"},
+    # LTX-2.0 has one generator, LTX-2.3 a vocoder and a bandwidth extension
+    "generator": {"": "", "vocoder.": "vocoder/", "bwe_generator.": "bwe_generator/"},
+    "wave_end": _same("conv_pre", "conv_post"),
+    "wave_conv": _same("convs1", "convs2"),
+    "wave_act": _same("acts1", "acts2"),
+    "snake": {
+        "act.alpha": "act/alpha",
+        "act.beta": "act/beta",
+        "upsample.filter": "upsample/filter",
+        "downsample.lowpass.filter": "downsample/lowpass/filter",
+    },
+    "stft": {
+        "mel_basis": "mel_basis",
+        "stft_fn.forward_basis": "stft_fn/forward_basis",
+        "stft_fn.inverse_basis": "stft_fn/inverse_basis",
+    },
+}
+
+_BLOCK = DIT + "transformer_blocks.<layer>."
+_CONNECTOR = DIT + "<connector>."
+_CONNECTOR_BLOCK = _CONNECTOR + "transformer_1d_blocks.<layer>."
+_AGGREGATE = "text_embedding_projection.<aggregate>"
+_WAVE = "vocoder.<generator>"
+
+# component, official key, our path, kind
+KEY_MAP: tuple[tuple[str, str, str, str], ...] = (
+    ("transformer", DIT + "<projection>", "<projection>", "linear"),
+    ("transformer", DIT + "<caption>.linear_<i>", "<caption>/linear_<i>", "linear"),
+    (
+        "transformer",
+        DIT + "<adaln>.emb.timestep_embedder.linear_<i>",
+        "<adaln>/linear_<i>",
+        "linear",
+    ),
+    ("transformer", DIT + "<adaln>.linear", "<adaln>/linear", "linear"),
+    ("transformer", DIT + "<head_table>", "<head_table>", "array"),
+    ("transformer", DIT + "keyframes_abs_pos_embedding", "keyframe_embedding", "array"),
+    ("transformer", DIT + "audio_sink_tokens", "audio_sinks", "sinks"),
+    ("transformer", _BLOCK + "<attention>.<heads>", "blocks/<attention>/<heads>", "linear"),
+    ("transformer", _BLOCK + "<attention>.<qk_norm>", "blocks/<attention>/<qk_norm>", "norm"),
+    (
+        "transformer",
+        _BLOCK + "<feed_forward>.<half_ff>",
+        "blocks/<feed_forward>/<half_ff>",
+        "linear",
+    ),
+    ("transformer", _BLOCK + "<block_table>", "blocks/<block_table>", "array"),
+    ("connectors", _AGGREGATE, "<aggregate>", "linear"),
+    ("connectors", _CONNECTOR + "learnable_registers", "<connector>/registers", "array"),
+    ("connectors", _CONNECTOR_BLOCK + "attn1.<heads>", "<connector>/blocks/attn/<heads>", "linear"),
+    (
+        "connectors",
+        _CONNECTOR_BLOCK + "attn1.<qk_norm>",
+        "<connector>/blocks/attn/<qk_norm>",
+        "norm",
+    ),
+    ("connectors", _CONNECTOR_BLOCK + "ff.<half_ff>", "<connector>/blocks/ff/<half_ff>", "linear"),
+    ("video_vae", "vae.<coder>.<end>.conv", "<coder>/<end>", "conv3d"),
+    (
+        "video_vae",
+        "vae.<coder>.<stage>.<i>.res_blocks.<j>.<conv>.conv",
+        "<coder>/<stage>_<i>/res_blocks_<j>/<conv>",
+        "conv3d",
+    ),
+    ("video_vae", "vae.<coder>.<stage>.<i>.conv.conv", "<coder>/<stage>_<i>/conv", "conv3d"),
+    (
+        "video_vae",
+        "vae.per_channel_statistics.<statistic>",
+        "per_channel_statistics/<statistic>",
+        "array",
+    ),
+    ("audio_vae", "audio_vae.<coder>.<end>.conv", "<coder>/<end>", "conv2d"),
+    (
+        "audio_vae",
+        "audio_vae.<coder>.mid.block_<i>.<conv>.conv",
+        "<coder>/mid/block_<i>/<conv>",
+        "conv2d",
+    ),
+    (
+        "audio_vae",
+        "audio_vae.<coder>.<level>.<i>.block.<j>.<audio_conv>.conv",
+        "<coder>/<level>_<i>/block_<j>/<audio_conv>",
+        "conv2d",
+    ),
+    (
+        "audio_vae",
+        "audio_vae.<coder>.down.<i>.downsample.conv",
+        "<coder>/down_<i>/downsample",
+        "conv2d",
+    ),
+    (
+        "audio_vae",
+        "audio_vae.<coder>.up.<i>.upsample.conv.conv",
+        "<coder>/up_<i>/upsample/conv",
+        "conv2d",
+    ),
+    (
+        "audio_vae",
+        "audio_vae.per_channel_statistics.<statistic>",
+        "per_channel_statistics/<statistic>",
+        "array",
+    ),
+    ("vocoder", _WAVE + "<wave_end>", "<generator><wave_end>", "conv1d"),
+    ("vocoder", _WAVE + "ups.<i>", "<generator>ups_<i>", "conv_transpose1d"),
+    (
+        "vocoder",
+        _WAVE + "resblocks.<i>.<wave_conv>.<j>",
+        "<generator>resblocks_<i>/<wave_conv>_<j>",
+        "conv1d",
+    ),
+    (
+        "vocoder",
+        _WAVE + "resblocks.<i>.<wave_act>.<j>.<snake>",
+        "<generator>resblocks_<i>/<wave_act>_<j>/<snake>",
+        "array",
+    ),
+    ("vocoder", _WAVE + "act_post.<snake>", "<generator>act_post/<snake>", "array"),
+    ("vocoder", "vocoder.mel_stft.<stft>", "mel_stft/<stft>", "array"),
+)
+
+# official tensors that no reader uses
+IGNORED = (
+    r"(audio_)?vae\.per_channel_statistics\.(mean-of-stds|mean-of-stds_over_std-of-means|channel)",
+    r"duration_head\..*",  # LTX-2.5: guesses a clip length from the prompt
+)
+
+
+class Target(NamedTuple):
+    """Where one official tensor goes.
+
+    Attributes:
+      component: one of `COMPONENTS`.
+      path: "/"-separated path of the leaf in that component's tree.
+      layer: index along the leaf's leading (layer) axis, None for a leaf that is not stacked.
+      transform: layout change of the tensor.
+    """
+
+    component: str
+    path: str
+    layer: int | None
+    transform: Transform
+
+
+class _Rule(NamedTuple):
+    component: str
+    official: re.Pattern
+    path: re.Pattern
+    official_parts: tuple[str, ...]
+    path_parts: tuple[str, ...]
+    transform: Transform
+
+
+def _parts(template: str) -> tuple[str, ...]:
+    """'a.<i>.b' -> ('a.', '<i>', '.b')."""
+    return tuple(part for part in re.split(r"(<\w+>)", template) if part)
+
+
+def _regex(parts: tuple[str, ...], side: int) -> re.Pattern:
+    """Pattern of one side of a row: 0 official, 1 ours."""
+    pattern = ""
+    for part in parts:
+        name = part[1:-1]
+        if not part.startswith("<"):
+            pattern += re.escape(part)
+        elif name in NAMES:
+            choices = "|".join(re.escape(pair[side]) for pair in NAMES[name].items())
+            pattern += f"(?P<{name}>{choices})"
+        else:
+            pattern += rf"(?P<{name}>0|[1-9]\d*)"
+    return re.compile(pattern)
+
+
+@functools.cache
+def _rules() -> tuple[_Rule, ...]:
+    rules = []
+    for component, official, path, kind in KEY_MAP:
+        for suffix, (leaf, transform) in KINDS[kind].items():
+            left, right = _parts(official + suffix), _parts(path + leaf)
+            rules.append(
+                _Rule(component, _regex(left, 0), _regex(right, 1), left, right, transform)
+            )
+    return tuple(rules)
+
+
+@functools.cache
+def _reverse_names(name: str) -> dict[str, str]:
+    return {ours: official for official, ours in NAMES[name].items()}
+
+
+def _fill(parts: tuple[str, ...], values: dict[str, str]) -> str:
+    return "".join(values[part[1:-1]] if part.startswith("<") else part for part in parts)
+
+
+def find_target(key: str) -> Target | None:
+    """Where the official key `key` goes; None if no row of the table matches."""
+    for rule in _rules():
+        match = rule.official.fullmatch(key)
+        if match:
+            found = match.groupdict()
+            layer = found.pop("layer", None)
+            values = {n: NAMES[n][v] if n in NAMES else v for n, v in found.items()}
+            return Target(
+                rule.component,
+                _fill(rule.path_parts, values),
+                None if layer is None else int(layer),
+                rule.transform,
+            )
+    return None
+
+
+def official_key(component: str, path: str, layer: int | None = None) -> tuple[str, Transform]:
+    """Official key and transform of a leaf, the inverse of `find_target`.
+
+    Args:
+      component: one of `COMPONENTS`.
+      path: "/"-separated path of the leaf.
+      layer: which layer of a stacked leaf (see `is_stacked`); None for other leaves.
+
+    Raises:
+      ValueError: no row of the table yields this path.
+    """
+    for rule in _rules():
+        if rule.component != component:
+            continue
+        match = rule.path.fullmatch(path)
+        if match and ("<layer>" in rule.official_parts) == (layer is not None):
+            values = {
+                n: _reverse_names(n)[v] if n in NAMES else v for n, v in match.groupdict().items()
+            }
+            return _fill(rule.official_parts, values | {"layer": str(layer)}), rule.transform
+    raise ValueError(f"{component}: no official key for the path {path!r} (layer {layer})")
+
+
+def is_stacked(component: str, path: str) -> bool:
+    """Whether axis 0 of the leaf at `path` runs over layers."""
+    blocks = {"transformer": r"blocks/.*", "connectors": r"\w+/blocks/.*"}
+    return component in blocks and re.fullmatch(blocks[component], path) is not None
+
+
+def is_ignored(key: str) -> bool:
+    """Whether an official tensor is one that nothing reads."""
+    return any(re.fullmatch(pattern, key) for pattern in IGNORED)

@@ -1,0 +1,276 @@
+"""OmniForcing's released causal student (PyTorch) -> Orbax.
+
+    python -m checkpoint_converters.omniforcing --input causal.safetensors \
+        --base ltx2 --output student
+
+The release holds the transformer only; VAEs, vocoder and text connectors come from the LTX-2.0
+checkpoint it was distilled from (`--base`, converted or not). Its files carry no metadata: the
+sizes follow from the shapes, the rest is fixed by how the student was trained, which differs from
+LTX-2 (interleaved RoPE on a float32 frequency grid, cross-modal gates at sigma, not 1000 sigma).
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from typing import NamedTuple
+
+from checkpoint_converters import checks, converting, ltx2
+from checkpoint_converters.key_map import DIT
+from checkpoint_converters.reading import open_checkpoint
+from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
+
+MODEL_VERSION = "2.0.0"  # of the model it was distilled from
+
+# what the shapes cannot tell, as the released students were trained
+_FIXED = {
+    "_class_name": "AVTransformer3DModel",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "qk_norm": "rms_norm",
+    "standardization_norm": "rms_norm",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-06,
+    "positional_embedding_type": "rope",
+    "positional_embedding_theta": 10000.0,
+    "positional_embedding_max_pos": [20, 2048, 2048],
+    "audio_positional_embedding_max_pos": [20],
+    "rope_type": "interleaved",
+    "frequencies_precision": "float32",
+    "use_middle_indices_grid": True,
+    "causal_temporal_positioning": True,
+    "timestep_scale_multiplier": 1000,
+    "av_ca_timestep_scale_multiplier": 1,
+    "av_cross_ada_norm": True,
+    "use_audio_video_cross_attention": True,
+    "caption_proj_before_connector": False,
+    "apply_gated_attention": False,
+    "cross_attention_adaln": False,
+}
+
+# sizes that stand in the shape of one tensor: name, official key, axis
+_SIZES = (
+    ("in_channels", "patchify_proj.weight", 1),
+    ("out_channels", "proj_out.weight", 0),
+    ("audio_in_channels", "audio_patchify_proj.weight", 1),
+    ("audio_out_channels", "audio_proj_out.weight", 0),
+    ("caption_channels", "caption_projection.linear_1.weight", 1),
+    ("cross_attention_dim", "transformer_blocks.0.attn2.to_k.weight", 1),
+    ("audio_cross_attention_dim", "transformer_blocks.0.audio_attn2.to_k.weight", 1),
+)
+
+
+def infer_metadata(tensors: dict[str, TensorInfo], num_heads: int = 32) -> tuple[dict, dict]:
+    """(`config` in the schema of LTX-2's metadata, `student` section) from the shapes.
+
+    Args:
+      tensors: {official key: tensor} of the student.
+      num_heads: attention heads of both streams, which no shape tells.
+
+    Raises:
+      ConversionError: the tensors from which the sizes are read are missing, or the heads do not
+        divide the widths.
+    """
+    problems = []
+
+    def size(key: str, axis: int) -> int:
+        info = tensors.get(DIT + key)
+        if info is None or len(info.shape) <= axis:
+            problems.append(f"{DIT + key}: missing or misshapen, needed to find the sizes")
+            return num_heads
+        return info.shape[axis]
+
+    transformer = _FIXED | {name: size(key, axis) for name, key, axis in _SIZES}
+    widths = {"": size("patchify_proj.weight", 0), "audio_": size("audio_patchify_proj.weight", 0)}
+    for prefix, width in widths.items():
+        if width % num_heads:
+            problems.append(f"width {width} is no multiple of {num_heads} heads; pass --num-heads")
+        transformer[f"{prefix}num_attention_heads"] = num_heads
+        transformer[f"{prefix}attention_head_dim"] = width // num_heads
+    pattern = re.compile(re.escape(DIT) + r"transformer_blocks\.(\d+)\.")
+    layers = [int(match[1]) for key in tensors if (match := pattern.match(key))]
+    transformer["num_layers"] = 1 + max(layers, default=-1)
+    sinks = 0
+    if DIT + "audio_sink_tokens" in tensors:
+        sinks = size("audio_sink_tokens", 1)
+    transformer["num_audio_sink_tokens"] = sinks
+    if problems:
+        raise ConversionError(problems)
+    student = {
+        "layout": "prefix" if sinks else "merged",
+        "num_audio_sinks": sinks,
+        # the sigmas are the entries of the 40-step schedule nearest to these timesteps
+        "timesteps": [1000, 757, 522] if sinks else [1000, 909, 725, 421],
+    }
+    return {"transformer": transformer}, student
+
+
+def convert(
+    path: pathlib.Path,
+    output: pathlib.Path,
+    *,
+    base: pathlib.Path | None = None,
+    num_heads: int = 32,
+    dtype: str = "keep",
+    mesh: dict[str, int] | None = None,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> dict:
+    """Converts a released OmniForcing student.
+
+    Args:
+      path: the student's weights, see `reading.open_checkpoint`.
+      output: folder to create.
+      base: LTX-2.0 checkpoint, converted or not, for the other components; None leaves them out.
+      num_heads: attention heads of both streams.
+      dtype, mesh, overwrite, show_progress: see `ltx2.convert`.
+
+    Returns:
+      The content of OUTPUT/config.json.
+
+    Raises:
+      ConversionError: everything that is wrong; nothing was written then.
+    """
+    problems: list[str] = []
+    config, student, tensors, files = {}, None, {}, ()
+    try:
+        checkpoint = open_checkpoint(path)
+        # other components, if any, have no metadata to check them against: they come from --base
+        tensors = {k: t for k, t in checkpoint.tensors.items()
+                   if checks.owner(k) in (None, "transformer")}  # fmt: skip
+        files = checkpoint.files
+        config, student = infer_metadata(tensors, num_heads)
+        problems += checks.tensor_problems(tensors, config, ("transformer",))
+    except ConversionError as error:
+        problems += error.problems
+    other = _Base({}, {}, (), (), (), [])
+    if base is not None:
+        other = _read_base(pathlib.Path(base))
+        problems += other.problems + _base_problems(base, config, other.config)
+        if "connectors" in other.components:
+            # they keep the base's RoPE settings, which the student's section does not have
+            section = other.config.get("connectors", other.config["transformer"])
+            config = other.config | config | {"connectors": section}
+        else:
+            config = other.config | config
+    components = ("transformer", *other.components)
+    files += other.files
+    content = converting.config_content(
+        "omniforcing", MODEL_VERSION, config, components, files, student
+    )
+    streamed = tuple(c for c in components if c not in {folder.name for folder in other.copies})
+    plan = converting.Plan(content, tensors | other.tensors, streamed, other.copies)
+    converting.run(
+        plan,
+        problems,
+        output,
+        dtype=converting.DTYPE_CHOICES[dtype],
+        mesh=mesh,
+        overwrite=overwrite,
+        show_progress=show_progress,
+    )
+    return content
+
+
+class _Base(NamedTuple):
+    """What an LTX-2 checkpoint has to offer besides its transformer."""
+
+    config: dict
+    tensors: dict[str, TensorInfo]
+    copies: tuple[pathlib.Path, ...]
+    components: tuple[str, ...]
+    files: tuple[pathlib.Path, ...]
+    problems: list[str]
+
+
+def _read_base(base: pathlib.Path) -> _Base:
+    if (base / "config.json").is_file():
+        content = json.loads((base / "config.json").read_text())
+        if content.get("format") != converting.FORMAT:
+            problem = f"{base}: not a converted checkpoint of this version; convert LTX-2 again"
+            return _Base({}, {}, (), (), (), [problem])
+        names = tuple(name for name in content["components"] if name != "transformer")
+        copies = tuple(base / name for name in names)
+        problems = [f"{folder}: missing; convert LTX-2 again" for folder in copies
+                    if not folder.is_dir()]  # fmt: skip
+        problems += _version_problem(base, content["model_version"])
+        return _Base(content["config"], {}, copies, names, (base / "config.json",), problems)
+    checkpoint, problems = ltx2.open_inputs([base])
+    if checkpoint is None:
+        return _Base({}, {}, (), (), (), problems)
+    there = checks.present_components(checkpoint.tensors)
+    names = tuple(name for name in there if name != "transformer")
+    taken, found = ltx2.check_components(checkpoint, names)
+    tensors = {k: t for k, t in checkpoint.tensors.items() if checks.owner(k) in taken}
+    problems += found + _version_problem(base, checkpoint.model_version)
+    return _Base(checkpoint.config, tensors, (), taken, checkpoint.files, problems)
+
+
+def _version_problem(base: pathlib.Path, version: str | None) -> list[str]:
+    if str(version).startswith("2.0"):
+        return []
+    return [f"{base}: is LTX-2 {version}; the student was distilled from 2.0, whose latents differ"]
+
+
+def _base_problems(base: pathlib.Path, config: dict, base_config: dict) -> list[str]:
+    """Sizes in which the student and the base's VAEs and connectors must agree."""
+    student = config.get("transformer", {})
+    latent = base_config.get("vae", {}).get("latent_channels")
+    problems = []
+    if student and latent is not None and latent != student["in_channels"]:
+        problems.append(
+            f"{base}: its VAE has {latent} channels, the student {student['in_channels']}"
+        )
+    width = base_config.get("transformer", {}).get("caption_channels")
+    if student and width is not None and width != student["caption_channels"]:
+        problems.append(
+            f"{base}: its text features have width {width}, the student's "
+            f"{student['caption_channels']}"
+        )
+    return problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoint_converters.omniforcing",
+        description="Converts OmniForcing's released causal student to Orbax.",
+    )
+    parser.add_argument(
+        "--input",
+        required=True,
+        type=pathlib.Path,
+        help=".safetensors file, .safetensors.index.json, or folder with one of them",
+    )
+    parser.add_argument(
+        "--base",
+        type=pathlib.Path,
+        help="LTX-2.0 checkpoint or its conversion: source of VAEs, vocoder and connectors",
+    )
+    parser.add_argument(
+        "--num-heads", type=int, default=32, help="attention heads of both streams (default 32)"
+    )
+    ltx2.add_common_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        mesh = converting.parse_mesh(args.mesh)
+    except ValueError as error:
+        parser.error(str(error))
+    converting.join_processes(args.distributed)
+    return ltx2.report(
+        lambda: convert(
+            args.input,
+            args.output,
+            base=args.base,
+            num_heads=args.num_heads,
+            dtype=args.dtype,
+            mesh=mesh,
+            overwrite=args.overwrite,
+            show_progress=True,
+        ),
+        args.output,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

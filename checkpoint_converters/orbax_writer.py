@@ -1,0 +1,293 @@
+"""Streams tensors from safetensors files into Orbax checkpoints, a few at a time.
+
+Orbax's own writer wants the whole tree in memory. A stacked leaf [L, ...] of the 19B transformer
+has 6 GB, so each leaf is written here through tensorstore, layer by layer, in the array format
+that Orbax reads (one zarr array per leaf, `use_ocdbt=False`), next to Orbax's `_METADATA`. The
+arrays are not compressed: weights hardly compress and on few cores compression is the bottleneck.
+"""
+
+import concurrent.futures
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import tensorstore as ts
+
+from checkpoint_converters import key_map
+from checkpoint_converters.safetensors_io import TensorInfo, read_tensor
+
+MAX_CHUNK_BYTES = 128 << 20
+# below this a stacked leaf is gathered and written at once: fewer, larger files
+MAX_GATHERED_BYTES = 64 << 20
+# bytes of source tensors in flight over all threads; a larger tensor is handled alone
+IN_FLIGHT_BYTES = 384 << 20
+NUM_THREADS = max(2, min(4, os.cpu_count() or 1))
+
+# kernels whose output axis is a stream's width; for all others it is the input axis
+_WIDTH_LAST = ("out", "down", "video_out", "audio_out")
+
+
+class Source(NamedTuple):
+    """One official tensor and how it lies in its leaf."""
+
+    layer: int | None
+    info: TensorInfo
+    transform: key_map.Transform
+
+
+class Leaf(NamedTuple):
+    """One array of the Orbax checkpoint.
+
+    Attributes:
+      path: "/"-separated path in the component's tree.
+      shape: full shape, stacked over layers if it is.
+      dtype: dtype on disk.
+      chunks: chunk shape, each chunk is one file.
+      sources: the official tensors, in the order of the layers.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: tuple[int, ...]
+    sources: tuple[Source, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_leaves(
+    tensors: Mapping[str, TensorInfo],
+    component: str,
+    dtype: np.dtype | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> list[Leaf]:
+    """Groups official tensors into the leaves of a component; nothing is read.
+
+    Args:
+      tensors: {official key: tensor}; must hold all layers of every stack.
+      component: tensors of other components are skipped.
+      dtype: dtype to store; None keeps the file's (float32 where the layers of a stack differ).
+      mesh: {"fsdp": n, "tensor": m}: the shards a later restore will want.
+    """
+    sources: dict[str, list[Source]] = {}
+    for key, info in tensors.items():
+        target = key_map.find_target(key)
+        if target is not None and target.component == component:
+            source = Source(target.layer, info, target.transform)
+            sources.setdefault(target.path, []).append(source)
+    leaves = []
+    for path, found in sorted(sources.items()):
+        found.sort(key=lambda source: source.layer or 0)
+        shape = found[0].transform.shape(found[0].info.shape)
+        if found[0].layer is not None:
+            shape = (len(found), *shape)
+        dtypes = {source.info.dtype for source in found}
+        stored = dtype or (dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32))
+        chunks = chunk_shape(component, path, shape, stored.itemsize, mesh or {})
+        leaves.append(Leaf(path, shape, stored, chunks, tuple(found)))
+    return leaves
+
+
+def chunk_shape(
+    component: str, path: str, shape: tuple[int, ...], itemsize: int, mesh: Mapping[str, int]
+) -> tuple[int, ...]:
+    """Chunk grid of a leaf: one layer, one shard, at most `MAX_CHUNK_BYTES`.
+
+    A linear kernel's width axis is cut for `fsdp`, its heads or hidden axis for `tensor`, where
+    the sizes divide, so that each shard of a restore on such a mesh is a set of whole chunks.
+    """
+    chunks = list(shape)
+    if key_map.is_stacked(component, path) and math.prod(shape) * itemsize > MAX_GATHERED_BYTES:
+        chunks[0] = 1
+    *_, parent, name = ("", *path.split("/"))
+    if name == "kernel" and component in ("transformer", "connectors"):
+        width, hidden = (-1, -2) if parent in _WIDTH_LAST else (-2, -1)
+        for axis, ways in ((width, mesh.get("fsdp", 1)), (hidden, mesh.get("tensor", 1))):
+            if chunks[axis] % ways == 0:
+                chunks[axis] //= ways
+    # cut large chunks further, evenly, along the last axis that still divides
+    while math.prod(chunks) * itemsize > MAX_CHUNK_BYTES:
+        axis = max(range(len(chunks)), key=lambda a: (chunks[a] % 2 == 0, chunks[a]))
+        chunks[axis] = math.ceil(chunks[axis] / 2)
+    return tuple(chunks)
+
+
+def write_component(
+    folder: pathlib.Path,
+    leaves: list[Leaf],
+    *,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Writes one Orbax checkpoint.
+
+    Args:
+      folder: created; must not exist, unless other processes write their shares to it.
+      leaves: from `plan_leaves`.
+      advance: called from several threads with the number of source bytes just finished.
+      share: (i, n): this process writes every n-th piece of work, beginning with the i-th.
+    """
+    index, count = share
+    folder.mkdir(parents=True, exist_ok=count > 1)
+    tasks = itertools.islice(_tasks(folder, leaves), index, None, count)
+    _run(tasks, advance)
+    if index == 0:
+        write_tree_metadata(folder, leaves)
+
+
+def write_tree_metadata(folder: pathlib.Path, leaves: list[Leaf]) -> None:
+    """Writes the file from which Orbax learns the tree's structure and the array format."""
+    tree = {}
+    for leaf in leaves:
+        keys = tuple(leaf.path.split("/"))
+        tree[str(keys)] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": {
+                "value_type": "np.ndarray",  # restores anywhere, also without shardings
+                "skip_deserialize": False,
+                "write_shape": list(leaf.shape),
+            },
+        }
+    metadata = {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (folder / "_METADATA").write_text(json.dumps(metadata))
+    now = time.time_ns()
+    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    checkpoint = {
+        "item_handlers": handler,
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": now,
+        "commit_timestamp_nsecs": now,
+        "custom_metadata": {},
+    }
+    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps(checkpoint))
+
+
+class _Task(NamedTuple):
+    num_bytes: int
+    run: Callable[[Callable[[], None]], None]
+
+
+def _tasks(folder: pathlib.Path, leaves: list[Leaf]) -> Iterator[_Task]:
+    """Pieces of work whose chunks do not overlap: a leaf, or one layer of a large stack."""
+    for leaf in leaves:
+        layered = len(leaf.sources) > 1 and leaf.chunks[0] == 1
+        groups = [(source,) for source in leaf.sources] if layered else [leaf.sources]
+        for group in groups:
+            size = sum(source.info.num_bytes for source in group)
+            yield _Task(size, functools.partial(_copy, folder, leaf, group))
+
+
+def _open(folder: pathlib.Path, leaf: Leaf) -> ts.TensorStore:
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder / leaf.path.replace('/', '.')}/"},
+        "metadata": {
+            "shape": list(leaf.shape),
+            "chunks": list(leaf.chunks),
+            "dtype": "bfloat16" if leaf.dtype.name == "bfloat16" else leaf.dtype.str,
+            "compressor": None,
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+            "dimension_separator": ".",
+        },
+        "store_data_equal_to_fill_value": True,
+    }
+    return ts.open(spec, create=True, open=True, context=_context()).result()
+
+
+@functools.cache
+def _context() -> ts.Context:
+    # an fsync per chunk file would take minutes; the converter syncs once, before it renames
+    return ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
+
+
+def _copy(
+    folder: pathlib.Path, leaf: Leaf, group: tuple[Source, ...], check: Callable[[], None]
+) -> None:
+    """Writes the chunks that `group` covers; `check` raises when the conversion was stopped."""
+    store = _open(folder, leaf)
+    arrays = [source.transform.apply(read_tensor(source.info)) for source in group]
+    first = group[0].layer
+    if first is None:
+        view, base = arrays[0], 0
+    elif len(arrays) == 1:
+        view, base = arrays[0][None], first
+    else:
+        view, base = np.stack(arrays), first
+    grid = [range(0, size, chunk) for size, chunk in zip(view.shape, leaf.chunks)]
+    for corner in itertools.product(*grid):
+        check()
+        region = tuple(slice(c, min(c + n, s)) for c, n, s in zip(corner, leaf.chunks, view.shape))
+        block = _contiguous(view[region], leaf.dtype)
+        if first is not None:
+            region = (slice(region[0].start + base, region[0].stop + base), *region[1:])
+        store[region].write(block, can_reference_source_data_indefinitely=True).result()
+
+
+def _contiguous(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """C-ordered copy. Narrow strips keep a transposed source in cache: 5x faster than one copy."""
+    if view.ndim < 2 or view.flags.c_contiguous:
+        return np.ascontiguousarray(view, dtype)
+    block = np.empty(view.shape, dtype)
+    for start in range(0, view.shape[-1], 16):
+        block[..., start : start + 16] = view[..., start : start + 16]
+    return block
+
+
+class _Stopped(Exception):
+    """A thread saw that another one failed or the user interrupted."""
+
+
+def _run(tasks: Iterator[_Task], advance: Callable[[int], None]) -> None:
+    """Runs tasks on threads with a bound on the bytes in flight; stops all on the first error."""
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise _Stopped
+
+    pending: dict[concurrent.futures.Future, int] = {}
+
+    def finish(done: set[concurrent.futures.Future]) -> None:
+        for future in done:
+            size = pending.pop(future)
+            future.result()
+            advance(size)
+
+    with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        try:
+            for task in tasks:
+                while pending and (
+                    len(pending) >= NUM_THREADS
+                    or sum(pending.values()) + task.num_bytes > IN_FLIGHT_BYTES
+                ):
+                    finish(_wait(pending))
+                pending[pool.submit(task.run, check)] = task.num_bytes
+            while pending:
+                finish(_wait(pending))
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _wait(pending: Mapping[concurrent.futures.Future, int]) -> set[concurrent.futures.Future]:
+    first = concurrent.futures.FIRST_COMPLETED
+    return concurrent.futures.wait(pending, return_when=first).done

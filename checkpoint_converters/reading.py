@@ -1,0 +1,254 @@
+"""Checkpoints as they come: a single file, shards with an index, or a diffusers folder.
+
+`open_checkpoint` reads the headers and returns a `Checkpoint`: every tensor under its official
+key, plus the metadata. `load_component` reads one component fully into memory (small files,
+tests); the converters stream instead.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from os import PathLike
+
+import numpy as np
+
+from checkpoint_converters import diffusers_layout, key_map
+from checkpoint_converters.safetensors_io import (
+    ConversionError,
+    TensorInfo,
+    read_header,
+    read_tensor,
+)
+
+INDEX_SUFFIX = ".safetensors.index.json"
+# a key of the transformer that every version has, used to find what stands before the names
+_PROBE = "transformer_blocks.0.attn1.to_q.weight"
+_KNOWN_PREFIXES = (
+    "model.diffusion_model.",
+    "model.velocity_model.",
+    "diffusion_model.",
+    "velocity_model.",
+    "model.",
+    "",
+)
+_OTHER_COMPONENTS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Headers of a checkpoint.
+
+    Attributes:
+      path: what was opened.
+      tensors: {official key: tensor}.
+      config: parsed JSON of the metadata's `config`, None if there is none.
+      model_version: e.g. "2.0.0", None if the files do not say.
+      files: the files it consists of.
+    """
+
+    path: pathlib.Path
+    tensors: dict[str, TensorInfo]
+    config: dict | None
+    model_version: str | None
+    files: tuple[pathlib.Path, ...]
+
+
+def open_checkpoint(path: str | PathLike) -> Checkpoint:
+    """Reads the headers of a checkpoint.
+
+    Args:
+      path: a `.safetensors` file, a `.safetensors.index.json`, a folder with one of these, or a
+        diffusers folder (sub-folders transformer, connectors, vae, audio_vae, vocoder).
+
+    Raises:
+      ConversionError: all problems found in the headers.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise ConversionError([f"{path}: no such file or folder"])
+    folders = diffusers_layout.DIFFUSERS_FOLDERS
+    if path.is_dir() and any(_folder_has_weights(path / folder) for folder in folders):
+        return _open_diffusers(path)
+    files = weight_files(path)
+    tensors, metadata = _read_headers(files)
+    return Checkpoint(
+        path=path,
+        tensors=canonical_keys(tensors),
+        config=_parse_config(path, metadata),
+        model_version=metadata.get("model_version"),
+        files=files,
+    )
+
+
+def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """The safetensors files behind a file, an index, or a folder that holds one set of weights."""
+    if path.is_dir():
+        indices = sorted(path.glob("*" + INDEX_SUFFIX))
+        singles = sorted(path.glob("*.safetensors"))
+        candidates = indices or singles
+        if len(candidates) != 1:
+            found = ", ".join(c.name for c in candidates) or "none"
+            raise ConversionError(
+                [f"{path}: holds {found} weight files; pass the one to convert as --input FILE"]
+                if candidates
+                else [f"{path}: holds no .safetensors file and is not a diffusers folder"]
+            )
+        path = candidates[0]
+    if not path.name.endswith(INDEX_SUFFIX):
+        return (path,)
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError([f"{path}: not an index of shards ({error})"]) from error
+    problems = [
+        f"{path.parent / name}: shard named in {path.name} is missing"
+        for name in names
+        if not (path.parent / name).is_file()
+    ]
+    if problems:
+        raise ConversionError(problems)
+    return tuple(path.parent / name for name in names)
+
+
+def _read_headers(
+    files: tuple[pathlib.Path, ...],
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    problems = []
+    for file in files:
+        try:
+            found, strings = read_header(file)
+        except ConversionError as error:
+            problems += error.problems
+            continue
+        problems += [f"{file}: {key} is also in another shard" for key in found if key in tensors]
+        tensors |= found
+        metadata |= strings
+    if problems:
+        raise ConversionError(problems)
+    return tensors, metadata
+
+
+def _parse_config(path: pathlib.Path, metadata: dict[str, str]) -> dict | None:
+    if "config" not in metadata:
+        return None
+    try:
+        config = json.loads(metadata["config"])
+    except ValueError as error:
+        raise ConversionError([f"{path}: metadata `config` is not JSON ({error})"]) from error
+    if not isinstance(config, dict):
+        raise ConversionError([f"{path}: metadata `config` is not a JSON object"])
+    return config
+
+
+def canonical_keys(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Renames to the official single-file keys.
+
+    Accepts any of the prefixes in use before the transformer's names (`model.`,
+    `model.velocity_model.`, none, ...) and VAE files whose keys have no prefix.
+    """
+    prefix = next((p for p in _KNOWN_PREFIXES if p + _PROBE in tensors), None)
+    bare = {5: "vae.", 4: "audio_vae."}
+    rank = next(
+        (len(tensors[k].shape) for c in ("encoder", "decoder")
+         if (k := f"{c}.conv_in.conv.weight") in tensors),
+        0,
+    )  # fmt: skip
+    result = {}
+    for key, info in tensors.items():
+        if key.startswith(_OTHER_COMPONENTS):
+            name = key
+        elif rank in bare and re.match(r"(encoder|decoder|per_channel_statistics)\.", key):
+            name = bare[rank] + key
+        elif prefix is not None and key.startswith(prefix):
+            name = key_map.DIT + key.removeprefix(prefix)
+        else:
+            name = key
+        result[name] = info
+    return result
+
+
+def _folder_has_weights(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and any(folder.glob("*.safetensors"))
+
+
+def _open_diffusers(path: pathlib.Path) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    files: tuple[pathlib.Path, ...] = ()
+    problems = []
+    for folder, component in diffusers_layout.DIFFUSERS_FOLDERS.items():
+        if not _folder_has_weights(path / folder):
+            continue
+        try:
+            shards = weight_files(path / folder)
+            found, _ = _read_headers(shards)
+        except ConversionError as error:
+            problems += error.problems
+            continue
+        names = diffusers_layout.official_from_diffusers(component, list(found))
+        tensors |= {names[key]: info for key, info in found.items()}
+        files += shards
+    if problems:
+        raise ConversionError(problems)
+    config, version = diffusers_layout.metadata_of_folder(path)
+    return Checkpoint(path, tensors, config, version, files)
+
+
+def read_metadata(path: str | PathLike) -> dict:
+    """{"config": parsed metadata JSON, "model_version": str} of a checkpoint.
+
+    Raises:
+      ConversionError: the checkpoint has no such metadata.
+    """
+    checkpoint = open_checkpoint(path)
+    problems = [
+        f"{path}: the file's metadata has no `{name}`; use the original LTX-2 file, which has it"
+        for name in ("config", "model_version")
+        if getattr(checkpoint, name) is None
+    ]
+    if problems:
+        raise ConversionError(problems)
+    return {"config": checkpoint.config, "model_version": checkpoint.model_version}
+
+
+def load_component(path: str | PathLike, component: str, dtype=None) -> dict:
+    """Reads one component fully into memory; for small files.
+
+    Args:
+      path: see `open_checkpoint`.
+      component: one of `key_map.COMPONENTS`.
+      dtype: dtype of the result; None keeps the file's.
+
+    Returns:
+      Nested dict of numpy arrays in our layout, stacked over layers where the tree is.
+
+    Raises:
+      ConversionError: the checkpoint lacks the component or some of a stack's layers.
+    """
+    if component not in key_map.COMPONENTS:
+        raise ValueError(f"component is {component!r}, must be one of {key_map.COMPONENTS}")
+    leaves: dict[str, dict[int | None, np.ndarray]] = {}
+    for key, info in open_checkpoint(path).tensors.items():
+        target = key_map.find_target(key)
+        if target is not None and target.component == component:
+            array = target.transform.apply(read_tensor(info))
+            array = array if dtype is None else array.astype(dtype)
+            leaves.setdefault(target.path, {})[target.layer] = np.ascontiguousarray(array)
+    if not leaves:
+        raise ConversionError([f"{path}: has no {component}"])
+    tree: dict = {}
+    for leaf, layers in leaves.items():
+        *parents, name = leaf.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if None in layers:
+            node[name] = layers[None]
+            continue
+        if sorted(layers) != list(range(len(layers))):
+            raise ConversionError([f"{path}: {component} {leaf} has only layers {sorted(layers)}"])
+        node[name] = np.stack([layers[i] for i in range(len(layers))])
+    return tree

@@ -1,0 +1,183 @@
+"""Reading and writing safetensors files piece by piece, without holding a file in memory.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets},
+"__metadata__": {str: str}}, then the tensors' bytes in C order.
+"""
+
+import json
+import math
+import os
+import pathlib
+import struct
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+
+class ConversionError(Exception):
+    """Everything that is wrong with a conversion, in plain words, one line per problem."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        count = len(self.problems)
+        title = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__("\n".join([f"{title}, nothing was written:", *self.problems]))
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a file: dtype code of the format, shape, and where its bytes are."""
+
+    file: pathlib.Path
+    dtype_code: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return DTYPES[self.dtype_code]
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of one safetensors file; reads the header only.
+
+    Raises:
+      ConversionError: the file is missing, is not a safetensors file, or ends too early.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConversionError([f"{path}: no such file"])
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise ConversionError([f"{path}: not a safetensors file (no valid header length)"])
+        raw = file.read(length)
+    if len(raw) < length:
+        raise ConversionError(
+            [f"{path}: truncated inside its header ({size} bytes); download it again"]
+        )
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            tensors[name] = TensorInfo(
+                path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError([f"{path}: not a safetensors file (bad header: {error})"]) from error
+    _check_header(path, tensors, size)
+    return tensors, metadata
+
+
+def _check_header(path: pathlib.Path, tensors: dict[str, TensorInfo], size: int) -> None:
+    problems = []
+    for name, info in tensors.items():
+        if info.dtype_code not in DTYPES:
+            problems.append(f"{path}: {name} has the unsupported dtype {info.dtype_code}")
+        elif math.prod(info.shape) * info.dtype.itemsize != info.num_bytes:
+            problems.append(f"{path}: {name} has {info.num_bytes} bytes for shape {info.shape}")
+    needed = max((info.offset + info.num_bytes for info in tensors.values()), default=0)
+    if needed > size:
+        problems.append(f"{path}: truncated, {size} of {needed} bytes are there; download it again")
+    if problems:
+        raise ConversionError(problems)
+
+
+def read_tensor(info: TensorInfo) -> np.ndarray:
+    """Reads one tensor into fresh memory (no memory map: mapped pages would count as resident)."""
+    array = np.empty(info.shape, info.dtype)
+    view = memoryview(array.reshape(-1).view(np.uint8)) if info.num_bytes else memoryview(b"")
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.offset)
+        done = 0
+        while done < info.num_bytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise ConversionError([f"{info.file}: ends inside a tensor; download it again"])
+            done += count
+        # the page cache of a 40 GB file would push everything else out of memory
+        os.posix_fadvise(file.fileno(), info.offset, info.num_bytes, os.POSIX_FADV_DONTNEED)
+    return array
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file tensor by tensor, in the order of the given table.
+
+    Args:
+      path: file to create.
+      tensors: {name: (dtype, shape)} of all tensors, in the order in which they will come.
+      metadata: strings for `__metadata__`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        tensors: dict[str, tuple[np.dtype, tuple[int, ...]]],
+        metadata: dict[str, str],
+    ):
+        header: dict[str, object] = {"__metadata__": metadata}
+        position = 0
+        for name, (dtype, shape) in tensors.items():
+            end = position + math.prod(shape) * np.dtype(dtype).itemsize
+            header[name] = {
+                "dtype": DTYPE_CODES[np.dtype(dtype)],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)  # data starts at a multiple of 8
+        self._expected = list(tensors.items())
+        self._next = 0
+        self._file = pathlib.Path(path).open("wb")  # noqa: SIM115 - closed by __exit__
+        self._file.write(struct.pack("<Q", len(raw)) + raw)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Appends the next tensor.
+
+        Raises:
+          ValueError: it is not the tensor that comes next, or has another shape or dtype.
+        """
+        expected_name, (dtype, shape) = self._expected[self._next]
+        if (name, array.dtype, array.shape) != (expected_name, np.dtype(dtype), tuple(shape)):
+            raise ValueError(
+                f"expected {expected_name} {dtype} {shape}, got {name} {array.dtype} {array.shape}"
+            )
+        if array.size:
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            self._file.write(memoryview(data))
+        self._next += 1
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Flushes to disk; ValueError if tensors are missing and nothing else went wrong."""
+        if kind is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None and self._next != len(self._expected):
+            raise ValueError(f"{len(self._expected) - self._next} tensors were not written")
