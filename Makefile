@@ -1,0 +1,82 @@
+# Everything runs from a fresh clone with GNU make and Python 3.11 or newer, in a .venv made here.
+# Another interpreter: make test PYTHON=python3.12 (after `make clean`, if .venv exists already).
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
+# Test processes side by side. Each is held to one thread, or they would fight over the cores.
+WORKERS ?= 2
+# torch is a reference in tests only, so its CPU build will do; pinned to the one tests ran with.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest --quiet -n $(WORKERS)
+DEMO := outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed  ## random tiny model: convert it, stream 6 s of video with sound on the CPU
+	@mkdir -p $(DEMO)
+	$(BIN)/python -m checkpoint_converters.synthetic --size tiny --version 2.0 \
+		--output $(DEMO)/tiny.safetensors
+	$(BIN)/python -m checkpoint_converters.ltx2 --input $(DEMO)/tiny.safetensors \
+		--output $(DEMO)/checkpoint --overwrite
+	$(BIN)/python -m launch.stream --checkpoint $(DEMO)/checkpoint --random-features \
+		--prompt "a street musician in the rain" --seconds 6 --height 256 --width 384 \
+		--output $(DEMO)/clip.mp4 --overwrite
+	$(BIN)/python -m omniforcing_jax.contact_sheet $(DEMO)/clip.mp4 $(DEMO)/clip.png
+	@echo
+	@echo "$(DEMO)/clip.mp4  6 s of video with sound, written while it was generated"
+	@echo "$(DEMO)/clip.png  the same at a glance: frames, waveform, spectrogram"
+	@echo "The weights are random, so picture and sound are noise; both run for the same 6 s."
+
+test: $(VENV)/.installed-test  ## the test suite, without the slow tests
+	$(PYTEST)
+
+test-slow: $(VENV)/.installed-test  ## the slow tests only
+	$(PYTEST) -m slow
+
+lint: $(BIN)/ruff  ## style and formatting, changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(BIN)/ruff  ## fix what lint finds, where it can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed  ## time the streaming loop of the tiny model on this machine
+	$(BIN)/python -m benchmarks.stream --size tiny --height 128 --width 128 --output outputs/bench
+
+clean:  ## remove .venv, caches and the demo; checkpoints and other outputs stay
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last, so an interrupted install is taken up again by the next run.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit( \
+		f"$(PYTHON) is Python {v[0]}.{v[1]}, but 3.11 or newer is needed: make PYTHON=...")'
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed: setup.py $(VENV)/.created
+	@echo "installing omniforcing_jax into $(VENV) (about a minute)"
+	@$(PIP) install --use-pep517 --editable .
+	@touch $@
+
+# torch first: diffusers and transformers would otherwise choose which build to draw in.
+$(VENV)/.installed-test: setup.py $(VENV)/.installed
+	@echo "installing the test dependencies into $(VENV) (a few minutes)"
+	@$(PIP) install $(TORCH)
+	@$(PIP) install --use-pep517 --editable '.[test]'
+	@touch $@
+
+$(BIN)/ruff: | $(VENV)/.created
+	@$(PIP) install "ruff>=0.12"

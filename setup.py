@@ -1,0 +1,62 @@
+"""Packaging. `pip install -e .` is enough to sample on CPU; see the extras for accelerators."""
+
+from setuptools import find_namespace_packages, setup
+
+INSTALL_REQUIRES = [
+    # model and training
+    "jax>=0.10.2",
+    "flax>=0.12",
+    "optax>=0.2.8",
+    "chex>=0.1.92",
+    "einops>=0.8",
+    "numpy>=2.0",
+    "ml_dtypes>=0.5",  # bfloat16 in NumPy
+    # checkpoints: Orbax is the training format, safetensors what LTX-2 is published in
+    "orbax-checkpoint>=0.12",
+    "tensorstore>=0.1.80",  # the converters write Orbax's arrays slice by slice
+    "safetensors>=0.5",
+    # command line and configs
+    "absl-py>=2.1",
+    "ml-collections>=1.0",
+    "rich>=13.0",  # progress
+    # clips
+    "av>=17.1",  # H.264 and AAC in MP4
+    "matplotlib>=3.9",  # contact sheets
+]
+
+EXTRAS_REQUIRE = {
+    # accelerators: one of these
+    "gpu": ["jax[cuda13]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2"],
+    # training data; tensorflow itself is not needed
+    "data": ["grain>=0.2.18", "tensorflow-datasets>=4.9.10"],
+    # torch, diffusers and transformers are the references that the tests compare with
+    "test": [
+        "pytest>=8.0",
+        "pytest-xdist>=3.6",
+        "torch>=2.6",
+        "diffusers>=0.42",
+        "transformers>=5.0",
+        "ruff>=0.12",
+    ],
+}
+
+# configs/ holds plain config files without __init__.py, hence the namespace variant.
+PACKAGES = find_namespace_packages(
+    include=[
+        *("omniforcing_jax", "omniforcing_jax.*", "configs", "configs.*"),
+        *("launch", "checkpoint_converters", "benchmarks"),
+    ]
+)
+
+setup(
+    name="omniforcing_jax",
+    version="0.1.0",
+    description="Streaming joint audio-video generation: LTX-2 and OmniForcing in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=PACKAGES,
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
