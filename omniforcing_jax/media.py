@@ -68,7 +68,11 @@ def check_output_path(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise ValueError(f"output {path}: no permission to write in {folder}")
     if path.exists():
         if not overwrite:
-            raise FileExistsError(errno.EEXIST, "exists already; allow overwriting", str(path))
+            raise FileExistsError(
+                errno.EEXIST,
+                "exists already; choose another name or allow overwriting (--overwrite)",
+                str(path),
+            )
         if not os.access(path, os.W_OK):
             raise ValueError(f"output {path} exists and is read-only")
 

@@ -1,9 +1,12 @@
 """Shared fixtures: the golden files in tests/golden (see its README) and their weights."""
 
+import functools
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The suite compiles hundreds of programs that run for milliseconds: most of its time is XLA's.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import numpy as np
 import pytest
@@ -27,3 +30,35 @@ def ltx20():
 def ltx23():
     """Inputs and outputs of the LTX-2.3 reference at tiny size."""
     return np.load(GOLDEN / "ltx23_tiny_expected.npz")
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory):
+    """Makes and converts a tiny random checkpoint of a version; returns its folder."""
+    from checkpoint_converters import ltx2, synthetic
+
+    folders = {}
+
+    def make(version: str) -> pathlib.Path:
+        if version not in folders:
+            folder = tmp_path_factory.mktemp(f"ltx{version}")
+            source = folder / "tiny.safetensors"
+            arguments = ["--size", "tiny", "--version", version, "--output", str(source)]
+            assert not synthetic.main(arguments)
+            folders[version] = folder / "checkpoint"
+            assert not ltx2.main(["--input", str(source), "--output", str(folders[version])])
+        return folders[version]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_pipeline(random_checkpoint):
+    """The same checkpoints, loaded."""
+    import jax.numpy as jnp
+
+    from omniforcing_jax.pipeline import load_pipeline
+
+    return functools.cache(
+        lambda version: load_pipeline(random_checkpoint(version), dtype=jnp.float32)
+    )

@@ -266,7 +266,7 @@ def test_cudnn_decomposition(cudnn_stand_in, name, implementation):
 
 @pytest.mark.parametrize("kv_length", [37, np.int32(50), jnp.int32(37), jnp.array([1, 50])])
 def test_cudnn_kv_length(cudnn_stand_in, kv_length):
-    inputs = make_inputs(20, 50, 64, jnp.bfloat16)
+    inputs = make_inputs(64, 50, 64, jnp.bfloat16)
     expected = run_with_gradients(*inputs, kv_length=kv_length, implementation="xla")
     actual = run_with_gradients(*inputs, kv_length=kv_length, implementation="auto")
     assert_close(actual, expected, 2e-2)
@@ -311,6 +311,7 @@ def test_auto_choice(monkeypatch):
     assert choice("cpu") == "xla"
     assert choice("cpu", kv_end=kv_end) == "prefix/xla"
     assert choice("gpu") == "prefix/cudnn"
+    assert choice("gpu", length=25) == "xla"
     assert choice("gpu", kv_end=kv_end) == "prefix/cudnn"
     assert choice("gpu", jnp.float32, kv_end=kv_end) == "prefix/xla"
     assert choice("tpu", kv_end=kv_end) == "splash"

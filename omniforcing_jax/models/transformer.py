@@ -422,6 +422,11 @@ def init_params(model: Transformer, key: jax.Array) -> dict:
     Call it under `jax.jit` (or `jax.eval_shape`) for large models: nothing but the parameters is
     then computed.
     """
+    return nn.unbox(init_boxed_params(model, key))
+
+
+def init_boxed_params(model: Transformer, key: jax.Array) -> dict:
+    """As `init_params`, each parameter boxed with its logical axis names."""
     c = model.config
     rope = clip_rope(c, video_frames=1, audio_frames=1, height=1, width=1)
     sinks = c.num_audio_sinks > 0
@@ -442,7 +447,7 @@ def init_params(model: Transformer, key: jax.Array) -> dict:
         context=jnp.zeros((1, 1, c.text_dims[1])),
     )
     plain = model.clone(implementation="xla", causal=None)
-    return nn.unbox(plain.init(key, video, audio)["params"])
+    return plain.init(key, video, audio)["params"]
 
 
 def _table(module: nn.Module, name: str, rows: int, dim: int) -> jax.Array:

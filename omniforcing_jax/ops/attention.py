@@ -17,6 +17,10 @@ from omniforcing_jax.ops import splash
 
 IMPLEMENTATIONS = ("auto", "xla", "prefix", "cudnn", "splash")
 
+# A flash kernel's tile has at least this many query rows. With fewer, such as the 25 audio tokens
+# of a block, the logits are small and plain matrix products do.
+MIN_FLASH_QUERIES = 64
+
 # Each group of equal kv_end is one kernel call in the program; a mask that changes on every row
 # would unroll into thousands.
 MAX_PREFIX_GROUPS = 256
@@ -47,8 +51,9 @@ def attention(
       * `cudnn`: as `prefix`, always on cuDNN flash attention (NVIDIA GPU, 16-bit dtypes).
       * `splash`: TPU Pallas kernel that computes the mask block by block. On CPU it is interpreted,
         which is slow and meant for tests.
-      * `auto`: TPU: splash where shapes allow; GPU: cudnn for 16-bit dtypes where shapes allow;
-        otherwise `prefix` for `kv_end` and `xla` for the rest. Dense masks always go to `xla`.
+      * `auto`: TPU: splash where shapes allow; GPU: cudnn for 16-bit dtypes where shapes allow and
+        there are queries enough for a flash kernel. Otherwise `prefix` for `kv_end` and `xla` for
+        the rest. Dense masks always go to `xla`.
 
     Args:
       q: [B, T, N, H].
@@ -131,7 +136,8 @@ def _choose(q, k, kv_end, mask) -> str:
         return "xla"
     if platform() == "tpu" and splash.supports(q.shape[1], k.shape[1], q.shape[-1]):
         return "splash"
-    if _cudnn_refusal(q) is None:
+    short = kv_end is None and q.shape[1] < MIN_FLASH_QUERIES
+    if _cudnn_refusal(q) is None and not short:
         return "cudnn"
     return "xla" if kv_end is None else "prefix"
 

@@ -1,0 +1,267 @@
+"""Samples one clip with sound from the bidirectional model (the teacher) into an MP4.
+
+    python -m launch.sample_teacher --checkpoint checkpoints/ltx2 --features prompt.safetensors \\
+        --negative-features negative.safetensors --seconds 5 --output outputs/teacher.mp4
+
+`--features` are text contexts made beforehand (see `omniforcing_jax.text_features`). For a
+checkpoint with random weights, `--random-features` derives them from the prompt's text instead:
+
+    python -m launch.sample_teacher --checkpoint checkpoints/tiny --random-features \\
+        --prompt "a dog barks" --stg-block 1 --frames 25 --height 128 --width 192 --steps 8 \\
+        --output outputs/tiny.mp4
+
+Steps and guidance default to those of the LTX-2 pipelines for the checkpoint's version. For a
+distilled checkpoint turn guidance off: --cfg-video 1 --cfg-audio 1 --stg 0 --modality 1 --rescale 0
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from omniforcing_jax import media, text_features
+from omniforcing_jax.guidance import LTX20_GUIDANCE, LTX23_GUIDANCE, AVGuidance
+from omniforcing_jax.models import audio_vae, video_vae, vocoder
+from omniforcing_jax.models.rope import VIDEO_TEMPORAL_COMPRESSION
+from omniforcing_jax.models.transformer import Transformer
+from omniforcing_jax.ops.attention import IMPLEMENTATIONS
+from omniforcing_jax.pipeline import Pipeline, PipelineConfig, load_pipeline
+from omniforcing_jax.rollout import AVLatents
+from omniforcing_jax.sampler import Prompt, SampleConfig, check_prompts, sample
+from omniforcing_jax.streaming_video import to_uint8
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+RANDOM_FEATURE_TOKENS = 128
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.sample_teacher", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="folder written by checkpoint_converters")
+    add("--features", metavar="FILE", help="text contexts of the prompt")
+    add("--negative-features", metavar="FILE", help="those of the negative prompt, for cfg")
+    add("--random-features", action="store_true", help="stand-in contexts for random weights")
+    add("--prompt", default="", help="text the random features are derived from")
+    add("--output", required=True, help="MP4 file, or - for standard output")
+    add("--overwrite", action="store_true", help="replace an existing file")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, default=5.0, help="about (default 5)")
+    length.add_argument("--frames", type=int, help="exactly, 8k + 1")
+    add("--height", type=int, default=512, help="pixels, a multiple of 32 (default 512)")
+    add("--width", type=int, default=768, help="pixels, a multiple of 32 (default 768)")
+    add("--fps", type=float, default=24.0, help="frames per second (default 24)")
+    add("--steps", type=int, help="denoising steps (default: 40 for LTX-2.0, 30 for 2.3)")
+    add("--seed", type=int, default=0)
+    add("--cfg-video", type=float, help="guidance by the negative prompt, 1 is off (default 3)")
+    add("--cfg-audio", type=float, help="the same for the sound (default 7)")
+    add("--stg", type=float, help="spatio-temporal guidance, 0 is off (default 1)")
+    add("--stg-block", type=int, nargs="+", help="blocks it perturbs (2.0: 29, 2.3: 28)")
+    add("--modality", type=float, help="modality guidance, 1 is off (default 3)")
+    add("--rescale", type=float, help="pull-back of the contrast, 0 to 1 (default 0.7)")
+    add("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on accelerators, else float32")
+    add("--attention", choices=IMPLEMENTATIONS, default="auto", help="backend (default auto)")
+    return parser.parse_args(argv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked command line: everything that can be wrong has been looked at."""
+
+    sample: SampleConfig
+    prompt: Prompt
+    negative: Prompt | None
+
+
+def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
+    """Checks all options against the checkpoint before any weight is read.
+
+    Raises:
+      ValueError: what is wrong, and what would be right.
+      OSError: a file that cannot be read.
+    """
+    if config.layout_name is not None:
+        raise ValueError(
+            f"{args.checkpoint} is a block-causal student (layout {config.layout_name!r}): sample "
+            "it with launch.stream"
+        )
+    if not args.fps > 0 or not args.seconds > 0:
+        raise ValueError(
+            f"--fps and --seconds must be positive, not {args.fps:g} and {args.seconds:g}"
+        )
+    newer = _is_newer(config)
+    frames = args.frames
+    if frames is None:
+        step = VIDEO_TEMPORAL_COMPRESSION
+        frames = 1 + step * max(round((args.seconds * args.fps - 1) / step), 0)
+    clip = SampleConfig.for_clip(
+        frames=frames,
+        height=args.height,
+        width=args.width,
+        frame_rate=args.fps,
+        num_steps=(30 if newer else 40) if args.steps is None else args.steps,
+        guidance=_guidance(args, LTX23_GUIDANCE if newer else LTX20_GUIDANCE),
+    )
+    height, width = config.check_size(args.height, args.width)
+    channels = config.transformer.video_channels
+    video_vae.check_latents(config.video_vae, (1, clip.video_frames, height, width, channels))
+    model = Transformer(config.transformer)
+    clip.check_model(model)
+    prompt, negative = _prompts(args, config, "uncond" in clip.guidance.passes())
+    check_prompts(model, prompt, negative, clip.guidance)
+    return Plan(clip, prompt, negative)
+
+
+def _is_newer(config: PipelineConfig) -> bool:
+    major, minor = (int(x) for x in config.model_version.split(".")[:2])
+    return (major, minor) >= (2, 3)
+
+
+def _guidance(args: argparse.Namespace, defaults: AVGuidance) -> AVGuidance:
+    shared = {
+        "stg": args.stg,
+        "modality": args.modality,
+        "rescale": args.rescale,
+        "stg_blocks": args.stg_block and tuple(args.stg_block),
+    }
+
+    def changed(guidance, cfg):
+        given = {name: x for name, x in (shared | {"cfg": cfg}).items() if x is not None}
+        return dataclasses.replace(guidance, **given)
+
+    return AVGuidance(
+        changed(defaults.video, args.cfg_video), changed(defaults.audio, args.cfg_audio)
+    )
+
+
+def _prompts(args, config: PipelineConfig, needs_negative: bool) -> tuple[Prompt, Prompt | None]:
+    """The contexts of the prompt and, if guidance needs it, of the negative prompt."""
+    if bool(args.features) == args.random_features:
+        raise ValueError("give either --features FILE or --random-features (with --prompt TEXT)")
+    dims = config.transformer.text_dims
+    if args.random_features:
+        if args.negative_features:
+            raise ValueError("--negative-features goes with --features, not --random-features")
+        keys = (text_features.prompt_key(args.prompt), text_features.prompt_key("", seed=1))
+        found = [
+            text_features.random_text_features(key, 1, RANDOM_FEATURE_TOKENS, dims) for key in keys
+        ]
+    else:
+        if needs_negative and not args.negative_features:
+            raise ValueError(
+                "classifier-free guidance needs --negative-features FILE; without one, set "
+                "--cfg-video 1 --cfg-audio 1"
+            )
+        if args.negative_features and not needs_negative:
+            raise ValueError("--negative-features has no effect with --cfg-video 1 --cfg-audio 1")
+        paths = [path for path in (args.features, args.negative_features) if path]
+        found = [text_features.load_text_features(path, dims) for path in paths]
+        for path, features in zip(paths, found):
+            if features.video_context.shape[0] != 1:
+                raise ValueError(
+                    f"{path} holds {features.video_context.shape[0]} prompts; one clip takes one"
+                )
+    prompts = [Prompt(f.video_context, f.audio_context, f.mask) for f in found]
+    return prompts[0], prompts[1] if needs_negative else None
+
+
+def decode(pipeline: Pipeline, latents: AVLatents, clip: SampleConfig) -> tuple[np.ndarray, ...]:
+    """Latents of one clip -> frames [F, H, W, 3] uint8 and waveform [N, 2] float32."""
+    c, params, dtype = pipeline.config, pipeline.params, pipeline.dtype
+
+    @jax.jit
+    def decode_video(params, tokens):
+        grid = tokens.reshape(1, clip.video_frames, clip.height, clip.width, tokens.shape[-1])
+        return to_uint8(video_vae.decode(c.video_vae, params, grid, dtype=dtype))
+
+    frames = decode_video(params["video_vae"], latents.video)
+    log_mel = audio_vae.decode_audio(params["audio_vae"], c.audio_vae, latents.audio, dtype=dtype)
+    waveform = vocoder.vocode(params["vocoder"], c.vocoder, log_mel)
+    return np.asarray(frames[0]), np.asarray(waveform[0])
+
+
+@contextlib.contextmanager
+def stage(console: Console, name: str):
+    """Shows what is being done, then how long it took."""
+    start = time.perf_counter()
+    with console.status(f"{name} ..."):
+        yield
+    console.print(f"{name}: {time.perf_counter() - start:.1f} s", highlight=False)
+
+
+def run(args: argparse.Namespace, plan: Plan, writer: media.ClipWriter, console: Console) -> None:
+    """Loads the weights, samples, decodes and writes.
+
+    Raises:
+      FloatingPointError: the model produced values that are not finite.
+    """
+    clip = plan.sample
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = DTYPES[args.dtype or ("float32" if on_cpu else "bfloat16")]
+    with stage(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
+        pipeline = load_pipeline(args.checkpoint, dtype=dtype)
+    passes = clip.guidance.passes()
+    with stage(console, f"sampling {len(clip.sigmas) - 1} steps of {', '.join(passes)}"):
+        latents = sample(
+            pipeline.transformer(args.attention),
+            # Popped: once sampled, the room is the decoder's.
+            pipeline.params.pop("transformer"),
+            plan.prompt,
+            plan.negative,
+            jax.random.key(args.seed),
+            clip,
+        )
+        finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), latents)
+    if not (finite.video and finite.audio):
+        raise FloatingPointError(
+            "the sampled latents are not finite; try --dtype float32, and check the checkpoint"
+        )
+    with stage(console, "decoding video and sound"):
+        frames, waveform = decode(pipeline, latents, clip)
+    with stage(console, f"writing {args.output}"):
+        writer.write(frames, waveform)
+        writer.close()
+    console.print(
+        f"{args.output}: {len(frames)} frames, {len(frames) / args.fps:.2f} s, "
+        f"{args.width}x{args.height}, {len(waveform) / writer.sample_rate:.2f} s of sound"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parse_arguments(argv)
+    console = Console(stderr=True)
+    try:
+        media.check_output_path(args.output, args.overwrite)
+        config = PipelineConfig.from_checkpoint(args.checkpoint)
+        plan = make_plan(args, config)
+        writer = media.ClipWriter(  # before the weights are read: it checks its settings, too
+            args.output,
+            width=args.width,
+            height=args.height,
+            frame_rate=args.fps,
+            sample_rate=config.vocoder.sample_rate,
+            overwrite=args.overwrite,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        with writer:
+            run(args, plan, writer, console)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

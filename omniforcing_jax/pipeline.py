@@ -1,0 +1,148 @@
+"""A converted checkpoint, read from disk: every component with the configuration it came with."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax import checkpoints
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.models.audio_vae import AudioVAEConfig
+from omniforcing_jax.models.config import TransformerConfig
+from omniforcing_jax.models.transformer import Transformer
+from omniforcing_jax.models.video_vae import VideoVAEConfig
+from omniforcing_jax.models.vocoder import VocoderConfig
+from omniforcing_jax.rollout import RolloutConfig
+from omniforcing_jax.streaming import StreamingSession
+from omniforcing_jax.streaming_audio import StreamingAudioDecoder
+from omniforcing_jax.streaming_video import StreamingVideoDecoder
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """What `config.json` of a converted checkpoint says, parsed."""
+
+    transformer: TransformerConfig
+    video_vae: VideoVAEConfig
+    audio_vae: AudioVAEConfig
+    vocoder: VocoderConfig
+    model_version: str
+    layout_name: str | None
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | pathlib.Path) -> "PipelineConfig":
+        """Reads and checks `config.json`; no weights are touched.
+
+        Raises:
+          ValueError: no such checkpoint, another format, or a setting that is not supported.
+        """
+        config = checkpoints.load_config(directory)
+        student = config.get("student") or {}
+        return cls.from_metadata(config["config"], config["model_version"], student.get("layout"))
+
+    @classmethod
+    def from_metadata(
+        cls, metadata: dict[str, Any], model_version: str, layout_name: str | None = None
+    ) -> "PipelineConfig":
+        """Parses the `config` object of an LTX-2 safetensors header.
+
+        Raises:
+          ValueError: a component's configuration is missing, or a setting is not supported.
+        """
+        missing = [k for k in ("transformer", "vae", "audio_vae", "vocoder") if not metadata.get(k)]
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no configuration for {', '.join(missing)}; convert again from "
+                "a complete LTX-2 file, or give one as --base to checkpoint_converters.omniforcing"
+            )
+        return cls(
+            transformer=TransformerConfig.from_metadata(metadata["transformer"], model_version),
+            video_vae=VideoVAEConfig.from_metadata(metadata["vae"]),
+            audio_vae=AudioVAEConfig.from_metadata(metadata["audio_vae"]),
+            vocoder=VocoderConfig.from_metadata(metadata["vocoder"]),
+            model_version=model_version,
+            layout_name=layout_name,
+        )
+
+    def layout(self, name: str | None = None, frame_rate: float = 24.0) -> BlockLayout:
+        """The block layout `name`, or the one the checkpoint was trained with (else "prefix")."""
+        name = name or self.layout_name or "prefix"
+        sinks = self.transformer.num_audio_sinks
+        return BlockLayout.from_name(name, frame_rate=frame_rate, num_sinks=sinks)
+
+    def check_size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels to latents.
+
+        Raises:
+          ValueError: not multiples of the VAE's spatial compression.
+        """
+        return self.video_vae.latent_size(height, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Configuration and weights: {component: parameter tree}."""
+
+    config: PipelineConfig
+    params: dict[str, Any]
+    dtype: jnp.dtype
+
+    def transformer(self, implementation: str = "auto") -> Transformer:
+        """The network as a module; its weights are `params["transformer"]`."""
+        return Transformer(self.config.transformer, self.dtype, implementation)
+
+    def session(
+        self,
+        rollout_config: RolloutConfig,
+        contexts: tuple[jax.Array, jax.Array],
+        *,
+        seed: int = 0,
+        max_blocks: int | None = None,
+        implementation: str = "auto",
+        decode_mode: str = "window",
+        look_back: int = 4,
+        look_ahead: int = 1,
+        blend: int = 1,
+    ) -> StreamingSession:
+        """A live session; see `StreamingSession` and `StreamingVideoDecoder` for the options."""
+        c = self.config
+        video_decoder = StreamingVideoDecoder(
+            c.video_vae,
+            self.params["video_vae"],
+            mode=decode_mode,
+            look_back=look_back,
+            look_ahead=look_ahead,
+            blend=blend,
+            dtype=self.dtype,
+        )
+        audio_params = {name: self.params[name] for name in ("audio_vae", "vocoder")}
+        audio_decoder = StreamingAudioDecoder(
+            c.audio_vae, c.vocoder, audio_params, dtype=self.dtype
+        )
+        return StreamingSession(
+            self.transformer(implementation),
+            self.params["transformer"],
+            rollout_config,
+            video_decoder,
+            audio_decoder,
+            contexts,
+            seed=seed,
+            max_blocks=max_blocks,
+        )
+
+
+def load_pipeline(directory: str | pathlib.Path, *, dtype: jnp.dtype) -> Pipeline:
+    """Restores the components a sampler needs; the vocoder stays fp32, as it is always run.
+
+    Raises:
+      ValueError: see `PipelineConfig.from_checkpoint`.
+    """
+    config = PipelineConfig.from_checkpoint(directory)
+    dtypes = {"transformer": dtype, "video_vae": dtype, "audio_vae": dtype, "vocoder": jnp.float32}
+    params = {
+        name: checkpoints.load_params(directory, name, dtype=component_dtype)
+        for name, component_dtype in dtypes.items()
+    }
+    return Pipeline(config, params, dtype)
