@@ -304,7 +304,6 @@ def rollout_config(args: argparse.Namespace, config: PipelineConfig) -> RolloutC
         sigmas=tuple(float(s) for s in flow.student_sigmas(args.timesteps)),
         height=height,
         width=width,
-        frame_rate=args.fps,
     )
 
 

@@ -94,7 +94,6 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
         sigmas=tuple(float(s) for s in flow.check_sigmas(sigmas)),
         height=height,
         width=width,
-        frame_rate=args.fps,
     )
     num_blocks = None if args.endless else layout.blocks_for_seconds(args.seconds)
     rollout.cache.blocks_in_positions(num_blocks)

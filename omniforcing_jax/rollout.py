@@ -39,7 +39,6 @@ class RolloutConfig:
       cache: layout, window, anchors and positions.
       sigmas: noise levels of the denoising steps, decreasing, with the final 0.
       height, width: of the video, in latents (32 pixels each).
-      frame_rate: pixel frames per second; positions are in seconds.
       context_noise: noise level at which a finished block writes its keys and values.
     """
 
@@ -47,11 +46,11 @@ class RolloutConfig:
     sigmas: tuple[float, ...]
     height: int
     width: int
-    frame_rate: float = 24.0
     context_noise: float = 0.0
 
     def __post_init__(self):
-        flow.check_sigmas(self.sigmas)
+        sigmas = flow.check_sigmas(self.sigmas)
+        object.__setattr__(self, "sigmas", tuple(float(s) for s in sigmas))  # hashable
         if self.height < 1 or self.width < 1:
             raise ValueError(f"height and width must be positive, not {self.height}x{self.width}")
         if not 0 <= self.context_noise < 1:
@@ -81,8 +80,20 @@ class RolloutConfig:
             audio_frames=layout.num_audio_frames(blocks),
             height=self.height,
             width=self.width,
-            frame_rate=self.frame_rate,
+            frame_rate=layout.frame_rate,
         )
+
+    def check_rope(self, rope: ClipRope, num_blocks: int | None) -> None:
+        """Raises ValueError when the tables are too short for `num_blocks` blocks."""
+        layout, blocks = self.cache.layout, self.cache.blocks_in_positions(num_blocks)
+        have = rope.video_time.cos.shape[0], rope.audio.cos.shape[0]
+        need = layout.num_video_frames(blocks), layout.num_audio_frames(blocks)
+        if have[0] < need[0] or have[1] < need[1]:
+            raise ValueError(
+                f"the RoPE tables cover {have[0]} video and {have[1]} audio latents, but "
+                f"{num_blocks} blocks need {need[0]} and {need[1]}; make them with "
+                f"rope(model, {num_blocks})"
+            )
 
     def check_model(self, model: Transformer) -> None:
         """Raises ValueError when the layout's sinks are not the model's."""
@@ -250,7 +261,12 @@ def bind(
     *,
     first: bool,
 ) -> BlockForward:
-    """Reads the cache and places the next block: all its forward passes share the result."""
+    """Reads the cache and places the next block: all its forward passes share the result.
+
+    Raises:
+      ValueError: the layout's sinks are not the model's.
+    """
+    config.check_model(model)
     layout, patches = config.cache.layout, config.patches
     if first:
         video_frames = jnp.arange(layout.first_video_frames)
@@ -296,7 +312,13 @@ def rollout(
 
     Returns:
       AVLatents of the clip, [B, T, C] float32 (T over all frames).
+
+    Raises:
+      ValueError: no blocks, or tables made for fewer blocks.
     """
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks must be at least 1, not {num_blocks}")
+    config.check_rope(rope, num_blocks)
     cache = new_cache(model, config, batch)
     noise = block_noise(key, 0, config, model, batch, first=True)
     first, cache = block_step(model, params, cache, text, rope, noise, config, first=True)

@@ -12,13 +12,14 @@ from omniforcing_jax.models.inputs import Modality
 from omniforcing_jax.models.layers import Attention
 from omniforcing_jax.models.rope import clip_rope
 from omniforcing_jax.models.transformer import Transformer, init_params
+from tests.tiny_model import QUICK_COMPILE, random_params
 
 FRAMES, AUDIO_FRAMES = 4, 26
 
 
 def velocities(config: TransformerConfig, change=None):
     model = Transformer(config)
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    params = random_params(config, 0)
     if change:
         params = change(params)
     rope = clip_rope(config, video_frames=FRAMES, audio_frames=AUDIO_FRAMES, height=1, width=2)
@@ -40,7 +41,10 @@ def velocities(config: TransformerConfig, change=None):
         rope.audio_cross_rope(audio_frames, sinks),
         context,
     )
-    return jax.jit(lambda p: model.apply({"params": p}, video, audio)[0])(params)
+    apply = jax.jit(
+        lambda p: model.apply({"params": p}, video, audio)[0], compiler_options=QUICK_COMPILE
+    )
+    return apply(params)
 
 
 def test_sinks_are_dropped_from_the_output_and_take_part():
@@ -75,23 +79,31 @@ def test_tanh_gate_starts_closed():
     """At alpha = 0 the four causal attentions contribute nothing; text attention still does."""
     config = tiny(tanh_gated_attention=True)
 
-    def zero_outputs(params):
+    def zeroed(params, what, names=("video_attn", "audio_attn", "a2v_attn", "v2a_attn")):
         blocks = dict(params["blocks"])
-        for name in ("video_attn", "audio_attn", "a2v_attn", "v2a_attn"):
-            out = jax.tree.map(jnp.zeros_like, blocks[name]["out"])
-            blocks[name] = {**blocks[name], "out": out}
+        for name in names:
+            zeros = jax.tree.map(jnp.zeros_like, blocks[name][what])
+            blocks[name] = {**blocks[name], what: zeros}
         return {**params, "blocks": blocks}
 
-    closed = velocities(config)
+    def closed_gates(params):
+        return zeroed(params, "alpha")
+
+    def zero_outputs(params):
+        return zeroed(params, "out")
+
+    def open_audio(params):
+        return zeroed(params, "alpha", ("video_attn", "a2v_attn", "v2a_attn"))
+
+    alpha = jax.jit(init_params, static_argnums=0)(Transformer(config), jax.random.key(0))[
+        "blocks"
+    ]["a2v_attn"]["alpha"]
+    np.testing.assert_array_equal(alpha, np.zeros((2, 1)))
+    closed = velocities(config, closed_gates)
     for a, b in zip(closed, velocities(config, zero_outputs)):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
-    def open_gates(params):
-        blocks = dict(params["blocks"])
-        blocks["audio_attn"] = {**blocks["audio_attn"], "alpha": jnp.ones((2, 1))}
-        return {**params, "blocks": blocks}
-
-    assert np.abs(np.asarray(closed[1]) - velocities(config, open_gates)[1]).max() > 1e-4
+    assert np.abs(np.asarray(closed[1]) - velocities(config, open_audio)[1]).max() > 1e-4
 
 
 def test_qk_norm_bounds_the_logits():

@@ -178,8 +178,8 @@ def test_equal_pushes_share_one_program(decoder, monkeypatch):
 
     monkeypatch.setattr(streaming_audio, "decode_audio_chunk", counted_decode)
     monkeypatch.setattr(vocoder, "vocoder_module", counted_module)
-    latents = random_latents(decoder, 25, batch=1)  # a batch no other test uses
-    state = decoder.init(1)
+    latents = random_latents(decoder, 25, batch=3)  # a batch no other test uses
+    state = decoder.init(3)
     for _ in range(5):
         state, _ = decoder.push(state, latents)
     decoder.flush(state)

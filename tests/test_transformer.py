@@ -35,9 +35,8 @@ class Reference:
             rope_from_bounds, heads=c.video_heads, frequency_dtype=c.rope_frequency_dtype
         )
         own = c.video_max_position if is_video else (c.audio_max_position,)
-        sigma = a[f"{case}_timesteps_{stream}"] if f"{case}_timesteps_{stream}" in a else None
-        if sigma is None:  # single-stream cases share the noise levels of a_uniform
-            sigma = a[f"a_uniform_timesteps_{stream}"]
+        # the single-stream cases share the noise levels of a_uniform
+        sigma = a.get(f"{case}_timesteps_{stream}", a[f"a_uniform_timesteps_{stream}"])
         key = f"{case}_sigma_{stream}"
         return Modality(
             latents=jnp.asarray(a[f"dit_{stream}_tokens"]),

@@ -70,6 +70,13 @@ class TransformerConfig:
         _one_of("cross_timestep", self.cross_timestep, ("own", "other", "own_other_gate"))
         _one_of("perturbation", self.perturbation, ("zero", "value"))
         _one_of("sink_rope", self.sink_rope, ("identity", "incremental"))
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, not {self.num_layers}")
+        if self.video_head_dim % 2 or self.audio_head_dim % 2:
+            raise ValueError(
+                "RoPE rotates pairs of channels, so head dims must be even, not "
+                f"{self.video_head_dim} and {self.audio_head_dim}"
+            )
         if self.num_audio_sinks < 0:
             raise ValueError(f"num_audio_sinks must be 0 or more, not {self.num_audio_sinks}")
         if self.video_heads != self.audio_heads:
@@ -127,7 +134,7 @@ class TransformerConfig:
         audio_heads = t.get("audio_num_attention_heads", heads)
         text_adaln = bool(t.get("cross_attention_adaln", False))
         projected = not t.get("caption_proj_before_connector", False)
-        major_minor = tuple(int(x) for x in model_version.split(".")[:2])
+        major_minor = _major_minor(model_version)
         if major_minor < (2, 3):
             cross_timestep, perturbation = "own", "zero"
         elif major_minor == (2, 3):
@@ -162,6 +169,9 @@ class TransformerConfig:
             video_ff_bias=bool(t.get("ff_bias", True)),
             keyframe_embedding=bool(t.get("use_keyframes_abs_pos_embedding", False)),
             num_audio_sinks=int(t.get("num_audio_sink_tokens", 0)),
+            sink_rope=t.get("sink_rope", "identity"),
+            extra_qk_norm=bool(t.get("extra_qk_norm", False)),
+            tanh_gated_attention=bool(t.get("tanh_gated_attention", False)),
         )
 
 
@@ -180,6 +190,16 @@ def tiny(**changes: Any) -> TransformerConfig:
         audio_context_dim=16,
     )
     return dataclasses.replace(config, **changes)
+
+
+def _major_minor(model_version: str) -> tuple[int, int]:
+    try:
+        major, minor = str(model_version).split(".")[:2]
+        return int(major), int(minor)
+    except ValueError:
+        raise ValueError(
+            f"model_version is {model_version!r}; it should look like '2.0.0' or '2.3.0'"
+        ) from None
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -202,6 +222,9 @@ _FIXED = {
     "double_self_attention": False,
     "only_cross_attention": False,
     "share_ff": False,
+    "cross_attention_norm": True,
+    "upcast_attention": False,
+    "use_linear_projection": False,
 }
 
 _REQUIRED = (
@@ -223,5 +246,10 @@ def _supported(transformer: Mapping[str, Any]) -> None:
         if key in transformer and transformer[key] != value
     ]
     problems += [f"{key} is missing" for key in _REQUIRED if key not in transformer]
+    for stream in ("", "audio_"):
+        inputs = transformer.get(f"{stream}in_channels")
+        outputs = transformer.get(f"{stream}out_channels", inputs)
+        if inputs is not None and outputs != inputs:
+            problems.append(f"{stream}out_channels ({outputs}) must equal in_channels ({inputs})")
     if problems:
         raise ValueError("transformer metadata: " + "; ".join(problems))

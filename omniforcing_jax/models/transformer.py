@@ -223,6 +223,11 @@ class Transformer(nn.Module):
     def _scanned_block(self) -> Block:
         block = Block
         if self.remat != "none":
+            if self.remat != "full" and not hasattr(jax.checkpoint_policies, self.remat):
+                raise ValueError(
+                    f"remat is {self.remat!r}; it must be 'none', 'full', or the name of a policy "
+                    "in jax.checkpoint_policies"
+                )
             policy = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
             block = nn.remat(Block, policy=policy, prevent_cse=False)
         shared = {
@@ -262,6 +267,7 @@ class Transformer(nn.Module):
           new keys and values: Pathways of KV [L, B, S, N, H], keys not rotated, else None.
         """
         self._check(video, audio, text)
+        self._check_causal(video, audio)
         sinks = self.config.num_audio_sinks if history is None and audio is not None else 0
         if audio is not None:
             audio = self._audio_sigma_with_sinks(audio, sinks)
@@ -330,11 +336,34 @@ class Transformer(nn.Module):
                 )
             if stream.context is None and text is None:
                 raise ValueError(f"{name}: neither a text context nor text K/V was given")
+            if stream.keyframes is not None and not self.config.keyframe_embedding:
+                raise ValueError(f"{name}: this model has no keyframe embedding (LTX-2.5 has)")
             width = self.config.text_dims[0 if name == "video" else 1]
             if stream.context is not None and stream.context.shape[-1] != width:
                 raise ValueError(
                     f"{name}: text features are {stream.context.shape[-1]} wide, this model takes "
                     f"{width}; were they encoded for another model version?"
+                )
+
+    def _check_causal(self, video, audio):
+        if self.causal is None:
+            return
+        clip = self.causal
+        expected = {"video": clip.video_frames * clip.patches, "audio": clip.audio_frames}
+        for name, stream in (("video", video), ("audio", audio)):
+            if stream is None:
+                continue
+            if stream.latents.shape[1] != expected[name]:
+                raise ValueError(
+                    f"{name}: {stream.latents.shape[1]} tokens, but the block-causal mask was made "
+                    f"for {expected[name]}"
+                )
+            by_sample = self.config.text_adaln or self.config.cross_timestep != "own"
+            if by_sample and stream.sigma.shape[1] > 1:
+                # While sampling, a block's own sigma takes the place of the sample's.
+                raise ValueError(
+                    "this model modulates by the sample's sigma, which has no meaning in a "
+                    "block-causal clip whose blocks differ; give one sigma per sample [B, 1]"
                 )
 
     def _audio_sigma_with_sinks(self, audio: Modality, sinks: int) -> Modality:
