@@ -16,7 +16,7 @@ PYTEST := NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest --
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow aot lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,11 @@ demo: $(VENV)/.installed  ## random tiny model: convert it, stream 6 s of video 
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow tests
 	$(PYTEST)
+
+aot: $(VENV)/.installed  ## compile the 19B block step for the CPU and for four TPU v5p chips
+	$(PIP) install --use-pep517 --editable '.[tpu]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m launch.aot_compile --target cpu
+	JAX_PLATFORMS=cpu $(BIN)/python -m launch.aot_compile --target v5p:2x2x1 --tensor 4
 
 test-slow: $(VENV)/.installed-test  ## the slow tests only
 	$(PYTEST) -m slow
