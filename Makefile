@@ -34,7 +34,7 @@ demo: $(VENV)/.installed  ## random tiny model: convert it, stream 6 s of video 
 	@echo
 	@echo "$(DEMO)/clip.mp4  6 s of video with sound, written while it was generated"
 	@echo "$(DEMO)/clip.png  the same at a glance: frames, waveform, spectrogram"
-	@echo "The weights are random, so picture and sound are noise; both run for the same 6 s."
+	@echo "The weights are random: drifting clouds of colour and noise, both for the same 6 s."
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow tests
 	$(PYTEST)

@@ -330,6 +330,8 @@ def _values(key: str, shape: tuple[int, ...], seed: int, dtype: np.dtype) -> np.
         return np.full(shape, 1 / shape[-1], dtype)
     if "stft_fn" in key:
         return _stft_basis(shape).astype(dtype)
+    if key.startswith("vae.decoder.") and name == "weight":
+        return _smooth_conv(key, shape, seed).astype(dtype)
     mean, scale = 0.0, 0.05
     if "_norm.weight" in key:
         mean = 1.0
@@ -339,10 +341,30 @@ def _values(key: str, shape: tuple[int, ...], seed: int, dtype: np.dtype) -> np.
         scale = 1 / math.sqrt(fan_in)
     elif name in ("learnable_registers", "audio_sink_tokens"):
         scale = 1.0
+    return (mean + scale * _noise(key, shape, seed)).astype(dtype)
+
+
+def _noise(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     count = math.prod(shape)
     rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
-    noise = rng.standard_normal(min(count, _POOL), np.float32)
-    return np.resize((mean + scale * noise).astype(dtype), count).reshape(shape)
+    return np.resize(rng.standard_normal(min(count, _POOL), np.float32), count).reshape(shape)
+
+
+def _smooth_conv(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Video decoder weights that blur in space and time and mix channels at random.
+
+    The pixels that one position turns into share their weights, so a random model shows drifting
+    clouds of colour, in which a seam between blocks can be seen, and not grain.
+    """
+    outputs, inputs, *kernel = shape
+    shared = 16 if "conv_out" in key else 8 if ".conv.conv." in key else 1
+    if outputs % shared:
+        shared = 1
+    mix = _noise(key, (outputs // shared, inputs), seed) / math.sqrt(inputs)
+    blur = np.ones(())
+    for size in kernel:
+        blur = np.multiply.outer(blur, np.hanning(size + 2)[1:-1] / np.hanning(size + 2).sum())
+    return np.multiply.outer(np.repeat(mix, shared, axis=0), blur).astype(np.float32)
 
 
 def _hann(length: int) -> np.ndarray:

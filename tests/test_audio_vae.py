@@ -229,7 +229,7 @@ def test_missing_setting_is_named(ltx20):
 
 
 def test_published_clip_lengths():
-    """121 frames at 24 fps are 126 latents and 501 mel frames (`ltx2.md` 4.7)."""
+    """121 frames at 24 fps are 126 latents and 501 mel frames."""
     config = AudioVAEConfig()
     assert config.latent_width == 128
     assert config.num_mel_frames(126) == 501

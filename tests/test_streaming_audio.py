@@ -116,7 +116,7 @@ def test_sample_counts_of_both_layouts(golden_dir):
     assert prefix == [0, (101 - 18) * 240, (201 - 18) * 240]
     merged = [decoder.samples_after(n, False) for n in np.cumsum(MERGED)]
     assert merged == prefix[1:]
-    # 121 frames at 24 fps: 126 latents, 501 mel frames (`ltx2.md` 4.7)
+    # 121 frames at 24 fps: 126 latents, 501 mel frames
     assert decoder.samples_after(126, True) == 120240
     assert decoder.samples_after(0, False) == decoder.samples_after(0, True) == 0
     assert decoder.sample_rate == 24000

@@ -160,7 +160,7 @@ def test_resampler_filter_matches_reference(ltx23):
 
 
 def from_diffusers(state_dict):
-    """Our tree from the state dict of a diffusers vocoder (renames of `ltx2.md` 2.6)."""
+    """Our tree from the state dict of a diffusers vocoder."""
     renames = {
         "conv_in": "conv_pre",
         "conv_out": "conv_post",
@@ -330,7 +330,7 @@ def test_context_is_what_a_frame_reaches():
 
 
 def test_published_rates_and_contexts():
-    """`ltx2.md` 4.8: LTX-2.0 needs 18 mel frames on both sides."""
+    """LTX-2.0 needs 18 mel frames on both sides."""
     hifigan = VocoderConfig()
     assert (hifigan.sample_rate, hifigan.hop) == (24000, 240)
     assert (hifigan.left_context, hifigan.right_context, hifigan.context) == (18, 18, 18)

@@ -1,4 +1,4 @@
-"""Audio VAE of LTX-2: log-mel spectrogram <-> latents, 25 per second (`ltx2.md` 4.7).
+"""Audio VAE of LTX-2: log-mel spectrogram <-> latents, 25 per second.
 
 2-D convolutions over (time, mel bin) that are causal in time: each pads two zero rows before its
 input and none after. The decoder is therefore exactly causal, and decoding a clip in chunks is

@@ -1,6 +1,6 @@
 """Signal processing of the LTX-2.3 vocoder: anti-aliased SnakeBeta, causal STFT, x3 resampler.
 
-Everything is fp32 and works on [B, T, C] (`ltx2.md` 4.8; BigVGAN, arXiv:2206.04658). The
+Everything is fp32 and works on [B, T, C] (BigVGAN, arXiv:2206.04658). The
 checkpoint carries its own low-pass filters and STFT bases, rounded to bfloat16 and used as such in
 training: they are parameters here, and the analytic formulas only initialise them.
 """

@@ -1,4 +1,4 @@
-"""Waveform to log-mel spectrogram: the front end of the LTX-2 audio VAE (`ltx2.md` 4.7).
+"""Waveform to log-mel spectrogram: the front end of the LTX-2 audio VAE.
 
 Two pure functions on waveforms [B, N, S] (batch, samples, stereo channel): windowed-sinc resampling
 to 16 kHz, then a magnitude mel spectrogram at 100 frames per second in natural log.

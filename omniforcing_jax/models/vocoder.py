@@ -1,4 +1,4 @@
-"""Log-mel spectrogram to stereo waveform: the vocoders of LTX-2 (`ltx2.md` 4.8), always in fp32.
+"""Log-mel spectrogram to stereo waveform: the vocoders of LTX-2, always in fp32.
 
 LTX-2.0: one HiFi-GAN generator, 24 kHz. LTX-2.3: a BigVGAN generator to 16 kHz, whose output is
 turned into a second spectrogram from which a second generator predicts what the x3 resampled
