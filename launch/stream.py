@@ -30,6 +30,7 @@ from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
 from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.streaming import Chunk, StreamingSession
 
+DEFAULT_TIMESTEPS = (1000, 909, 725, 421)
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -54,8 +55,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
-        "--timesteps", type=float, nargs="+", default=[1000, 909, 725, 421],
-        help="student timesteps, snapped to the teacher's 40-step schedule (default: 4 steps)",
+        "--timesteps", type=float, nargs="+",
+        help="student timesteps, snapped to the teacher's 40-step schedule "
+        "(default: those of the checkpoint, else 1000 909 725 421)",
     )  # fmt: skip
     steps.add_argument("--sigmas", type=float, nargs="+", help="noise levels, ending with 0")
     add("--layout", choices=("prefix", "merged"), help="default: the one of the checkpoint")
@@ -88,7 +90,8 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
     """
     height, width = config.check_size(args.height, args.width)
     layout = config.layout(args.layout, args.fps)
-    sigmas = args.sigmas or flow.student_sigmas(args.timesteps)
+    timesteps = args.timesteps or config.timesteps or DEFAULT_TIMESTEPS
+    sigmas = args.sigmas or flow.student_sigmas(timesteps)
     rollout = RolloutConfig(
         cache=CacheConfig(layout, args.window, args.anchors, args.positions),
         sigmas=tuple(float(s) for s in flow.check_sigmas(sigmas)),

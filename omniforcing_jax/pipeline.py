@@ -22,14 +22,19 @@ from omniforcing_jax.streaming_video import StreamingVideoDecoder
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """What `config.json` of a converted checkpoint says, parsed."""
+    """What `config.json` of a converted checkpoint says, parsed.
+
+    Attributes:
+      layout_name, timesteps: what a student was trained with; None for LTX-2 itself.
+    """
 
     transformer: TransformerConfig
     video_vae: VideoVAEConfig
     audio_vae: AudioVAEConfig
     vocoder: VocoderConfig
     model_version: str
-    layout_name: str | None
+    layout_name: str | None = None
+    timesteps: tuple[float, ...] | None = None
 
     @classmethod
     def from_checkpoint(cls, directory: str | pathlib.Path) -> "PipelineConfig":
@@ -40,13 +45,16 @@ class PipelineConfig:
         """
         config = checkpoints.load_config(directory)
         student = config.get("student") or {}
-        return cls.from_metadata(config["config"], config["model_version"], student.get("layout"))
+        return cls.from_metadata(config["config"], config["model_version"], student)
 
     @classmethod
     def from_metadata(
-        cls, metadata: dict[str, Any], model_version: str, layout_name: str | None = None
+        cls, metadata: dict[str, Any], model_version: str, student: dict[str, Any] | None = None
     ) -> "PipelineConfig":
         """Parses the `config` object of an LTX-2 safetensors header.
+
+        Args:
+          student: {"layout", "timesteps"} of a block-causal student.
 
         Raises:
           ValueError: a component's configuration is missing, or a setting is not supported.
@@ -57,13 +65,24 @@ class PipelineConfig:
                 f"the checkpoint has no configuration for {', '.join(missing)}; convert again from "
                 "a complete LTX-2 file, or give one as --base to checkpoint_converters.omniforcing"
             )
+        transformer = TransformerConfig.from_metadata(metadata["transformer"], model_version)
+        video_vae = VideoVAEConfig.from_metadata(metadata["vae"])
+        audio_vae = AudioVAEConfig.from_metadata(metadata["audio_vae"])
+        channels = (transformer.video_channels, transformer.audio_channels)
+        if channels != (video_vae.latent_channels, audio_vae.latent_width):
+            raise ValueError(
+                f"the transformer makes latents of {channels} channels (video, audio), the VAEs "
+                f"take {(video_vae.latent_channels, audio_vae.latent_width)}: they belong to "
+                "different models; convert both from the same release"
+            )
         return cls(
-            transformer=TransformerConfig.from_metadata(metadata["transformer"], model_version),
-            video_vae=VideoVAEConfig.from_metadata(metadata["vae"]),
-            audio_vae=AudioVAEConfig.from_metadata(metadata["audio_vae"]),
+            transformer=transformer,
+            video_vae=video_vae,
+            audio_vae=audio_vae,
             vocoder=VocoderConfig.from_metadata(metadata["vocoder"]),
             model_version=model_version,
-            layout_name=layout_name,
+            layout_name=(student or {}).get("layout"),
+            timesteps=tuple((student or {}).get("timesteps") or ()) or None,
         )
 
     def layout(self, name: str | None = None, frame_rate: float = 24.0) -> BlockLayout:

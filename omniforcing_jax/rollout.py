@@ -49,8 +49,8 @@ class RolloutConfig:
     context_noise: float = 0.0
 
     def __post_init__(self):
-        sigmas = flow.check_sigmas(self.sigmas)
-        object.__setattr__(self, "sigmas", tuple(float(s) for s in sigmas))  # hashable
+        flow.check_sigmas(self.sigmas)
+        object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))  # hashable
         if self.height < 1 or self.width < 1:
             raise ValueError(f"height and width must be positive, not {self.height}x{self.width}")
         if not 0 <= self.context_noise < 1:

@@ -169,6 +169,10 @@ def test_pipeline_config_names_what_is_missing():
     metadata = synthetic.metadata("tiny", "2.0")
     with pytest.raises(ValueError, match="vocoder"):
         PipelineConfig.from_metadata({**metadata, "vocoder": None}, "2.0.0")
+    channels = {"in_channels": 16, "out_channels": 16}
+    other = {**metadata, "transformer": {**metadata["transformer"], **channels}}
+    with pytest.raises(ValueError, match="different models"):
+        PipelineConfig.from_metadata(other, "2.0.0")
     config = PipelineConfig.from_metadata(metadata, "2.0.0")
     with pytest.raises(ValueError, match="multiples of 32"):
         config.check_size(250, 384)
