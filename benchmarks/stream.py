@@ -16,6 +16,7 @@ also compares the last blocks of a long stream with the first ones after the cac
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import pathlib
 import platform
@@ -32,7 +33,7 @@ from omniforcing_jax import flops, flow, rollout, text_features
 from omniforcing_jax.kv_cache import CacheConfig, cache_bytes
 from omniforcing_jax.models import video_vae, vocoder
 from omniforcing_jax.models.audio_vae import AudioDecoder
-from omniforcing_jax.models.transformer import init_params
+from omniforcing_jax.models.transformer import Transformer, init_params
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig
 from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.streaming import StreamingSession, Timings, encode_prompt
@@ -73,6 +74,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def random_transformer(model: Transformer, key: jax.Array) -> dict:
+    """Random weights of any size in the model's dtype, one array at a time.
+
+    The module's own `init` would draw 19B numbers in fp32 and hold them beside their bf16 copies.
+    """
+    shapes = jax.eval_shape(lambda k: init_params(model, k), key)
+    leaves, tree = jax.tree.flatten_with_path(shapes)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def draw(key, shape, scale):
+        return scale * jax.random.normal(key, shape, model.dtype)
+
+    arrays = []
+    for i, (path, leaf) in enumerate(leaves):
+        name = path[-1].key
+        if name in ("bias", "scale"):
+            fill = jnp.zeros if name == "bias" else jnp.ones
+            arrays.append(fill(leaf.shape, model.dtype))
+        else:
+            # [in, out], or [layers, in, out]; tables [rows, width] start small as well
+            arrays.append(draw(jax.random.fold_in(key, i), leaf.shape, leaf.shape[-2] ** -0.5))
+    return jax.tree.unflatten(tree, arrays)
+
+
 def random_pipeline(args: argparse.Namespace) -> Pipeline:
     """A pipeline with random weights, made on the device in the dtype they are used in."""
     dtype = DTYPES[args.dtype]
@@ -88,7 +113,7 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
 
     model = pipeline.transformer(args.attention)
     params = {
-        "transformer": jax.jit(lambda k: cast(init_params(model, k)))(jax.random.key(0)),
+        "transformer": random_transformer(model, jax.random.key(0)),
         "video_vae": jax.jit(lambda k: cast(video_vae.init_params(config.video_vae, k)))(
             jax.random.key(1)
         ),

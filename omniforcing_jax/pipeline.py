@@ -12,7 +12,7 @@ from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.models.audio_vae import AudioVAEConfig
 from omniforcing_jax.models.config import TransformerConfig
 from omniforcing_jax.models.transformer import Transformer
-from omniforcing_jax.models.video_vae import VideoVAEConfig
+from omniforcing_jax.models.video_vae import VideoVAEConfig, check_latents
 from omniforcing_jax.models.vocoder import VocoderConfig
 from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.streaming import StreamingSession
@@ -95,9 +95,11 @@ class PipelineConfig:
         """Pixels to latents.
 
         Raises:
-          ValueError: not multiples of the VAE's spatial compression.
+          ValueError: not multiples of the VAE's spatial compression, or too small for its decoder.
         """
-        return self.video_vae.latent_size(height, width)
+        size = self.video_vae.latent_size(height, width)
+        check_latents(self.video_vae, (1, 1, *size, self.video_vae.latent_channels))
+        return size
 
 
 @dataclasses.dataclass(frozen=True)

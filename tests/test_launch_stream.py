@@ -111,6 +111,7 @@ def test_ctrl_c_ends_an_endless_stream_properly(checkpoint):
     "change, message",
     [
         (["--height", "100"], "multiples of 32"),
+        (["--height", "32"], "at least"),
         (["--seconds", "-1"], "seconds"),
         (["--fps", "23"], "frame rate"),
         (["--window", "0"], "window must be at least 1"),
