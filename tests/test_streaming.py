@@ -138,6 +138,18 @@ def test_runs_past_its_window_without_recompiling(pipeline):
     assert live.snapshot()["cache"].kv.video.k.shape[2] == (1 + 3) * 4  # the cache has not grown
 
 
+@pytest.mark.slow
+def test_clocks_after_two_hundred_seconds(pipeline):
+    live = session(pipeline, make_config(pipeline, window=3, anchor_blocks=1))
+    shape = jax.tree.map(np.shape, live.snapshot()["cache"])
+    for _ in range(201):
+        chunk = live.step()
+        assert np.isfinite(chunk.waveform).all() and chunk.frames.std() > 0
+    assert live.num_frames == 200 * 24 + 1
+    assert live.num_samples == (4 * (1 + 200 * 25) - 3 - 18) * 240
+    assert jax.tree.map(np.shape, live.snapshot()["cache"]) == shape
+
+
 def test_modulated_text_attention(random_pipeline):
     """LTX-2.3: text keys depend on the noise level; 48 kHz sound."""
     pipeline = random_pipeline("2.3")

@@ -107,6 +107,18 @@ def test_stream_matches_reference_2_3(golden_dir):
     np.testing.assert_allclose(stream(decoder, tokens, (6,)), wanted, atol=3e-4, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [PREFIX, MERGED])
+def test_chunks_of_the_whole_2_3_vocoder(golden_dir, chunks):
+    """All layers of LTX-2.3's two vocoder stages, whose compilation takes most of a minute."""
+    vae_config, config, params, _ = load(golden_dir, "ltx23")
+    decoder = StreamingAudioDecoder(vae_config, config, params)
+    latents = random_latents(decoder, sum(chunks), batch=1)
+    mel = decode_audio(params["audio_vae"], vae_config, latents)
+    whole = vocode(params["vocoder"], config, mel)
+    np.testing.assert_allclose(stream(decoder, latents, chunks), whole, atol=3e-4, rtol=0)
+
+
 def test_sample_counts_of_both_layouts(golden_dir):
     """4 T - 3 mel frames, minus the vocoder's look-ahead before the flush."""
     vae_config, config, params, _ = load(golden_dir, "ltx2")
