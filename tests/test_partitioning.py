@@ -55,3 +55,37 @@ def test_sharded_rollout_equals_unsharded():
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip().endswith("ok")
+
+
+RESTORE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from omniforcing_jax import checkpoints, partitioning
+from omniforcing_jax.models.transformer import Transformer, init_boxed_params
+from omniforcing_jax.pipeline import PipelineConfig
+
+folder = sys.argv[1]
+model = Transformer(PipelineConfig.from_checkpoint(folder).transformer)
+boxed = jax.eval_shape(lambda k: init_boxed_params(model, k), jax.random.key(0))
+mesh = partitioning.make_mesh(fsdp=4, tensor=2)
+places = partitioning.shardings(boxed, mesh)
+sharded = checkpoints.load_params(folder, "transformer", dtype=jnp.float32, sharding=places)
+whole = checkpoints.load_params(folder, "transformer", dtype=jnp.float32)
+kernel = sharded["blocks"]["video_ff"]["up"]["kernel"]
+layers, width, hidden = kernel.shape
+assert kernel.addressable_shards[0].data.shape == (layers, width // 4, hidden // 2)
+for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+print("ok")
+"""
+
+
+def test_converted_checkpoint_restores_onto_a_mesh(random_checkpoint):
+    result = subprocess.run(
+        [sys.executable, "-c", RESTORE, str(random_checkpoint("2.0"))],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().endswith("ok")
