@@ -1,0 +1,165 @@
+"""What a Gemma 3 folder says about its text tower, as one frozen dataclass."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+_LAYER_TYPES = {"sliding_attention": False, "full_attention": True}
+_ROPE_TYPES = ("default", "linear")
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers")
+
+# Settings with a single value in every published Gemma 3; absent means that value.
+_FIXED = {
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes of a Gemma 3 text tower. The defaults are the 12B model.
+
+    Attributes:
+      vocab_size: V, rows of the embedding table.
+      hidden_size: D.
+      intermediate_size: hidden width of the gated feed-forward.
+      is_global: one flag per layer; False sees the last `sliding_window` tokens only.
+      num_heads, num_kv_heads: N and K; N / K query heads share a key/value head.
+      query_pre_attn_scalar: the logits are divided by its square root.
+      local_rope_theta, local_rope_factor: base of the rotary embedding and divisor of the positions
+        in layers with a window.
+      global_rope_theta, global_rope_factor: the same in global layers.
+    """
+
+    vocab_size: int = 262208
+    hidden_size: int = 3840
+    intermediate_size: int = 15360
+    is_global: tuple[bool, ...] = (False, False, False, False, False, True) * 8
+    num_heads: int = 16
+    num_kv_heads: int = 8
+    head_dim: int = 256
+    query_pre_attn_scalar: float = 256.0
+    sliding_window: int = 1024
+    local_rope_theta: float = 10000.0
+    local_rope_factor: float = 1.0
+    global_rope_theta: float = 1000000.0
+    global_rope_factor: float = 8.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        problems = []
+        if self.num_heads % self.num_kv_heads:
+            problems.append(
+                f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly"
+            )
+        if self.head_dim % 2:
+            problems.append(f"RoPE rotates pairs of channels, so head_dim {self.head_dim} is odd")
+        if self.sliding_window < 1:
+            problems.append(f"sliding_window must be at least 1, not {self.sliding_window}")
+        if not self.is_global:
+            problems.append("there must be at least one layer")
+        if problems:
+            raise ValueError("Gemma: " + "; ".join(problems))
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.is_global)
+
+    @property
+    def num_states(self) -> int:
+        """L + 1 hidden states: the embeddings and one per layer."""
+        return self.num_layers + 1
+
+    @classmethod
+    def from_metadata(cls, text_config: Mapping[str, Any]) -> "GemmaConfig":
+        """Reads `text_config` of a Hugging Face config.json, in the old or the new form.
+
+        Published files leave out what equals the defaults of `transformers`; those apply here.
+
+        Raises:
+          ValueError: a missing key, or a setting this implementation does not have; names all of
+            them and what is supported.
+        """
+        t = dict(text_config)
+        ropes = {kind: _rope_settings(t, kind) for kind in _LAYER_TYPES}
+        _check_metadata(t, ropes)
+        local, glob = ropes["sliding_attention"], ropes["full_attention"]
+        return cls(
+            vocab_size=t.get("vocab_size", 262208),
+            hidden_size=t["hidden_size"],
+            intermediate_size=t["intermediate_size"],
+            is_global=tuple(_LAYER_TYPES[kind] for kind in _layer_types(t)),
+            num_heads=t.get("num_attention_heads", 8),
+            num_kv_heads=t.get("num_key_value_heads", 4),
+            head_dim=t.get("head_dim", 256),
+            query_pre_attn_scalar=float(t.get("query_pre_attn_scalar", 256)),
+            sliding_window=t.get("sliding_window", 4096),
+            local_rope_theta=float(local["rope_theta"]),
+            local_rope_factor=float(local.get("factor", 1.0)),
+            global_rope_theta=float(glob["rope_theta"]),
+            global_rope_factor=float(glob.get("factor", 1.0)),
+            norm_eps=float(t.get("rms_norm_eps", 1e-6)),
+        )
+
+
+def _layer_types(t: Mapping[str, Any]) -> list[str]:
+    """One type per layer; older files give the distance between global layers instead."""
+    if t.get("layer_types") is not None:
+        return list(t["layer_types"])
+    pattern = t.get("sliding_window_pattern", 6)
+    kinds = ("full_attention", "sliding_attention")
+    return [kinds[bool((i + 1) % pattern)] for i in range(t.get("num_hidden_layers", 0))]
+
+
+def _rope_settings(t: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """{"rope_type", "rope_theta", ...} of a layer type, from `rope_parameters` or older keys."""
+    is_global = _LAYER_TYPES[kind]
+    theta_key, default = ("rope_theta", 1e6) if is_global else ("rope_local_base_freq", 1e4)
+    settings: dict[str, Any] = {}
+    if t.get("rope_parameters") is not None:
+        settings |= t["rope_parameters"].get(kind) or {}
+    elif is_global:  # the older `rope_scaling` never applied to layers with a window
+        settings |= t.get("rope_scaling") or {}
+    if "type" in settings:  # oldest name
+        settings.setdefault("rope_type", settings["type"])
+    settings.setdefault("rope_type", "default")
+    settings.setdefault("rope_theta", t.get(theta_key, default))
+    return settings
+
+
+def _check_metadata(t: Mapping[str, Any], ropes: Mapping[str, Mapping[str, Any]]) -> None:
+    problems = [f"{key} is missing" for key in _REQUIRED if key not in t]
+    problems += [
+        f"{key} is {t[key]!r}; only {value!r} is supported"
+        for key, value in _FIXED.items()
+        if key in t and t[key] != value and not (value is False and t[key] is None)
+    ]
+    kinds = _layer_types(t)
+    unknown = sorted(set(kinds) - set(_LAYER_TYPES))
+    if unknown:
+        known = ", ".join(_LAYER_TYPES)
+        problems.append(f"layer_types has {', '.join(unknown)}; only {known} are supported")
+    if "num_hidden_layers" in t and len(kinds) != t["num_hidden_layers"]:
+        problems.append(
+            f"layer_types has {len(kinds)} entries for {t['num_hidden_layers']} layers; one per "
+            "layer is supported"
+        )
+    for kind, settings in ropes.items():
+        if settings["rope_type"] not in _ROPE_TYPES:
+            problems.append(
+                f"rope_type of {kind} is {settings['rope_type']!r}; only "
+                f"{' and '.join(_ROPE_TYPES)} are supported"
+            )
+        elif settings["rope_type"] == "linear" and "factor" not in settings:
+            problems.append(f"rope_type of {kind} is 'linear', but its factor is missing")
+        if settings.get("partial_rotary_factor", 1.0) != 1.0:
+            problems.append(
+                f"partial_rotary_factor of {kind} is {settings['partial_rotary_factor']!r}; only "
+                "1.0 is supported"
+            )
+    if problems:
+        raise ValueError("Gemma text config: " + "; ".join(problems))
