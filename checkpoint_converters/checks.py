@@ -106,23 +106,38 @@ def tensor_problems(
         except ValueError as error:
             unknown_config.append(f"metadata of {component}: {error}")
             components = tuple(c for c in components if c != component)
+    width = config.get("transformer", {}).get("caption_channels", 1)
+    problems += compare(tensors, expected, width)
+    checked = (None, *components)
+    for key in tensors:
+        if key not in expected and owner(key) in checked and not key_map.is_ignored(key):
+            problems.append((key, "is not part of the model that the metadata describes"))
+    return unknown_config + grouped(problems)
+
+
+def compare(
+    tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], width: int = 1
+) -> list[tuple[str, str]]:
+    """(key, what is wrong): missing and misshapen tensors and unusable dtypes.
+
+    Args:
+      tensors: those that are there.
+      expected: {key: shape}; where it says `ANY`, a multiple of `width` is right.
+      width: see `expected`.
+    """
+    problems = []
     for key, shape in expected.items():
         if key not in tensors:
             problems.append((key, f"missing, shape {_text(shape)}"))
             continue
         info = tensors[key]
-        width = config.get("transformer", {}).get("caption_channels", 1)
         if not _matches(info.shape, shape, width):
             problems.append((key, f"has shape {_text(info.shape)}, must be {_text(shape)}"))
         if info.dtype_code not in WEIGHT_DTYPES:
             problems.append(
                 (key, f"has dtype {info.dtype_code}; use the bfloat16 or float32 file instead")
             )
-    checked = (None, *components)
-    for key in tensors:
-        if key not in expected and owner(key) in checked and not key_map.is_ignored(key):
-            problems.append((key, "is not part of the model that the metadata describes"))
-    return unknown_config + _grouped(problems)
+    return problems
 
 
 def _matches(shape: tuple[int, ...], expected: tuple[int, ...], width: int) -> bool:
@@ -137,11 +152,11 @@ def _text(shape: tuple[int, ...]) -> str:
     return "(" + ", ".join("any" if size == ANY else str(size) for size in shape) + ")"
 
 
-def _grouped(problems: list[tuple[str, str]]) -> list[str]:
-    """One line per kind of tensor: the numbers of equal problems in different blocks are joined."""
+def grouped(problems: list[tuple[str, str]]) -> list[str]:
+    """One line per kind of tensor: the numbers of equal problems in different layers are joined."""
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for key, text in problems:
-        match = re.search(r"blocks\.(\d+)\.", key)
+        match = re.search(r"(?:blocks|layers)\.(\d+)\.", key)
         number = match[1] if match else ""
         pattern = key if not match else key[: match.start(1)] + "*" + key[match.end(1) :]
         groups.setdefault((pattern, text), []).append((number, key))

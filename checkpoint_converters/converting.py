@@ -36,12 +36,14 @@ class Plan(NamedTuple):
       tensors: {official key: tensor} of the components to stream.
       components: those to stream.
       copies: component folders of an already converted checkpoint, to be copied as they are.
+      files: other files that belong to the checkpoint, copied into its folder.
     """
 
     config_json: dict
     tensors: Mapping[str, TensorInfo]
     components: tuple[str, ...]
     copies: tuple[pathlib.Path, ...] = ()
+    files: tuple[pathlib.Path, ...] = ()
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -114,6 +116,7 @@ def run(
             for component in plan.components
         }
     copied = [f for folder in plan.copies for f in folder.rglob("*") if f.is_file()]
+    copied += plan.files
     every = [leaf for group in leaves.values() for leaf in group]
     num_bytes = sum(leaf.num_bytes for leaf in every)
     num_bytes += sum(file.stat().st_size for file in copied)
@@ -132,6 +135,8 @@ def run(
         if index == 0:
             for folder in plan.copies:
                 shutil.copytree(folder, partial / folder.name)
+            for file in plan.files:
+                shutil.copyfile(file, partial / file.name)
             (partial / "config.json").write_text(json.dumps(plan.config_json, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""Official LTX-2 checkpoint keys <-> paths in our parameter trees: one table, both directions.
+"""Official checkpoint keys <-> paths in our parameter trees: one table, both directions.
 
 A row is (component, official key, path, kind). Placeholders stand for the parts that vary:
 `<i>`, `<j>` are integers that appear on both sides, `<layer>` is an integer that becomes the
@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
+COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")  # of LTX-2
+TEXT_TOWER = "text_tower"  # of Gemma, which has a checkpoint of its own
 
 DIT = "model.diffusion_model."
+GEMMA = "language_model.model."
 
 
 class Transform(NamedTuple):
@@ -72,6 +74,7 @@ KINDS: dict[str, dict[str, tuple[str, Transform]]] = {
         ".bias": ("/bias", _AS_IS),
     },
     "norm": {".weight": ("/scale", _AS_IS)},
+    "embedding": {".weight": ("/embedding", _AS_IS)},
     "array": {"": ("", _AS_IS)},
     "sinks": {"": ("", Transform(squeeze=True))},
 }
@@ -165,6 +168,14 @@ NAMES: dict[str, dict[str, str]] = {
         "stft_fn.forward_basis": "stft_fn/forward_basis",
         "stft_fn.inverse_basis": "stft_fn/inverse_basis",
     },
+    "gemma_norm": {
+        "input_layernorm": "pre_attn_norm",
+        "post_attention_layernorm": "post_attn_norm",
+        "pre_feedforward_layernorm": "pre_ff_norm",
+        "post_feedforward_layernorm": "post_ff_norm",
+    },
+    "gemma_heads": {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out"},
+    "gemma_ff": {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
 }
 
 _BLOCK = DIT + "transformer_blocks.<layer>."
@@ -172,6 +183,7 @@ _CONNECTOR = DIT + "<connector>."
 _CONNECTOR_BLOCK = _CONNECTOR + "transformer_1d_blocks.<layer>."
 _AGGREGATE = "text_embedding_projection.<aggregate>"
 _WAVE = "vocoder.<generator>"
+_GEMMA_LAYER = GEMMA + "layers.<layer>."
 
 # component, official key, our path, kind
 KEY_MAP: tuple[tuple[str, str, str, str], ...] = (
@@ -267,6 +279,12 @@ KEY_MAP: tuple[tuple[str, str, str, str], ...] = (
     ),
     ("vocoder", _WAVE + "act_post.<snake>", "<generator>act_post/<snake>", "array"),
     ("vocoder", "vocoder.mel_stft.<stft>", "mel_stft/<stft>", "array"),
+    (TEXT_TOWER, GEMMA + "embed_tokens", "embed", "embedding"),
+    (TEXT_TOWER, GEMMA + "norm", "final_norm", "norm"),
+    (TEXT_TOWER, _GEMMA_LAYER + "<gemma_norm>", "blocks/<gemma_norm>", "norm"),
+    (TEXT_TOWER, _GEMMA_LAYER + "self_attn.<gemma_heads>", "blocks/attn/<gemma_heads>", "linear"),
+    (TEXT_TOWER, _GEMMA_LAYER + "self_attn.<qk_norm>", "blocks/attn/<qk_norm>", "norm"),
+    (TEXT_TOWER, _GEMMA_LAYER + "mlp.<gemma_ff>", "blocks/ff/<gemma_ff>", "linear"),
 )
 
 # official tensors that no reader uses
@@ -280,7 +298,7 @@ class Target(NamedTuple):
     """Where one official tensor goes.
 
     Attributes:
-      component: one of `COMPONENTS`.
+      component: one of `COMPONENTS`, or `TEXT_TOWER`.
       path: "/"-separated path of the leaf in that component's tree.
       layer: index along the leaf's leading (layer) axis, None for a leaf that is not stacked.
       transform: layout change of the tensor.
@@ -384,7 +402,11 @@ def official_key(component: str, path: str, layer: int | None = None) -> tuple[s
 
 def is_stacked(component: str, path: str) -> bool:
     """Whether axis 0 of the leaf at `path` runs over layers."""
-    blocks = {"transformer": r"blocks/.*", "connectors": r"\w+/blocks/.*"}
+    blocks = {
+        "transformer": r"blocks/.*",
+        "connectors": r"\w+/blocks/.*",
+        TEXT_TOWER: r"blocks/.*",
+    }
     return component in blocks and re.fullmatch(blocks[component], path) is not None
 
 

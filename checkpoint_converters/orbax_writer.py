@@ -110,7 +110,7 @@ def chunk_shape(
     if key_map.is_stacked(component, path) and math.prod(shape) * itemsize > MAX_GATHERED_BYTES:
         chunks[0] = 1
     *_, parent, name = ("", *path.split("/"))
-    if name == "kernel" and component in ("transformer", "connectors"):
+    if name == "kernel" and component in ("transformer", "connectors", key_map.TEXT_TOWER):
         width, hidden = (-1, -2) if parent in _WIDTH_LAST else (-2, -1)
         for axis, ways in ((width, mesh.get("fsdp", 1)), (hidden, mesh.get("tensor", 1))):
             if chunks[axis] % ways == 0:

@@ -341,10 +341,11 @@ def _values(key: str, shape: tuple[int, ...], seed: int, dtype: np.dtype) -> np.
         scale = 1 / math.sqrt(fan_in)
     elif name in ("learnable_registers", "audio_sink_tokens"):
         scale = 1.0
-    return (mean + scale * _noise(key, shape, seed)).astype(dtype)
+    return (mean + scale * noise(key, shape, seed)).astype(dtype)
 
 
-def _noise(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def noise(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """N(0, 1) of the given shape, a function of key and seed; large tensors repeat themselves."""
     count = math.prod(shape)
     rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
     return np.resize(rng.standard_normal(min(count, _POOL), np.float32), count).reshape(shape)
@@ -360,7 +361,7 @@ def _smooth_conv(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     shared = 16 if "conv_out" in key else 8 if ".conv.conv." in key else 1
     if outputs % shared:
         shared = 1
-    mix = _noise(key, (outputs // shared, inputs), seed) / math.sqrt(inputs)
+    mix = noise(key, (outputs // shared, inputs), seed) / math.sqrt(inputs)
     blur = np.ones(())
     for size in kernel:
         blur = np.multiply.outer(blur, np.hanning(size + 2)[1:-1] / np.hanning(size + 2).sum())

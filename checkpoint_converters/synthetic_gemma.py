@@ -1,0 +1,183 @@
+"""Random Gemma 3 folders in the Hugging Face layout, of any size, with a working tokenizer.
+
+    python -m checkpoint_converters.synthetic_gemma --size tiny --output tiny_gemma
+
+Each size fits the LTX-2 checkpoint of the same size from `checkpoint_converters.synthetic`, so the
+two run from a sentence to a context. The weights are noise of a size that keeps activations sane;
+the tokenizer is a byte-fallback BPE, so any text can be encoded, if not in few tokens.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+from checkpoint_converters import gemma3, synthetic
+from checkpoint_converters.converting import appearing, partial_path
+from checkpoint_converters.key_map import GEMMA
+from checkpoint_converters.safetensors_io import SafetensorsWriter
+from omniforcing_jax.models.gemma_config import GemmaConfig
+
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
+
+# heads, key/value heads, head dim, feed-forward width, vocabulary, window; width and layers follow
+# from the LTX-2 checkpoint of that size
+SIZES = {
+    "tiny": dict(heads=4, kv_heads=2, head_dim=16, hidden=64, vocab=512, window=64),
+    "small": dict(heads=8, kv_heads=4, head_dim=32, hidden=1024, vocab=2048, window=256),
+    "full": dict(heads=16, kv_heads=8, head_dim=256, hidden=15360, vocab=262208, window=1024),
+}
+_NUM_SHARDS = 2
+
+# what the tokenizer's merges are learnt from
+SENTENCES = (
+    "A woman in a red coat walks along the beach while gulls cry above the waves.",
+    "The camera moves slowly towards an old wooden door; rain falls and thunder rolls far away.",
+    "Two men talk quietly in a small kitchen. One of them says: I never wanted to leave.",
+    "A black dog runs through tall grass in golden evening light, panting, seen from behind.",
+    "Close-up of hands playing the piano, warm light, the soft sound of the keys in a large room.",
+    "A street musician plays the violin as people pass by and a tram rings its bell.",
+    "Snow covers the mountains; wind howls, and a lone climber steps over a narrow bridge.",
+    "The engine starts with a roar and the blue car drives out of the city at night.",
+)
+
+
+def text_config(size: str) -> dict:
+    """`text_config` of a Gemma 3 that fits the LTX-2 checkpoint of this size."""
+    s, ltx = SIZES[size], synthetic.SIZES[size]
+    return {
+        "model_type": "gemma3_text",
+        "vocab_size": s["vocab"],
+        "hidden_size": ltx["text"],
+        "intermediate_size": s["hidden"],
+        "num_hidden_layers": ltx["states"] - 1,
+        "num_attention_heads": s["heads"],
+        "num_key_value_heads": s["kv_heads"],
+        "head_dim": s["head_dim"],
+        "query_pre_attn_scalar": s["head_dim"],
+        "sliding_window": s["window"],
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    }
+
+
+def write(
+    folder: str | pathlib.Path, size: str = "tiny", *, seed: int = 0, dtype: str = "bfloat16"
+) -> dict:
+    """Writes a random Gemma 3 folder: config.json, shards with an index, tokenizer files.
+
+    Args:
+      folder: to create; must not exist.
+      size: a key of `SIZES`.
+      seed: the weights are a function of seed and tensor name alone.
+      dtype: "bfloat16" or "float32".
+
+    Returns:
+      The content of config.json.
+
+    Raises:
+      ValueError: unknown size, or the folder exists.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
+    folder = pathlib.Path(folder).absolute()
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; choose another place")
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text_config(size),
+    }
+    partial = partial_path(folder)
+    with appearing(folder, partial):
+        (partial / "config.json").write_text(json.dumps(config, indent=1))
+        _write_weights(partial, GemmaConfig.from_metadata(config["text_config"]), seed, dtype)
+        write_tokenizer(partial, SIZES[size]["vocab"])
+    return config
+
+
+def _write_weights(folder: pathlib.Path, config: GemmaConfig, seed: int, dtype: str) -> None:
+    numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    shapes = {GEMMA + name: shape for name, shape in gemma3.expected_shapes(config).items()}
+    names, total = list(shapes), sum(math.prod(shape) for shape in shapes.values())
+    weight_map = {}
+    for i in range(_NUM_SHARDS):
+        file = f"model-{i + 1:05d}-of-{_NUM_SHARDS:05d}.safetensors"
+        chosen = names[i * len(names) // _NUM_SHARDS : (i + 1) * len(names) // _NUM_SHARDS]
+        table = {name: (numpy_dtype, shapes[name]) for name in chosen}
+        with SafetensorsWriter(folder / file, table, {"format": "pt"}) as writer:
+            for name in chosen:
+                noise = synthetic.noise(name, shapes[name], seed)
+                # norms are applied as 1 + w; all others have their inputs on the last axis
+                scale = 0.1 if len(shapes[name]) == 1 else shapes[name][-1] ** -0.5
+                writer.write(name, (scale * noise).astype(numpy_dtype))
+        weight_map |= {name: file for name in chosen}
+    index = {
+        "metadata": {"total_size": total * numpy_dtype.itemsize},
+        "weight_map": weight_map,
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def write_tokenizer(folder: pathlib.Path, vocab_size: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json with Gemma's conventions.
+
+    Ids 0 to 3 are `SPECIAL_TOKENS`, 256 byte tokens follow, then what BPE learns from a few
+    sentences, at most `vocab_size` in all. A space becomes "▁", and <bos> is put first.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from tokenizers import pre_tokenizers as pre
+
+    reserved = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = pre.Split("▁", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(reserved), show_progress=False)
+    trained.train_from_iterator(SENTENCES, trainer)
+    learnt = json.loads(trained.to_str())["model"]
+    tokens = reserved + sorted(learnt["vocab"], key=learnt["vocab"].get)
+    tokenizer = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            [tuple(merge) for merge in learnt["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", SPECIAL_TOKENS.index("<bos>"))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {f"{token[1:-1]}_token": token for token in SPECIAL_TOKENS}
+    settings |= {"add_bos_token": True, "tokenizer_class": "GemmaTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoint_converters.synthetic_gemma",
+        description="Writes a random Gemma 3 folder in the Hugging Face layout.",
+    )
+    parser.add_argument("--size", default="tiny", choices=list(SIZES))
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        write(args.output, args.size, seed=args.seed, dtype=args.dtype)
+    except ValueError as error:
+        parser.error(str(error))
+    num_bytes = sum(file.stat().st_size for file in args.output.iterdir())
+    print(f"{args.output}: {num_bytes / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
