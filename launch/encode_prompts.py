@@ -1,0 +1,274 @@
+"""Encodes a file of captions into stored text features, for training.
+
+    python -m launch.encode_prompts --gemma checkpoints/gemma3 --checkpoint checkpoints/ltx2 \\
+        --prompts captions.jsonl --column caption --output features/captions
+
+Captions are `.txt` (one per line), `.csv` or `.jsonl`; blank ones are skipped, repeated ones
+encoded once. Ctrl-C, a kill or a crash loses at most the shards being written: the same command
+continues, and the files are then the same, byte by byte, as those of a run without interruption
+(on the same hardware, with the same batch size). With --distributed every process takes its share
+of the shards, encodes it on its own accelerators, and writes to the same folder.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from launch.shard_job import Report, barrier, local_mesh, share, termination_interrupts
+from omniforcing_jax import checkpoints
+from omniforcing_jax.data.prompt_files import PromptList, read_prompts
+from omniforcing_jax.data.text_dataset import (
+    Manifest,
+    PromptFeatures,
+    TextDatasetWriter,
+    check_folder,
+)
+from omniforcing_jax.models.connectors import ConnectorConfig
+from omniforcing_jax.text_encoder import TextEncoder
+from omniforcing_jax.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+SHORTEST = 128  # tokens; prompts are encoded at this length times 1, 2, 4, …
+MAX_LISTED = 5  # truncated prompts that are described
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.encode_prompts", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--gemma", required=True, help="folder written by checkpoint_converters.gemma3")
+    add("--checkpoint", required=True, help="converted LTX-2 checkpoint, for its text projection")
+    add("--prompts", required=True, metavar="FILE", help="captions: .txt, .csv or .jsonl")
+    add("--column", help="of the .csv, or key in the .jsonl (default: caption)")
+    add("--output", required=True, help="folder for the features, new or to be continued")
+    add("--negative", default="", metavar="TEXT", help="negative prompt (default: empty)")
+    add("--batch-size", type=int, default=16, help="prompts per step of one process (default 16)")
+    add(
+        "--prompts-per-shard", type=int, default=256,
+        help="prompts per file; two files are held in memory (default 256)",
+    )  # fmt: skip
+    add("--length", type=int, default=1024, help="tokens per prompt (default 1024, as trained)")
+    add("--quantize", choices=("none", "int8"), default="none", help="weights of the text encoder")
+    add("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on accelerators, else float32")
+    add("--distributed", action="store_true", help="one of several processes (TPU pod, Slurm, …)")
+    return parser.parse_args(argv)
+
+
+def describe_prompts(prompts: PromptList, tokenizer: Tokenizer, length: int, report: Report) -> int:
+    """Reports what was read and what will be cut; returns how many prompts are too long."""
+    print_line = report.console.print
+    print_line(
+        f"{len(prompts.prompts)} prompts ({prompts.num_read} read, {prompts.num_blank} blank, "
+        f"{prompts.num_duplicates} repeated)"
+    )
+    cuts = tokenizer.cuts(tokenizer.encode(prompts.prompts), length)
+    if cuts:
+        print_line(f"warning: {len(cuts)} prompts of more than {length} tokens are cut:")
+    for cut in cuts[:MAX_LISTED]:
+        print_line(f"  line {prompts.lines[cut.index]}: {cut}")
+    if len(cuts) > MAX_LISTED:
+        print_line(f"  and {len(cuts) - MAX_LISTED} more")
+    return len(cuts)
+
+
+def encode(
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    batch_size: int,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> list[PromptFeatures]:
+    """Features of each prompt's own tokens.
+
+    A prompt is padded to the next of 128, 256, … tokens, not always to the full length: padding is
+    masked and the encoder's positions are relative, so it only costs time. Length and batch size
+    of a step depend on the prompt alone, so its features do not depend on its neighbours.
+
+    Args:
+      encoder: the text encoder.
+      prompts: N texts; what exceeds the encoder's length is cut.
+      batch_size: prompts per step; the last batch of each length is filled up with empty prompts.
+      on_done: called with the number of prompts of each step.
+
+    Returns:
+      N pairs ([tokens, Wv], [tokens, Wa]) bfloat16; the second is None if both are the same.
+    """
+    tokens = encoder.tokenizer.encode(prompts)
+    filler = encoder.tokenizer.encode([""])
+    by_length: dict[int, list[int]] = {}
+    for index, ids in enumerate(tokens):
+        by_length.setdefault(padded_length(len(ids), encoder.length), []).append(index)
+    result: list[PromptFeatures | None] = [None] * len(tokens)
+
+    def collect(indices: list[int], video: jax.Array, audio: jax.Array | None) -> None:
+        arrays = [np.asarray(x) if x is not None else None for x in (video, audio)]
+        for row, index in enumerate(indices):
+            count = min(len(tokens[index]), encoder.length)
+            # copies, as a view would keep the whole batch in memory
+            result[index] = tuple(x[row, -count:].copy() if x is not None else None for x in arrays)
+        on_done(len(indices))
+
+    pending = None  # the device computes one batch while the one before it is fetched
+    for length in sorted(by_length):
+        for start in range(0, len(by_length[length]), batch_size):
+            indices = by_length[length][start : start + batch_size]
+            rows = [tokens[i] for i in indices] + filler * (batch_size - len(indices))
+            video, audio = encoder.features(*encoder.tokenizer.pad(rows, length))
+            video = jnp.asarray(video).astype(ml_dtypes.bfloat16)
+            if encoder.shared_features:
+                audio = None
+            else:
+                audio = jnp.asarray(audio).astype(ml_dtypes.bfloat16)
+            if pending is not None:
+                collect(*pending)
+            pending = indices, video, audio
+    if pending is not None:
+        collect(*pending)
+    return result
+
+
+def padded_length(num_tokens: int, longest: int) -> int:
+    """The smallest of 128, 256, 512, … that holds the tokens, and `longest` at most."""
+    length = SHORTEST
+    while length < num_tokens:
+        length *= 2
+    return min(length, longest)
+
+
+def make_manifest(
+    args: argparse.Namespace, prompts: PromptList, tokenizer: Tokenizer, num_truncated: int
+) -> Manifest:
+    """What the dataset will be, but for the encoder's fingerprint: no weights are read."""
+    content = checkpoints.load_config(args.checkpoint)
+    connectors = ConnectorConfig.from_metadata(
+        checkpoints.component_metadata(content, "connectors")
+    )
+    return Manifest(
+        encoder="",
+        tokenizer=tokenizer.fingerprint,
+        model_version=content["model_version"],
+        compute_dtype=compute_dtype(args),
+        text_length=args.length,
+        video_dim=connectors.video_dim,
+        audio_dim=connectors.audio_dim,
+        shared_features=not connectors.separate_projections,
+        negative_prompt=args.negative.strip(),
+        prompts_sha256=prompts.sha256,
+        prompts_per_shard=args.prompts_per_shard,
+        num_read=prompts.num_read,
+        num_blank=prompts.num_blank,
+        num_duplicates=prompts.num_duplicates,
+        num_prompts=len(prompts.prompts),
+        num_truncated=num_truncated,
+    )
+
+
+def compute_dtype(args: argparse.Namespace) -> str:
+    """Name of the dtype the encoder runs in."""
+    return args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def write(
+    writer: TextDatasetWriter,
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    batch_size: int,
+    report: Report,
+) -> None:
+    """Encodes and writes what is missing, this process's share of it."""
+    main = jax.process_index() == 0
+    if main:
+        writer.begin()
+    barrier("begin")
+    if main and not writer.has_negative:
+        writer.write_negative(encode(encoder, [writer.manifest.negative_prompt], batch_size)[0])
+    ranges = {shard: writer.manifest.shard_range(shard) for shard in share(writer.missing())}
+    start = time.perf_counter()
+    writing: futures.Future | None = None
+    with (
+        futures.ThreadPoolExecutor(1) as pool,  # compresses one shard while the next is encoded
+        report.running(sum(map(len, ranges.values()))) as on_done,
+    ):
+        for shard, indices in ranges.items():
+            texts = [prompts[i] for i in indices]
+            features = encode(encoder, texts, batch_size, on_done)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(writer.write_shard, shard, texts, features)
+            report.shard_done(start)
+        if writing is not None:
+            writing.result()
+    barrier("shards")
+    if main:
+        writer.finish()
+    barrier("finish")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parse_arguments(argv)
+    if args.distributed:
+        jax.distributed.initialize()
+    report = Report("encoding", "prompts", quiet=jax.process_index() > 0)
+    try:
+        with termination_interrupts():
+            return run(args, report)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; what is complete is in {args.output}, and the same command continues",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def run(args: argparse.Namespace, report: Report) -> int:
+    """Reads, checks, encodes and writes; returns the exit status."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
+    prompts = read_prompts(args.prompts, args.column)
+    tokenizer = load_tokenizer(args.gemma)
+    num_truncated = describe_prompts(prompts, tokenizer, args.length, report)
+    manifest = make_manifest(args, prompts, tokenizer, num_truncated)
+    check_folder(args.output, manifest, ignore=("encoder",))  # before weights are read
+    dtype = DTYPES[manifest.compute_dtype]
+    devices = jax.local_devices()
+    report.console.print(
+        f"loading {args.gemma} as {dtype.__name__} on {len(devices)} x {devices[0].device_kind}"
+    )
+    encoder = TextEncoder.load(
+        args.gemma,
+        args.checkpoint,
+        dtype=dtype,
+        quantize=args.quantize,
+        length=args.length,
+        mesh=local_mesh(),
+    )
+    manifest = dataclasses.replace(manifest, encoder=encoder.fingerprint)
+    writer = TextDatasetWriter(args.output, manifest)
+    if writer.complete:
+        report.console.print(f"{args.output} is complete already")
+        return 0
+    start = time.perf_counter()
+    write(writer, encoder, prompts.prompts, args.batch_size, report)
+    size = sum(path.stat().st_size for path in writer.folder.iterdir())
+    report.console.print(
+        f"{args.output}: {manifest.num_prompts} prompts in {manifest.num_shards} shards, "
+        f"{size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

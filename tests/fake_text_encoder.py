@@ -1,0 +1,87 @@
+"""A text encoder that is arithmetic on the token ids, for tests of what surrounds it.
+
+    python -m tests.fake_text_encoder DELAY [COORDINATOR INDEX COUNT] -- OPTIONS
+
+runs `launch.encode_prompts` with it; a step takes DELAY seconds, so that it can be killed midway.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoint_converters import synthetic, synthetic_gemma
+from launch import encode_prompts
+from omniforcing_jax.models.connectors import ConnectorConfig
+from omniforcing_jax.tokenizer import load_tokenizer
+
+DELAY = 0.0
+
+
+class FakeTextEncoder:
+    """Has what `launch.encode_prompts` uses of `TextEncoder`.
+
+    A token's features depend on it and on the tokens in front of it. Padding is NaN, so that
+    storing any of it fails.
+    """
+
+    def __init__(self, tokenizer, dims, shared, length, fingerprint):
+        self.tokenizer = tokenizer
+        self.length = length
+        self.shared_features = shared
+        self.fingerprint = fingerprint
+        self.shapes = []  # of the batches it was given
+        self._dims = dims
+
+    @classmethod
+    def load(cls, gemma, checkpoint, *, dtype, quantize, length, mesh):
+        metadata = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())
+        config = ConnectorConfig.from_metadata(metadata["config"]["transformer"])
+        return cls(
+            load_tokenizer(gemma),
+            (config.video_dim, config.audio_dim),
+            not config.separate_projections,
+            length,
+            f"fake {jnp.dtype(dtype).name} {quantize}",
+        )
+
+    def features(self, token_ids, mask):
+        time.sleep(DELAY)
+        self.shapes.append(token_ids.shape)
+        total = np.cumsum(np.where(mask, token_ids + 1, 0), axis=1)
+        arrays = [
+            np.where(mask, np.sin(total * 0.37), np.nan)[..., None] * np.linspace(0.1, 1, dim)
+            for dim in self._dims
+        ]
+        video, audio = (jnp.asarray(x, jnp.float32) for x in arrays)
+        return (video, video) if self.shared_features else (video, audio)
+
+
+def write_folders(folder: pathlib.Path, version: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """(Gemma folder with a tokenizer, checkpoint folder with a config.json): no weights."""
+    gemma, checkpoint = folder / "gemma", folder / "checkpoint"
+    gemma.mkdir()
+    checkpoint.mkdir()
+    synthetic_gemma.write_tokenizer(gemma, 512)
+    content = {
+        "format": 1,
+        "model_version": f"{version}.0",
+        "config": synthetic.metadata("tiny", version),
+    }
+    (checkpoint / "config.json").write_text(json.dumps(content))
+    return gemma, checkpoint
+
+
+if __name__ == "__main__":
+    split = sys.argv.index("--")
+    DELAY, *process = sys.argv[1:split]
+    DELAY = float(DELAY)
+    if process:
+        address, index, count = process
+        jax.distributed.initialize(address, int(count), int(index), initialization_timeout=60)
+    encode_prompts.TextEncoder = FakeTextEncoder
+    sys.exit(encode_prompts.main(sys.argv[split + 1 :]))
