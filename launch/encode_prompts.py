@@ -11,7 +11,6 @@ of the shards, encodes it on its own accelerators, and writes to the same folder
 """
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,17 +22,11 @@ import ml_dtypes
 import numpy as np
 
 from launch.shard_job import Report, barrier, local_mesh, share, termination_interrupts
-from omniforcing_jax import checkpoints
 from omniforcing_jax.data.prompt_files import PromptList, read_prompts
-from omniforcing_jax.data.text_dataset import (
-    Manifest,
-    PromptFeatures,
-    TextDatasetWriter,
-    check_folder,
-)
-from omniforcing_jax.models.connectors import ConnectorConfig
+from omniforcing_jax.data.text_dataset import Manifest, PromptFeatures, TextDatasetWriter
+from omniforcing_jax.encoder_files import EncoderFiles, check_encoder
 from omniforcing_jax.text_encoder import TextEncoder
-from omniforcing_jax.tokenizer import Tokenizer, load_tokenizer
+from omniforcing_jax.tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 SHORTEST = 128  # tokens; prompts are encoded at this length times 1, 2, 4, …
@@ -145,18 +138,15 @@ def padded_length(num_tokens: int, longest: int) -> int:
 
 
 def make_manifest(
-    args: argparse.Namespace, prompts: PromptList, tokenizer: Tokenizer, num_truncated: int
+    args: argparse.Namespace, prompts: PromptList, files: EncoderFiles, num_truncated: int
 ) -> Manifest:
-    """What the dataset will be, but for the encoder's fingerprint: no weights are read."""
-    content = checkpoints.load_config(args.checkpoint)
-    connectors = ConnectorConfig.from_metadata(
-        checkpoints.component_metadata(content, "connectors")
-    )
+    """What the dataset will be."""
+    connectors, dtype = files.connectors, compute_dtype(args)
     return Manifest(
-        encoder="",
-        tokenizer=tokenizer.fingerprint,
-        model_version=content["model_version"],
-        compute_dtype=compute_dtype(args),
+        encoder=files.fingerprint(DTYPES[dtype], args.quantize),
+        tokenizer=files.tokenizer.fingerprint,
+        model_version=files.model_version,
+        compute_dtype=dtype,
         text_length=args.length,
         video_dim=connectors.video_dim,
         audio_dim=connectors.audio_dim,
@@ -238,10 +228,13 @@ def run(args: argparse.Namespace, report: Report) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
     prompts = read_prompts(args.prompts, args.column)
-    tokenizer = load_tokenizer(args.gemma)
-    num_truncated = describe_prompts(prompts, tokenizer, args.length, report)
-    manifest = make_manifest(args, prompts, tokenizer, num_truncated)
-    check_folder(args.output, manifest, ignore=("encoder",))  # before weights are read
+    files = check_encoder(args.gemma, args.checkpoint, length=args.length)
+    num_truncated = describe_prompts(prompts, files.tokenizer, args.length, report)
+    manifest = make_manifest(args, prompts, files, num_truncated)
+    writer = TextDatasetWriter(args.output, manifest)
+    if writer.complete:
+        report.console.print(f"{args.output} is complete already")
+        return 0
     dtype = DTYPES[manifest.compute_dtype]
     devices = jax.local_devices()
     report.console.print(
@@ -255,11 +248,6 @@ def run(args: argparse.Namespace, report: Report) -> int:
         length=args.length,
         mesh=local_mesh(),
     )
-    manifest = dataclasses.replace(manifest, encoder=encoder.fingerprint)
-    writer = TextDatasetWriter(args.output, manifest)
-    if writer.complete:
-        report.console.print(f"{args.output} is complete already")
-        return 0
     start = time.perf_counter()
     write(writer, encoder, prompts.prompts, args.batch_size, report)
     size = sum(path.stat().st_size for path in writer.folder.iterdir())

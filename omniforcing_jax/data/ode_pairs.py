@@ -1,0 +1,253 @@
+"""Stored ODE trajectories: what stage II regresses a student to.
+
+A record of the tfds dataset (see `omniforcing_jax.data.shards`) is one trajectory, S states of one
+clip from noise to clean, and its prompt's text features, so that training reads one dataset:
+
+    prompt, prompt_hash          text
+    clip, seed                   number and the run's seed; the noise's key is fold_in(seed, clip)
+    sigmas                       [S] float32
+    video, audio                 [S, T, C] states, bfloat16 as uint16
+    video_velocity, audio_velocity   [S - 1, T, C] the model's at all states but the last, likewise
+    video_features, audio_features   [tokens, W], as in `omniforcing_jax.data.text_dataset`
+
+A clip of 121 frames at 512x768 takes 14 MB with five states. With several trajectories per prompt,
+clip r * prompts + i is the r-th of prompt i.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from omniforcing_jax.data import shards
+from omniforcing_jax.data.prompt_files import prompt_hash
+from omniforcing_jax.data.text_dataset import pad_features, record_features
+
+STREAMS = ("video", "audio")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of ODE trajectories holds, and everything that decides it.
+
+    Attributes:
+      generator: fingerprint of the sampled model.
+      text: fingerprint of the text features.
+      model_version: of both, e.g. "2.0.0".
+      compute_dtype: in which the model ran.
+      guidance: scales by modality.
+      autoregression: layout, window, anchors and positions of a model that generates block after
+        block; None for whole clips at once.
+      schedule: sigmas of all steps.
+      sigmas: those whose states are stored.
+      frames, resolution: of the clips, in pixels: (height, width).
+      frame_rate: pixel frames per second.
+      video_frames, audio_frames, height, width: of the clips, in latents.
+      video_channels, audio_channels: of the latents.
+      text_length: S, tokens of a padded prompt.
+      video_dim, audio_dim: widths of the text features.
+      shared_features: one array of them serves both streams (LTX-2.0).
+      negative_prompt: its text.
+      seed: of the noise.
+      num_prompts: of the text features.
+      repeats: clips per prompt.
+      clips_per_shard: clips in each shard but the last.
+    """
+
+    generator: str
+    text: str
+    model_version: str
+    compute_dtype: str
+    guidance: dict[str, Any]
+    autoregression: dict[str, Any] | None
+    schedule: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    frames: int
+    resolution: tuple[int, int]
+    frame_rate: float
+    video_frames: int
+    audio_frames: int
+    height: int
+    width: int
+    video_channels: int
+    audio_channels: int
+    text_length: int
+    video_dim: int
+    audio_dim: int
+    shared_features: bool
+    negative_prompt: str
+    seed: int
+    num_prompts: int
+    repeats: int
+    clips_per_shard: int
+
+    def __post_init__(self):
+        for name in ("schedule", "sigmas", "resolution"):  # lists in JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("num_prompts", "repeats", "clips_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def num_clips(self) -> int:
+        """How many trajectories are stored."""
+        return self.num_prompts * self.repeats
+
+    @property
+    def num_shards(self) -> int:
+        """Number of ArrayRecord files."""
+        return -(-self.num_clips // self.clips_per_shard)
+
+    def shard_range(self, shard: int) -> range:
+        """Numbers of the clips in a shard."""
+        start = shard * self.clips_per_shard
+        return range(start, min(start + self.clips_per_shard, self.num_clips))
+
+    @property
+    def array_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Shapes [S, T, C] of the stored states and velocities."""
+        video = (self.video_frames * self.height * self.width, self.video_channels)
+        shapes = {}
+        for stream, shape in zip(STREAMS, (video, (self.audio_frames, self.audio_channels))):
+            shapes[stream] = (len(self.sigmas), *shape)
+            shapes[f"{stream}_velocity"] = (len(self.sigmas) - 1, *shape)
+        return shapes
+
+    @property
+    def clip_bytes(self) -> int:
+        """Size of a trajectory without its text, before compression."""
+        return sum(2 * int(np.prod(shape)) for shape in self.array_shapes.values())
+
+
+def _record(manifest: Manifest) -> Any:
+    """tfds' description of a record."""
+    import tensorflow_datasets as tfds
+
+    features = record_features(manifest)
+    for name, shape in manifest.array_shapes.items():
+        features[name] = tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes")
+    features["sigmas"] = tfds.features.Tensor(shape=(len(manifest.sigmas),), dtype=np.float32)
+    features["clip"] = features["seed"] = tfds.features.Scalar(np.int64)
+    return tfds.features.FeaturesDict(features)
+
+
+ODE_PAIRS = shards.Kind(
+    name="ode_pairs",
+    format=1,
+    title="ODE trajectories",
+    records="clips",
+    program="launch.ode_pairs",
+    manifest=Manifest,
+    features=_record,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One trajectory to be stored.
+
+    Attributes:
+      prompt: its text.
+      text: "video_features" [tokens, Wv] and, unless shared, "audio_features", bfloat16.
+      states, velocities: [S, T, C] and [S - 1, T, C] bfloat16 by stream.
+    """
+
+    prompt: str
+    text: dict[str, np.ndarray]
+    states: dict[str, np.ndarray]
+    velocities: dict[str, np.ndarray]
+
+
+class ODEPairsWriter(shards.ShardWriter):
+    """Writes a folder of ODE trajectories; see `ShardWriter`."""
+
+    def __init__(self, folder: str | os.PathLike, manifest: Manifest):
+        """Checks the folder; nothing is written.
+
+        Raises:
+          ValueError: see `shards.check_folder`.
+        """
+        super().__init__(ODE_PAIRS, folder, manifest)
+
+    def write_shard(self, shard: int, pairs: Iterable[Pair]) -> None:
+        """Writes a shard, completely or not at all.
+
+        Args:
+          shard: which one.
+          pairs: those of `manifest.shard_range(shard)`; consumed one after the other.
+
+        Raises:
+          ValueError: arrays of another shape or dtype, or another number of pairs than the shard
+            has; names the clip.
+        """
+        start = self.manifest.shard_range(shard).start
+        self.write_records(shard, (self._example(i, pair) for i, pair in enumerate(pairs, start)))
+
+    def _example(self, clip: int, pair: Pair) -> dict[str, Any]:
+        example: dict[str, Any] = {
+            "prompt": pair.prompt,
+            "prompt_hash": prompt_hash(pair.prompt),
+            "clip": clip,
+            "seed": self.manifest.seed,
+            "sigmas": np.asarray(self.manifest.sigmas, np.float32),
+        }
+        arrays = pair.states | {f"{name}_velocity": x for name, x in pair.velocities.items()}
+        for name, shape in self.manifest.array_shapes.items():
+            x = arrays[name]
+            if x.shape != shape or x.dtype != ml_dtypes.bfloat16:
+                raise ValueError(
+                    f"{name} of clip {clip} ({pair.prompt[:60]!r}) is {x.dtype} {list(x.shape)}; "
+                    f"expected bfloat16 {list(shape)}"
+                )
+        arrays |= pair.text
+        return example | {k: np.ascontiguousarray(x).view(np.uint16) for k, x in arrays.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ODEPairs:
+    """Random access to stored trajectories; a source for `text_dataset.grain_batches`.
+
+    Attributes:
+      manifest: what they are.
+      negative: text features of the negative prompt, in the form of an element's.
+    """
+
+    manifest: Manifest
+    negative: dict[str, np.ndarray]
+    _source: Any
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One sample of the batches that stage II takes (`ODERegression.train_step`).
+
+        Returns:
+          {"video" [S, T_v, C], "audio" [S, T_a, C], "video_velocity" and "audio_velocity" [S - 1,
+          T, C], all bfloat16, "sigmas" [S] float32, "video_features" [S_text, Wv] and, unless one
+          array serves both streams, "audio_features" [S_text, Wa] bfloat16, and their "mask"}.
+        """
+        record = self._source[index]
+        arrays = {
+            name: record[name].view(ml_dtypes.bfloat16) for name in self.manifest.array_shapes
+        }
+        return arrays | {"sigmas": record["sigmas"]} | pad_features(record, self.manifest)
+
+    def prompt(self, index: int) -> str:
+        """The text of a record."""
+        return self._source[index]["prompt"].decode()
+
+
+def open_ode_pairs(folder: str | os.PathLike) -> ODEPairs:
+    """Opens a folder written by `launch.ode_pairs`.
+
+    Raises:
+      FileNotFoundError: there are no trajectories.
+      ValueError: they are not complete, damaged, or written by another version.
+    """
+    manifest, source, arrays = shards.open_shards(ODE_PAIRS, folder)
+    negative = pad_features({k: x.view(np.uint16) for k, x in arrays.items()}, manifest)
+    return ODEPairs(manifest, negative, source)

@@ -1,0 +1,302 @@
+"""Folders of stored training data: ArrayRecord shards and a manifest.
+
+    FOLDER/manifest.json               what is stored, and what it was made from
+    FOLDER/negative.safetensors        text features of the negative prompt, once
+    FOLDER/NAME-train.array_record-00000-of-00004
+    FOLDER/dataset_info.json, features.json
+
+The shards are a tfds dataset (`tfds.builder_from_directory(folder).as_data_source("train")`).
+NumPy's protocol for examples has no bfloat16, so that is stored as uint16:
+`.view(ml_dtypes.bfloat16)`. tfds and grain are imported where they are used, as sampling needs
+neither.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+SPLIT = "train"
+_MANIFEST = "manifest.json"
+_NEGATIVE = "negative.safetensors"
+_TEMPORARY = ".new"  # suffix of what is not complete
+# One record per chunk: training reads single records in random order. zstd saves a quarter.
+_ARRAY_RECORD_OPTIONS = "group_size:1,zstd:1"
+
+
+class Manifest(Protocol):
+    """What a folder holds: a frozen dataclass of numbers, texts, and lists and dicts of them."""
+
+    @property
+    def num_shards(self) -> int: ...
+
+    def shard_range(self, shard: int) -> range:
+        """Indices of the records in a shard."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of stored data.
+
+    Attributes:
+      name: of the tfds dataset and in the manifest.
+      format: version of what is stored.
+      title: what the data are called in messages, e.g. "text features".
+      records: what one record is for, e.g. "prompts".
+      program: that writes them.
+      manifest: class of the manifest; takes the stored fields by name.
+      features: manifest -> tfds.features.FeaturesDict of a record.
+    """
+
+    name: str
+    format: int
+    title: str
+    records: str
+    program: str
+    manifest: Callable[..., Any]
+    features: Callable[[Any], Any]
+
+
+def check_folder(
+    kind: Kind, folder: str | os.PathLike, manifest: Manifest, ignore: Sequence[str] = ()
+) -> None:
+    """Checks that a folder is new, or holds a part or all of this very dataset.
+
+    Args:
+      folder: where a dataset shall be written or continued.
+      manifest: what it shall be.
+      ignore: fields of the manifest that are not known yet.
+
+    Raises:
+      ValueError: it holds something else; says what differs.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; expected a folder, or nothing yet")
+    if not (folder / _MANIFEST).exists():
+        there = folder.iterdir() if folder.exists() else ()
+        others = [path.name for path in there if not path.name.endswith(_TEMPORARY)]
+        if others:
+            raise ValueError(f"{folder} holds other files ({others[0]}); choose a new folder")
+        return
+    ours, stored = _fields(manifest), _fields(_read_manifest(kind, folder)[0])
+    differences = [
+        f"{name} {value!r} instead of {ours[name]!r}"
+        for name, value in stored.items()
+        if name not in ignore and value != ours[name]
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} holds {kind.title} of other prompts, another model or other settings: "
+            f"{'; '.join(differences)}. Continue it with the same, or choose a new folder"
+        )
+
+
+class ShardWriter:
+    """Writes a dataset, shard by shard, in any order and by several processes.
+
+    A shard appears under its name when it is complete, so what an interrupted run leaves behind is
+    a smaller set of the same files, and continuing means writing the `missing` ones. One process
+    calls `begin` first and `finish` last.
+    """
+
+    def __init__(self, kind: Kind, folder: str | os.PathLike, manifest: Manifest):
+        """Checks the folder; nothing is written.
+
+        Raises:
+          ValueError: see `check_folder`.
+        """
+        self.kind = kind
+        self.folder = pathlib.Path(folder)
+        self.manifest = manifest
+        check_folder(kind, folder, manifest)
+
+    @property
+    def complete(self) -> bool:
+        """Whether `finish` has been called, now or in an earlier run."""
+        return (self.folder / _MANIFEST).exists() and _read_manifest(self.kind, self.folder)[1]
+
+    def begin(self) -> None:
+        """Creates the folder, or removes what an interrupted run left incomplete."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(f".*{_TEMPORARY}"):
+            path.unlink()
+        if not (self.folder / _MANIFEST).exists():
+            self._write_manifest(complete=False)
+
+    def shard_path(self, shard: int) -> pathlib.Path:
+        """File of a shard, with the name tfds gives it."""
+        suffix = f"array_record-{shard:05d}-of-{self.manifest.num_shards:05d}"
+        return self.folder / f"{self.kind.name}-{SPLIT}.{suffix}"
+
+    def missing(self) -> list[int]:
+        """Shards that are still to be written."""
+        return [s for s in range(self.manifest.num_shards) if not self.shard_path(s).exists()]
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether the negative prompt is stored."""
+        return (self.folder / _NEGATIVE).exists()
+
+    def write_records(self, shard: int, examples: Iterable[Mapping[str, Any]]) -> None:
+        """Writes a shard, completely or not at all.
+
+        Args:
+          shard: which one.
+          examples: those of `manifest.shard_range(shard)`, with the fields of `kind.features`.
+
+        Raises:
+          ValueError: another number of examples than the shard has.
+        """
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        features = self.kind.features(self.manifest)
+        count = 0
+        with _new_file(self.shard_path(shard)) as temporary:
+            writer = ArrayRecordWriter(str(temporary), _ARRAY_RECORD_OPTIONS)
+            try:
+                for example in examples:
+                    writer.write(_serialize(features, example))
+                    count += 1
+            finally:
+                writer.close()
+            expected = len(self.manifest.shard_range(shard))
+            if count != expected:
+                raise ValueError(f"shard {shard} holds {expected} {self.kind.records}, not {count}")
+
+    def write_negative_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Stores the features [tokens, W] of the negative prompt."""
+        with _new_file(self.folder / _NEGATIVE) as temporary:
+            save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, temporary)
+            temporary.chmod(0o644)  # safetensors makes private files, this one is for sharing
+
+    def finish(self) -> None:
+        """Writes tfds' description and marks the dataset complete.
+
+        Raises:
+          ValueError: a shard or the negative prompt is missing.
+        """
+        import tensorflow_datasets as tfds
+
+        if missing := self.missing():
+            raise ValueError(f"{self.folder}: shards are missing: {missing}")
+        if not self.has_negative:
+            raise ValueError(f"{self.folder}: the negative prompt is missing")
+        shards = range(self.manifest.num_shards)
+        split = tfds.core.SplitInfo(
+            name=SPLIT,
+            shard_lengths=[len(self.manifest.shard_range(s)) for s in shards],
+            num_bytes=sum(self.shard_path(s).stat().st_size for s in shards),
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=self.folder,
+                dataset_name=self.kind.name,
+                split=SPLIT,
+                filetype_suffix="array_record",
+            ),
+        )
+        tfds.folder_dataset.write_metadata(
+            data_dir=self.folder,
+            features=self.kind.features(self.manifest),
+            split_infos=[split],
+            check_data=False,  # that would need TensorFlow
+            disable_shuffling=True,
+            description=f"{self.kind.title} of LTX-2; bfloat16, stored as uint16.",
+        )
+        self._write_manifest(complete=True)
+
+    def _write_manifest(self, complete: bool) -> None:
+        content = {"format": self.kind.format, "kind": self.kind.name, "complete": complete}
+        content |= _fields(self.manifest)
+        with _new_file(self.folder / _MANIFEST) as temporary:
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+
+
+def open_shards(kind: Kind, folder: str | os.PathLike) -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """Opens a complete dataset.
+
+    Returns:
+      The manifest, tfds' random-access source of records, and the arrays of the negative prompt.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is not complete, damaged, or written by another version.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = pathlib.Path(folder)
+    if not (folder / _MANIFEST).is_file():
+        what = f"holds no {_MANIFEST}" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}; python -m {kind.program} creates it")
+    manifest, complete = _read_manifest(kind, folder)
+    if not complete:
+        raise ValueError(
+            f"{folder} is not complete; run {kind.program} with the same options again, it "
+            "continues where it stopped"
+        )
+    writer = ShardWriter(kind, folder, manifest)
+    lost = [writer.shard_path(s).name for s in writer.missing()]
+    lost += [name for name in (_NEGATIVE, "dataset_info.json") if not (folder / name).exists()]
+    if lost:
+        raise ValueError(f"{folder} is damaged, missing: {', '.join(lost)}; copy it again")
+    builder = tfds.builder_from_directory(folder)
+    num_bytes = sum(writer.shard_path(s).stat().st_size for s in range(manifest.num_shards))
+    if num_bytes != builder.info.splits[SPLIT].num_bytes:
+        raise ValueError(
+            f"{folder} is damaged: its shards have {num_bytes} bytes, they were written with "
+            f"{builder.info.splits[SPLIT].num_bytes}; copy it again"
+        )
+    return manifest, builder.as_data_source(SPLIT), load_file(folder / _NEGATIVE)
+
+
+def _serialize(features: Any, example: Mapping[str, Any]) -> bytes:
+    """An example as tfds reads it."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    serialized = features.serialize_example(dict(example))
+    # tfds leaves the order of the fields to chance, but the same prompts shall give the same files
+    message = tf_example_pb2.Example.FromString(serialized)
+    return message.SerializeToString(deterministic=True)
+
+
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(manifest)))
+
+
+def _read_manifest(kind: Kind, folder: pathlib.Path) -> tuple[Any, bool]:
+    """The manifest, and whether the dataset is complete."""
+    path = folder / _MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = (content.pop("format"), content.pop("kind"))
+        if found != (kind.format, kind.name):
+            raise ValueError(f"format and kind are {found}; expected {(kind.format, kind.name)}")
+        complete = content.pop("complete")
+        return kind.manifest(**content), complete
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not the manifest of {kind.title} that this version writes ({error!r}); "
+            f"make them again with {kind.program}, in a new folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary name for a file that appears under its own name, complete, at the end."""
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
