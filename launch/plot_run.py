@@ -1,0 +1,212 @@
+"""Draws the curves of one or several runs.
+
+Example:
+  python -m launch.plot_run outputs/stage3 --output outputs/stage3.png
+  python -m launch.plot_run outputs/a outputs/b --smooth 5
+
+Losses per modality and per band of sigma, gradient norms and relative update sizes (global and of
+the audio), the entropy of the audio attention, the latents of sample clips, and speed, from the
+runs' metrics.jsonl. With several runs, colours tell them apart and
+line styles the curves of a panel.
+"""
+
+import argparse
+import pathlib
+import re
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+
+from omniforcing_jax.metrics import JSONL, is_band, read_records
+
+COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d")
+STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1)))
+TEXT, FAINT = "#1f2933", "#7b8794"
+COLUMNS = 3
+# ratios of speed that lie in [0, 1]
+SHARES = ("speed/mfu", "speed/data_share", "speed/host_share", "speed/other_share")
+
+
+class Panel(NamedTuple):
+    """Curves that share axes: {label: name of the scalar}."""
+
+    title: str
+    curves: dict[str, str]
+    log: bool = False
+
+
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def read_run(path: pathlib.Path) -> Curves:
+    """{scalar: (steps, values)} of a run's folder or of its metrics.jsonl.
+
+    Raises:
+      ValueError: there is no metrics.jsonl, or nothing in it.
+    """
+    file = path / JSONL if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; the runs' folders hold {JSONL}")
+    points: dict[str, list[tuple[int, float]]] = {}
+    for record in read_records(file):
+        step = record.pop("step")
+        for name, value in record.items():
+            points.setdefault(name, []).append((step, value))
+    if not points:
+        raise ValueError(f"{file} holds no records yet")
+    arrays = {name: np.asarray(pairs, np.float64) for name, pairs in points.items()}
+    return {name: (pairs[:, 0], pairs[:, 1]) for name, pairs in arrays.items()}
+
+
+def choose_panels(names: list[str]) -> list[Panel]:
+    """What to draw of the scalars that there are, in the order of the panels."""
+    panels = []
+    networks = sorted({name.rpartition("/")[0] for name in names if _is_loss(name)}, reverse=True)
+    for network in networks:
+        curves = {name.rpartition("/")[2]: name for name in names
+                  if _is_loss(name) and name.rpartition("/")[0] == network}  # fmt: skip
+        panels.append(Panel(f"{network} losses".strip(), curves, log=True))
+    bands: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = re.fullmatch(r"(?:.*/)?band/(.+)_([^_]+)", name)
+        if match:
+            bands.setdefault(match[1], {})[f"σ {match[2].replace('-', '–')}"] = name
+    for title, curves in bands.items():
+        ordered = dict(sorted(curves.items()))
+        panels.append(Panel(f"{title.replace('_', ' ')} loss by noise level", ordered, log=True))
+    for title, what in (
+        ("gradient norm", "grad_norm"),
+        ("relative update size", "relative_update"),
+    ):
+        curves = {}
+        for name in names:
+            network, _, part = name.partition(what)
+            if part in ("", "/audio") and name.startswith(f"{network}{what}"):
+                curves[f"{network.strip('/')} {part.strip('/') or 'all'}".strip()] = name
+        panels.append(Panel(title, curves, log=True))
+    entropies = [name for name in names if "entropy" in name]
+    panels.append(Panel("audio attention entropy", _existing(names, *entropies)))
+    latents = [name for name in names if re.fullmatch(r"sample/(video|audio)_(mean|std)", name)]
+    panels.append(Panel("latents of sample clips", _existing(names, *latents)))
+    panels.append(Panel("steps per second", _existing(names, "speed/steps_per_second")))
+    panels.append(Panel("shares of time, and MFU", _existing(names, *SHARES)))
+    return [panel for panel in panels if panel.curves]
+
+
+def _is_loss(name: str) -> bool:
+    return not is_band(name) and name.rpartition("/")[2].startswith("loss")
+
+
+def _existing(names: list[str], *wanted: str) -> dict[str, str]:
+    return {name.rpartition("/")[2].replace("_", " "): name for name in wanted if name in names}
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last `window` values."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def draw(runs: dict[str, Curves], window: int = 1):
+    """Figure with the curves of the runs {label: curves}."""
+    names = list(dict.fromkeys(name for curves in runs.values() for name in curves))
+    panels = choose_panels(names)
+    rows = -(-len(panels) // COLUMNS)
+    figure, grid = plt.subplots(rows, COLUMNS, figsize=(15, 3.5 * rows + 0.8), squeeze=False)
+    for axes, panel in zip(grid.flat, panels):
+        draw_panel(axes, panel, runs, window)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    if len(runs) > 1:
+        handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=label)
+                   for i, label in enumerate(runs)]  # fmt: skip
+        figure.legend(handles=handles, loc="upper center", ncols=min(len(runs), 4), frameon=False)
+    else:
+        figure.suptitle(next(iter(runs)), fontsize=12, color=TEXT)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()), h_pad=1.8, w_pad=1.8)
+    return figure
+
+
+def draw_panel(axes, panel: Panel, runs: dict[str, Curves], window: int) -> None:
+    """One panel; curves that a run lacks are left out."""
+    several = len(runs) > 1
+    positive = True
+    for r, curves in enumerate(runs.values()):
+        for c, (label, name) in enumerate(panel.curves.items()):
+            if name not in curves:
+                continue
+            steps, values = curves[name]
+            color = COLORS[(r if several else c) % len(COLORS)]
+            style = STYLES[c % len(STYLES)] if several else "-"
+            marker = "." if len(steps) < 3 else None
+            if window > 1:
+                axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(
+                steps,
+                smooth(values, window),
+                color=color,
+                linestyle=style,
+                marker=marker,
+                linewidth=1.4,
+                label=label if r == 0 or label not in axes.get_legend_handles_labels()[1] else None,
+            )
+            positive &= bool((values > 0).all())
+    if panel.log and positive:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0 if positive else None)
+    axes.set_title(panel.title, fontsize=10.5, color=TEXT)
+    axes.set_xlabel("step", fontsize=8.5, color=FAINT, labelpad=1)
+    axes.tick_params(which="both", labelsize=8, color=FAINT, labelcolor=TEXT)
+    axes.grid(True, which="major", color="#e3e7ec", linewidth=0.7)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if len(panel.curves) > 1:
+        legend = axes.legend(fontsize=8, edgecolor="none", framealpha=0.7, labelcolor=TEXT)
+        if several:
+            for handle in legend.legend_handles:
+                handle.set_color(TEXT)
+
+
+def run_labels(paths: list[pathlib.Path]) -> list[str]:
+    """Names that tell the runs apart: folders' names, or whole paths where those are alike."""
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, help=f"folders with {JSONL}")
+    parser.add_argument("--output", type=pathlib.Path, help="PNG; by default in the first run")
+    parser.add_argument("--smooth", type=int, default=1, help="records to average over")
+    args = parser.parse_args(argv)
+    if args.smooth < 1:
+        parser.error(f"--smooth must be at least 1, got {args.smooth}")
+    if len(set(args.runs)) < len(args.runs):
+        parser.error("the same run was given twice")
+    try:
+        curves = [read_run(path) for path in args.runs]
+    except ValueError as error:
+        parser.error(str(error))
+    first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
+    output = args.output or first / "curves.png"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure = draw(dict(zip(run_labels(args.runs), curves)), args.smooth)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
