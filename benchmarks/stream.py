@@ -199,7 +199,7 @@ def refresh_seconds(pipeline: Pipeline, args, config: RolloutConfig, repeats: in
     def refresh(params, cache, text, noise):
         forward = rollout.bind(model, params, cache, rope, config, first=False)
         x0 = jax.tree.map(lambda n: n[0], noise)
-        return rollout.refresh(forward, cache, text, x0, noise, config, first=False).kv.audio
+        return rollout.refresh(forward, text, x0, noise, config).audio
 
     seconds = []
     for _ in range(repeats + 1):

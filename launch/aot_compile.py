@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from checkpoint_converters import synthetic
-from omniforcing_jax import flow, partitioning, rollout
+from omniforcing_jax import flow, kv_cache, partitioning, rollout
 from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.models.transformer import Transformer, init_boxed_params
 from omniforcing_jax.pipeline import PipelineConfig
@@ -85,7 +85,7 @@ def compile_block_step(args: argparse.Namespace):
     boxed = jax.eval_shape(lambda k: init_boxed_params(model, k), jax.random.key(0))
     params = _abstract(nn.unbox(boxed), partitioning.shardings(boxed, mesh), jnp.bfloat16)
     cache = jax.eval_shape(lambda: rollout.new_cache(model, rollout_config, 1))
-    cache = _abstract(cache, partitioning.cache_sharding(cache, mesh))
+    cache = _abstract(cache, kv_cache.cache_sharding(cache, mesh))
     dims = config.transformer.text_dims
     contexts = [jax.ShapeDtypeStruct((1, args.text_tokens, d), jnp.bfloat16) for d in dims]
     encode = functools.partial(rollout.encode_prompt, model, levels=rollout_config.sigma_levels)

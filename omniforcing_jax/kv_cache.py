@@ -18,16 +18,20 @@ One type serves the self-attention of both streams and both directions between t
 """
 
 import dataclasses
+import math
 
 import flax
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.models.config import TransformerConfig
 from omniforcing_jax.models.layers import KV, History
 from omniforcing_jax.models.rope import ClipRope
 from omniforcing_jax.models.transformer import Pathways
+from omniforcing_jax.partitioning import BATCH_AXES
 
 POSITIONS = ("absolute", "relative")
 
@@ -151,6 +155,21 @@ def cache_bytes(
         lambda: init_cache(config, model, batch=batch, patches=patches, dtype=dtype)
     )
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.kv))
+
+
+def cache_sharding(cache: RollingCache, mesh: Mesh) -> RollingCache:
+    """Shardings of a rolling cache [L, B, S, N, H]: batch over data and fsdp, heads over tensor."""
+
+    def place(leaf):
+        if leaf.ndim != 5:
+            return NamedSharding(mesh, P())
+        batch_axes = tuple(a for a in BATCH_AXES if mesh.shape[a] > 1)
+        batch_size = math.prod(mesh.shape[a] for a in batch_axes)
+        batch = batch_axes if batch_axes and leaf.shape[1] % batch_size == 0 else None
+        heads = "tensor" if leaf.shape[3] % mesh.shape["tensor"] == 0 else None
+        return NamedSharding(mesh, P(None, batch, None, heads, None))
+
+    return jax.tree.map(place, cache)
 
 
 def write(cache: RollingCache, new: Pathways, patches: int, *, first: bool) -> RollingCache:

@@ -17,12 +17,16 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from omniforcing_jax.kv_cache import RollingCache
-
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
+# In this order: with ("data", "fsdp"), jax 0.10's partitioner permutes rows between the devices of
+# some backward products where data, fsdp and tensor are all split, and does not put them back: wrong
+# gradients without a word (tests/test_meshes.py).
+BATCH_AXES = ("fsdp", "data")
+
 LOGICAL_AXIS_RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH_AXES),
+    ("tokens", "sequence"),
     ("layers", None),
     ("embed", "fsdp"),
     ("heads", "tensor"),
@@ -68,16 +72,25 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def cache_sharding(cache: RollingCache, mesh: Mesh) -> RollingCache:
-    """Shardings of a rolling cache [L, B, S, N, H]: batch over data and fsdp, heads over tensor."""
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Splits an array over the mesh by logical names of its leading axes; no mesh, no effect.
 
-    def place(leaf):
-        if leaf.ndim != 5:
-            return NamedSharding(mesh, P())
-        batch_axes = tuple(a for a in ("data", "fsdp") if mesh.shape[a] > 1)
-        batch_size = math.prod(mesh.shape[a] for a in batch_axes)
-        batch = batch_axes if batch_axes and leaf.shape[1] % batch_size == 0 else None
-        heads = "tensor" if leaf.shape[3] % mesh.shape["tensor"] == 0 else None
-        return NamedSharding(mesh, P(None, batch, None, heads, None))
+    The axes behind the names, and those that the mesh does not divide, are left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes = nn.logical_to_mesh_axes(names, LOGICAL_AXIS_RULES)
 
-    return jax.tree.map(place, cache)
+    def place(axis, size):
+        ways = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+        return axis if ways > 1 and size % ways == 0 else P.UNCONSTRAINED
+
+    spec = [place(axis, size) for axis, size in zip(axes, x.shape)]
+    spec += [P.UNCONSTRAINED] * (x.ndim - len(names))
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows [B, ...] of a batch over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH_AXES))

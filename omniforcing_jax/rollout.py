@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from omniforcing_jax import flow, kv_cache
+from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.kv_cache import CacheConfig, RollingCache
 from omniforcing_jax.models.rope import ClipRope, Rope, clip_rope
 from omniforcing_jax.models.transformer import Modality, Pathways, TextKV, Transformer
@@ -170,10 +171,14 @@ class BlockForward:
     history: Pathways | None
     ropes: tuple[Rope, Rope, Rope, Rope]
 
+    def with_params(self, params) -> "BlockForward":
+        """The same forward pass with other parameters (those to differentiate by)."""
+        return dataclasses.replace(self, params=params)
+
     def __call__(self, x: AVLatents, sigma: jax.Array, text: TextKV, *, return_kv: bool = False):
-        """Clean prediction of x [B, T, C] at noise level sigma [], and the block's new K/V."""
+        """Clean prediction of x [B, T, C] at noise level sigma [] or [B], and the block's K/V."""
         video_rope, video_cross, audio_rope, audio_cross = self.ropes
-        sigmas = jnp.broadcast_to(sigma, (x.video.shape[0], 1)).astype(jnp.float32)
+        sigmas = jnp.broadcast_to(sigma.reshape(-1, 1), (x.video.shape[0], 1)).astype(jnp.float32)
         video = Modality(x.video, sigmas, video_rope, video_cross)
         audio = Modality(x.audio, sigmas, audio_rope, audio_cross)
         (video, audio), kv = self.model.clone(return_kv=return_kv).apply(
@@ -182,6 +187,21 @@ class BlockForward:
         velocity = AVLatents(video, audio)
         x0 = jax.tree.map(lambda x, v: flow.velocity_to_x0(x, v, sigma), x, velocity)
         return x0, kv
+
+
+@flax.struct.dataclass
+class BlockTrace:
+    """How a block came about; training needs more of it than the latents.
+
+    Attributes:
+      x0: the block's clean latents [B, T, C] float32.
+      exit_input: [B, T, C] the noisy input of the forward pass that predicted `x0`.
+      kv: keys and values [L, B, S, N, H] that the refresh wrote, keys not rotated.
+    """
+
+    x0: AVLatents
+    exit_input: AVLatents
+    kv: Pathways
 
 
 def block_step(
@@ -207,49 +227,81 @@ def block_step(
     Returns:
       The block's clean latents [B, T, C] float32, and the cache with the block in it.
     """
-    forward = bind(model, params, cache, rope, config, first=first)
-    x0 = denoise(forward, text, noise, config)
-    return x0, refresh(forward, cache, text, x0, noise, config, first=first)
+    trace, cache = traced_block_step(model, params, cache, text, rope, noise, config, first=first)
+    return trace.x0, cache
 
 
-def denoise(
-    forward: BlockForward, text: TextKV, noise: AVLatents, config: RolloutConfig
-) -> AVLatents:
-    """The few denoising steps: predict x0, add fresh noise of the next level, repeat."""
-    by_level = forward.model.config.text_adaln
-    steps = config.num_steps
-
-    def step(x, inputs):
-        sigma, sigma_next, fresh, level_text = inputs
-        x0, _ = forward(x, sigma, level_text if by_level else text)
-        return jax.tree.map(lambda x0, n: flow.add_noise(x0, n, sigma_next), x0, fresh), None
-
-    x = jax.tree.map(lambda n: n[0], noise)
-    sigmas = jnp.asarray(config.sigmas, jnp.float32)
-    # After the last step sigma_next is 0: whatever noise stands there is multiplied by zero.
-    fresh = jax.tree.map(lambda n: jnp.roll(n[:steps], -1, axis=0), noise)
-    level_text = jax.tree.map(lambda t: t[:steps], text) if by_level else None
-    x0, _ = jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:], fresh, level_text))
-    return x0
-
-
-def refresh(
-    forward: BlockForward,
+def traced_block_step(
+    model: Transformer,
+    params,
     cache: RollingCache,
     text: TextKV,
-    x0: AVLatents,
+    rope: ClipRope,
     noise: AVLatents,
     config: RolloutConfig,
     *,
     first: bool,
-) -> RollingCache:
-    """One more pass over the finished block at `context_noise`, to write its keys and values."""
+    exit_step: jax.Array | None = None,
+) -> tuple[BlockTrace, RollingCache]:
+    """`block_step` as training sees it; the arguments are the same, and
+
+    exit_step: [] int32 the denoising step whose prediction is the block; None is the last one.
+    """
+    forward = bind(model, params, cache, rope, config, first=first)
+    x0, exit_input = denoise(forward, text, noise, config, exit_step)
+    kv = refresh(forward, text, x0, noise, config)
+    cache = kv_cache.write(cache, kv, config.patches, first=first)
+    return BlockTrace(x0, exit_input, kv), cache
+
+
+def denoise(
+    forward: BlockForward,
+    text: TextKV,
+    noise: AVLatents,
+    config: RolloutConfig,
+    exit_step: jax.Array | None = None,
+) -> tuple[AVLatents, AVLatents]:
+    """The few denoising steps: predict x0, add fresh noise of the next level, repeat.
+
+    Returns:
+      The last prediction of x0 [B, T, C], and the input [B, T, C] it was made from.
+    """
+    sigmas = jnp.asarray(config.sigmas, jnp.float32)
+    last = config.num_steps - 1 if exit_step is None else exit_step
+
+    def step(i, carry):
+        x, _, _ = carry
+        x0, _ = forward(x, sigmas[i], text_at(forward.model, text, i))
+        # After the last step sigma is 0: whatever noise stands there is multiplied by zero.
+        fresh = jax.tree.map(lambda n: n[jnp.minimum(i + 1, config.num_steps - 1)], noise)
+        x_next = jax.tree.map(lambda x0, n: flow.add_noise(x0, n, sigmas[i + 1]), x0, fresh)
+        return x_next, x0, x
+
+    x = jax.tree.map(lambda n: n[0], noise)
+    _, x0, exit_input = jax.lax.fori_loop(0, last + 1, step, (x, x, x))
+    return x0, exit_input
+
+
+def text_at(model: Transformer, text: TextKV, level: jax.Array | int) -> TextKV:
+    """Text K/V at one of the noise levels for which `encode_prompt` made them."""
+    if not model.config.text_adaln:
+        return text
+    return jax.tree.map(lambda t: t[level], text)
+
+
+def refresh(
+    forward: BlockForward,
+    text: TextKV,
+    x0: AVLatents,
+    noise: AVLatents,
+    config: RolloutConfig,
+) -> Pathways:
+    """One more pass over the finished block at `context_noise`: its keys and values."""
     if config.context_noise > 0:
         x0 = jax.tree.map(lambda x, n: flow.add_noise(x, n[-1], config.context_noise), x0, noise)
-    if forward.model.config.text_adaln:
-        text = jax.tree.map(lambda t: t[config.num_steps], text)
+    text = text_at(forward.model, text, config.num_steps)
     _, kv = forward(x0, jnp.float32(config.context_noise), text, return_kv=True)
-    return kv_cache.write(cache, kv, config.patches, first=first)
+    return kv
 
 
 def bind(
@@ -332,8 +384,26 @@ def rollout(
 
     _, rest = jax.lax.scan(step, cache, jnp.arange(1, num_blocks))  # [K - 1, B, T, C]
 
+    return join_blocks(first, rest)
+
+
+def join_blocks(first: AVLatents, rest: AVLatents) -> AVLatents:
+    """Block 0 [B, T, C] and the later blocks [K - 1, B, T, C] -> a clip [B, T, C]."""
+
     def join(first, rest):
         rest = jnp.moveaxis(rest, 0, 1).reshape(rest.shape[1], -1, rest.shape[3])
         return jnp.concatenate([first, rest], axis=1)
 
     return jax.tree.map(join, first, rest)
+
+
+def split_blocks(clip: AVLatents, layout: BlockLayout, patches: int) -> tuple[AVLatents, AVLatents]:
+    """A clip [B, T, C] -> block 0 [B, T, C] and the later blocks [K - 1, B, T, C]."""
+
+    def split(x, first, later):
+        rest = x[:, first:].reshape(x.shape[0], -1, later, x.shape[2])
+        return x[:, :first], jnp.moveaxis(rest, 1, 0)
+
+    video = split(clip.video, layout.first_video_frames * patches, layout.video_frames * patches)
+    audio = split(clip.audio, layout.first_audio_frames, layout.audio_frames)
+    return AVLatents(video[0], audio[0]), AVLatents(video[1], audio[1])

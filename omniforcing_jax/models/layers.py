@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.models.rope import Rope
-from omniforcing_jax.ops.attention import attention
+from omniforcing_jax.ops.attention import attention, attention_entropy
 
 
 @flax.struct.dataclass
@@ -110,6 +110,7 @@ class Attention(nn.Module):
       gated: per-head output gates 2 * sigmoid(linear(x)) (LTX-2.3).
       head_norm, tanh_gate: the stabilisers of paper Table 3.
       value_when_skipped: a skipped self-attention passes its values instead of zero (LTX-2.3).
+      measured: reports its entropy when the collection "diagnostics" is mutable.
     """
 
     heads: int
@@ -122,6 +123,7 @@ class Attention(nn.Module):
     head_norm: bool = False
     tanh_gate: bool = False
     value_when_skipped: bool = False
+    measured: bool = False
     implementation: str = "auto"
 
     def setup(self):
@@ -189,6 +191,8 @@ class Attention(nn.Module):
             length = k.shape[1] + history.length
             k = jnp.concatenate([k, history.kv.k], axis=1)
             v = jnp.concatenate([v, history.kv.v], axis=1)
+        if self.measured and self.is_mutable_collection("diagnostics"):
+            self.sow("diagnostics", "entropy", attention_entropy(q, k, kv_end))
         y = attention(
             q, k, v, kv_end=kv_end, kv_length=length, mask=mask, implementation=self.implementation
         )  # [B, T, N, H]

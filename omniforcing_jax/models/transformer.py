@@ -20,6 +20,7 @@ from omniforcing_jax.models.inputs import ClipMask, Conditioning, Modality, Path
 from omniforcing_jax.models.layers import Attention, FeedForward, linear
 from omniforcing_jax.models.modulation import AdaLN, gated, layer_norm, modulate, rms_norm
 from omniforcing_jax.models.rope import clip_rope
+from omniforcing_jax.partitioning import constrain
 
 
 class Block(nn.Module):
@@ -34,7 +35,7 @@ class Block(nn.Module):
     def setup(self):
         c = self.config
 
-        def attention(heads, head_dim, out_dim, causal=True, self_attention=False):
+        def attention(heads, head_dim, out_dim, causal=True, self_attention=False, measured=False):
             return Attention(
                 heads,
                 head_dim,
@@ -46,12 +47,13 @@ class Block(nn.Module):
                 head_norm=causal and c.extra_qk_norm,
                 tanh_gate=causal and c.tanh_gated_attention,
                 value_when_skipped=self_attention and c.perturbation == "value",
+                measured=measured,
                 implementation=self.implementation,
             )
 
         video, audio = (c.video_heads, c.video_head_dim), (c.audio_heads, c.audio_head_dim)
         self.video_attn = attention(*video, c.video_dim, self_attention=True)
-        self.audio_attn = attention(*audio, c.audio_dim, self_attention=True)
+        self.audio_attn = attention(*audio, c.audio_dim, self_attention=True, measured=True)
         self.video_text_attn = attention(*video, c.video_dim, causal=False)
         self.audio_text_attn = attention(*audio, c.audio_dim, causal=False)
         self.a2v_attn = attention(*audio, c.video_dim)
@@ -223,15 +225,11 @@ class Transformer(nn.Module):
     def _scanned_block(self) -> Block:
         block = Block
         if self.remat != "none":
-            if self.remat != "full" and not hasattr(jax.checkpoint_policies, self.remat):
-                raise ValueError(
-                    f"remat is {self.remat!r}; it must be 'none', 'full', or the name of a policy "
-                    "in jax.checkpoint_policies"
-                )
+            check_remat(self.remat)
             policy = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
             block = nn.remat(Block, policy=policy, prevent_cse=False)
         shared = {
-            "variable_axes": {"params": 0},
+            "variable_axes": {"params": 0, "diagnostics": 0},
             "split_rngs": {"params": True},
             "length": self.config.num_layers,
             "metadata_params": {nn.PARTITION_NAME: "layers"},
@@ -278,6 +276,9 @@ class Transformer(nn.Module):
                 self.audio_sinks.astype(self.dtype), (a.shape[0], sinks, a.shape[2])
             )
             a = jnp.concatenate([tokens, a], axis=1)
+        # 25 audio tokens a second are not worth splitting; thousands of video tokens are.
+        v = None if v is None else constrain(v, "batch", "tokens")
+        a = None if a is None else constrain(a, "batch")
         (v, a), new_kv = self.blocks((v, a), history, text, keep, v_stream, a_stream)
         if v is not None:
             v = self._head(v, self.video_out_table, v_time, self.video_out)
@@ -429,6 +430,15 @@ class Transformer(nn.Module):
         shift, scale = _rows(table, embedded_timestep[:, :, None], self.dtype)
         x = modulate(layer_norm(x, self.config.norm_eps), scale, shift)
         return out(x.astype(self.dtype)).astype(jnp.float32)
+
+
+def check_remat(remat: str) -> None:
+    """Raises ValueError for a name that `Transformer.remat` does not take."""
+    if remat not in ("none", "full") and not hasattr(jax.checkpoint_policies, remat):
+        raise ValueError(
+            f"remat is {remat!r}; it must be 'none', 'full', or the name of a policy in "
+            "jax.checkpoint_policies"
+        )
 
 
 class CaptionProjection(nn.Module):

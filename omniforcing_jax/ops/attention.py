@@ -256,3 +256,26 @@ def _check_kv_end(kv_end, q_len: int, kv_len: int) -> None:
             f"kv_end must lie in 1..{kv_len} (no row may see nothing), "
             f"got {kv_end.min()}..{kv_end.max()}"
         )
+
+
+def attention_entropy(q: jax.Array, k: jax.Array, kv_end: np.ndarray | None = None) -> jax.Array:
+    """Entropy of each query's attention, over that of uniform attention to the keys it may see.
+
+    1 is uniform, 0 is one-hot: the collapse that sink tokens prevent (paper section 3.3). Dense, so
+    for short sequences only.
+
+    Args:
+      q: [B, T, N, H]; k: [B, S, N, H]; both rotated.
+      kv_end: [T] as for `attention`.
+
+    Returns:
+      [T] float32, mean over batch and heads; 1 for a query that sees a single key.
+    """
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
+    ends = np.full(q.shape[1], k.shape[1]) if kv_end is None else np.asarray(kv_end)
+    visible = np.arange(k.shape[1]) < ends[:, None]  # [T, S]
+    log_p = jax.nn.log_softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    entropy = -jnp.sum(jnp.where(visible, jnp.exp(log_p) * log_p, 0.0), axis=-1)  # [B, N, T]
+    highest = np.log(np.maximum(ends, 2))
+    return jnp.where(ends > 1, jnp.mean(entropy, axis=(0, 1)) / highest, 1.0)

@@ -14,7 +14,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-BATCH_AXES = ("data", "fsdp")
+from omniforcing_jax.partitioning import BATCH_AXES
+
 HEAD_AXES = ("tensor",)
 
 # Largest first: the kernel wants blocks in multiples of its 128 lanes, and big ones.
