@@ -1,0 +1,300 @@
+"""Distribution matching distillation, for stage I (bidirectional) and stage III (self-forcing).
+
+    every n-th step:  x <- generator's sample                         (generator update)
+                      x_s <- (1 - s) x + s noise, s random
+                      g <- (critic(x_s) - guided teacher(x_s)) / mean |x - teacher(x_s)|
+                      the generator's weights move so that its sample moves along -g
+    every step:       x <- generator's sample                         (critic update)
+                      the critic fits x by flow matching
+
+The stages differ in the generator alone; see `generators`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from omniforcing_jax import flow, losses, scores
+from omniforcing_jax.clip import clip_velocity, draw_noise
+from omniforcing_jax.losses import LossWeights
+from omniforcing_jax.models.transformer import Transformer
+from omniforcing_jax.optimizers import EMAConfig
+from omniforcing_jax.rollout import AVLatents
+from omniforcing_jax.scores import BlockContext, ScoreConfig
+from omniforcing_jax.stages.blockwise import NoisyBlock, teacher_forced_gradient
+from omniforcing_jax.stages.common import (
+    Frozen,
+    TextInput,
+    accumulate,
+    fold,
+    jit_step,
+    numbered,
+    sample_keys,
+)
+from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
+from omniforcing_jax.train_state import TrainState, cast_params, update_network
+
+_SIGMA, _NOISE, _GUIDANCE, _SAMPLE = 11, 12, 13, 14  # uses of a sample's key
+_GENERATOR_UPDATE, _CRITIC_UPDATE = 0, 1  # uses of a step's key
+
+
+@dataclasses.dataclass(frozen=True)
+class DMDConfig:
+    """Settings of both DMD stages.
+
+    Attributes:
+      weights: lambda_v and lambda_a.
+      score: noise levels, guidance and context of the score networks.
+      critic_updates: critic updates per generator update (5 in the paper's recipe).
+      microbatches: parts a batch is cut into.
+      seed: of everything random in training.
+      gather_weights: gather the compute-dtype weights once per update rather than layer by layer in
+        every forward pass: faster in rollouts, and the whole model has to fit on a device.
+    """
+
+    weights: LossWeights = dataclasses.field(default_factory=LossWeights)
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+    critic_updates: int = 5
+    microbatches: int = 1
+    seed: int = 0
+    gather_weights: bool = False
+
+    def __post_init__(self):
+        for name in ("critic_updates", "microbatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DMD:
+    """One of the two DMD stages; `train_step` is what the training loop calls.
+
+    Attributes:
+      generator: student of stage I or III.
+      teacher, critic: bidirectional models of the score networks, in their compute dtype.
+      text: contexts from batches.
+      generator_optimizer, critic_optimizer: from `optimizers.make_optimizer`.
+      ema: of the generator; None keeps none.
+      blocks: for block-causal scores, how the score networks see a clip.
+      shardings: NamedShardings of the train state; None on a single device.
+    """
+
+    generator: BidirectionalGenerator | UnrolledGenerator
+    teacher: Transformer
+    critic: Transformer
+    text: TextInput
+    generator_optimizer: optax.GradientTransformation
+    critic_optimizer: optax.GradientTransformation
+    config: DMDConfig
+    ema: EMAConfig | None = None
+    blocks: BlockContext | None = None
+    shardings: TrainState | None = None
+
+    def __post_init__(self):
+        causal = self.config.score.context == "block_causal"
+        if causal != (self.blocks is not None):
+            raise ValueError(
+                f"score context {self.config.score.context!r} "
+                f"{'needs' if causal else 'does not take'} `blocks`"
+            )
+        if causal and self.blocks.num_blocks != getattr(self.generator, "num_blocks", None):
+            raise ValueError(
+                "block-causal scores need a rollout that is scored from its first block"
+            )
+
+    def train_step(
+        self, state: TrainState, frozen: Frozen, batch: dict[str, jax.Array], step: int
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One training step; `state` is donated.
+
+        Args:
+          batch: text of B samples, see `TextInput.contexts`. Nothing else is needed.
+          step: `state.step` as the host knows it: it decides whether the generator is updated.
+        """
+        metrics = {}
+        if step % self.config.critic_updates == 0:
+            state, metrics = self.generator_step(state, frozen, batch)
+        state, more = self.critic_step(state, frozen, batch)
+        return state, metrics | more
+
+    @functools.cached_property
+    def generator_step(self):
+        """Jitted (state, frozen, batch) -> (state, metrics); the state is donated."""
+        return jit_step(self._generator_step, self.shardings)
+
+    @functools.cached_property
+    def critic_step(self):
+        """Jitted (state, frozen, batch) -> (state, metrics); the state is donated."""
+        return jit_step(self._critic_step, self.shardings)
+
+    def _generator_step(self, state: TrainState, frozen: Frozen, batch):
+        generator, critic = self._compute(state)
+
+        def gradient(batch):
+            return self.generator_gradient(
+                generator, critic, frozen, batch, self._key(state.step, _GENERATOR_UPDATE)
+            )
+
+        grads, (loss, sigma) = self._accumulate(gradient, batch, "generator")
+        metrics = losses.report("generator", loss, self.config.weights, sigma)
+        network, info = update_network(
+            state.generator,
+            grads,
+            self.generator_optimizer,
+            self.ema,
+            state.step,
+            loss=metrics["generator/loss"],
+        )
+        metrics |= {f"generator/{name}": value for name, value in info.items()}
+        return state.replace(generator=network), metrics
+
+    def _critic_step(self, state: TrainState, frozen: Frozen, batch):
+        generator, critic = self._compute(state)
+
+        def gradient(batch):
+            return self.critic_gradient(
+                generator, critic, frozen, batch, self._key(state.step, _CRITIC_UPDATE)
+            )
+
+        grads, (loss, sigma) = self._accumulate(gradient, batch, "critic")
+        metrics = losses.report("critic", loss, self.config.weights, sigma)
+        network, info = update_network(
+            state.critic,
+            grads,
+            self.critic_optimizer,
+            None,
+            state.step,
+            loss=metrics["critic/loss"],
+        )
+        metrics |= {f"critic/{name}": value for name, value in info.items()}
+        return state.replace(critic=network, step=state.step + 1), metrics
+
+    def _compute(self, state: TrainState) -> tuple[Any, Any]:
+        """Generator and critic in the dtype they compute in."""
+        models = {"generator": self.generator.model, "critic": self.critic}
+        return tuple(
+            cast_params(
+                getattr(state, name).params,
+                model.dtype,
+                shardings=self.shardings and getattr(self.shardings, name).params,
+                gather=self.config.gather_weights and self.shardings is not None,
+            )
+            for name, model in models.items()
+        )
+
+    def _accumulate(self, gradient, batch: dict[str, jax.Array], name: str):
+        shardings = self.shardings and getattr(self.shardings, name).params
+        return accumulate(gradient, numbered(batch), self.config.microbatches, shardings)
+
+    def _key(self, step: jax.Array, update: int) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        return jax.random.fold_in(key, update)
+
+    def generator_gradient(
+        self, weights: Any, critic: Any, frozen: Frozen, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
+        """Gradient of the DMD loss with respect to the generator's weights.
+
+        Args:
+          weights, critic: parameters in the compute dtype.
+          batch: with "row" [b], the samples' rows in the global batch.
+          key: of the step.
+
+        Returns:
+          Gradients of the mean over samples, and per-sample losses [b] and sigmas [b].
+        """
+        contexts = self.text.contexts(frozen.connectors, batch)
+        keys = sample_keys(key, batch["row"])
+        x, pullback = self.generator.sample_with_pullback(
+            weights, contexts, fold(keys, _SAMPLE), key
+        )
+        gradient, sigma = self.score_gradient(critic, frozen, x, contexts, keys)
+        loss = jax.tree.map(losses.dmd_loss, gradient)
+        cotangent = AVLatents(
+            *(
+                weight * g / g.size  # the mean over samples, tokens and channels
+                for weight, g in zip(self.config.weights, (gradient.video, gradient.audio))
+            )
+        )
+        return pullback(cotangent), (loss, sigma)
+
+    def score_gradient(
+        self, critic: Any, frozen: Frozen, x: AVLatents, contexts, keys: jax.Array
+    ) -> tuple[AVLatents, jax.Array]:
+        """Normalised DMD gradient [B, T, C] at the samples x, and their noise levels [B]."""
+        score = self.config.score
+        sigma, noisy, _ = self._noised(x, keys)
+
+        def x0_from(model, params, contexts) -> AVLatents:
+            return scores.predict_x0(
+                model, params, x, noisy, sigma, contexts, self.generator.clip, self.blocks
+            )
+
+        fake = x0_from(self.critic, critic, contexts)
+        real = x0_from(self.teacher, frozen.teacher, contexts)
+        if score.guided:
+            negative = self.text.contexts(frozen.connectors, frozen.negative)
+            negative = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), negative, contexts)
+            uncond = x0_from(self.teacher, frozen.teacher, negative)
+            scale = scores.draw_guidance(fold(keys, _GUIDANCE), score)
+            real = jax.tree.map(scores.guide_cfg, real, uncond, scale)
+        return jax.tree.map(losses.dmd_gradient, x, fake, real), sigma
+
+    def critic_gradient(
+        self, weights: Any, critic: Any, frozen: Frozen, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
+        """Gradient of the flow matching loss by the critic's weights; as `generator_gradient`."""
+        contexts = self.text.contexts(frozen.connectors, batch)
+        keys = sample_keys(key, batch["row"])
+        x = self.generator.sample(weights, contexts, fold(keys, _SAMPLE), key)
+        x = jax.lax.stop_gradient(x)
+        sigma, noisy, noise = self._noised(x, keys)
+
+        if self.blocks is not None:
+            return self._block_causal_critic(critic, contexts, x, noisy, noise, sigma)
+
+        def loss(params):
+            clip = self.generator.clip
+            velocity = clip_velocity(self.critic, params, noisy, sigma, contexts, clip)
+            per_sample = jax.tree.map(losses.flow_matching_loss, velocity, x, noise)
+            return losses.total(per_sample, self.config.weights), per_sample
+
+        grads, per_sample = jax.grad(loss, has_aux=True)(critic)
+        return grads, (per_sample, sigma)
+
+    def _block_causal_critic(self, critic, contexts, x, noisy, noise, sigma):
+        sizes = jax.tree.map(lambda x: x.shape[1] * x.shape[2], x)
+
+        def block_loss(x0: AVLatents, block: NoisyBlock):
+            """The block's share of the mean over the clip's tokens and channels."""
+
+            def share(x0, noisy, clean, noise, size):
+                velocity = flow.x0_to_velocity(noisy, x0, block.sigma)
+                return jnp.sum(jnp.square(velocity - (noise - clean)), axis=(1, 2)) / size
+
+            shares = jax.tree.map(share, x0, block.x, *block.targets, sizes)
+            return losses.total(shares, self.config.weights), shares
+
+        blocks = jnp.broadcast_to(sigma[:, None], (sigma.shape[0], self.blocks.num_blocks))
+        grads, shares = teacher_forced_gradient(
+            self.critic,
+            critic,
+            contexts,
+            x,
+            noisy,
+            blocks,
+            (x, noise),
+            self.blocks.config,
+            block_loss,
+        )
+        return grads, (jax.tree.map(lambda s: jnp.sum(s, axis=0), shares), sigma)
+
+    def _noised(self, x: AVLatents, keys: jax.Array) -> tuple[jax.Array, AVLatents, AVLatents]:
+        """Noise levels [B], noisy samples and noise."""
+        sigma = scores.draw_sigmas(fold(keys, _SIGMA), self.config.score)
+        noise = draw_noise(fold(keys, _NOISE), self.generator.clip, self.critic)
+        return sigma, jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), x, noise), noise

@@ -1,0 +1,306 @@
+"""The two students of distribution matching: how they make a clip, and how a gradient reaches them.
+
+`sample` makes clips without gradient, for the critic. `sample_with_pullback` also returns the
+function from a gradient with respect to the clip to a gradient with respect to the weights:
+backward simulation (DMD2) means that the clip comes from the student's own steps, and that only the
+last of them is differentiated.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax import flow
+from omniforcing_jax.clip import Clip, clip_x0, draw_noise
+from omniforcing_jax.models.inputs import TextKV
+from omniforcing_jax.models.transformer import Transformer
+from omniforcing_jax.rollout import (
+    AVLatents,
+    BlockTrace,
+    RolloutConfig,
+    block_noise,
+    encode_prompt,
+    join_blocks,
+    new_cache,
+    split_blocks,
+    traced_block_step,
+)
+from omniforcing_jax.stages.blockwise import BlockInput, blockwise_gradient
+from omniforcing_jax.stages.common import Contexts, fold
+
+Pullback = Callable[[AVLatents], Any]
+
+_EXIT, _NOISE = 1, 2  # uses of a sample's key
+
+
+@dataclasses.dataclass(frozen=True)
+class BidirectionalGenerator:
+    """Stage I: a few steps over the whole clip at once.
+
+    Attributes:
+      model: bidirectional.
+      clip: what is generated.
+      sigmas: noise levels of the student, decreasing from 1, with the final 0.
+    """
+
+    model: Transformer
+    clip: Clip
+    sigmas: tuple[float, ...]
+
+    def __post_init__(self):
+        _check_sigmas(self.sigmas)
+
+    @property
+    def num_steps(self) -> int:
+        """Forward passes of a full sample."""
+        return len(self.sigmas) - 1
+
+    def sample(
+        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+    ) -> AVLatents:
+        """Clips [B, T, C] float32 from [B] keys; `step_key` is that of the training step."""
+        x, sigma = self._simulate(weights, contexts, keys)
+        return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+
+    def sample_with_pullback(
+        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+    ) -> tuple[AVLatents, Pullback]:
+        """As `sample`, and the map from dL/dclip to dL/dweights."""
+        x, sigma = self._simulate(weights, contexts, keys)
+
+        def last_step(weights):
+            return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+
+        sample, pullback = jax.vjp(last_step, weights)
+        return sample, lambda cotangent: pullback(cotangent)[0]
+
+    def generate(self, weights: Any, contexts: Contexts, keys: jax.Array) -> AVLatents:
+        """Clips [B, T, C] float32 after all steps, as in use."""
+        exits = jnp.full(keys.shape, self.num_steps - 1)
+        x, sigma = self._simulate(weights, contexts, keys, exits)
+        return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+
+    def _simulate(self, weights, contexts, keys, exits=None) -> tuple[AVLatents, jax.Array]:
+        """The input and the sigma [B] of each sample's last step.
+
+        Each sample exits at a step of its own, drawn among those at which the network is called: at
+        sigma 0 the prediction is the input, and its gradient would be zero. The loop stops when the
+        last sample of the batch has exited.
+        """
+        if exits is None:
+            exits = exit_steps(fold(keys, _EXIT), self.num_steps)
+        sigmas = jnp.asarray(self.sigmas, jnp.float32)
+        noise_keys = fold(keys, _NOISE)
+
+        def step(i, carry):
+            x, exit_input = carry
+            sigma = jnp.full(keys.shape, sigmas[i])
+            x0 = clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+            fresh = draw_noise(fold(noise_keys, i + 1), self.clip, self.model)
+            x = jax.tree.map(lambda x0, n: flow.add_noise(x0, n, sigmas[i + 1]), x0, fresh)
+            here = (exits == i + 1)[:, None, None]
+            return x, jax.tree.map(lambda x, e: jnp.where(here, x, e), x, exit_input)
+
+        x = draw_noise(fold(noise_keys, 0), self.clip, self.model)
+        _, exit_input = jax.lax.fori_loop(0, jnp.max(exits), step, (x, x))
+        return jax.lax.stop_gradient(exit_input), sigmas[exits]
+
+
+@dataclasses.dataclass(frozen=True)
+class UnrolledGenerator:
+    """Stage III: block after block over the rolling cache, by the sampler's own block step.
+
+    Attributes:
+      model: block-causal student (the masks are in the rollout, not in the model).
+      config: cache, sigmas and sizes, as in sampling.
+      num_blocks: blocks that are generated.
+      scored_blocks: the last of them, which are scored and trained; all of them when equal.
+    """
+
+    model: Transformer
+    config: RolloutConfig
+    num_blocks: int
+    scored_blocks: int
+
+    def __post_init__(self):
+        _check_sigmas(self.config.sigmas)
+        if not 1 <= self.scored_blocks <= self.num_blocks:
+            raise ValueError(
+                f"scored_blocks must be between 1 and num_blocks = {self.num_blocks}, not "
+                f"{self.scored_blocks}"
+            )
+        self.config.check_model(self.model)
+
+    @property
+    def clip(self) -> Clip:
+        """The scored part of the rollout."""
+        c = self.config
+        whole = self.scored_blocks == self.num_blocks
+        layout = c.cache.layout
+        return Clip.from_blocks(layout, self.scored_blocks, c.height, c.width, start=whole)
+
+    @property
+    def num_steps(self) -> int:
+        """Forward passes of a block, without the refresh."""
+        return self.config.num_steps
+
+    def sample(
+        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+    ) -> AVLatents:
+        """The scored part [B, T, C] float32 of rollouts from [B] keys.
+
+        Every block exits at the same step, drawn from `step_key`: all hosts draw the same.
+        """
+        text = self._text(weights, contexts)
+        return self._window(*self._unroll(weights, text, keys, self._exit(step_key))[:2])
+
+    def generate(self, weights: Any, contexts: Contexts, keys: jax.Array) -> AVLatents:
+        """The scored part [B, T, C] float32 of rollouts with all steps, as in use."""
+        text = self._text(weights, contexts)
+        return self._window(*self._unroll(weights, text, keys, None)[:2])
+
+    def sample_with_pullback(
+        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+    ) -> tuple[AVLatents, Pullback]:
+        """As `sample`, and the map from dL/dclip to dL/dweights.
+
+        The gradient goes through the last step of every scored block, into the weights and into the
+        keys and values of the text; earlier steps and the history are detached.
+        """
+        exit_step = self._exit(step_key)
+        text = self._text(weights, contexts)
+        first, rest, cache = self._unroll(weights, text, keys, exit_step)
+        sample = self._window(first, rest)
+        sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[exit_step])
+
+        def pullback(cotangent: AVLatents):
+            blocks = self._block_inputs(first, rest, sigma, cotangent)
+            level = self.config.sigmas if self.model.config.text_adaln else None
+
+            def exit_text(weights):
+                sigma_ = None if level is None else sigma
+                return self.model.apply({"params": weights}, *contexts, sigma_, method="text_kv")
+
+            exit_kv, text_pullback = jax.vjp(exit_text, weights)
+            gradients, text_gradients, _ = blockwise_gradient(
+                self.model,
+                weights,
+                exit_kv,
+                blocks,
+                cache,
+                self._rope(),
+                self.config,
+                _inner_product,
+            )
+            text_gradients = jax.tree.map(lambda g, t: g.astype(t.dtype), text_gradients, exit_kv)
+            (through_text,) = text_pullback(text_gradients)
+            return jax.tree.map(lambda g, t: g + t.astype(g.dtype), gradients, through_text)
+
+        return sample, pullback
+
+    def _exit(self, step_key: jax.Array) -> jax.Array:
+        return jax.random.randint(step_key, (), 0, self.num_steps)
+
+    def _text(self, weights, contexts: Contexts) -> TextKV:
+        return encode_prompt(self.model, weights, *contexts, levels=self.config.sigma_levels)
+
+    def _rope(self):
+        return self.config.rope(self.model, self.num_blocks)
+
+    def _unroll(self, weights, text, keys, exit_step):
+        """Trace of block 0 (None when it is not scored), traces of the other scored blocks, stacked
+        (None when there are none), and the cache in front of the first scored block."""
+        rope = self._rope()
+
+        def step(cache, block, first):
+            noise = noise_of_block(keys, block, self.config, self.model, first=first)
+            trace, cache = traced_block_step(
+                self.model,
+                weights,
+                cache,
+                text,
+                rope,
+                noise,
+                self.config,
+                first=first,
+                exit_step=exit_step,
+            )
+            return cache, trace
+
+        unscored = self.num_blocks - self.scored_blocks
+        empty = new_cache(self.model, self.config, keys.shape[0])
+        cache, first = step(empty, 0, True)
+        before = empty
+        if unscored:
+            blocks = jnp.arange(1, unscored)
+            cache = jax.lax.scan(lambda c, b: (step(c, b, False)[0], None), cache, blocks)[0]
+            before, first = cache, None
+        blocks = jnp.arange(max(unscored, 1), self.num_blocks)
+        if not blocks.size:
+            return first, None, before
+        _, rest = jax.lax.scan(lambda c, b: step(c, b, False), cache, blocks)
+        return first, rest, before
+
+    def _window(self, first: BlockTrace | None, rest: BlockTrace | None) -> AVLatents:
+        if rest is None:
+            return first.x0
+        if first is None:
+            first, rest = jax.tree.map(lambda x: x[0], rest), jax.tree.map(lambda x: x[1:], rest)
+        return join_blocks(first.x0, rest.x0)
+
+    def _block_inputs(self, first, rest, sigma, cotangent):
+        layout, patches = self.config.cache.layout, self.config.patches
+        if first is None:  # every block is uniform
+            layout = dataclasses.replace(
+                layout,
+                first_video_frames=layout.video_frames,
+                first_audio_frames=layout.audio_frames,
+            )
+        first_cotangent, later = split_blocks(cotangent, layout, patches)
+        if first is None:
+            later = jax.tree.map(
+                lambda x, xs: jnp.concatenate([x[None], xs]), first_cotangent, later
+            )
+        else:
+            first = BlockInput(first.exit_input, sigma, first.kv, first_cotangent)
+        if rest is not None:
+            count = jax.tree.leaves(rest)[0].shape[0]
+            sigmas = jnp.broadcast_to(sigma, (count, *sigma.shape))
+            rest = BlockInput(rest.exit_input, sigmas, rest.kv, later)
+        return first, rest
+
+
+def _inner_product(x0: AVLatents, cotangent: AVLatents) -> tuple[jax.Array, None]:
+    """Its gradient pulls `cotangent` back."""
+    return jnp.sum(x0.video * cotangent.video) + jnp.sum(x0.audio * cotangent.audio), None
+
+
+def noise_of_block(
+    keys: jax.Array,
+    block: jax.Array | int,
+    config: RolloutConfig,
+    model: Transformer,
+    *,
+    first: bool,
+) -> AVLatents:
+    """`block_noise` with a key per sample: [steps, B, T, C] from [B] keys."""
+
+    def one(key: jax.Array) -> AVLatents:
+        noise = block_noise(key, block, config, model, 1, first=first)
+        return jax.tree.map(lambda n: n[:, 0], noise)
+
+    return jax.tree.map(lambda n: jnp.moveaxis(n, 0, 1), jax.vmap(one)(fold(keys, _NOISE)))
+
+
+def exit_steps(keys: jax.Array, num_steps: int) -> jax.Array:
+    """[B] int32 steps in [0, num_steps) from [B] keys."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_steps))(keys)
+
+
+def _check_sigmas(sigmas: tuple[float, ...]) -> None:
+    first = float(flow.check_sigmas(sigmas)[0])
+    if abs(first - 1.0) > 1e-6:
+        raise ValueError(f"a student starts from noise: sigmas[0] must be 1, not {first}")
