@@ -1,0 +1,196 @@
+"""Turns a run's generator into a checkpoint to stream from, and into one safetensors file.
+
+Example:
+  python -m launch.export_run --run runs/stage3 --output checkpoints/student
+  python -m launch.export_run --run runs/stage3 --output checkpoints/student \
+      --weights params --step 1500 --safetensors student.safetensors
+
+The other components (VAEs, vocoder, connectors) are copied from the converted checkpoint that the
+run was trained with. The student's layout and timesteps go into the new config.json, where
+launch.stream finds them.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from checkpoint_converters import converting
+from checkpoint_converters.export import export
+from checkpoint_converters.safetensors_io import ConversionError
+from omniforcing_jax import checkpoints
+from omniforcing_jax.models.config import TransformerConfig
+from omniforcing_jax.models.transformer import Transformer, init_params
+from omniforcing_jax.training_checkpoints import FOLDER, latest_step, load_generator
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+# fields of TransformerConfig in which a student may differ from its teacher: their metadata keys
+_METADATA_KEYS = {
+    "rope_type": "rope_type",
+    "rope_frequency_dtype": "frequencies_precision",
+    "cross_gate_timestep_scale": "av_ca_timestep_scale_multiplier",
+    "num_audio_sinks": "num_audio_sink_tokens",
+    "sink_rope": "sink_rope",
+    "extra_qk_norm": "extra_qk_norm",
+    "tanh_gated_attention": "tanh_gated_attention",
+}
+
+
+def read_run_config(run: pathlib.Path) -> dict[str, Any]:
+    """The configuration that a run was started with.
+
+    Raises:
+      ValueError: there is none, or it does not describe a student.
+    """
+    file = run / "config.json"
+    if not file.is_file() or not (run / FOLDER).is_dir():
+        raise ValueError(f"{run} is not a run: it has no config.json and {FOLDER}/")
+    config = checkpoints.read_json(file)["config"]
+    missing = [name for name in ("stage", "checkpoint", "clip", "student", "student_config")
+               if name not in config]  # fmt: skip
+    if missing:
+        raise ValueError(f"{file}: the configuration lacks {', '.join(missing)}")
+    return config
+
+
+def student_content(
+    base: dict[str, Any], config: dict[str, Any], source: str
+) -> tuple[dict[str, Any], TransformerConfig]:
+    """config.json of the exported checkpoint, and the transformer that it describes.
+
+    Args:
+      base: content of the checkpoint that the run was trained with.
+      config: from `read_run_config`.
+      source: what to say about the transformer's origin.
+
+    Raises:
+      ValueError: the student is not a variant of the base's transformer.
+    """
+    student = config["student_config"]
+    before = base["config"]["transformer"]
+    section = before | {key: student[field] for field, key in _METADATA_KEYS.items()}
+    described = TransformerConfig.from_metadata(section, base["model_version"])
+    now = json.loads(json.dumps(dataclasses.asdict(described)))
+    wrong = [f"{name} is {student[name]!r}, not {value!r}"
+             for name, value in now.items() if student[name] != value]  # fmt: skip
+    if wrong:
+        raise ValueError(f"the run's student is no variant of --base: {'; '.join(wrong)}")
+    causal = config["stage"] != "stage1"
+    content = base | {
+        "family": "omniforcing" if causal else base["family"],
+        # the connectors were not trained: they keep the settings they came with
+        "config": base["config"]
+        | {
+            "transformer": section,
+            "connectors": checkpoints.component_metadata(base, "connectors"),
+        },
+        "student": {
+            "layout": config["clip"]["layout"] if causal else None,
+            "num_audio_sinks": student["num_audio_sinks"],
+            "timesteps": list(config["student"]["timesteps"]),
+        },
+        "source": [*base["source"], {"name": source, "bytes": 0}],
+    }
+    return content, described
+
+
+def export_run(
+    run: pathlib.Path,
+    output: pathlib.Path,
+    *,
+    base: pathlib.Path | None = None,
+    weights: str = "ema",
+    step: int | None = None,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+) -> int:
+    """Writes a converted checkpoint with the run's generator.
+
+    Args:
+      run: the run's folder.
+      output: folder to create.
+      base: converted checkpoint that the run was trained with; None: where it was then.
+      weights: "ema" or "params".
+      step: None takes the latest complete checkpoint.
+      dtype: to store.
+      overwrite: replace an earlier checkpoint in `output`.
+
+    Returns:
+      The step that was exported.
+
+    Raises:
+      ValueError, FileNotFoundError: the run or the base is not what it should be.
+      ConversionError: the output cannot be written.
+    """
+    config = read_run_config(run)
+    base = pathlib.Path(config["checkpoint"]) if base is None else base
+    step = latest_step(run) if step is None else step
+    if step is None:
+        raise FileNotFoundError(f"{run} has no complete checkpoint yet")
+    source = f"{run.resolve().name}, step {step}, {weights}"
+    content, student = student_content(checkpoints.load_config(base), config, source)
+    shapes = jax.eval_shape(lambda: init_params(Transformer(student), jax.random.key(0)))
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), shapes)
+    generator = load_generator(run, expected, which=weights, step=step)
+
+    others = [base / name for name in content["components"] if name != "transformer"]
+    num_bytes = sum(f.stat().st_size for folder in others for f in folder.rglob("*") if f.is_file())
+    num_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(generator))
+    output = output.absolute()
+    partial = converting.partial_path(output)
+    problems = converting.output_problems(output, partial, overwrite, num_bytes)
+    if problems:
+        raise ConversionError(problems)
+    with converting.appearing(output, partial):
+        for folder in others:
+            shutil.copytree(folder, partial / folder.name)
+        checkpoints.save_params(partial, "transformer", generator, content)
+    return step
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.export_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--run", type=pathlib.Path, required=True, help="folder of a training run")
+    add("--output", type=pathlib.Path, required=True, help="folder to create")
+    add("--base", type=pathlib.Path, help="its converted checkpoint, if that was moved")
+    add("--weights", choices=("ema", "params"), default="ema", help="average or raw weights")
+    add("--step", type=int, help="by default the latest checkpoint's")
+    add("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    add("--safetensors", type=pathlib.Path, help="also write one file in the official layout")
+    add("--overwrite", action="store_true", help="replace what is there")
+    args = parser.parse_args(argv)
+    try:
+        step = export_run(
+            args.run,
+            args.output,
+            base=args.base,
+            weights=args.weights,
+            step=args.step,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+        )
+        print(f"{args.output}: {args.weights} of {args.run}, step {step}")
+        if args.safetensors is not None:
+            export(args.output, args.safetensors, overwrite=args.overwrite, show_progress=True)
+            print(f"{args.safetensors}: {args.safetensors.stat().st_size / 1e9:.2f} GB")
+    except (ConversionError, ValueError, FileNotFoundError, KeyboardInterrupt) as error:
+        print(error or "interrupted, nothing was written", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
