@@ -1,10 +1,13 @@
 """Samples one clip with sound from the bidirectional model (the teacher) into an MP4.
 
-    python -m launch.sample_teacher --checkpoint checkpoints/ltx2 --features prompt.safetensors \\
-        --negative-features negative.safetensors --seconds 5 --output outputs/teacher.mp4
+    python -m launch.sample_teacher --checkpoint checkpoints/ltx2 \\
+        --text-encoder checkpoints/gemma3 --prompt "A dog barks" \\
+        --negative-prompt "blurry, distorted, noisy sound" --output outputs/teacher.mp4
 
-`--features` are text contexts made beforehand (see `omniforcing_jax.text_features`). For a
-checkpoint with random weights, `--random-features` derives them from the prompt's text instead:
+The prompts are encoded and the encoder is unloaded before the model is loaded; encoded prompts are
+kept on disk. `--features` and `--negative-features` are text contexts made beforehand (see
+`omniforcing_jax.text_features`). For a checkpoint with random weights, `--random-features` derives
+them from the prompt's text instead:
 
     python -m launch.sample_teacher --checkpoint checkpoints/tiny --random-features \\
         --prompt "a dog barks" --stg-block 1 --frames 25 --height 128 --width 192 --steps 8 \\
@@ -22,21 +25,19 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
+from launch import prompt_options
 from omniforcing_jax import media, text_features
 from omniforcing_jax.guidance import LTX20_GUIDANCE, LTX23_GUIDANCE, AVGuidance
-from omniforcing_jax.models import audio_vae, video_vae, vocoder
+from omniforcing_jax.models import video_vae
 from omniforcing_jax.models.rope import VIDEO_TEMPORAL_COMPRESSION
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
-from omniforcing_jax.pipeline import Pipeline, PipelineConfig, load_pipeline
-from omniforcing_jax.rollout import AVLatents
+from omniforcing_jax.pipeline import PipelineConfig, decode_clip, load_pipeline
+from omniforcing_jax.prompts import PromptEncoder
 from omniforcing_jax.sampler import Prompt, SampleConfig, check_prompts, sample
-from omniforcing_jax.streaming_video import to_uint8
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 RANDOM_FEATURE_TOKENS = 128
 
 
@@ -47,10 +48,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder written by checkpoint_converters")
+    add("--prompt", metavar="TEXT", help="what to show")
+    add("--negative-prompt", metavar="TEXT", help="what not to show, for cfg (default: empty)")
+    prompt_options.add_arguments(parser)
     add("--features", metavar="FILE", help="text contexts of the prompt")
     add("--negative-features", metavar="FILE", help="those of the negative prompt, for cfg")
-    add("--random-features", action="store_true", help="stand-in contexts for random weights")
-    add("--prompt", default="", help="text the random features are derived from")
     add("--output", required=True, help="MP4 file, or - for standard output")
     add("--overwrite", action="store_true", help="replace an existing file")
     length = parser.add_mutually_exclusive_group()
@@ -67,18 +69,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stg-block", type=int, nargs="+", help="blocks it perturbs (2.0: 29, 2.3: 28)")
     add("--modality", type=float, help="modality guidance, 1 is off (default 3)")
     add("--rescale", type=float, help="pull-back of the contrast, 0 to 1 (default 0.7)")
-    add("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on accelerators, else float32")
+    prompt_options.add_dtype(parser)
     add("--attention", choices=IMPLEMENTATIONS, default="auto", help="backend (default auto)")
     return parser.parse_args(argv)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked command line: everything that can be wrong has been looked at."""
+    """A checked command line: everything that can be wrong has been looked at.
+
+    Attributes:
+      prompt, negative: contexts, or sentences for the encoder.
+    """
 
     sample: SampleConfig
-    prompt: Prompt
-    negative: Prompt | None
+    prompt: Prompt | str
+    negative: Prompt | str | None
+    encoder: PromptEncoder | None
 
 
 def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
@@ -115,9 +122,16 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
     video_vae.check_latents(config.video_vae, (1, clip.video_frames, height, width, channels))
     model = Transformer(config.transformer)
     clip.check_model(model)
-    prompt, negative = _prompts(args, config, "uncond" in clip.guidance.passes())
+    needs_negative = "uncond" in clip.guidance.passes()
+    _check_sources(args, needs_negative)
+    if args.text_encoder:
+        encoder = prompt_options.make_encoder(args)
+        negative = args.negative_prompt or ""
+        encoder.check([args.prompt, negative])
+        return Plan(clip, args.prompt, negative if needs_negative else None, encoder)
+    prompt, negative = _contexts(args, config, needs_negative)
     check_prompts(model, prompt, negative, clip.guidance)
-    return Plan(clip, prompt, negative)
+    return Plan(clip, prompt, negative, None)
 
 
 def _is_newer(config: PipelineConfig) -> bool:
@@ -142,26 +156,36 @@ def _guidance(args: argparse.Namespace, defaults: AVGuidance) -> AVGuidance:
     )
 
 
-def _prompts(args, config: PipelineConfig, needs_negative: bool) -> tuple[Prompt, Prompt | None]:
-    """The contexts of the prompt and, if guidance needs it, of the negative prompt."""
-    if bool(args.features) == args.random_features:
-        raise ValueError("give either --features FILE or --random-features (with --prompt TEXT)")
+def _check_sources(args: argparse.Namespace, needs_negative: bool) -> None:
+    """Raises ValueError unless there is one source of text, and of the negative if needed."""
+    prompt_options.check_source(args)
+    if args.negative_features and not args.features:
+        raise ValueError("--negative-features goes with --features only")
+    if args.negative_prompt is not None and not args.text_encoder:
+        raise ValueError("--negative-prompt goes with --text-encoder only")
+    if args.features and needs_negative and not args.negative_features:
+        raise ValueError(
+            "classifier-free guidance needs --negative-features FILE; without one, set "
+            "--cfg-video 1 --cfg-audio 1"
+        )
+    for option, given in (
+        ("--negative-features", args.negative_features),
+        ("--negative-prompt", args.negative_prompt),
+    ):
+        if given and not needs_negative:
+            raise ValueError(f"{option} has no effect with --cfg-video 1 --cfg-audio 1")
+
+
+def _contexts(args, config: PipelineConfig, needs_negative: bool) -> tuple[Prompt, Prompt | None]:
+    """Stored or random contexts of the prompt and, if needed, of the negative prompt."""
     dims = config.transformer.text_dims
     if args.random_features:
-        if args.negative_features:
-            raise ValueError("--negative-features goes with --features, not --random-features")
-        keys = (text_features.prompt_key(args.prompt), text_features.prompt_key("", seed=1))
+        prompt = args.prompt or ""
+        keys = (text_features.prompt_key(prompt), text_features.prompt_key("", seed=1))
         found = [
             text_features.random_text_features(key, 1, RANDOM_FEATURE_TOKENS, dims) for key in keys
         ]
     else:
-        if needs_negative and not args.negative_features:
-            raise ValueError(
-                "classifier-free guidance needs --negative-features FILE; without one, set "
-                "--cfg-video 1 --cfg-audio 1"
-            )
-        if args.negative_features and not needs_negative:
-            raise ValueError("--negative-features has no effect with --cfg-video 1 --cfg-audio 1")
         paths = [path for path in (args.features, args.negative_features) if path]
         found = [text_features.load_text_features(path, dims) for path in paths]
         for path, features in zip(paths, found):
@@ -173,21 +197,6 @@ def _prompts(args, config: PipelineConfig, needs_negative: bool) -> tuple[Prompt
     return prompts[0], prompts[1] if needs_negative else None
 
 
-def decode(pipeline: Pipeline, latents: AVLatents, clip: SampleConfig) -> tuple[np.ndarray, ...]:
-    """Latents of one clip -> frames [F, H, W, 3] uint8 and waveform [N, 2] float32."""
-    c, params, dtype = pipeline.config, pipeline.params, pipeline.dtype
-
-    @jax.jit
-    def decode_video(params, tokens):
-        grid = tokens.reshape(1, clip.video_frames, clip.height, clip.width, tokens.shape[-1])
-        return to_uint8(video_vae.decode(c.video_vae, params, grid, dtype=dtype))
-
-    frames = decode_video(params["video_vae"], latents.video)
-    log_mel = audio_vae.decode_audio(params["audio_vae"], c.audio_vae, latents.audio, dtype=dtype)
-    waveform = vocoder.vocode(params["vocoder"], c.vocoder, log_mel)
-    return np.asarray(frames[0]), np.asarray(waveform[0])
-
-
 @contextlib.contextmanager
 def stage(console: Console, name: str):
     """Shows what is being done, then how long it took."""
@@ -197,15 +206,31 @@ def stage(console: Console, name: str):
     console.print(f"{name}: {time.perf_counter() - start:.1f} s", highlight=False)
 
 
+def encode_prompts(plan: Plan, console: Console) -> Plan:
+    """Turns sentences into contexts.
+
+    Raises:
+      FloatingPointError: the text encoder made values that are not finite.
+    """
+    if plan.encoder is None:
+        return plan
+    texts = [plan.prompt] if plan.negative is None else [plan.prompt, plan.negative]
+    with prompt_options.plain_warnings(console), console.status("encoding the prompt ..."):
+        contexts = plan.encoder.encode(texts)
+    console.print(f"text: {prompt_options.describe(plan.encoder.times).strip()}", highlight=False)
+    prompt, *negative = [Prompt(*pair) for pair in contexts]
+    return dataclasses.replace(plan, prompt=prompt, negative=negative[0] if negative else None)
+
+
 def run(args: argparse.Namespace, plan: Plan, writer: media.ClipWriter, console: Console) -> None:
     """Loads the weights, samples, decodes and writes.
 
     Raises:
-      FloatingPointError: the model produced values that are not finite.
+      FloatingPointError: a model produced values that are not finite.
     """
+    plan = encode_prompts(plan, console)
     clip = plan.sample
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = DTYPES[args.dtype or ("float32" if on_cpu else "bfloat16")]
+    dtype = prompt_options.compute_dtype(args)
     with stage(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
         pipeline = load_pipeline(args.checkpoint, dtype=dtype)
     passes = clip.guidance.passes()
@@ -225,7 +250,10 @@ def run(args: argparse.Namespace, plan: Plan, writer: media.ClipWriter, console:
             "the sampled latents are not finite; try --dtype float32, and check the checkpoint"
         )
     with stage(console, "decoding video and sound"):
-        frames, waveform = decode(pipeline, latents, clip)
+        size = (clip.video_frames, clip.height, clip.width)
+        frames, waveform = decode_clip(
+            pipeline.config, pipeline.params, latents, size, pipeline.dtype
+        )
     with stage(console, f"writing {args.output}"):
         writer.write(frames, waveform)
         writer.close()

@@ -10,6 +10,7 @@
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,7 +36,8 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
       {"format", "family": "ltx2" | "omniforcing", "model_version", "config": the checkpoint's
-      metadata by section, "student": None or its layout and sinks, "components", "source"}.
+      metadata by section, "student": None or its layout and sinks, "components", "fingerprints":
+      what tells a component's weights from others, "source"}.
 
     Raises:
       FileNotFoundError: no such folder, or it holds no converted checkpoint.
@@ -46,12 +48,27 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not file.is_file():
         what = "holds no config.json" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}; {_HOW_TO_CREATE.format(folder=folder)}")
-    content = json.loads(file.read_text())
+    content = read_json(file)
     if content.get("format") != FORMAT:
         raise ValueError(
             f"{file}: format {content.get('format')!r}, this version reads {FORMAT}; convert the "
             f"weights again: {_HOW_TO_CREATE.format(folder=folder)}"
         )
+    return content
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: it is not JSON, or not an object; names the file.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return content
 
 
@@ -105,15 +122,7 @@ def load_params(
       FileNotFoundError: the folder or the component is not there.
       ValueError: unknown component, other format, or a tree of shardings of other structure.
     """
-    _check_component(component)
-    folder = pathlib.Path(folder).absolute()
-    content = load_config(folder)
-    path = folder / component
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{folder} has no {component} (it has {', '.join(content['components'])}); "
-            f"{_HOW_TO_CREATE.format(folder=folder)}"
-        )
+    path = _component_path(folder, component)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         arrays = _arrays(checkpointer, path)
         shardings = _shardings(arrays, sharding)
@@ -160,11 +169,9 @@ def param_shapes(folder: str | os.PathLike, component: str) -> dict[str, Any]:
     Raises:
       FileNotFoundError, ValueError: as `load_params`.
     """
-    _check_component(component)
-    folder = pathlib.Path(folder).absolute()
-    load_config(folder)
+    path = _component_path(folder, component)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return _arrays(checkpointer, folder / component)
+        return _arrays(checkpointer, path)
 
 
 def save_params(
@@ -179,7 +186,8 @@ def save_params(
       folder: converted checkpoint, or a new folder if `content` is given.
       component: one of `COMPONENTS`.
       params: nested dict of arrays, sharded or not.
-      content: what config.json shall say (`components` is filled in); None keeps the folder's.
+      content: what config.json shall say (`components` and the component's fingerprint, which is a
+        new one every time, are filled in); None keeps the folder's.
 
     Raises:
       FileNotFoundError: the folder has no config.json and `content` is None.
@@ -210,6 +218,9 @@ def save_params(
         shutil.rmtree(old, ignore_errors=True)
         there = {name for name in COMPONENTS if (folder / name).is_dir()}
         content["components"] = [name for name in COMPONENTS if name in there]
+        # other weights than what was converted, even if they are the same again
+        fingerprint = {component: secrets.token_hex(16)}
+        content["fingerprints"] = content.get("fingerprints", {}) | fingerprint
         content["format"] = FORMAT
         temporary = folder / ".config.json.new"
         temporary.write_text(json.dumps(content, indent=1))
@@ -223,3 +234,16 @@ def save_params(
 def _check_component(component: str) -> None:
     if component not in COMPONENTS:
         raise ValueError(f"component is {component!r}, must be one of {', '.join(COMPONENTS)}")
+
+
+def _component_path(folder: str | os.PathLike, component: str) -> pathlib.Path:
+    _check_component(component)
+    folder = pathlib.Path(folder).absolute()
+    content = load_config(folder)
+    path = folder / component
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{folder} has no {component} (it has {', '.join(content['components'])}); "
+            f"{_HOW_TO_CREATE.format(folder=folder)}"
+        )
+    return path

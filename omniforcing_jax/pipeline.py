@@ -1,23 +1,27 @@
 """A converted checkpoint, read from disk: every component with the configuration it came with."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from omniforcing_jax import checkpoints
 from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.models import audio_vae, video_vae, vocoder
 from omniforcing_jax.models.audio_vae import AudioVAEConfig
 from omniforcing_jax.models.config import TransformerConfig
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.models.video_vae import VideoVAEConfig, check_latents
 from omniforcing_jax.models.vocoder import VocoderConfig
-from omniforcing_jax.rollout import RolloutConfig
+from omniforcing_jax.prompts import PromptEncoder
+from omniforcing_jax.rollout import AVLatents, RolloutConfig
 from omniforcing_jax.streaming import StreamingSession
 from omniforcing_jax.streaming_audio import StreamingAudioDecoder
-from omniforcing_jax.streaming_video import StreamingVideoDecoder
+from omniforcing_jax.streaming_video import StreamingVideoDecoder, to_uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +121,9 @@ class Pipeline:
     def session(
         self,
         rollout_config: RolloutConfig,
-        contexts: tuple[jax.Array, jax.Array],
+        prompt: str | tuple[jax.Array, jax.Array],
         *,
+        prompts: PromptEncoder | None = None,
         seed: int = 0,
         max_blocks: int | None = None,
         implementation: str = "auto",
@@ -127,7 +132,12 @@ class Pipeline:
         look_ahead: int = 1,
         blend: int = 1,
     ) -> StreamingSession:
-        """A live session; see `StreamingSession` and `StreamingVideoDecoder` for the options."""
+        """A live session; see `StreamingSession` and `StreamingVideoDecoder` for the options.
+
+        Args:
+          prompt: a sentence, which needs `prompts`, or contexts of video and audio.
+          prompts: encodes sentences.
+        """
         c = self.config
         video_decoder = StreamingVideoDecoder(
             c.video_vae,
@@ -148,7 +158,8 @@ class Pipeline:
             rollout_config,
             video_decoder,
             audio_decoder,
-            contexts,
+            prompt,
+            prompts=prompts,
             seed=seed,
             max_blocks=max_blocks,
         )
@@ -167,3 +178,35 @@ def load_pipeline(directory: str | pathlib.Path, *, dtype: jnp.dtype) -> Pipelin
         for name, component_dtype in dtypes.items()
     }
     return Pipeline(config, params, dtype)
+
+
+def decode_clip(
+    config: PipelineConfig,
+    params: dict[str, Any],
+    latents: AVLatents,
+    size: tuple[int, int, int],
+    dtype: jnp.dtype,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes a whole clip at once.
+
+    Args:
+      params: at least "video_vae", "audio_vae" and "vocoder".
+      latents: [1, T, C] tokens.
+      size: (frames, height, width) of the video, in latents.
+      dtype: in which the VAEs compute.
+
+    Returns:
+      frames [F, H, W, 3] uint8 and waveform [N, 2] float32.
+    """
+    frames = _decode_video(config.video_vae, params["video_vae"], latents.video, size, dtype)
+    log_mel = audio_vae.decode_audio(
+        params["audio_vae"], config.audio_vae, latents.audio, dtype=dtype
+    )
+    waveform = vocoder.vocode(params["vocoder"], config.vocoder, log_mel)
+    return np.asarray(frames[0]), np.asarray(waveform[0])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _decode_video(config: VideoVAEConfig, params, tokens: jax.Array, size, dtype) -> jax.Array:
+    grid = tokens.reshape(1, *size, tokens.shape[-1])
+    return to_uint8(video_vae.decode(config, params, grid, dtype=dtype))

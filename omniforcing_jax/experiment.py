@@ -1,0 +1,546 @@
+"""From a config to everything a training run needs, checked before anything is allocated.
+
+`check` reads small files only (the checkpoint's config.json, the dataset's manifest) and reports
+every problem it finds at once. `assemble` then loads weights onto the mesh and builds the stage.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from omniforcing_jax import checkpoints, flow, partitioning
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.clip import Clip
+from omniforcing_jax.kv_cache import CacheConfig
+from omniforcing_jax.losses import LossWeights
+from omniforcing_jax.models.config import TransformerConfig
+from omniforcing_jax.models.connectors import ConnectorConfig, TextConnectors
+from omniforcing_jax.models.transformer import (
+    Transformer,
+    check_remat,
+    init_boxed_params,
+    init_params,
+)
+from omniforcing_jax.ops.attention import IMPLEMENTATIONS
+from omniforcing_jax.optimizers import EMAConfig, OptimizerConfig, make_optimizer
+from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.rollout import RolloutConfig
+from omniforcing_jax.scores import BlockContext, ScoreConfig
+from omniforcing_jax.stages.common import Frozen, TextInput
+from omniforcing_jax.stages.dmd import DMD, DMDConfig
+from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
+from omniforcing_jax.stages.ode_regression import ODERegression, RegressionConfig
+from omniforcing_jax.train import LoopConfig
+from omniforcing_jax.train_state import TrainState, create_network, create_state, state_shardings
+from omniforcing_jax.training_checkpoints import load_generator
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+# Parameters that a student has and its source may lack: they start from their initial values.
+NEW_PARAMETERS = ("audio_sinks", "q_head_norm", "k_head_norm", "alpha")
+STAGES = ("stage1", "stage2", "stage3")
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one problem a line."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(f"  - {problem}" for problem in problems))
+        self.problems = problems
+
+
+class _Problems(list):
+    """Problems found so far."""
+
+    def attempt(self, what: str, build: Callable[[], Any]) -> Any:
+        """What `build` returns, or None after its error has been noted."""
+        try:
+            return build()
+        except (ValueError, OSError, TypeError, KeyError) as error:
+            self.append(f"{what}: {error}")
+            return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A checked config: what will be built, as static values.
+
+    Attributes:
+      config: the config itself.
+      content: config.json of the checkpoint.
+      pipeline: the same, parsed.
+      teacher, student: of the bidirectional model and the trained one.
+      layout, clip: blocks, and the clip that is scored or regressed.
+      rollout: how the student is unrolled (stages II and III).
+      sigmas: noise levels of the student.
+      data: the opened dataset, with `manifest` and `negative`.
+      mesh_shape: devices per axis.
+      optimizers: {"generator": ..., "critic": ...}.
+    """
+
+    config: ml_collections.ConfigDict
+    content: Mapping[str, Any]
+    pipeline: PipelineConfig
+    teacher: TransformerConfig
+    student: TransformerConfig
+    connectors: ConnectorConfig
+    layout: BlockLayout
+    clip: Clip
+    rollout: RolloutConfig
+    sigmas: tuple[float, ...]
+    data: Any
+    mesh_shape: dict[str, int]
+    optimizers: dict[str, OptimizerConfig]
+    ema: EMAConfig | None
+    settings: DMDConfig | RegressionConfig
+    loop: LoopConfig
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Compute dtype."""
+        return DTYPES[self.config.compute.dtype]
+
+    def model(self, config: TransformerConfig) -> Transformer:
+        """A network as it is trained or scored with."""
+        compute = self.config.compute
+        return Transformer(config, self.dtype, compute.attention, remat=compute.remat)
+
+    def run_config(self) -> dict[str, Any]:
+        """The config as JSON, with what the run depends on besides."""
+        return {
+            **self.config.to_dict(),
+            "model_version": self.content["model_version"],
+            "student_config": dataclasses.asdict(self.student),
+        }
+
+
+def check(
+    config: ml_collections.ConfigDict,
+    reference: ml_collections.ConfigDict,
+    num_devices: int,
+    data: Any = None,
+) -> Experiment:
+    """Checks a config.
+
+    Args:
+      config: of a stage.
+      reference: one with all settings that exist, with their types (`configs.base.training`).
+      num_devices: devices of all hosts together.
+      data: a dataset with a manifest; None opens the one that the config names.
+
+    Raises:
+      ConfigError: lists every problem.
+    """
+    problems = _Problems(_unknown(config, reference))
+    if problems:
+        raise ConfigError(problems)
+    c, attempt = config, problems.attempt
+    content = attempt("checkpoint", lambda: checkpoints.load_config(c.checkpoint))
+    pipeline = attempt("checkpoint", lambda: PipelineConfig.from_checkpoint(c.checkpoint))
+    sigmas = attempt(
+        "student.timesteps", lambda: tuple(flow.student_sigmas(c.student.timesteps).tolist())
+    )
+    optimizers = _optimizers(c, problems)
+    ema = attempt("ema", lambda: EMAConfig(**c.ema) if c.ema else None)
+    settings = attempt("settings", lambda: _settings(c))
+    loop = attempt("loop", lambda: _loop(c))
+    mesh_shape = _mesh_shape(c, num_devices, problems)
+    _check_batch(c, mesh_shape, problems)
+    attempt("compute", lambda: _check_compute(c.compute))
+    if content is None or pipeline is None:
+        raise ConfigError(problems)
+
+    teacher = pipeline.transformer
+    student = attempt("student", lambda: _student(c, teacher))
+    connectors = attempt(
+        "connectors",
+        lambda: ConnectorConfig.from_metadata(
+            checkpoints.component_metadata(content, "connectors")
+        ),
+    )
+    size = attempt("clip", lambda: pipeline.check_size(c.clip.height, c.clip.width))
+    layout = attempt("clip.layout", lambda: _layout(c))
+    _check_source(c, content, problems)
+    rollout = None
+    if size and layout and sigmas:
+        rollout = attempt("student", lambda: _rollout(c, layout, sigmas, size))
+    if data is None:
+        data = attempt("data", lambda: _open_data(c))
+    if None in (student, connectors, rollout, settings) or problems:
+        _check_data(c, data, content, teacher, connectors, rollout, problems)
+        raise ConfigError(problems)
+    _check_data(c, data, content, teacher, connectors, rollout, problems)
+    heads = student.video_heads
+    if mesh_shape and heads % mesh_shape["tensor"]:
+        problems.append(
+            f"mesh.tensor: {mesh_shape['tensor']} does not divide the model's {heads} heads"
+        )
+    clip = Clip.from_blocks(layout, c.clip.blocks, *size)
+    experiment = Experiment(
+        config=ml_collections.FrozenConfigDict(c),
+        content=content,
+        pipeline=pipeline,
+        teacher=teacher,
+        student=student,
+        connectors=connectors,
+        layout=layout,
+        clip=clip,
+        rollout=rollout,
+        sigmas=sigmas,
+        data=data,
+        mesh_shape=mesh_shape,
+        optimizers=optimizers,
+        ema=ema,
+        settings=settings,
+        loop=loop,
+    )
+    if not problems:
+        attempt(c.stage, lambda: make_stage(experiment))
+    if problems:
+        raise ConfigError(problems)
+    return experiment
+
+
+def _unknown(config, reference, prefix: str = "") -> list[str]:
+    """Settings that do not exist, that are missing, or that have another type."""
+    problems = []
+    for name in sorted({*config, *reference}):
+        path = f"{prefix}{name}"
+        if name not in reference:
+            problems.append(f"{path}: there is no such setting; there are {', '.join(reference)}")
+        elif name not in config:
+            problems.append(f"{path}: is missing")
+        elif isinstance(reference[name], ml_collections.ConfigDict):
+            if isinstance(config[name], ml_collections.ConfigDict):
+                problems += _unknown(config[name], reference[name], f"{path}.")
+            elif config[name] is not None:
+                problems.append(f"{path}: must be a group of settings, not {config[name]!r}")
+    if not prefix and config.get("stage") != reference.get("stage"):
+        problems.append(
+            f"stage: this config is for {config.get('stage')!r}, started was {reference.stage!r}"
+        )
+    return problems
+
+
+def _check_compute(compute) -> None:
+    if compute.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {tuple(DTYPES)}, not {compute.dtype!r}")
+    if compute.attention not in IMPLEMENTATIONS:
+        raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, not {compute.attention!r}")
+    check_remat(compute.remat)
+
+
+def _optimizers(c, problems: _Problems) -> dict[str, OptimizerConfig]:
+    names = ["generator"] if c.stage == "stage2" else ["generator", "critic"]
+    return {
+        name: problems.attempt(
+            f"{name}_optimizer", lambda name=name: OptimizerConfig(**c[f"{name}_optimizer"])
+        )
+        for name in names
+    }
+
+
+def _settings(c) -> DMDConfig | RegressionConfig:
+    weights = LossWeights(**c.loss)
+    shared = {"weights": weights, "microbatches": c.microbatches, "seed": c.seed}
+    if c.stage == "stage2":
+        return RegressionConfig(**c.regression, **shared)
+    score = {
+        **c.score,
+        "video_cfg": tuple(c.score.video_cfg),
+        "audio_cfg": tuple(c.score.audio_cfg),
+    }
+    return DMDConfig(
+        score=ScoreConfig(**score),
+        critic_updates=c.critic_updates,
+        gather_weights=c.compute.gather_weights,
+        **shared,
+    )
+
+
+def _loop(c) -> LoopConfig:
+    names = ("num_steps", "log_every", "checkpoint_every", "keep_last", "keep_every", "tensorboard")
+    return LoopConfig(**{name: c[name] for name in names})
+
+
+def _mesh_shape(c, num_devices: int, problems: _Problems) -> dict[str, int] | None:
+    shape = dict(c.mesh)
+    bad = [f"{name}={size}" for name, size in shape.items() if size < 1 and size != -1]
+    open_axes = [name for name, size in shape.items() if size == -1]
+    if bad or len(open_axes) > 1:
+        problems.append(
+            f"mesh: axes must be positive, one of them may be -1 (the rest), not {dict(c.mesh)}"
+        )
+        return None
+    known = math.prod(size for size in shape.values() if size != -1)
+    for name in open_axes:
+        shape[name] = max(num_devices // known, 1)
+    if math.prod(shape.values()) != num_devices:
+        divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+        problems.append(
+            f"mesh: {dict(c.mesh)} does not multiply to the {num_devices} devices; axes can be "
+            f"any of {', '.join(map(str, divisors))} whose product is {num_devices}"
+        )
+        return None
+    return shape
+
+
+def _check_batch(c, mesh_shape: dict[str, int] | None, problems: _Problems) -> None:
+    for name in ("batch_size", "microbatches"):
+        if c[name] < 1:
+            problems.append(f"{name}: must be at least 1, not {c[name]}")
+            return
+    ways = mesh_shape["data"] * mesh_shape["fsdp"] if mesh_shape else 1
+    if c.batch_size % (c.microbatches * ways):
+        problems.append(
+            f"batch_size: {c.batch_size} is not a multiple of {c.microbatches} microbatches x "
+            f"{ways} devices of the mesh's data and fsdp axes; the next one is "
+            f"{-(-c.batch_size // (c.microbatches * ways)) * c.microbatches * ways}"
+        )
+    if c.batch_size % jax.process_count():
+        problems.append(
+            f"batch_size: {c.batch_size} cannot be shared by {jax.process_count()} processes"
+        )
+
+
+def _student(c, teacher: TransformerConfig) -> TransformerConfig:
+    if teacher.num_audio_sinks:
+        raise ValueError(
+            "the checkpoint is a block-causal student; give a converted LTX-2 as `checkpoint` and "
+            "this one as `generator`"
+        )
+    if c.stage == "stage1" and c.student.num_sinks:
+        raise ValueError("num_sinks must be 0 in stage I: the model is bidirectional")
+    return dataclasses.replace(
+        _source_config(c) or teacher,
+        num_audio_sinks=c.student.num_sinks,
+        sink_rope=c.student.sink_rope,
+        extra_qk_norm=c.student.extra_qk_norm,
+        tanh_gated_attention=c.student.tanh_gated_attention,
+    )
+
+
+def _source_config(c) -> TransformerConfig | None:
+    """Of the network from which the student starts: it may rotate otherwise than the teacher."""
+    if not c.generator:
+        return None
+    source = checkpoints.read_json(pathlib.Path(c.generator) / "config.json")
+    if "student_config" in source["config"]:  # a run's folder
+        fields = source["config"]["student_config"]
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return TransformerConfig(**tuples)
+    return PipelineConfig.from_checkpoint(c.generator).transformer
+
+
+def _layout(c) -> BlockLayout:
+    if c.clip.blocks < 1:
+        raise ValueError(f"clip.blocks must be at least 1, not {c.clip.blocks}")
+    return BlockLayout.from_name(
+        c.clip.layout, frame_rate=c.clip.frame_rate, num_sinks=c.student.num_sinks
+    )
+
+
+def _rollout(c, layout: BlockLayout, sigmas, size: tuple[int, int]) -> RolloutConfig:
+    s = c.student
+    cache = CacheConfig(layout, s.window, s.anchors, s.positions)
+    return RolloutConfig(cache, sigmas, *size, context_noise=s.context_noise)
+
+
+def _check_source(c, content, problems: _Problems) -> None:
+    """Where the student starts must exist and be of the teacher's version."""
+    if c.generator_weights not in ("params", "ema"):
+        problems.append(
+            f"generator_weights: must be 'params' or 'ema', not {c.generator_weights!r}"
+        )
+    if not c.generator:
+        return
+    file = pathlib.Path(c.generator) / "config.json"
+    if not file.is_file():
+        problems.append(f"generator: {c.generator} is neither a run nor a converted checkpoint")
+        return
+    source = checkpoints.read_json(file)
+    version = source.get("model_version") or source.get("config", {}).get("model_version")
+    if version != content["model_version"]:
+        problems.append(
+            f"generator: {c.generator} is of version {version}, the teacher of "
+            f"{content['model_version']}; student and teacher must be of the same model"
+        )
+
+
+def _open_data(c):
+    if c.stage == "stage2":
+        from omniforcing_jax.data.ode_pairs import open_ode_pairs
+
+        return open_ode_pairs(c.data)
+    from omniforcing_jax.data.text_dataset import open_text_dataset
+
+    return open_text_dataset(c.data)
+
+
+def _check_data(c, data, content, teacher, connectors, rollout, problems: _Problems) -> None:
+    """The stored features and trajectories must be for this model and this clip."""
+    if data is None or connectors is None:
+        return
+    m = data.manifest
+    if m.model_version != content["model_version"]:
+        problems.append(
+            f"data: {c.data} was made for version {m.model_version}, the checkpoint is "
+            f"{content['model_version']}"
+        )
+    if (m.video_dim, m.audio_dim) != (connectors.video_dim, connectors.audio_dim):
+        problems.append(
+            f"data: features are {m.video_dim} and {m.audio_dim} wide, the checkpoint's connectors "
+            f"take {connectors.video_dim} and {connectors.audio_dim}"
+        )
+    if m.text_length % connectors.num_registers:
+        problems.append(
+            f"data: text length {m.text_length} is not a multiple of the connectors' "
+            f"{connectors.num_registers} registers"
+        )
+    if c.stage == "stage2" and rollout is not None:
+        layout = rollout.cache.layout
+        blocks = max(c.clip.blocks, 1)
+        expected = {
+            "video_frames": layout.num_video_frames(blocks),
+            "audio_frames": layout.num_audio_frames(blocks),
+            "height": rollout.height,
+            "width": rollout.width,
+        }
+        found = {name: getattr(m, name) for name in expected}
+        if found != expected:
+            problems.append(
+                f"data: trajectories are of clips with {found}, the config's clip has {expected}"
+            )
+
+
+def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODERegression:
+    """The stage's module; without shardings for a single device."""
+    c = e.config
+    text = TextInput(TextConnectors(e.connectors, e.dtype))
+    optimizers = {name: make_optimizer(config) for name, config in e.optimizers.items()}
+    student = e.model(e.student)
+    if c.stage == "stage2":
+        return ODERegression(
+            model=student,
+            rollout=e.rollout,
+            num_blocks=c.clip.blocks,
+            text=text,
+            optimizer=optimizers["generator"],
+            config=e.settings,
+            ema=e.ema,
+            shardings=shardings,
+        )
+    if c.stage == "stage1":
+        generator = BidirectionalGenerator(student, e.clip, e.sigmas)
+    else:
+        generator = UnrolledGenerator(student, e.rollout, c.rollout_blocks, c.clip.blocks)
+    blocks = None
+    if e.settings.score.context == "block_causal":
+        cache = e.rollout.cache
+        layout = dataclasses.replace(cache.layout, num_sinks=e.teacher.num_audio_sinks)
+        config = dataclasses.replace(e.rollout, cache=dataclasses.replace(cache, layout=layout))
+        blocks = BlockContext(config, c.clip.blocks)
+    scoring = e.model(e.teacher)
+    return DMD(
+        generator=generator,
+        teacher=scoring,
+        critic=scoring,
+        text=text,
+        generator_optimizer=optimizers["generator"],
+        critic_optimizer=optimizers["critic"],
+        config=e.settings,
+        ema=e.ema,
+        blocks=blocks,
+        shardings=shardings,
+    )
+
+
+def abstract_params(model: Transformer, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
+    """Shapes of a model's parameters with their places on the mesh."""
+    boxed = _boxed(model)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
+        nn.unbox(boxed),
+        partitioning.shardings(boxed, mesh),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed(model: Transformer) -> Any:
+    return jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
+
+
+def abstract_state(e: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
+    """The train state's shapes and places; nothing is allocated."""
+    optimizers = {name: make_optimizer(config) for name, config in e.optimizers.items()}
+
+    def network(name: str, config: TransformerConfig, ema: bool):
+        params = abstract_params(e.model(config), mesh, jnp.float32)
+        return create_network(params, optimizers[name], ema=ema)
+
+    generator = network("generator", e.student, e.ema is not None)
+    critic = network("critic", e.teacher, False) if "critic" in e.optimizers else None
+    return create_state(generator, critic)
+
+
+def assemble(
+    e: Experiment, mesh: jax.sharding.Mesh, *, fresh: bool
+) -> tuple[DMD | ODERegression, TrainState, Frozen]:
+    """Loads weights onto the mesh: the stage, its state, and its frozen parts.
+
+    Args:
+      fresh: load the networks' starts; otherwise the state is a template for a checkpoint.
+    """
+    c = e.config
+    state = abstract_state(e, mesh)
+    stage = make_stage(e, state_shardings(state))
+    if fresh:
+        source = c.generator or c.checkpoint
+        is_run = (pathlib.Path(source) / "checkpoints").is_dir()
+        student = e.model(e.student)
+        generator = load_generator(
+            source,
+            state.generator.params,
+            which=c.generator_weights if is_run else "params",
+            allow_new=NEW_PARAMETERS,
+            init=lambda: init_params(student, jax.random.key(c.seed)),
+        )
+        networks = {"generator": generator}
+        if state.critic is not None:
+            networks["critic"] = load_generator(c.checkpoint, state.critic.params)
+        built = {
+            name: create_network(
+                params, make_optimizer(e.optimizers[name]), ema=name == "generator" and bool(e.ema)
+            )
+            for name, params in networks.items()
+        }
+        state = create_state(built["generator"], built.get("critic"))
+    return stage, state, load_frozen(e, mesh)
+
+
+def load_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
+    """Teacher, connectors and the negative prompt, in the compute dtype."""
+    c = e.config
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    teacher = None
+    if c.stage != "stage2":
+        teacher = load_generator(c.checkpoint, abstract_params(e.model(e.teacher), mesh, e.dtype))
+    connectors = checkpoints.load_params(
+        c.checkpoint, "connectors", dtype=e.dtype, sharding=everywhere
+    )
+    negative = text_arrays(e.data.negative, e.data.manifest)
+    negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
+    return Frozen(teacher, connectors, negative)
+
+
+def text_arrays(element: Mapping[str, Any], manifest: Any) -> dict[str, Any]:
+    """The arrays of a dataset's element that a stage reads; shared features travel once."""
+    drop = {"prompt", "prompt_hash", *(("audio_features",) if manifest.shared_features else ())}
+    return {name: value for name, value in element.items() if name not in drop}

@@ -1,0 +1,198 @@
+"""What a run will need, by arithmetic: parameters, memory per device, operations per step."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from omniforcing_jax import flops, partitioning
+from omniforcing_jax.experiment import Experiment, abstract_params, abstract_state
+from omniforcing_jax.kv_cache import cache_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """See `make_plan`.
+
+    Attributes:
+      parameters: {network: count}.
+      bytes_per_device: {what: bytes} of what stays in memory during a whole step.
+      flops_per_step: operations of all devices in an average step, without recomputation.
+      tokens_per_step: video and audio tokens that are trained on.
+    """
+
+    parameters: dict[str, int]
+    bytes_per_device: dict[str, int]
+    flops_per_step: float
+    tokens_per_step: int
+
+
+def make_plan(e: Experiment) -> Plan:
+    """Counts; nothing is allocated, and no device is needed."""
+    mesh = AbstractMesh(
+        tuple(e.mesh_shape[axis] for axis in partitioning.MESH_AXES),
+        partitioning.MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(partitioning.MESH_AXES),
+    )
+    state = abstract_state(e, mesh)
+    parameters = {"generator": _count(state.generator.params)}
+    memory = {
+        "generator: masters": _bytes(state.generator.params),
+        "generator: optimizer": _bytes(state.generator.opt_state),
+    }
+    if state.generator.ema is not None:
+        memory["generator: average"] = _bytes(state.generator.ema)
+    memory["generator: gradients"] = _bytes(state.generator.params)
+    compute = abstract_params(e.model(e.student), mesh, e.dtype)
+    name = "generator: compute weights"
+    gathered = getattr(e.settings, "gather_weights", False)
+    memory[name] = _bytes(compute) * (e.mesh_shape["fsdp"] if gathered else 1)
+    if state.critic is not None:
+        parameters["critic"] = _count(state.critic.params)
+        memory["critic: masters"] = _bytes(state.critic.params)
+        memory["critic: optimizer"] = _bytes(state.critic.opt_state)
+        teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
+        parameters["teacher"] = _count(teacher)
+        memory["critic: compute weights"] = memory["teacher"] = _bytes(teacher)
+    if e.config.compute.remat == "full":
+        memory["activations between layers"] = _activation_bytes(e)
+    if e.config.stage == "stage3":
+        memory["rollout: cache, and keys and values of the scored blocks"] = _rollout_bytes(e)
+    tokens = e.config.batch_size * (e.clip.video_tokens + e.clip.audio_frames)
+    return Plan(parameters, memory, flops_per_step(e), tokens)
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    """On one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _samples_per_device(e: Experiment) -> int:
+    ways = e.mesh_shape["data"] * e.mesh_shape["fsdp"]
+    return -(-e.config.batch_size // (e.config.microbatches * ways))
+
+
+def _activation_bytes(e: Experiment) -> int:
+    """The residual streams in front of every layer, of what is differentiated at once."""
+    video, audio = e.clip.video_tokens, e.clip.audio_frames + e.student.num_audio_sinks
+    if e.config.stage == "stage3":  # the critic sees the whole clip, the generator a block
+        audio = e.clip.audio_frames
+    video = video // e.mesh_shape["sequence"] * e.student.video_dim
+    size = jnp.dtype(e.dtype).itemsize
+    streams = video + audio * e.student.audio_dim
+    return _samples_per_device(e) * e.student.num_layers * streams * size
+
+
+def _rollout_bytes(e: Experiment) -> int:
+    cache = e.rollout.cache
+    kwargs = {"batch": _samples_per_device(e), "patches": e.rollout.patches, "dtype": e.dtype}
+    whole = dataclasses.replace(cache, window=max(e.config.clip.blocks - 1, 1), anchor_blocks=0)
+    total = cache_bytes(cache, e.student, **kwargs) + cache_bytes(whole, e.student, **kwargs)
+    return total // e.mesh_shape["tensor"]
+
+
+def flops_per_step(e: Experiment) -> float:
+    """Operations of an average training step of the whole batch.
+
+    A forward and backward pass counts three forward passes: what remat, or the blockwise backward
+    pass, computes again is not counted. A rollout counts the steps until its average exit.
+    """
+    c = e.config
+    text = e.data.manifest.text_length
+    clip = _clip_flops(e, e.teacher, text)
+    if c.stage == "stage2":
+        return 3 * c.batch_size * (_clip_flops(e, e.student, text) + _text(e, e.student, text))
+    steps = len(e.sigmas) - 1
+    scores = 2 + e.settings.score.guided  # critic, teacher, teacher with the negative prompt
+    if c.stage == "stage1":
+        # samples exit at steps of their own, and the loop runs until the last of them has
+        sample = steps * clip
+        last = clip
+    else:
+        blocks = [flops.block_flops(e.student, e.rollout, b, text) for b in range(c.rollout_blocks)]
+        one_pass = sum(blocks) / (steps + 1)
+        sample = one_pass * ((steps + 1) / 2 + 1)
+        last = one_pass * c.clip.blocks / c.rollout_blocks
+    if e.settings.score.context == "block_causal":
+        clip = 2 * _rollout_pass(e, text)
+    text_kv = _text(e, e.teacher, text)
+    generator = sample + 2 * last + scores * (clip + text_kv) + 3 * text_kv
+    critic = sample + 3 * clip + 4 * text_kv
+    return c.batch_size * (generator / e.settings.critic_updates + critic)
+
+
+def _text(e: Experiment, config, text: int) -> int:
+    return flops.text_flops(config, text)
+
+
+def _rollout_pass(e: Experiment, text: int) -> float:
+    config = dataclasses.replace(
+        e.rollout, cache=dataclasses.replace(e.rollout.cache, layout=e.layout)
+    )
+    steps = config.num_steps + 1
+    return sum(
+        flops.block_flops(e.teacher, config, b, text) / steps for b in range(e.config.clip.blocks)
+    )
+
+
+def _clip_flops(e: Experiment, config, text: int) -> int:
+    """One pass over the clip. Under block-causal masks, half of the attention is left out."""
+    video, audio = e.clip.video_tokens, e.clip.audio_frames + config.num_audio_sinks
+    keys = (
+        1.0 if e.config.stage != "stage2" else (e.config.clip.blocks + 1) / 2 / e.config.clip.blocks
+    )
+    return flops.forward_flops(
+        config,
+        video_tokens=video,
+        audio_tokens=audio,
+        video_keys=round(video * keys),
+        audio_keys=round(audio * keys),
+        text_tokens=text,
+    )
+
+
+def describe(e: Experiment, plan: Plan) -> str:
+    """The plan as text."""
+    c = e.config
+    latents = f"{e.clip.video_frames} video and {e.clip.audio_frames} audio latents"
+    lines = [
+        f"{c.stage}: {c.num_steps:,} steps of {c.batch_size} clips, "
+        f"{c.clip.width}x{c.clip.height}, {latents} in {c.clip.blocks} blocks ({c.clip.layout})",
+        "",
+        "parameters",
+        *(f"  {name:<58}{count:>18,}" for name, count in plan.parameters.items()),
+    ]
+    axes = ", ".join(f"{name} {size}" for name, size in e.mesh_shape.items())
+    lines += ["", f"memory per device (mesh: {axes})"]
+    memory = plan.bytes_per_device
+    total = {"sum, without temporaries": sum(memory.values())}
+    lines += [
+        f"  {what:<58}{_scaled(size, 1024, 'B'):>18}" for what, size in (memory | total).items()
+    ]
+    devices, flop = math.prod(e.mesh_shape.values()), plan.flops_per_step
+    lines += [
+        "",
+        "arithmetic of an average step",
+        f"  {'operations':<58}{_scaled(flop, 1000, 'FLOP'):>18}",
+        f"  {'operations per device':<58}{_scaled(flop / devices, 1000, 'FLOP'):>18}",
+        f"  {'tokens trained on':<58}{plan.tokens_per_step:>18,}",
+    ]
+    return "\n".join(lines)
+
+
+def _scaled(value: float, base: int, unit: str) -> str:
+    """A number with a prefix: 1536 B is 1.50 KiB."""
+    prefixes = ["", "Ki", "Mi", "Gi", "Ti"] if base == 1024 else ["", "k", "M", "G", "T", "P"]
+    power = 0
+    while value >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    return f"{value:.2f} {prefixes[power]}{unit}"

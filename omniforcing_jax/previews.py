@@ -1,0 +1,164 @@
+"""What a student under training makes, to look at: clips with sound, latent statistics, entropy."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omniforcing_jax import checkpoints, flow, media
+from omniforcing_jax.clip import audio_attention_entropy, draw_noise
+from omniforcing_jax.contact_sheet import contact_sheet
+from omniforcing_jax.experiment import Experiment, text_arrays
+from omniforcing_jax.pipeline import decode_clip
+from omniforcing_jax.rollout import AVLatents
+from omniforcing_jax.stages.common import Frozen, sample_keys
+from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
+from omniforcing_jax.train import Hook, Scalars
+from omniforcing_jax.train_state import TrainState
+
+_DECODERS = ("video_vae", "audio_vae", "vocoder")
+_ENTROPY_SIGMA = 0.5
+
+
+def training_hooks(
+    e: Experiment, stage: Any, frozen: Frozen, workdir: pathlib.Path
+) -> Sequence[Hook]:
+    """The hook that samples clips every `sample_every` steps; none if that is 0."""
+    if not e.config.sample_every:
+        return ()
+    return (Hook(e.config.sample_every, Previews(e, stage, frozen, workdir / "samples")),)
+
+
+def full_generator(e: Experiment, stage: Any) -> BidirectionalGenerator | UnrolledGenerator:
+    """The student as it is sampled: the whole clip, all steps."""
+    if e.config.stage == "stage1":
+        return stage.generator
+    model = stage.model if e.config.stage == "stage2" else stage.generator.model
+    return UnrolledGenerator(model, e.rollout, e.config.clip.blocks, e.config.clip.blocks)
+
+
+@dataclasses.dataclass
+class Previews:
+    """Samples the same prompts from the same noise whenever it is called.
+
+    Files: `SAMPLES/STEP_PROMPT.mp4` and `.png`, the latter with waveform and spectrogram.
+    """
+
+    experiment: Experiment
+    stage: Any
+    frozen: Frozen
+    folder: pathlib.Path
+
+    def __post_init__(self):
+        e = self.experiment
+        count = min(e.config.sample_clips, len(e.data))
+        elements = [text_arrays(e.data[i], e.data.manifest) for i in range(count)]
+        names = [n for n in elements[0] if "features" in n or n == "mask"]
+        self.batch = {n: np.stack([element[n] for element in elements]) for n in names}
+        self.generator = full_generator(e, self.stage)
+
+    def __call__(self, step: int, state: TrainState) -> Scalars:
+        """Samples, measures, decodes, and writes files."""
+        network = state.generator
+        params = network.params if network.ema is None else network.ema
+        latents, scalars = self._sample(params, self.frozen, self.batch)
+        scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        if jax.process_index() == 0:
+            self._write(step, jax.device_get(latents))
+        return scalars
+
+    @functools.cached_property
+    def _sample(self):
+        """Jitted (masters, frozen, text) -> latents and scalars."""
+        e, model = self.experiment, self.generator.model
+
+        @jax.jit
+        def sample(params, frozen: Frozen, batch):
+            weights = jax.tree.map(lambda p: p.astype(model.dtype), params)
+            contexts = self.stage.text.contexts(frozen.connectors, batch)
+            rows = jnp.arange(batch["mask"].shape[0])
+            keys = sample_keys(jax.random.key(e.config.seed), rows)
+            latents = self.generator.generate(weights, contexts, keys)
+            scalars = _statistics(latents)
+            if e.config.stage != "stage1":
+                scalars |= self._entropy(weights, latents, contexts, keys)
+            return latents, scalars
+
+        return sample
+
+    def _entropy(self, weights, latents: AVLatents, contexts, keys) -> dict[str, jax.Array]:
+        """Entropy of the audio self-attention under the masks, on the noised sample."""
+        clip, layout = self.generator.clip, self.experiment.layout
+        model = self.generator.model.clone(causal=clip.mask(layout))
+        sigma = jnp.full(keys.shape, _ENTROPY_SIGMA)
+        noise = draw_noise(keys, clip, model)
+        noisy = jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), latents, noise)
+        entropy = audio_attention_entropy(model, weights, noisy, sigma, contexts, clip)
+        return {
+            "sample/audio_entropy": jnp.mean(entropy),
+            "sample/audio_entropy_lowest": jnp.min(jnp.mean(entropy, axis=1)),
+        }
+
+    def _write(self, step: int, latents: AVLatents) -> None:
+        e, clip = self.experiment, self.generator.clip
+        config = e.pipeline
+        params = {
+            name: checkpoints.load_params(
+                e.config.checkpoint, name, dtype=jnp.float32 if name == "vocoder" else e.dtype
+            )
+            for name in _DECODERS
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        size = (clip.video_frames, clip.height, clip.width)
+        for i in range(latents.video.shape[0]):
+            one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i : i + 1]), latents)
+            frames, waveform = decode_clip(config, params, one, size, e.dtype)
+            path = self.folder / f"{step:06d}_{i}.mp4"
+            write_clip(path, frames, waveform, clip.frame_rate, config.vocoder.sample_rate)
+
+
+def _statistics(latents: AVLatents) -> dict[str, jax.Array]:
+    """Mean and standard deviation of the latents; those of real clips are near 0 and 1."""
+    return {
+        "sample/video_mean": jnp.mean(latents.video),
+        "sample/video_std": jnp.std(latents.video),
+        "sample/audio_mean": jnp.mean(latents.audio),
+        "sample/audio_std": jnp.std(latents.audio),
+    }
+
+
+def write_clip(
+    path: pathlib.Path,
+    frames: np.ndarray,
+    waveform: np.ndarray,
+    frame_rate: float,
+    sample_rate: int,
+) -> None:
+    """Writes an MP4, and beside it a PNG with its frames, waveform and spectrogram.
+
+    Args:
+      frames: [F, H, W, 3] uint8.
+      waveform: [N, 2] float32 in [-1, 1].
+    """
+    height, width = frames.shape[1:3]
+    with media.ClipWriter(
+        path,
+        width=width,
+        height=height,
+        frame_rate=frame_rate,
+        sample_rate=sample_rate,
+        overwrite=True,
+    ) as writer:
+        writer.write(frames, waveform)
+    contact_sheet(
+        frames,
+        path.with_suffix(".png"),
+        frame_rate=frame_rate,
+        waveform=waveform,
+        sample_rate=sample_rate,
+    )
