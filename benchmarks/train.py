@@ -1,0 +1,227 @@
+"""Speed of a training stage: steps and tokens per second, operations, and the host's share.
+
+    python -m benchmarks.train --stage stage3
+    python -m benchmarks.train --stage stage3 --size full --layers 4 --height 512 --width 768 \\
+        --batch-size 1 --dtype bfloat16 --remat full
+
+Weights are random and one batch in memory is repeated; everything else is the training loop itself.
+Prints a row of benchmarks/RESULTS.md.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import io
+import json
+import pathlib
+import shlex
+import sys
+import tempfile
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.stream import random_transformer
+from checkpoint_converters import synthetic
+from configs import base
+from omniforcing_jax import experiment, partitioning, planning
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.experiment import Experiment
+from omniforcing_jax.models.connectors import ConnectorConfig
+from omniforcing_jax.models.transformer import Transformer
+from omniforcing_jax.optimizers import make_optimizer
+from omniforcing_jax.stages.common import Frozen, TextInput
+from omniforcing_jax.train import train
+from omniforcing_jax.train_state import create_network, create_state, state_shardings
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train")
+    add = parser.add_argument
+    add("--stage", choices=experiment.STAGES, default="stage3")
+    add("--size", choices=tuple(synthetic.SIZES), default="tiny")
+    add("--layers", type=int, help="of the transformer (default: as the size has)")
+    add("--height", type=int, default=64, help="pixels (default 64)")
+    add("--width", type=int, default=64, help="pixels (default 64)")
+    add("--blocks", type=int, default=3)
+    add("--text-tokens", type=int, default=128)
+    add("--batch-size", type=int, default=2)
+    add("--microbatches", type=int, default=1)
+    add("--steps", type=int, default=10, help="timed, after as many to warm up (default 10)")
+    add("--dtype", choices=tuple(experiment.DTYPES), default="float32")
+    add("--remat", default="none")
+    add("--attention", default="auto")
+    return parser.parse_args(argv)
+
+
+class Repeat:
+    """One batch for ever."""
+
+    def __init__(self, batch: dict[str, jax.Array]):
+        self._batch = batch
+
+    def __next__(self) -> dict[str, jax.Array]:
+        return self._batch
+
+    def get_state(self) -> dict:
+        """There is none."""
+        return {}
+
+    def set_state(self, state: dict) -> None:
+        """Nothing to do."""
+
+
+def make_experiment(args: argparse.Namespace, folder: pathlib.Path) -> Experiment:
+    """A checked config for a model of this size, without weights or data on disk."""
+    version = synthetic.VERSIONS["2.0"]
+    metadata = synthetic.metadata(args.size, "2.0", args.layers)
+    content = {"format": 1, "family": "ltx2", "model_version": version, "student": None}
+    content |= {"config": metadata, "components": ["connectors"], "source": "random weights"}
+    (folder / "config.json").write_text(json.dumps(content))
+    c = base.training(args.stage)
+    c.checkpoint = str(folder)
+    c.clip.update({"height": args.height, "width": args.width, "blocks": args.blocks})
+    c.update_from_flattened_dict(
+        {
+            "batch_size": args.batch_size,
+            "microbatches": args.microbatches,
+            "num_steps": 2 * args.steps,
+            "log_every": args.steps,
+            "checkpoint_every": 1000 * args.steps,
+            "keep_every": 1000 * args.steps,
+            "tensorboard": False,
+            "compute.dtype": args.dtype,
+            "compute.remat": args.remat,
+            "compute.attention": args.attention,
+        }
+    )
+    if args.stage == "stage3":
+        c.rollout_blocks = args.blocks
+    if args.stage == "stage2":
+        c.regression.objective = "x0"
+    data = _Data(args, c, version)
+    return experiment.check(c, base.training(args.stage), jax.device_count(), data)
+
+
+class _Data:
+    """The manifest of data that would fit."""
+
+    def __init__(self, args, c, version: str):
+        connectors = ConnectorConfig.from_metadata(
+            synthetic.metadata(args.size, "2.0", args.layers)["transformer"]
+        )
+        layout = BlockLayout.from_name(c.clip.layout, frame_rate=c.clip.frame_rate)
+        self.manifest = types.SimpleNamespace(
+            model_version=version,
+            video_dim=connectors.video_dim,
+            audio_dim=connectors.audio_dim,
+            text_length=args.text_tokens,
+            shared_features=True,
+            video_frames=layout.num_video_frames(args.blocks),
+            audio_frames=layout.num_audio_frames(args.blocks),
+            height=args.height // 32,
+            width=args.width // 32,
+        )
+
+
+def make_batch(e: Experiment) -> dict[str, jax.Array]:
+    """Random contexts, and random trajectories for stage II."""
+    size, rng = e.config.batch_size, np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), e.dtype)
+
+    tokens = e.data.manifest.text_length
+    batch = {
+        f"{stream}_context": normal(size, tokens, width)
+        for stream, width in zip(("video", "audio"), e.teacher.text_dims)
+    }
+    if e.config.stage == "stage2":
+        states = len(e.sigmas)
+        batch["sigmas"] = jnp.tile(jnp.asarray(e.sigmas, jnp.float32), (size, 1))
+        channels = e.teacher.video_channels, e.teacher.audio_channels
+        batch["video"] = normal(size, states, e.clip.video_tokens, channels[0])
+        batch["audio"] = normal(size, states, e.clip.audio_frames, channels[1])
+    return batch
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Trains, and returns the last record with what it was measured on."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        folder = pathlib.Path(folder)
+        e = make_experiment(args, folder)
+        plan = planning.make_plan(e)
+        mesh = partitioning.make_mesh(**e.mesh_shape)
+        with jax.set_mesh(mesh):
+            state = experiment.abstract_state(e, mesh)
+            stage = experiment.make_stage(e, state_shardings(state))
+            stage = dataclasses.replace(stage, text=TextInput())
+            state = random_state(e, state)
+            frozen = Frozen()
+            batch = make_batch(e)
+            if state.critic is not None:
+                negative = {name: x[:1] for name, x in batch.items()}
+                teacher = jax.tree.map(lambda x: x.astype(e.dtype), state.critic.params)
+                frozen = Frozen(teacher, None, negative)
+            place = partitioning.batch_sharding(mesh)
+            batches = Repeat({name: jax.device_put(x, place) for name, x in batch.items()})
+            run_folder = folder / "run"
+            train(
+                stage,
+                state,
+                frozen,
+                batches,
+                e.loop,
+                run_folder,
+                flops_per_step=plan.flops_per_step,
+                tokens_per_step=plan.tokens_per_step,
+            )
+            lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[-1]) | {"parameters": plan.parameters["generator"]}
+
+
+def random_state(e: Experiment, abstract):
+    """Networks with random weights in the places of the abstract state."""
+
+    def network(name: str, config, seed: int):
+        params = random_transformer(Transformer(config), jax.random.key(seed))
+        params = jax.tree.map(
+            lambda x, a: jax.device_put(x.astype(a.dtype), a.sharding),
+            params,
+            getattr(abstract, name).params,
+        )
+        ema = name == "generator" and e.ema is not None
+        return create_network(params, make_optimizer(e.optimizers[name]), ema=ema)
+
+    generator = network("generator", e.student, 0)
+    return create_state(generator, network("critic", e.teacher, 1) if abstract.critic else None)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the row."""
+    args = parse_arguments(argv)
+    result = run(args)
+    device = jax.devices()[0]
+    command = "python -m benchmarks.train " + shlex.join(sys.argv[1:] if argv is None else argv)
+    cells = [
+        datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}",
+        args.stage,
+        f"{result['parameters'] / 1e9:.3g} B",
+        f"{result['speed/steps_per_second']:.3g}",
+        f"{result['speed/tokens_per_second']:,.0f}",
+        f"{result['speed/tflops_per_second']:.3g}",
+        f"{result['speed/mfu']:.1%}" if "speed/mfu" in result else "–",
+        f"{result['speed/host_share']:.1%}",
+        f"{result['memory/peak_gib']:.1f}" if "memory/peak_gib" in result else "–",
+        f"`{command.strip()}`",
+    ]
+    print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
