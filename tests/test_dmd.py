@@ -75,7 +75,8 @@ def changed(before, after) -> bool:
     )
 
 
-@pytest.mark.parametrize("stage", ["I", pytest.param("III", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["I", "III"])
 def test_updates_alternate(stage, inputs):
     """The generator moves at every second step here, the critic always; nothing is recompiled."""
     dmd = make(stage)
@@ -96,6 +97,7 @@ def test_updates_alternate(stage, inputs):
     assert (dmd.generator_step._cache_size(), dmd.critic_step._cache_size()) == (1, 1)
 
 
+@pytest.mark.slow
 def test_microbatches_give_the_gradient_of_the_batch(inputs):
     """Everything a sample draws comes from its own row, so cutting the batch changes nothing."""
     dmd = make()

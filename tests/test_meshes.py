@@ -23,7 +23,8 @@ def losses(stage: str, mesh: str) -> list[dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("stage", ["stage2", pytest.param("stage3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
 def test_losses_do_not_depend_on_the_mesh(stage):
     """Stage III with gathered weights and two microbatches; step 2 sees the update of step 1."""
     expected = losses(stage, "one device")
