@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.stream import random_transformer
 from checkpoint_converters import synthetic
 from configs import base
-from omniforcing_jax import experiment, partitioning, planning
+from omniforcing_jax import assembly, experiment, partitioning, planning
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.models.connectors import ConnectorConfig
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> dict:
         plan = planning.make_plan(e)
         mesh = partitioning.make_mesh(**e.mesh_shape)
         with jax.set_mesh(mesh):
-            state = experiment.abstract_state(e, mesh)
+            state = assembly.abstract_state(e, mesh)
             stage = experiment.make_stage(e, state_shardings(state))
             stage = dataclasses.replace(stage, text=TextInput())
             state = random_state(e, state)

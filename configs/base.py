@@ -91,6 +91,7 @@ def training(stage: str) -> ml_collections.ConfigDict:
         )
     if stage == "stage3":
         c.rollout_blocks = 6  # more than clip.blocks: only the last clip.blocks are scored
+        c.detach_history = True
 
     # Machines. fsdp = -1 takes the devices that the other axes leave.
     c.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})

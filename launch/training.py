@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from configs import base
-from omniforcing_jax import experiment, partitioning, planning
+from omniforcing_jax import assembly, experiment, partitioning, planning
 from omniforcing_jax.experiment import ConfigError, Experiment
 from omniforcing_jax.train import TrainingDiverged, train
 from omniforcing_jax.training_checkpoints import latest_step
@@ -43,7 +43,7 @@ class DeviceBatches:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
-        rows = experiment.text_arrays(next(self._iterator), self._manifest)
+        rows = assembly.text_arrays(next(self._iterator), self._manifest)
         return {
             name: jax.make_array_from_process_local_data(self._sharding, x)
             for name, x in rows.items()
@@ -110,7 +110,7 @@ def run(stage: str) -> int:
 def _train(e: Experiment, mesh, plan: planning.Plan, workdir: pathlib.Path, fresh: bool) -> int:
     from omniforcing_jax.previews import training_hooks
 
-    stage, state, frozen = experiment.assemble(e, mesh, fresh=fresh)
+    stage, state, frozen = assembly.assemble(e, mesh, fresh=fresh)
     loop = e.loop
     if _RESUME_CHANGED.value:
         import dataclasses

@@ -1,22 +1,20 @@
 """From a config to everything a training run needs, checked before anything is allocated.
 
 `check` reads small files only (the checkpoint's config.json, the dataset's manifest) and reports
-every problem it finds at once. `assemble` then loads weights onto the mesh and builds the stage.
+every problem it finds at once. `assembly.assemble` then loads weights onto the mesh.
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from omniforcing_jax import checkpoints, flow, partitioning
+from omniforcing_jax import checkpoints, flow
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.clip import Clip
 from omniforcing_jax.kv_cache import CacheConfig
@@ -26,25 +24,20 @@ from omniforcing_jax.models.connectors import ConnectorConfig, TextConnectors
 from omniforcing_jax.models.transformer import (
     Transformer,
     check_remat,
-    init_boxed_params,
-    init_params,
 )
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.scores import BlockContext, ScoreConfig
-from omniforcing_jax.stages.common import Frozen, TextInput
+from omniforcing_jax.stages.common import TextInput
 from omniforcing_jax.stages.dmd import DMD, DMDConfig
 from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
 from omniforcing_jax.stages.ode_regression import ODERegression, RegressionConfig
 from omniforcing_jax.train import LoopConfig
-from omniforcing_jax.train_state import TrainState, create_network, create_state, state_shardings
-from omniforcing_jax.training_checkpoints import load_generator
+from omniforcing_jax.train_state import TrainState
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-# Parameters that a student has and its source may lack: they start from their initial values.
-NEW_PARAMETERS = ("audio_sinks", "q_head_norm", "k_head_norm", "alpha")
 STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -440,7 +433,9 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
     if c.stage == "stage1":
         generator = BidirectionalGenerator(student, e.clip, e.sigmas)
     else:
-        generator = UnrolledGenerator(student, e.rollout, c.rollout_blocks, c.clip.blocks)
+        generator = UnrolledGenerator(
+            student, e.rollout, c.rollout_blocks, c.clip.blocks, c.detach_history
+        )
     blocks = None
     if e.settings.score.context == "block_causal":
         cache = e.rollout.cache
@@ -460,87 +455,3 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
         blocks=blocks,
         shardings=shardings,
     )
-
-
-def abstract_params(model: Transformer, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
-    """Shapes of a model's parameters with their places on the mesh."""
-    boxed = _boxed(model)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
-        nn.unbox(boxed),
-        partitioning.shardings(boxed, mesh),
-    )
-
-
-@functools.lru_cache(maxsize=8)
-def _boxed(model: Transformer) -> Any:
-    return jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
-
-
-def abstract_state(e: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
-    """The train state's shapes and places; nothing is allocated."""
-    optimizers = {name: make_optimizer(config) for name, config in e.optimizers.items()}
-
-    def network(name: str, config: TransformerConfig, ema: bool):
-        params = abstract_params(e.model(config), mesh, jnp.float32)
-        return create_network(params, optimizers[name], ema=ema)
-
-    generator = network("generator", e.student, e.ema is not None)
-    critic = network("critic", e.teacher, False) if "critic" in e.optimizers else None
-    return create_state(generator, critic)
-
-
-def assemble(
-    e: Experiment, mesh: jax.sharding.Mesh, *, fresh: bool
-) -> tuple[DMD | ODERegression, TrainState, Frozen]:
-    """Loads weights onto the mesh: the stage, its state, and its frozen parts.
-
-    Args:
-      fresh: load the networks' starts; otherwise the state is a template for a checkpoint.
-    """
-    c = e.config
-    state = abstract_state(e, mesh)
-    stage = make_stage(e, state_shardings(state))
-    if fresh:
-        source = c.generator or c.checkpoint
-        is_run = (pathlib.Path(source) / "checkpoints").is_dir()
-        student = e.model(e.student)
-        generator = load_generator(
-            source,
-            state.generator.params,
-            which=c.generator_weights if is_run else "params",
-            allow_new=NEW_PARAMETERS,
-            init=lambda: init_params(student, jax.random.key(c.seed)),
-        )
-        networks = {"generator": generator}
-        if state.critic is not None:
-            networks["critic"] = load_generator(c.checkpoint, state.critic.params)
-        built = {
-            name: create_network(
-                params, make_optimizer(e.optimizers[name]), ema=name == "generator" and bool(e.ema)
-            )
-            for name, params in networks.items()
-        }
-        state = create_state(built["generator"], built.get("critic"))
-    return stage, state, load_frozen(e, mesh)
-
-
-def load_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
-    """Teacher, connectors and the negative prompt, in the compute dtype."""
-    c = e.config
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    teacher = None
-    if c.stage != "stage2":
-        teacher = load_generator(c.checkpoint, abstract_params(e.model(e.teacher), mesh, e.dtype))
-    connectors = checkpoints.load_params(
-        c.checkpoint, "connectors", dtype=e.dtype, sharding=everywhere
-    )
-    negative = text_arrays(e.data.negative, e.data.manifest)
-    negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
-    return Frozen(teacher, connectors, negative)
-
-
-def text_arrays(element: Mapping[str, Any], manifest: Any) -> dict[str, Any]:
-    """The arrays of a dataset's element that a stage reads; shared features travel once."""
-    drop = {"prompt", "prompt_hash", *(("audio_features",) if manifest.shared_features else ())}
-    return {name: value for name, value in element.items() if name not in drop}

@@ -172,12 +172,15 @@ def cache_sharding(cache: RollingCache, mesh: Mesh) -> RollingCache:
     return jax.tree.map(place, cache)
 
 
-def write(cache: RollingCache, new: Pathways, patches: int, *, first: bool) -> RollingCache:
+def write(
+    cache: RollingCache, new: Pathways, patches: int, *, first: bool, detach: bool = True
+) -> RollingCache:
     """Stores the next block's keys and values (of the refresh pass) in its slot.
 
     Args:
       new: Pathways of KV [L, B, S, N, H], keys not rotated.
       first: whether this is block 0, whose shape differs. It must be the first write.
+      detach: let no gradient through to what made them.
     """
     c, layout, block = cache.config, cache.config.layout, cache.num_blocks
     if first:
@@ -190,7 +193,7 @@ def write(cache: RollingCache, new: Pathways, patches: int, *, first: bool) -> R
 
     def put(old: KV, kv: KV, start) -> KV:
         def update(buffer, x):
-            x = jax.lax.stop_gradient(x).astype(buffer.dtype)
+            x = (jax.lax.stop_gradient(x) if detach else x).astype(buffer.dtype)
             return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=2)
 
         return jax.tree.map(update, old, kv)

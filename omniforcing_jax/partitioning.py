@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# In this order: with ("data", "fsdp"), jax 0.10's partitioner permutes rows between the devices of
-# some backward products where data, fsdp and tensor are all split, and does not put them back: wrong
+# In this order: with ("data", "fsdp"), jax 0.10's partitioner permutes rows between devices in some
+# backward products where data, fsdp and tensor are all split, and does not put them back: wrong
 # gradients without a word (tests/test_meshes.py).
 BATCH_AXES = ("fsdp", "data")
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from omniforcing_jax import flops, partitioning
-from omniforcing_jax.experiment import Experiment, abstract_params, abstract_state
+from omniforcing_jax.assembly import abstract_params, abstract_state
+from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.kv_cache import cache_bytes
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax import checkpoints, flow, media
+from omniforcing_jax.assembly import text_arrays
 from omniforcing_jax.clip import audio_attention_entropy, draw_noise
 from omniforcing_jax.contact_sheet import contact_sheet
-from omniforcing_jax.experiment import Experiment, text_arrays
+from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.pipeline import decode_clip
 from omniforcing_jax.rollout import AVLatents
 from omniforcing_jax.stages.common import Frozen, sample_keys

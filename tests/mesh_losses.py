@@ -15,8 +15,8 @@ import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from omniforcing_jax import partitioning  # noqa: E402
+from omniforcing_jax.assembly import abstract_params  # noqa: E402
 from omniforcing_jax.blocks import BlockLayout  # noqa: E402
-from omniforcing_jax.experiment import abstract_params  # noqa: E402
 from omniforcing_jax.kv_cache import CacheConfig  # noqa: E402
 from omniforcing_jax.models.config import tiny  # noqa: E402
 from omniforcing_jax.models.transformer import Transformer  # noqa: E402

@@ -11,7 +11,7 @@ import pytest
 
 from checkpoint_converters import synthetic
 from configs import base, stage1, stage2, stage3
-from omniforcing_jax import experiment, planning
+from omniforcing_jax import assembly, experiment, partitioning, planning
 from omniforcing_jax.experiment import ConfigError
 from omniforcing_jax.models.config import TransformerConfig
 
@@ -235,8 +235,8 @@ def test_student_is_built_like_its_source(full_size, tmp_path):
 def test_state_is_described_without_memory(full_size):
     """The 19B train state, with a place for every array."""
     e = checked("stage3", full_size, devices=1)
-    mesh = experiment.partitioning.make_mesh(devices=jax.devices()[:1])
-    state = experiment.abstract_state(e, mesh)
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    state = assembly.abstract_state(e, mesh)
     assert all(isinstance(x, jax.ShapeDtypeStruct) and x.sharding for x in jax.tree.leaves(state))
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype("float32")}

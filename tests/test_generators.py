@@ -277,6 +277,34 @@ def test_window_of_a_long_rollout():
     assert float(jnp.abs(grads["audio_sinks"]).max()) == 0, "block 0 was not scored"
 
 
+@pytest.mark.slow
+def test_gradient_through_the_history(self_forcing):
+    """With an attached history: central differences of the whole clip along a random direction."""
+    generator, params, contexts, keys, program = self_forcing
+    attached = dataclasses.replace(generator, detach_history=False)
+    step_key = step_key_with_exit(0)  # no earlier step, so nothing but the history differs
+    sample, grads = compiled(attached, contexts)(params, keys, step_key)
+    detached_sample, detached = program(params, keys, step_key)
+    assert_trees_close(sample, detached_sample, 1e-6)
+    cotangent = cotangent_like(sample)
+    rng = np.random.default_rng(1)
+    direction = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+
+    def along(tree):
+        return sum(
+            float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(tree), jax.tree.leaves(direction))
+        )
+
+    def value(step):
+        moved = jax.tree.map(lambda p, d: p + step * d, params, direction)
+        x, _ = program(moved, keys, step_key)
+        return float(jnp.vdot(x.video, cotangent.video) + jnp.vdot(x.audio, cotangent.audio))
+
+    difference = (value(1e-3) - value(-1e-3)) / 2e-3
+    assert along(grads) == pytest.approx(difference, rel=2e-2)
+    assert along(detached) != pytest.approx(difference, rel=0.1)
+
+
 def test_sample_is_that_of_the_sampler(self_forcing):
     """Exiting at the last step, the generator is the sampler's rollout; early exits are not."""
     generator, params, contexts, keys, program = self_forcing

@@ -7,13 +7,14 @@ last of them is differentiated.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax import flow
+from omniforcing_jax import flow, kv_cache
 from omniforcing_jax.clip import Clip, clip_x0, draw_noise
 from omniforcing_jax.models.inputs import TextKV
 from omniforcing_jax.models.transformer import Transformer
@@ -21,10 +22,12 @@ from omniforcing_jax.rollout import (
     AVLatents,
     BlockTrace,
     RolloutConfig,
+    bind,
     block_noise,
     encode_prompt,
     join_blocks,
     new_cache,
+    refresh,
     split_blocks,
     traced_block_step,
 )
@@ -118,12 +121,15 @@ class UnrolledGenerator:
       config: cache, sigmas and sizes, as in sampling.
       num_blocks: blocks that are generated.
       scored_blocks: the last of them, which are scored and trained; all of them when equal.
+      detach_history: as in the paper. Otherwise the gradient also runs through the keys and values
+        of earlier scored blocks, and memory holds one cache per block.
     """
 
     model: Transformer
     config: RolloutConfig
     num_blocks: int
     scored_blocks: int
+    detach_history: bool = True
 
     def __post_init__(self):
         _check_sigmas(self.config.sigmas)
@@ -168,7 +174,7 @@ class UnrolledGenerator:
         """As `sample`, and the map from dL/dclip to dL/dweights.
 
         The gradient goes through the last step of every scored block, into the weights and into the
-        keys and values of the text; earlier steps and the history are detached.
+        keys and values of the text; earlier steps are detached, and so is the history by default.
         """
         exit_step = self._exit(step_key)
         text = self._text(weights, contexts)
@@ -176,14 +182,12 @@ class UnrolledGenerator:
         sample = self._window(first, rest)
         sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[exit_step])
 
+        def exit_text(weights):
+            level = sigma if self.model.config.text_adaln else None
+            return self.model.apply({"params": weights}, *contexts, level, method="text_kv")
+
         def pullback(cotangent: AVLatents):
             blocks = self._block_inputs(first, rest, sigma, cotangent)
-            level = self.config.sigmas if self.model.config.text_adaln else None
-
-            def exit_text(weights):
-                sigma_ = None if level is None else sigma
-                return self.model.apply({"params": weights}, *contexts, sigma_, method="text_kv")
-
             exit_kv, text_pullback = jax.vjp(exit_text, weights)
             gradients, text_gradients, _ = blockwise_gradient(
                 self.model,
@@ -199,7 +203,39 @@ class UnrolledGenerator:
             (through_text,) = text_pullback(text_gradients)
             return jax.tree.map(lambda g, t: g + t.astype(g.dtype), gradients, through_text)
 
-        return sample, pullback
+        def pullback_through_history(cotangent: AVLatents):
+            def again(weights):
+                texts = exit_text(weights), self._text(weights, contexts)
+                return self._replay(weights, texts, first, rest, cache, sigma, keys)
+
+            return jax.vjp(again, weights)[1](cotangent)[0]
+
+        return sample, pullback if self.detach_history else pullback_through_history
+
+    def _replay(self, weights, texts, first, rest, cache, sigma, keys) -> AVLatents:
+        """The scored blocks again from their exit inputs, with gradient along the whole rollout."""
+        rope, config = self._rope(), self.config
+        exit_text, text = texts
+
+        @functools.partial(jax.checkpoint, static_argnums=2)
+        def step(cache, exit_input: AVLatents, is_first: bool):
+            forward = bind(self.model, weights, cache, rope, config, first=is_first)
+            x0, _ = forward(exit_input, sigma, exit_text)
+            block = cache.num_blocks
+            noise = noise_of_block(keys, block, config, self.model, first=is_first)
+            kv = refresh(forward, text, x0, noise, config)
+            cache = kv_cache.write(cache, kv, config.patches, first=is_first, detach=False)
+            return cache, x0
+
+        x0 = None
+        if first is not None:
+            cache, x0 = step(cache, first.exit_input, True)
+        if rest is None:
+            return x0
+        _, later = jax.lax.scan(lambda c, x: step(c, x, False), cache, rest.exit_input)
+        if x0 is None:
+            x0, later = jax.tree.map(lambda x: x[0], later), jax.tree.map(lambda x: x[1:], later)
+        return join_blocks(x0, later)
 
     def _exit(self, step_key: jax.Array) -> jax.Array:
         return jax.random.randint(step_key, (), 0, self.num_steps)

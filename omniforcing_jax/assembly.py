@@ -1,0 +1,108 @@
+"""Putting a checked experiment onto a mesh: parameters, train state, frozen networks."""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax import checkpoints, partitioning
+from omniforcing_jax.experiment import Experiment, make_stage
+from omniforcing_jax.models.config import TransformerConfig
+from omniforcing_jax.models.transformer import Transformer, init_boxed_params, init_params
+from omniforcing_jax.optimizers import make_optimizer
+from omniforcing_jax.stages.common import Frozen
+from omniforcing_jax.stages.dmd import DMD
+from omniforcing_jax.stages.ode_regression import ODERegression
+from omniforcing_jax.train_state import TrainState, create_network, create_state, state_shardings
+from omniforcing_jax.training_checkpoints import load_generator
+
+# Parameters that a student has and its source may lack: they start from their initial values.
+NEW_PARAMETERS = ("audio_sinks", "q_head_norm", "k_head_norm", "alpha")
+
+
+def abstract_params(model: Transformer, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
+    """Shapes of a model's parameters with their places on the mesh."""
+    boxed = _boxed(model)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
+        nn.unbox(boxed),
+        partitioning.shardings(boxed, mesh),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed(model: Transformer) -> Any:
+    return jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
+
+
+def abstract_state(e: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
+    """The train state's shapes and places; nothing is allocated."""
+    optimizers = {name: make_optimizer(config) for name, config in e.optimizers.items()}
+
+    def network(name: str, config: TransformerConfig, ema: bool):
+        params = abstract_params(e.model(config), mesh, jnp.float32)
+        return create_network(params, optimizers[name], ema=ema)
+
+    generator = network("generator", e.student, e.ema is not None)
+    critic = network("critic", e.teacher, False) if "critic" in e.optimizers else None
+    return create_state(generator, critic)
+
+
+def assemble(
+    e: Experiment, mesh: jax.sharding.Mesh, *, fresh: bool
+) -> tuple[DMD | ODERegression, TrainState, Frozen]:
+    """Loads weights onto the mesh: the stage, its state, and its frozen parts.
+
+    Args:
+      fresh: load the networks' starts; otherwise the state is a template for a checkpoint.
+    """
+    c = e.config
+    state = abstract_state(e, mesh)
+    stage = make_stage(e, state_shardings(state))
+    if fresh:
+        source = c.generator or c.checkpoint
+        is_run = (pathlib.Path(source) / "checkpoints").is_dir()
+        student = e.model(e.student)
+        generator = load_generator(
+            source,
+            state.generator.params,
+            which=c.generator_weights if is_run else "params",
+            allow_new=NEW_PARAMETERS,
+            init=lambda: init_params(student, jax.random.key(c.seed)),
+        )
+        networks = {"generator": generator}
+        if state.critic is not None:
+            networks["critic"] = load_generator(c.checkpoint, state.critic.params)
+        built = {
+            name: create_network(
+                params, make_optimizer(e.optimizers[name]), ema=name == "generator" and bool(e.ema)
+            )
+            for name, params in networks.items()
+        }
+        state = create_state(built["generator"], built.get("critic"))
+    return stage, state, load_frozen(e, mesh)
+
+
+def load_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
+    """Teacher, connectors and the negative prompt, in the compute dtype."""
+    c = e.config
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    teacher = None
+    if c.stage != "stage2":
+        teacher = load_generator(c.checkpoint, abstract_params(e.model(e.teacher), mesh, e.dtype))
+    connectors = checkpoints.load_params(
+        c.checkpoint, "connectors", dtype=e.dtype, sharding=everywhere
+    )
+    negative = text_arrays(e.data.negative, e.data.manifest)
+    negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
+    return Frozen(teacher, connectors, negative)
+
+
+def text_arrays(element: Mapping[str, Any], manifest: Any) -> dict[str, Any]:
+    """The arrays of a dataset's element that a stage reads; shared features travel once."""
+    drop = {"prompt", "prompt_hash", *(("audio_features",) if manifest.shared_features else ())}
+    return {name: value for name, value in element.items() if name not in drop}
