@@ -1,6 +1,7 @@
 """What all converters share: check everything, then stream into a folder that appears at once."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -8,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import ml_dtypes
@@ -17,7 +18,7 @@ from rich import progress as rich_progress
 
 from checkpoint_converters import orbax_writer
 from checkpoint_converters.checks import output_problems
-from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
+from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_middle
 
 FORMAT = 1
 DTYPE_CHOICES = {
@@ -26,6 +27,7 @@ DTYPE_CHOICES = {
     "float32": np.dtype(np.float32),
 }
 MESH_AXES = ("fsdp", "tensor")
+_SAMPLE_BYTES = 4096  # of each tensor that goes into a component's fingerprint
 
 
 class Plan(NamedTuple):
@@ -36,6 +38,7 @@ class Plan(NamedTuple):
       tensors: {official key: tensor} of the components to stream.
       components: those to stream.
       copies: component folders of an already converted checkpoint, to be copied as they are.
+      copied_fingerprints: {component: fingerprint} of these.
       files: other files that belong to the checkpoint, copied into its folder.
     """
 
@@ -43,6 +46,7 @@ class Plan(NamedTuple):
     tensors: Mapping[str, TensorInfo]
     components: tuple[str, ...]
     copies: tuple[pathlib.Path, ...] = ()
+    copied_fingerprints: Mapping[str, str] = {}
     files: tuple[pathlib.Path, ...] = ()
 
 
@@ -89,7 +93,7 @@ def run(
     mesh: Mapping[str, int] | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
-) -> None:
+) -> dict:
     """Writes a converted checkpoint, or raises and leaves nothing behind.
 
     With several JAX processes on a shared file system each writes its own share.
@@ -102,6 +106,9 @@ def run(
       mesh: see `orbax_writer.plan_leaves`.
       overwrite: replace an earlier conversion.
       show_progress: draw a progress bar.
+
+    Returns:
+      The content of `config.json`: the plan's, and "fingerprints".
 
     Raises:
       ConversionError: all problems at once.
@@ -123,6 +130,8 @@ def run(
     problems = problems + output_problems(output, partial, overwrite, num_bytes)
     if problems:
         raise ConversionError(problems)
+    fingerprints = {component: fingerprint(group) for component, group in leaves.items()}
+    content = plan.config_json | {"fingerprints": fingerprints | dict(plan.copied_fingerprints)}
     read_bytes = sum(source.info.num_bytes for leaf in every for source in leaf.sources)
     barrier("checked")
     show = show_progress and index == 0
@@ -137,7 +146,25 @@ def run(
                 shutil.copytree(folder, partial / folder.name)
             for file in plan.files:
                 shutil.copyfile(file, partial / file.name)
-            (partial / "config.json").write_text(json.dumps(plan.config_json, indent=1))
+            (partial / "config.json").write_text(json.dumps(content, indent=1))
+    return content
+
+
+def fingerprint(leaves: Iterable[orbax_writer.Leaf]) -> str:
+    """Tells the weights of a component apart from all others, without reading them in full.
+
+    A hash of every tensor's name, place, shape and dtypes, and of 4 KiB from its middle: training a
+    model further changes all of its tensors. What this gives is the same on any machine, and for
+    any chunks.
+    """
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        for source in leaf.sources:
+            info = source.info
+            what = [leaf.path, source.layer, list(info.shape), info.dtype_code, leaf.dtype.name]
+            digest.update(json.dumps(what).encode())
+            digest.update(read_middle(info, _SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def partial_path(output: pathlib.Path) -> pathlib.Path:

@@ -90,7 +90,7 @@ def convert(
         "config": text_config,
         "source": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
     }
-    converting.run(
+    return converting.run(
         converting.Plan(content, tensors, (TEXT_TOWER,), files=found),
         problems,
         output,
@@ -99,7 +99,6 @@ def convert(
         overwrite=overwrite,
         show_progress=show_progress,
     )
-    return content
 
 
 def read_text_config(folder: pathlib.Path) -> dict:

@@ -57,7 +57,7 @@ def convert(
             "ltx2", checkpoint.model_version, checkpoint.config, taken, checkpoint.files
         )
     plan = converting.Plan(content, checkpoint.tensors if checkpoint else {}, taken)
-    converting.run(
+    return converting.run(
         plan,
         problems,
         output,
@@ -66,7 +66,6 @@ def convert(
         overwrite=overwrite,
         show_progress=show_progress,
     )
-    return content
 
 
 def open_inputs(

@@ -14,6 +14,7 @@ import json
 import pathlib
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from checkpoint_converters import checks, converting, ltx2
@@ -144,10 +145,10 @@ def convert(
         problems += checks.tensor_problems(tensors, config, ("transformer",))
     except ConversionError as error:
         problems += error.problems
-    other = _Base({}, {}, (), (), (), [])
+    other = _Base({})
     if base is not None:
         other = _read_base(pathlib.Path(base))
-        problems += other.problems + _base_problems(base, config, other.config)
+        problems += [*other.problems, *_base_problems(base, config, other.config)]
         if "connectors" in other.components:
             # they keep the base's RoPE settings, which the student's section does not have
             section = other.config.get("connectors", other.config["transformer"])
@@ -160,8 +161,10 @@ def convert(
         "omniforcing", MODEL_VERSION, config, components, files, student
     )
     streamed = tuple(c for c in components if c not in {folder.name for folder in other.copies})
-    plan = converting.Plan(content, tensors | other.tensors, streamed, other.copies)
-    converting.run(
+    plan = converting.Plan(
+        content, tensors | other.tensors, streamed, other.copies, other.fingerprints
+    )
+    return converting.run(
         plan,
         problems,
         output,
@@ -170,18 +173,18 @@ def convert(
         overwrite=overwrite,
         show_progress=show_progress,
     )
-    return content
 
 
 class _Base(NamedTuple):
     """What an LTX-2 checkpoint has to offer besides its transformer."""
 
     config: dict
-    tensors: dict[str, TensorInfo]
-    copies: tuple[pathlib.Path, ...]
-    components: tuple[str, ...]
-    files: tuple[pathlib.Path, ...]
-    problems: list[str]
+    tensors: Mapping[str, TensorInfo] = {}
+    copies: tuple[pathlib.Path, ...] = ()
+    fingerprints: Mapping[str, str] = {}  # of the copies
+    components: tuple[str, ...] = ()
+    files: tuple[pathlib.Path, ...] = ()
+    problems: Sequence[str] = ()
 
 
 def _read_base(base: pathlib.Path) -> _Base:
@@ -189,22 +192,36 @@ def _read_base(base: pathlib.Path) -> _Base:
         content = json.loads((base / "config.json").read_text())
         if content.get("format") != converting.FORMAT:
             problem = f"{base}: not a converted checkpoint of this version; convert LTX-2 again"
-            return _Base({}, {}, (), (), (), [problem])
+            return _Base({}, problems=[problem])
         names = tuple(name for name in content["components"] if name != "transformer")
         copies = tuple(base / name for name in names)
         problems = [f"{folder}: missing; convert LTX-2 again" for folder in copies
                     if not folder.is_dir()]  # fmt: skip
         problems += _version_problem(base, content["model_version"])
-        return _Base(content["config"], {}, copies, names, (base / "config.json",), problems)
+        known = content.get("fingerprints", {})  # an earlier version did not write any
+        return _Base(
+            config=content["config"],
+            copies=copies,
+            fingerprints={name: known[name] for name in names if name in known},
+            components=names,
+            files=(base / "config.json",),
+            problems=problems,
+        )
     checkpoint, problems = ltx2.open_inputs([base])
     if checkpoint is None:
-        return _Base({}, {}, (), (), (), problems)
+        return _Base({}, problems=problems)
     there = checks.present_components(checkpoint.tensors)
     names = tuple(name for name in there if name != "transformer")
     taken, found = ltx2.check_components(checkpoint, names)
     tensors = {k: t for k, t in checkpoint.tensors.items() if checks.owner(k) in taken}
     problems += found + _version_problem(base, checkpoint.model_version)
-    return _Base(checkpoint.config, tensors, (), taken, checkpoint.files, problems)
+    return _Base(
+        config=checkpoint.config,
+        tensors=tensors,
+        components=taken,
+        files=checkpoint.files,
+        problems=problems,
+    )
 
 
 def _version_problem(base: pathlib.Path, version: str | None) -> list[str]:

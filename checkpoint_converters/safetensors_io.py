@@ -122,6 +122,13 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
     return array
 
 
+def read_middle(info: TensorInfo, num_bytes: int) -> bytes:
+    """Bytes from the middle of a tensor: `num_bytes`, or all of a smaller one."""
+    count = min(num_bytes, info.num_bytes)
+    with info.file.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), count, info.offset + (info.num_bytes - count) // 2)
+
+
 class SafetensorsWriter:
     """Writes a safetensors file tensor by tensor, in the order of the given table.
 

@@ -266,7 +266,7 @@ def run(args: argparse.Namespace, plan: Plan, writer: media.ClipWriter, console:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     try:
         media.check_output_path(args.output, args.overwrite)
         config = PipelineConfig.from_checkpoint(args.checkpoint)

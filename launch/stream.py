@@ -1,18 +1,24 @@
 """Streams a clip with sound, second by second, into an MP4 that plays while it is being written.
 
-    python -m launch.stream --checkpoint checkpoints/ltx2 --features prompt.safetensors \\
+    python -m launch.stream --checkpoint checkpoints/omniforcing \\
+        --text-encoder checkpoints/gemma3 --prompt "A street musician in the rain" \\
         --seconds 30 --output outputs/clip.mp4
 
-    python -m launch.stream --checkpoint checkpoints/ltx2 --endless --output - \\
-        --features first.safetensors second.safetensors@9 | ffplay -
+    python -m launch.stream --checkpoint checkpoints/omniforcing \\
+        --text-encoder checkpoints/gemma3 --prompt "A calm sea" "A storm comes up@9" \\
+        --endless --output - | ffplay -
 
-The second prompt takes over after 9 s; Ctrl-C ends the stream after the current block.
-`--features` are text contexts made beforehand (see `omniforcing_jax.text_features`). For a
-checkpoint with random weights, `--random-features` derives them from the prompt's text instead.
+The second prompt takes over after 9 s; Ctrl-C ends the stream after the current block. Prompts are
+encoded and the encoder is unloaded before the sampler is loaded, unless --keep-encoder is given:
+then prompts but the first are encoded when they are due. Encoded prompts are kept on disk.
+
+`--features FILE[@SECOND]` are text contexts made beforehand (see `omniforcing_jax.text_features`).
+For a checkpoint with random weights, `--random-features` derives them from the prompt's text.
 """
 
 import argparse
 import dataclasses
+import math
 import queue
 import signal
 import sys
@@ -20,18 +26,27 @@ import threading
 import time
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from launch import prompt_options
 from omniforcing_jax import flow, media, text_features
+from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.kv_cache import POSITIONS, CacheConfig
 from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
+from omniforcing_jax.prompts import Contexts, PromptEncoder, TextTimes
 from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.streaming import Chunk, StreamingSession
 
 DEFAULT_TIMESTEPS = (1000, 909, 725, 421)
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+RANDOM_FEATURE_TOKENS = 128
+# Parts of a block's time as the report names them.
+PARTS = {
+    "text": "text",
+    "generate": "generate",
+    "decode_video": "video",
+    "decode_audio": "sound",
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,9 +56,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder written by checkpoint_converters")
+    add("--prompt", nargs="+", metavar="TEXT[@SECOND]", help="what to show, and from when on")
+    prompt_options.add_arguments(parser)
+    add("--keep-encoder", action="store_true", help="keep it in memory, and encode when due")
     add("--features", nargs="+", metavar="FILE[@SECOND]", help="text contexts, one per prompt")
-    add("--random-features", action="store_true", help="stand-in contexts for random weights")
-    add("--prompt", default="", help="text the random features are derived from")
     add("--output", required=True, help="MP4 file, or - for standard output")
     add("--overwrite", action="store_true", help="replace an existing file")
     length = parser.add_mutually_exclusive_group()
@@ -68,18 +84,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--look-back", type=int, default=4, help="latent frames, window mode (default 4)")
     add("--look-ahead", type=int, default=1, help="latent frames, window mode (default 1)")
     add("--blend", type=int, default=1, help="latent frames, window mode (default 1)")
-    add("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on accelerators, else float32")
+    prompt_options.add_dtype(parser)
     add("--attention", default="auto", help="attention backend (see omniforcing_jax.ops.attention)")
     return parser.parse_args(argv)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked command line: everything that can be wrong has been looked at."""
+    """A checked command line: everything that can be wrong has been looked at.
+
+    Attributes:
+      prompts: sentences or contexts, by the block they start at.
+      encoder: of the sentences.
+    """
 
     rollout: RolloutConfig
     num_blocks: int | None
-    prompts: dict[int, tuple[jax.Array, jax.Array]]  # by the block they start at
+    prompts: dict[int, str | Contexts]
+    encoder: PromptEncoder | None
 
 
 def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
@@ -100,29 +122,53 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
     )
     num_blocks = None if args.endless else layout.blocks_for_seconds(args.seconds)
     rollout.cache.blocks_in_positions(num_blocks)
-    if bool(args.features) == args.random_features:
-        raise ValueError("give either --features FILE or --random-features (with --prompt TEXT)")
-    prompts = {}
-    for spec in args.features or [args.prompt]:
-        path, start = _split_start(spec) if args.features else (spec, 0.0)
+    prompt_options.check_source(args)
+    prompts: dict[int, str | Contexts] = {}
+    for block, text in _by_block(args.features or args.prompt or [""], layout, num_blocks).items():
+        prompts[block] = text
+        if not args.text_encoder:
+            prompts[block] = _contexts(args, text, config.transformer.text_dims)
+    encoder = None
+    if args.text_encoder:
+        encoder = prompt_options.make_encoder(args, keep=args.keep_encoder)
+        encoder.check(list(prompts.values()))
+    return Plan(rollout, num_blocks, prompts, encoder)
+
+
+def _by_block(specs: list[str], layout: BlockLayout, num_blocks: int | None) -> dict[int, str]:
+    """{block it starts at: text or file} of TEXT[@SECOND]."""
+    result: dict[int, str] = {}
+    for spec in specs:
+        text, start = _split_start(spec)
+        if not 0 <= start < math.inf:
+            raise ValueError(f"{spec!r} must start at a second from 0 on, not {start:g}")
         block = layout.blocks_for_seconds(start) if start > 0 else 0
-        if args.features:
-            features = text_features.load_text_features(path, config.transformer.text_dims)
-        else:
-            key = text_features.prompt_key(path)
-            features = text_features.random_text_features(key, 1, 128, config.transformer.text_dims)
-        prompts[block] = (features.video_context, features.audio_context)
-    if 0 not in prompts:
-        raise ValueError("no prompt for the start: one of --features must have no @SECOND")
-    return Plan(rollout, num_blocks, prompts)
+        if block in result:
+            raise ValueError(f"{spec!r} starts in the same second as {result[block]!r}")
+        if num_blocks is not None and block >= num_blocks:
+            raise ValueError(f"{spec!r} starts after the end of the clip")
+        result[block] = text
+    if 0 not in result:
+        raise ValueError("no prompt for the start: one of them must have no @SECOND")
+    return result
 
 
 def _split_start(spec: str) -> tuple[str, float]:
-    path, _, start = spec.rpartition("@")
+    text, _, start = spec.rpartition("@")
     try:
-        return (path, float(start)) if path else (spec, 0.0)
+        return (text, float(start)) if text else (spec, 0.0)
     except ValueError:
         return spec, 0.0
+
+
+def _contexts(args: argparse.Namespace, text: str, dims: tuple[int, int]) -> Contexts:
+    """Those in a file, or random ones derived from a prompt."""
+    if args.features:
+        features = text_features.load_text_features(text, dims)
+    else:
+        key = text_features.prompt_key(text)
+        features = text_features.random_text_features(key, 1, RANDOM_FEATURE_TOKENS, dims)
+    return features.video_context, features.audio_context
 
 
 class Report:
@@ -133,14 +179,24 @@ class Report:
         self.frame_rate = frame_rate
         self.start = time.perf_counter()
         self.first_chunk: float | None = None
+        self.first_parts = dict.fromkeys(PARTS, 0.0)  # until then
+        self.encoding = 0.0  # before the stream began
         self.frames = 0
         self.seconds = 0.0
+
+    def text(self, times: TextTimes) -> None:
+        """Prints what encoding the prompts has cost."""
+        self.encoding = times.total
+        self.console.print(f"text        {prompt_options.describe(times)}", highlight=False)
 
     def chunk(self, chunk: Chunk) -> None:
         """Adds one chunk and prints its line."""
         count = chunk.frames.shape[1]
         self.frames += count
         now = time.perf_counter()
+        if self.first_chunk is None:
+            for part in PARTS:
+                self.first_parts[part] += getattr(chunk.timings, part)
         if count and self.first_chunk is None:
             self.first_chunk = now
         t = chunk.timings
@@ -149,10 +205,12 @@ class Report:
         played = now - self.first_chunk if self.first_chunk else 0.0
         name = f"block {chunk.block:4d}" if chunk.block >= 0 else "tail      "
         speed = count / t.total
+        # text takes time once per prompt
+        parts = {p: getattr(t, p) for p in PARTS if p != "text" or t.text >= 0.005}
         self.console.print(
-            f"{name}  {t.total:6.2f} s  (generate {t.generate:.2f}, video {t.decode_video:.2f}, "
-            f"sound {t.decode_audio:.2f})  {count:3d} frames  {speed:6.1f} FPS  "
-            f"x{speed / self.frame_rate:.2f} real time  lead {media_seconds - played:+.2f} s",
+            f"{name}  {t.total:6.2f} s  ({_list_parts(parts)})  {count:3d} frames  "
+            f"{speed:6.1f} FPS  x{speed / self.frame_rate:.2f} real time  "
+            f"lead {media_seconds - played:+.2f} s",
             highlight=False,
         )
 
@@ -165,11 +223,18 @@ class Report:
         table.add_row(
             "clip", f"{output}: {self.frames} frames, {self.frames / self.frame_rate:.2f} s"
         )
+        parts = self.first_parts | {"text": self.encoding + self.first_parts["text"]}
         table.add_row(
-            "first chunk after", f"{self.first_chunk - self.start:.2f} s (with compilation)"
+            "first chunk after",
+            f"{self.encoding + self.first_chunk - self.start:.2f} s with compilation "
+            f"({_list_parts(parts)})",
         )
         table.add_row("average", f"{self.frames / self.seconds:.1f} FPS")
         self.console.print(table)
+
+
+def _list_parts(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{PARTS[part]} {x:.2f}" for part, x in seconds.items())
 
 
 class BackgroundWriter:
@@ -224,9 +289,24 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._previous)
 
 
+def encode_prompts(plan: Plan, report: Report) -> Plan:
+    """Turns sentences into contexts: all, or the first one if the encoder is kept for the others.
+
+    Raises:
+      FloatingPointError: the text encoder made values that are not finite.
+    """
+    if plan.encoder is None:
+        return plan
+    due = {0: plan.prompts[0]} if plan.encoder.keep else plan.prompts
+    with prompt_options.plain_warnings(report.console):
+        contexts = plan.encoder.encode(list(due.values()))
+    report.text(plan.encoder.times)
+    return dataclasses.replace(plan, prompts=plan.prompts | dict(zip(due, contexts)))
+
+
 def run(session: StreamingSession, plan: Plan, writer: BackgroundWriter, report: Report) -> None:
     """Generates, reports and writes blocks until the clip is complete or interrupted."""
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, prompt_options.plain_warnings(report.console):
         while plan.num_blocks is None or session.num_blocks < plan.num_blocks:
             if session.num_blocks and session.num_blocks in plan.prompts:
                 session.set_prompt(plan.prompts[session.num_blocks])
@@ -251,14 +331,19 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = DTYPES[args.dtype or ("float32" if on_cpu else "bfloat16")]
+    dtype = prompt_options.compute_dtype(args)
     report = Report(args.fps)
+    try:
+        plan = encode_prompts(plan, report)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
     pipeline = load_pipeline(args.checkpoint, dtype=dtype)
     session = pipeline.session(
         plan.rollout,
         plan.prompts[0],
+        prompts=plan.encoder,
         seed=args.seed,
         max_blocks=plan.num_blocks,
         implementation=args.attention,

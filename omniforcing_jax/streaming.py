@@ -1,6 +1,6 @@
 """The live session: push a prompt, pull chunks of video and sound, block after block, without end.
 
-    session = StreamingSession(pipeline, config, contexts, seed=0)
+    session = pipeline.session(config, "a calm sea", prompts=PromptEncoder(...), seed=0)
     for chunk in session.stream(num_blocks=None):
         play(chunk.frames, chunk.waveform)          # session.set_prompt(...) any time in between
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from omniforcing_jax import rollout
 from omniforcing_jax.models.transformer import Transformer
+from omniforcing_jax.prompts import PromptEncoder
 from omniforcing_jax.rollout import AVLatents, RolloutConfig
 from omniforcing_jax.streaming_audio import StreamingAudioDecoder
 from omniforcing_jax.streaming_video import StreamingVideoDecoder
@@ -29,7 +30,11 @@ from omniforcing_jax.streaming_video import StreamingVideoDecoder
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Wall seconds of a block's parts; `text` is nonzero where a prompt was encoded."""
+    """Wall seconds of a block's parts.
+
+    `text` is nonzero for the first block of a prompt: its keys and values, and what came before
+    them if the session was given a sentence.
+    """
 
     text: float
     generate: float
@@ -93,20 +98,23 @@ class StreamingSession:
         config: RolloutConfig,
         video_decoder: StreamingVideoDecoder,
         audio_decoder: StreamingAudioDecoder,
-        contexts: tuple[jax.Array, jax.Array],
+        prompt: str | tuple[jax.Array, jax.Array],
         *,
+        prompts: PromptEncoder | None = None,
         seed: int = 0,
         max_blocks: int | None = None,
     ):
         """
         Args:
           config: see `RolloutConfig`; its sinks must be the model's.
-          contexts: text contexts of video and audio, each [B, S, text_dim].
+          prompt: a sentence, which needs `prompts`, or text contexts of video and audio, each
+            [B, S, text_dim].
+          prompts: encodes sentences; it must be for the connectors of this model.
           max_blocks: longest stream; None means without end, which needs relative positions.
 
         Raises:
-          ValueError: sinks, text widths or batch sizes that do not fit, or an endless stream with
-            absolute positions.
+          ValueError: sinks, text widths or batch sizes that do not fit, an endless stream with
+            absolute positions, or a sentence without `prompts`.
         """
         config.check_model(model)
         self.config = config
@@ -115,28 +123,51 @@ class StreamingSession:
         self._video_decoder, self._audio_decoder = video_decoder, audio_decoder
         self._rope = config.rope(model, max_blocks)
         self._key = jax.random.key(seed)
+        self._prompts = prompts
+        self._text_seconds = 0.0  # spent on sentences since the last block
+        contexts = self._encoded(prompt)
         self._batch = contexts[0].shape[0]
-        self._check_contexts(contexts)
-        self.contexts = tuple(jnp.asarray(c) for c in contexts)
-        self._text = None
+        self._set_contexts(contexts)
         self.num_blocks = self.num_frames = self.num_samples = 0
         self._cache = rollout.new_cache(model, config, self._batch)
         self._video_state = video_decoder.init(self._batch, config.height * 32, config.width * 32)
         self._audio_state = audio_decoder.init(self._batch)
 
-    def set_prompt(self, contexts: tuple[jax.Array, jax.Array]) -> None:
-        """Changes the prompt from the next block on; what was generated stays in the cache."""
-        self._check_contexts(contexts)
-        self.contexts = tuple(jnp.asarray(c) for c in contexts)
-        self._text = None
+    def set_prompt(self, prompt: str | tuple[jax.Array, jax.Array]) -> None:
+        """Changes the prompt from the next block on; what was generated stays in the cache.
 
-    def _check_contexts(self, contexts) -> None:
+        Args:
+          prompt: as in the constructor. A sentence that is not in the cache of `prompts` holds the
+            stream up while it is encoded.
+
+        Raises:
+          ValueError: a sentence without `prompts`, or contexts that do not fit.
+          FloatingPointError: the text encoder made values that are not finite.
+        """
+        self._set_contexts(self._encoded(prompt))
+
+    def _encoded(self, prompt: str | tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self._prompts is None:
+            raise ValueError(
+                f"the prompt {prompt[:60]!r} is a sentence, and this session has no text encoder: "
+                "make it with prompts=PromptEncoder(...), or pass text contexts"
+            )
+        start = time.perf_counter()
+        contexts = self._prompts.contexts(prompt)
+        self._text_seconds += time.perf_counter() - start
+        return contexts
+
+    def _set_contexts(self, contexts: tuple[jax.Array, jax.Array]) -> None:
         for name, context, width in zip(("video", "audio"), contexts, self._model.config.text_dims):
             if context.ndim != 3 or context.shape[0] != self._batch or context.shape[2] != width:
                 raise ValueError(
                     f"the {name} text context has shape {tuple(context.shape)}; this session "
                     f"takes ({self._batch}, length, {width})"
                 )
+        self.contexts = tuple(jnp.asarray(c) for c in contexts)
+        self._text = None
 
     def stream(self, num_blocks: int | None = None) -> Iterator[Chunk]:
         """Yields the next `num_blocks` chunks, or chunks without end.
@@ -190,8 +221,11 @@ class StreamingSession:
         mark(waveform)
         frames, waveform = jax.device_get((frames, waveform))
         marks.append(time.perf_counter())
+        text, *others = np.diff(marks).tolist()
+        timings = Timings(text + self._text_seconds, *others)
+        self._text_seconds = 0.0
         self.num_blocks += 1
-        return self._chunk(self.num_blocks - 1, frames, waveform, Timings(*np.diff(marks).tolist()))
+        return self._chunk(self.num_blocks - 1, frames, waveform, timings)
 
     def finish(self) -> Chunk:
         """Ends the stream: emits what the decoders held back. `step` must not be called after."""

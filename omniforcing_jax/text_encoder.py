@@ -7,13 +7,10 @@ The tower has 11.8B weights: 23.5 GB in bfloat16, 11.8 GB as int8. Contexts depe
 only, so `close` frees the memory once the prompts are encoded.
 """
 
-import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +22,13 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax import checkpoints, partitioning
+from omniforcing_jax.encoder_files import (
+    boxed_tower,
+    check_encoder,
+    check_tower,
+    leaf_name,
+    tower_path,
+)
 from omniforcing_jax.models import quantization
 from omniforcing_jax.models.connectors import (
     ConnectorConfig,
@@ -32,15 +36,10 @@ from omniforcing_jax.models.connectors import (
     kernel_by_layer,
     projection_scale,
 )
-from omniforcing_jax.models.gemma import LayerProjection, TextTower, init_boxed_params
+from omniforcing_jax.models.gemma import LayerProjection, TextTower
 from omniforcing_jax.models.gemma_config import GemmaConfig
 from omniforcing_jax.text_features import TextFeatures
-from omniforcing_jax.tokenizer import Tokenizer, load_tokenizer
-
-TEXT_TOWER = "text_tower"
-FAMILY = "gemma3"
-_HOW_TO_CREATE = "python -m checkpoint_converters.gemma3 --input HF_FOLDER --output {folder}"
-_SAMPLES_PER_AXIS = 16  # of each weight that goes into the fingerprint
+from omniforcing_jax.tokenizer import Tokenizer
 
 _to_int8 = jax.jit(quantization.quantize, static_argnums=1)
 
@@ -53,9 +52,7 @@ class TextEncoder:
       length: tokens per prompt, padding included; a multiple of the connectors' registers.
       shared_features: video and audio features are one array (LTX-2.0).
       model_version: of the LTX-2 model the connectors belong to.
-      fingerprint: tells encoders apart whose features differ: configurations, compute dtype,
-        quantisation and a sample of every weight. The same converted files give the same on any
-        machine and mesh.
+      fingerprint: see `EncoderFiles.fingerprint`.
     """
 
     def __init__(
@@ -86,23 +83,8 @@ class TextEncoder:
         self.fingerprint = fingerprint
         self._params: dict[str, Any] | None = dict(params)
         self._mesh = mesh
-        tower = TextTower(config, dtype, quantize)
-        self._features = jax.jit(
-            lambda params, ids, mask: tower.apply(
-                {"params": params["tower"]},
-                ids,
-                mask,
-                params["projections"],
-                connectors,
-                method="features",
-            )
-        )
-        module = TextConnectors(connectors, dtype)
-        self._contexts = jax.jit(
-            lambda params, *args: module.apply(
-                {"params": params["connectors"]}, *args, method="contexts"
-            )
-        )
+        self._tower = TextTower(config, dtype, quantize)
+        self._connectors = TextConnectors(connectors, dtype)
 
     @classmethod
     def load(
@@ -127,55 +109,18 @@ class TextEncoder:
           mesh: from `partitioning.make_mesh`; None puts everything on the first device.
 
         Raises:
-          FileNotFoundError: a folder is not there.
-          ValueError: a folder holds something else, the tower does not fit the connectors, or the
-            length is not a multiple of their registers; nothing large has been read then.
+          FileNotFoundError, ValueError: as `check_encoder`; nothing large has been read then.
+          ValueError: unknown quantisation.
         """
         quantization.check_mode(quantize)
-        config = load_gemma_config(gemma)
-        content = checkpoints.load_config(checkpoint)
-        connectors = ConnectorConfig.from_metadata(
-            checkpoints.component_metadata(content, "connectors")
-        )
-        if "connectors" not in content["components"]:
-            raise ValueError(
-                f"{checkpoint} has no connectors (it has {', '.join(content['components'])}); "
-                "convert again without leaving them out"
-            )
-        shapes = checkpoints.param_shapes(checkpoint, "connectors")
-        _check_fit(config, connectors, shapes, length, gemma, checkpoint)
-        tokenizer = load_tokenizer(gemma)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"{gemma}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the text "
-                f"tower embeds {config.vocab_size}; they belong to different models"
-            )
-        digest = hashlib.sha256(
-            json.dumps(
-                [
-                    dataclasses.asdict(config),
-                    dataclasses.asdict(connectors),
-                    jnp.dtype(dtype).name,
-                    quantize,
-                    tokenizer.fingerprint,
-                ]
-            ).encode()
-        )
-        tower = load_text_tower(
-            gemma,
-            config,
-            dtype=dtype,
-            quantize=quantize,
-            mesh=mesh,
-            see=functools.partial(_add_sample, digest, mesh=mesh),
-        )
+        files = check_encoder(gemma, checkpoint, length=length)
+        config, connectors = files.config, files.connectors
+        tower = load_text_tower(gemma, config, dtype=dtype, quantize=quantize, mesh=mesh)
         sharding = None  # the first device
         if mesh is not None:
             boxed = _boxed_connectors(connectors, config.num_states)
             sharding = partitioning.shardings(boxed, mesh)
         loaded = checkpoints.load_params(checkpoint, "connectors", dtype=dtype, sharding=sharding)
-        for path, leaf in jax.tree.leaves_with_path(loaded):
-            _add_sample(digest, _names(path), leaf, mesh=mesh)
         params = {
             "tower": tower,
             "projections": layer_projections(loaded, connectors, mesh),
@@ -185,9 +130,9 @@ class TextEncoder:
             config,
             connectors,
             params,
-            tokenizer=tokenizer,
-            model_version=content["model_version"],
-            fingerprint=digest.hexdigest()[:16],
+            tokenizer=files.tokenizer,
+            model_version=files.model_version,
+            fingerprint=files.fingerprint(dtype, quantize),
             dtype=dtype,
             quantize=quantize,
             length=length,
@@ -206,7 +151,13 @@ class TextEncoder:
         Raises:
           ValueError: shapes that do not fit, or the encoder was closed.
         """
-        result = self._features(self._open(), self._place(token_ids), self._place(mask))
+        result = _features(
+            self._tower,
+            self._connectors.config,
+            self._open(),
+            self._place(token_ids),
+            self._place(mask),
+        )
         if self.shared_features:
             return result["shared"], result["shared"]
         return result["video"], result["audio"]
@@ -227,7 +178,7 @@ class TextEncoder:
           ValueError: shapes that do not fit, or the encoder was closed.
         """
         arrays = (video_features, audio_features, mask)
-        return self._contexts(self._open(), *map(self._place, arrays))
+        return _contexts(self._connectors, self._open(), *map(self._place, arrays))
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Contexts [B, length, Wv] and [B, length, Wa] of B prompts, as one batch.
@@ -260,34 +211,21 @@ class TextEncoder:
         if self._mesh is None:
             return jnp.asarray(x)
         ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        spec = P(("data", "fsdp")) if np.shape(x)[0] % ways == 0 else P()
+        spec = P(partitioning.BATCH_AXES) if np.shape(x)[0] % ways == 0 else P()
         return jax.device_put(x, NamedSharding(self._mesh, spec))
 
 
-def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
-    """Reads config.json of a converted Gemma 3.
+# jitted here, not per encoder: one that is loaded again is not compiled again
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _features(tower: TextTower, config: ConnectorConfig, params, ids, mask):
+    return tower.apply(
+        {"params": params["tower"]}, ids, mask, params["projections"], config, method="features"
+    )
 
-    Raises:
-      FileNotFoundError: no such folder, or it has no config.json.
-      ValueError: not a converted Gemma 3, or a setting that is not supported.
-    """
-    file = pathlib.Path(folder) / "config.json"
-    how = _HOW_TO_CREATE.format(folder=folder)
-    if not file.is_file():
-        what = "holds no config.json" if file.parent.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}; {how} creates it")
-    content = json.loads(file.read_text())
-    if "model_type" in content:
-        raise ValueError(
-            f"{folder} is a Hugging Face folder; convert it: "
-            f"{_HOW_TO_CREATE.format(folder='gemma').replace('HF_FOLDER', str(folder))}"
-        )
-    if (content.get("family"), content.get("format")) != (FAMILY, checkpoints.FORMAT):
-        raise ValueError(
-            f"{file}: found family {content.get('family')!r}, format {content.get('format')!r}; "
-            f"expected {FAMILY!r}, {checkpoints.FORMAT}. {how} creates it"
-        )
-    return GemmaConfig.from_metadata(content["config"])
+
+@functools.partial(jax.jit, static_argnums=0)
+def _contexts(connectors: TextConnectors, params, *arrays):
+    return connectors.apply({"params": params["connectors"]}, *arrays, method="contexts")
 
 
 def load_text_tower(
@@ -297,43 +235,32 @@ def load_text_tower(
     dtype: jnp.dtype,
     quantize: str = "none",
     mesh: Mesh | None = None,
-    see: Callable[[str, jax.Array], None] = lambda name, leaf: None,
 ) -> dict[str, Any]:
     """Parameters of `TextTower`, restored and quantised leaf by leaf.
 
     Args:
       folder: converted Gemma 3.
-      config: from `load_gemma_config`.
+      config: from `encoder_files.load_gemma_config`.
       dtype: of the leaves that are not quantised.
       quantize: one of `quantization.MODES`.
       mesh: see `TextEncoder.load`.
-      see: called with the name and value of each leaf before it is quantised.
 
     Raises:
       FileNotFoundError: the folder has no weights.
       ValueError: they are not of the shapes that the configuration gives.
     """
-    path = pathlib.Path(folder).absolute() / TEXT_TOWER
-    if not path.is_dir():
-        how = _HOW_TO_CREATE.format(folder=folder)
-        raise FileNotFoundError(f"{folder} has no {TEXT_TOWER}; {how} creates it")
-    boxed = jax.eval_shape(lambda key: init_boxed_params(config, key), jax.random.key(0))
+    path = tower_path(folder)
+    boxed = boxed_tower(config)
     shardings = {}
     if mesh is not None:
-        shardings = {
-            _names(p): s for p, s in jax.tree.leaves_with_path(partitioning.shardings(boxed, mesh))
-        }
+        tree = partitioning.shardings(boxed, mesh)
+        shardings = {leaf_name(p): s for p, s in jax.tree.leaves_with_path(tree)}
     alone = SingleDeviceSharding(jax.local_devices()[0])
-    expected = {_names(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(nn.unbox(boxed))}
     params: dict[str, Any] = {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree
-        found = {_names(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(tree)}
-        _check_leaves(path, found, expected)
-        for name in sorted(expected):
+        for name in check_tower(checkpointer, path, boxed):
             sharding = shardings.get(name, alone)
             leaf = _restore_leaf(checkpointer, path, name, dtype, sharding)
-            see(name, leaf)
             *parents, last = name.split("/")
             if quantize == "int8" and last in quantization.INPUT_AXIS:
                 leaf = _to_int8(leaf, quantization.INPUT_AXIS[last])
@@ -379,53 +306,6 @@ def layer_projections(
     return result
 
 
-def _check_fit(
-    config: GemmaConfig,
-    connectors: ConnectorConfig,
-    shapes: Mapping[str, Any],
-    length: int,
-    gemma: str | os.PathLike,
-    checkpoint: str | os.PathLike,
-) -> None:
-    problems = []
-    if config.hidden_size != connectors.text_channels:
-        problems.append(
-            f"the connectors take hidden states of width {connectors.text_channels}, the text "
-            f"tower's have {config.hidden_size}"
-        )
-    name = "video_projection" if connectors.separate_projections else "projection"
-    rows = shapes[name]["kernel"].shape[0]
-    if rows != connectors.text_channels * config.num_states:
-        problems.append(
-            f"the connectors project {rows / connectors.text_channels:g} hidden states, the text "
-            f"tower has {config.num_states} (embeddings and {config.num_layers} layers)"
-        )
-    if length < 1 or length % connectors.num_registers:
-        problems.append(
-            f"the text length must be a multiple of the {connectors.num_registers} registers, not "
-            f"{length}"
-        )
-    if problems:
-        raise ValueError(
-            f"{gemma} cannot be used with {checkpoint}: {'; '.join(problems)}. LTX-2 uses Gemma 3 "
-            "12B and 1024 tokens"
-        )
-
-
-def _check_leaves(
-    path: pathlib.Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]
-) -> None:
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {list(found[name])}, must be {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if tuple(found[name]) != tuple(expected[name])
-    ]
-    if problems:
-        raise ValueError(f"{path} does not fit its config.json: {'; '.join(problems)}")
-
-
 def _restore_leaf(
     checkpointer: ocp.Checkpointer,
     path: pathlib.Path,
@@ -447,22 +327,3 @@ def _boxed_connectors(config: ConnectorConfig, num_states: int) -> Any:
     mask = jnp.ones((1, config.num_registers))
     init = TextConnectors(config).init
     return jax.eval_shape(lambda key: init(key, states, mask), jax.random.key(0))["params"]
-
-
-def _names(path: tuple[Any, ...]) -> str:
-    return "/".join(key.key for key in path)
-
-
-def _add_sample(digest: Any, name: str, leaf: jax.Array, *, mesh: Mesh | None) -> None:
-    """Adds a leaf's name and some of its values, evenly spread, to a hash."""
-    steps = tuple(max(1, n // _SAMPLES_PER_AXIS) for n in leaf.shape)
-    # replicated, so that every process of a multi-host mesh can read it
-    sample = _sampler(steps, None if mesh is None else NamedSharding(mesh, P()))(leaf)
-    digest.update(name.encode())
-    digest.update(np.asarray(sample).tobytes())
-
-
-@functools.cache
-def _sampler(steps: tuple[int, ...], sharding: NamedSharding | None) -> Callable:
-    every = tuple(slice(None, None, step) for step in steps)
-    return jax.jit(lambda x: x[every], out_shardings=sharding)

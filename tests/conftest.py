@@ -53,6 +53,20 @@ def random_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def random_gemma(tmp_path_factory):
+    """Makes and converts a tiny random Gemma 3 that fits `random_checkpoint`; returns its folder.
+
+    What it was converted from lies beside it, as `hf`.
+    """
+    from checkpoint_converters import gemma3, synthetic_gemma
+
+    folder = tmp_path_factory.mktemp("gemma")
+    synthetic_gemma.write(folder / "hf", "tiny")
+    gemma3.convert(folder / "hf", folder / "gemma")
+    return folder / "gemma"
+
+
+@pytest.fixture(scope="session")
 def random_pipeline(random_checkpoint):
     """The same checkpoints, loaded."""
     import jax.numpy as jnp

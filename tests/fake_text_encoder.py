@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoint_converters import synthetic, synthetic_gemma
 from launch import encode_prompts
 from omniforcing_jax.models.connectors import ConnectorConfig
 from omniforcing_jax.tokenizer import load_tokenizer
@@ -29,11 +28,10 @@ class FakeTextEncoder:
     storing any of it fails.
     """
 
-    def __init__(self, tokenizer, dims, shared, length, fingerprint):
+    def __init__(self, tokenizer, dims, shared, length):
         self.tokenizer = tokenizer
         self.length = length
         self.shared_features = shared
-        self.fingerprint = fingerprint
         self.shapes = []  # of the batches it was given
         self._dims = dims
 
@@ -46,7 +44,6 @@ class FakeTextEncoder:
             (config.video_dim, config.audio_dim),
             not config.separate_projections,
             length,
-            f"fake {jnp.dtype(dtype).name} {quantize}",
         )
 
     def features(self, token_ids, mask):
@@ -59,21 +56,6 @@ class FakeTextEncoder:
         ]
         video, audio = (jnp.asarray(x, jnp.float32) for x in arrays)
         return (video, video) if self.shared_features else (video, audio)
-
-
-def write_folders(folder: pathlib.Path, version: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """(Gemma folder with a tokenizer, checkpoint folder with a config.json): no weights."""
-    gemma, checkpoint = folder / "gemma", folder / "checkpoint"
-    gemma.mkdir()
-    checkpoint.mkdir()
-    synthetic_gemma.write_tokenizer(gemma, 512)
-    content = {
-        "format": 1,
-        "model_version": f"{version}.0",
-        "config": synthetic.metadata("tiny", version),
-    }
-    (checkpoint / "config.json").write_text(json.dumps(content))
-    return gemma, checkpoint
 
 
 if __name__ == "__main__":

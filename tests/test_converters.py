@@ -131,6 +131,31 @@ def test_dtype_option(tiny, tmp_path):
     assert_trees_equal(tree, reading.load_component(source, "connectors", np.float32))
 
 
+def test_fingerprints(tiny, tmp_path):
+    """They tell weights apart, by name, place, dtype and content; not files or chunks."""
+    source, converted = tiny
+    names = ("connectors", "vocoder")
+    before = checkpoints.load_config(converted)["fingerprints"]
+    assert set(before) == set(key_map.COMPONENTS) and len(set(before.values())) == 5
+
+    def fingerprints(path, **options):
+        content = ltx2.convert(path, tmp_path / "out", components=names, overwrite=True, **options)
+        assert checkpoints.load_config(tmp_path / "out") == content
+        return content["fingerprints"]
+
+    assert fingerprints(source, mesh={"fsdp": 4}) == {name: before[name] for name in names}
+    cast = fingerprints(source, dtype="float32")
+    assert all(cast[name] != before[name] for name in names)
+    tensors, metadata = read_header(source)
+    arrays = {key: read_tensor(info) for key, info in tensors.items()}
+    changed = next(key for key in arrays if key.startswith("vocoder.") and key.endswith("weight"))
+    arrays[changed] *= 2
+    write_file(tmp_path / "trained.safetensors", dict(sorted(arrays.items())), metadata)
+    trained = fingerprints(tmp_path / "trained.safetensors")
+    assert trained["connectors"] == before["connectors"]
+    assert trained["vocoder"] != before["vocoder"]
+
+
 # -- students ------------------------------------------------------------------------------------
 
 
@@ -192,6 +217,7 @@ def test_student_with_base(tiny, tmp_path):
         out = tmp_path / name
         content = omniforcing.convert(tmp_path / "student.safetensors", out, base=base, num_heads=4)
         assert content["components"] == list(key_map.COMPONENTS)
+        assert content["fingerprints"] == checkpoints.load_config(converted)["fingerprints"]
         teacher = checkpoints.load_config(converted)["config"]["transformer"]
         assert checkpoints.component_metadata(content, "connectors") == teacher
         assert checkpoints.component_metadata(content, "transformer")["rope_type"] == "interleaved"

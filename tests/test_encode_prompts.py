@@ -14,11 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoint_converters import gemma3, synthetic_gemma
 from launch import encode_prompts
 from omniforcing_jax.data.text_dataset import open_text_dataset
+from omniforcing_jax.encoder_files import check_encoder
 from omniforcing_jax.text_encoder import TextEncoder
-from tests.fake_text_encoder import FakeTextEncoder, write_folders
+from tests.fake_text_encoder import FakeTextEncoder
 
 ROOT = pathlib.Path(__file__).parent.parent
 CAPTIONS = [f"{'very ' * (i % 7)}quiet scene {i}" for i in range(23)]
@@ -27,8 +27,8 @@ SHARD = "text_features-train.array_record-{:05d}-of-00006"
 
 
 @pytest.fixture(scope="module", params=["2.0", "2.3"])
-def folders(request, tmp_path_factory):
-    return write_folders(tmp_path_factory.mktemp(request.param), request.param)
+def folders(request, random_gemma, random_checkpoint):
+    return random_gemma, random_checkpoint(request.param)
 
 
 @pytest.fixture
@@ -89,15 +89,18 @@ def test_captions_of_all_kinds(folders, tmp_path, fake, capsys):
     manifest = dataset.manifest
     assert (manifest.num_read, manifest.num_blank, manifest.num_duplicates) == (8, 2, 2)
     assert (manifest.num_prompts, manifest.num_truncated, manifest.text_length) == (4, 1, 256)
-    assert manifest.encoder == encoder.fingerprint and manifest.negative_prompt == "blurry"
+    assert manifest.encoder == check_encoder(*folders).fingerprint(jnp.float32, "none")
+    assert manifest.negative_prompt == "blurry"
     errors = capsys.readouterr().err
     assert "4 prompts (8 read, 2 blank, 2 repeated)" in errors
     assert "line 4: " in errors and "tokens were cut, from '" in errors
     assert "4 of 4 prompts" in errors and "prompts/s" in errors
 
     before = contents(output)
+    fake.clear()
     assert encode_prompts.main(options(folders, path, output, "--column", "text")) == 0
     assert "complete already" in capsys.readouterr().err and contents(output) == before
+    assert not fake  # no weights were read
 
 
 def run_fake(arguments, *process, delay=0.0, **kwargs):
@@ -115,8 +118,8 @@ def wait_for(path, process, seconds=120):
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_continued(tmp_path, fake, kill):
-    folders = write_folders(tmp_path, "2.3")
+def test_killed_and_continued(random_gemma, random_checkpoint, tmp_path, fake, kill):
+    folders = random_gemma, random_checkpoint("2.3")
     path = write_captions(tmp_path)
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "features"
     assert encode_prompts.main(options(folders, path, undisturbed)) == 0
@@ -146,9 +149,9 @@ def test_killed_and_continued(tmp_path, fake, kill):
     assert len(fake[0].shapes) < 12 - done  # complete shards were not encoded again
 
 
-def test_several_hosts(tmp_path, fake):
+def test_several_hosts(random_gemma, random_checkpoint, tmp_path, fake):
     """Two processes share the shards, and write the files that one writes."""
-    folders = write_folders(tmp_path, "2.0")
+    folders = random_gemma, random_checkpoint("2.0")
     path = write_captions(tmp_path)
     alone, output = tmp_path / "alone", tmp_path / "features"
     assert encode_prompts.main(options(folders, path, alone)) == 0
@@ -173,7 +176,8 @@ def test_several_hosts(tmp_path, fake):
         (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--prompts", "latin1.txt"], "latin1.txt, line 2: byte 1 (0xe4) is not UTF-8"),
         (["--column", "text"], "no columns"),
-        (["--gemma", "."], "no tokenizer.json or tokenizer.model"),
+        (["--gemma", "."], "holds no config.json; python -m checkpoint_converters.gemma3"),
+        (["--length", "100"], "a multiple of the 128 registers"),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--output", "latin1.txt"], "is a file"),
         (["--output", "."], "holds other files"),
@@ -203,11 +207,10 @@ def test_other_captions_or_settings_do_not_mix(folders, tmp_path, fake, capsys):
         (options(folders, path, output, "--negative", "ugly"), "negative_prompt 'blurry'"),
         (options(folders, path, output, "--length", "128"), "text_length 256 instead of 128"),
         (options(folders, path, output, "--dtype", "bfloat16"), "compute_dtype"),
+        (options(folders, path, output, "--quantize", "int8"), "other settings: encoder '"),
     ]:
         assert encode_prompts.main(arguments) == 2
         assert message in capsys.readouterr().err and not fake
-    assert encode_prompts.main(options(folders, path, output, "--quantize", "int8")) == 2
-    assert "encoder 'fake float32 none' instead of 'fake float32 int8'" in capsys.readouterr().err
     assert contents(output) == before
 
 
@@ -236,11 +239,10 @@ def test_padded_length(tokens, longest, padded):
 
 
 @pytest.mark.parametrize("version, length", [("2.0", 128), ("2.3", 256)])
-def test_with_the_real_encoder(random_checkpoint, tmp_path, monkeypatch, version, length):
+def test_with_the_real_encoder(
+    random_gemma, random_checkpoint, tmp_path, monkeypatch, version, length
+):
     """Tiny random weights, from the file of captions to contexts."""
-    source, gemma = tmp_path / "huggingface", tmp_path / "gemma"
-    synthetic_gemma.write(source, "tiny")
-    gemma3.convert(source, gemma)
     load, loaded = TextEncoder.load, []
 
     def recorded(*args, **kwargs):
@@ -250,7 +252,7 @@ def test_with_the_real_encoder(random_checkpoint, tmp_path, monkeypatch, version
     monkeypatch.setattr(TextEncoder, "load", recorded)
     captions = ["a calm sea", "emoji 😀", " ".join(["a tram rings its bell"] * 12)]
     path, output = write_captions(tmp_path, captions), tmp_path / "features"
-    arguments = options((gemma, random_checkpoint(version)), path, output)
+    arguments = options((random_gemma, random_checkpoint(version)), path, output)
     arguments += ["--length", str(length), "--batch-size", "4"]
     assert encode_prompts.main(arguments) == 0
     (encoder,) = loaded

@@ -21,9 +21,10 @@ from checkpoint_converters.safetensors_io import (
     read_header,
     read_tensor,
 )
+from omniforcing_jax.encoder_files import load_gemma_config
 from omniforcing_jax.models.gemma import init_boxed_params
 from omniforcing_jax.models.gemma_config import GemmaConfig
-from omniforcing_jax.text_encoder import load_gemma_config, load_text_tower
+from omniforcing_jax.text_encoder import load_text_tower
 from tests.test_gemma import GEMMA_12B
 from tests.tiny_gemma import write_word_tokenizer
 

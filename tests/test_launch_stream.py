@@ -1,7 +1,10 @@
 """`launch/stream.py` as a person runs it: clips, prompts, pipes, Ctrl-C, and refused input."""
 
 import io
+import json
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from checkpoint_converters import omniforcing
 from launch import stream
 from omniforcing_jax import media, text_features
 from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.text_encoder import TextEncoder
 
 SIZE = ["--height", "64", "--width", "64", "--decode", "causal", "--sigmas", "1", "0.7", "0"]
 
@@ -60,6 +64,58 @@ def test_clip_with_two_prompts(checkpoint, tmp_path, capsys):
     difference = np.abs(frames.astype(int) - same).mean(axis=(1, 2, 3))
     assert difference[:25].max() < 1  # the first second is the same, but for its encoding
     assert difference[30:].mean() > 5 * difference[:25].mean()
+
+
+def sentences(gemma, cache, *prompts):
+    more = ["--text-encoder", str(gemma), "--prompt-cache", str(cache), "--seconds", "2"]
+    return [*more, "--prompt", *prompts]
+
+
+def test_clip_of_sentences(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
+    """Encoded and unloaded before the sampler is loaded; then from the cache, without Gemma."""
+    events = []
+
+    def recorded(owner, name, event):
+        original = getattr(owner, name)
+
+        def call(*args, **options):
+            events.append(event)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    recorded(TextEncoder, "load", "load encoder")
+    recorded(TextEncoder, "close", "close encoder")
+    recorded(stream, "load_pipeline", "load sampler")
+    clip = tmp_path / "clip.mp4"
+    more = sentences(random_gemma, tmp_path / "cache", "a calm sea", "a storm@1")
+    assert stream.main(arguments(checkpoint, clip, *more)) == 0
+    assert events == ["load encoder", "close encoder", "load sampler"]
+    report = capsys.readouterr().err
+    assert "2 encoded, 0 from the cache" in report
+    assert re.search(r"first chunk after.* with compilation \(text [0-9.]+, generate", report)
+    frames, *_ = media.read_clip(clip)
+    assert frames.shape == (49, 64, 64, 3)
+
+    events.clear()
+    monkeypatch.setattr(TextEncoder, "load", lambda *a, **k: pytest.fail("weights were read"))
+    again = tmp_path / "again.mp4"
+    assert stream.main(arguments(checkpoint, again, *more)) == 0
+    assert events == ["load sampler"] and "0 encoded, 2 from the cache" in capsys.readouterr().err
+    assert again.read_bytes() == clip.read_bytes()
+
+
+def test_kept_encoder(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
+    """Later sentences are encoded when they are due, by the same encoder, as int8."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    more = sentences(random_gemma, "none", "a calm sea", "a storm@1")
+    more += ["--keep-encoder", "--quantize-encoder", "int8"]
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 0
+    report = capsys.readouterr().err
+    assert "1 encoded, 0 from the cache" in report  # before the stream began
+    blocks = [line for line in report.splitlines() if line.startswith("block")]
+    assert "text" in blocks[2] and "text" not in blocks[1]
+    assert not (tmp_path / "user").exists()
 
 
 def test_released_student(checkpoint, tmp_path):
@@ -121,14 +177,31 @@ def test_ctrl_c_ends_an_endless_stream_properly(checkpoint):
         (["--output", "/etc/passwd/clip.mp4"], "not a folder"),
         (["--output", "clip.avi"], "mp4"),
         (["--features", "missing.safetensors"], "missing.safetensors"),
+        (["--features", "a.safetensors", "--random-features"], "found --features and --random-f"),
+        (["--features", "a.safetensors", "--prompt", "x"], "goes with --text-encoder or --random"),
+        (["--text-encoder", "GEMMA"], "needs --prompt TEXT"),
+        (["--text-encoder", "GEMMA", "--prompt", "x", "--features", "y"], "one source of text"),
+        (["--text-encoder", "nowhere", "--prompt", "x"], "nowhere does not exist"),
+        (["--text-encoder", "GEMMA/../hf", "--prompt", "x"], "is a Hugging Face folder; convert"),
+        (["--text-encoder", "GEMMA", "--prompt", "a\udce4"], "is not valid Unicode"),
+        (["--text-encoder", "GEMMA", "--prompt", "x@3"], "no prompt for the start"),
+        (["--text-encoder", "GEMMA", "--prompt", "x", "y@-1"], "a second from 0 on, not -1"),
+        (["--text-encoder", "GEMMA", "--prompt", "x", "y@1", "z@0.9"], "same second as 'y'"),
+        (["--text-encoder", "GEMMA", "--prompt", "x", "y@9"], "starts after the end of the clip"),
+        (["--keep-encoder"], "--keep-encoder has no effect without --text-encoder"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(
-    checkpoint, tmp_path, monkeypatch, capsys, change, message
+    checkpoint, random_gemma, tmp_path, monkeypatch, capsys, change, message
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stream, "load_pipeline", lambda *a, **k: pytest.fail("weights were read"))
-    more = change if "--features" in change else ["--random-features", *change]
+    monkeypatch.setattr(TextEncoder, "load", lambda *a, **k: pytest.fail("weights were read"))
+    change = [word.replace("GEMMA", str(random_gemma)) for word in change]
+    if "--text-encoder" in change:
+        more = [*change, "--prompt-cache", "none"]
+    else:
+        more = change if "--features" in change else ["--random-features", *change]
     assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -140,6 +213,18 @@ def test_features_of_another_model_are_refused(checkpoint, tmp_path, capsys):
     assert stream.main(arguments(checkpoint, clip, "--features", wide)) == 2
     error = capsys.readouterr().err
     assert "48" in error and "32" in error and not clip.exists()
+
+
+def test_gemma_of_another_model_is_refused(checkpoint, random_gemma, tmp_path, capsys):
+    shutil.copytree(random_gemma, tmp_path / "gemma")
+    config = tmp_path / "gemma" / "config.json"
+    content = json.loads(config.read_text())
+    content["config"]["hidden_size"] = 48
+    config.write_text(json.dumps(content))
+    more = sentences(tmp_path / "gemma", tmp_path / "cache", "a calm sea")
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
+    assert "of width 32, the text tower's have 48" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["gemma"]
 
 
 def test_existing_clip_is_kept(checkpoint, tmp_path, capsys):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoint_converters import ltx2, synthetic
 from launch import sample_teacher
 from omniforcing_jax import flow, media
 from omniforcing_jax.guidance import (
@@ -342,11 +341,8 @@ def test_bad_first_frames():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    synthetic.write(folder / "tiny.safetensors", size="tiny", version="2.0")
-    ltx2.convert(folder / "tiny.safetensors", folder / "ltx2")
-    return folder / "ltx2"
+def checkpoint(random_checkpoint):
+    return random_checkpoint("2.0")
 
 
 SMALL = ["--frames", "9", "--height", "64", "--width", "96", "--steps", "2"]
@@ -358,11 +354,14 @@ def run_script(checkpoint, output, *options):
     )
 
 
-def test_script(checkpoint, tmp_path):
-    """From converted weights to a clip, with all passes."""
+def test_script(checkpoint, random_gemma, tmp_path, capsys):
+    """From converted weights and sentences to a clip, with all passes."""
     output = tmp_path / "clips" / "teacher.mp4"
-    options = ["--random-features", "--prompt", "a dog barks", "--stg-block", "1"]
+    options = ["--text-encoder", str(random_gemma), "--prompt-cache", str(tmp_path / "cache")]
+    options += ["--prompt", "a dog barks", "--negative-prompt", "noise", "--stg-block", "1"]
     assert run_script(checkpoint, output, *options) == 0
+    assert "2 encoded, 0 from the cache" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache").iterdir())) == 2
     frames, frame_rate, waveform, sample_rate = media.read_clip(output)
     assert frames.shape == (9, 64, 96, 3) and frame_rate == 24
     assert sample_rate == 24000 and abs(len(waveform) / sample_rate - 9 / 24) < 0.1
@@ -377,7 +376,7 @@ def stored(folder, name, config, prompts=1):
     return str(path)
 
 
-def test_script_refuses(checkpoint, tmp_path, capsys, monkeypatch):
+def test_script_refuses(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
     """Every mistake is reported before weights are read, and leaves no file."""
 
     def no_weights(*args, **kwargs):
@@ -390,10 +389,15 @@ def test_script_refuses(checkpoint, tmp_path, capsys, monkeypatch):
     several, narrow = stored(tmp_path, "two", dims, 2), stored(tmp_path, "narrow", (4, 4))
     output = tmp_path / "clip.mp4"
     random = ["--random-features", "--stg-block", "1"]
+    gemma = ["--text-encoder", str(random_gemma), "--prompt", "x", "--prompt-cache", "none"]
     no_cfg = ["--cfg-video", "1", "--cfg-audio", "1", "--stg-block", "0"]
     cases = [
         (["--random-features"], "stg_blocks (29,) are for a larger model"),
-        (["--stg-block", "1"], "give either --features FILE or --random-features"),
+        (["--stg-block", "1"], "give one source of text: --text-encoder FOLDER with --prompt"),
+        ([*random, "--negative-prompt", "noise"], "--negative-prompt goes with --text-encoder"),
+        (["--text-encoder", "gemma", "--stg-block", "1"], "needs --prompt TEXT"),
+        ([*gemma, *no_cfg, "--negative-prompt", "noise"], "--negative-prompt has no effect"),
+        ([*gemma, "--stg-block", "1", "--text-encoder", "nowhere"], "nowhere does not exist"),
         ([*random, "--frames", "10"], "8k + 1 frames, not 10"),
         ([*random, "--height", "100"], "multiples of 32"),
         ([*random, "--height", "32"], "at least 2x2 latents"),

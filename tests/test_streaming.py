@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import time
 
 import jax
 import numpy as np
@@ -125,6 +126,36 @@ def test_new_prompt_at_a_block_border(pipeline):
     assert not np.array_equal(same.step().frames, changed.step().frames)
     changed.set_prompt(contexts(pipeline, seed=0))
     assert changed.step().frames.shape == same.step().frames.shape
+
+
+class Sentences:
+    """Has what a session uses of a `PromptEncoder`; takes 50 ms."""
+
+    def __init__(self, **known):
+        self.known = known
+
+    def contexts(self, prompt):
+        time.sleep(0.05)
+        return self.known[prompt]
+
+
+def test_sentences(pipeline):
+    """They give what their contexts give, and their time is that of the next block."""
+    prompts = Sentences(sea=contexts(pipeline), storm=contexts(pipeline, seed=1))
+    config = make_config(pipeline)
+    expected = session(pipeline)
+    live = pipeline.session(config, "sea", prompts=prompts, decode_mode="causal")
+    for prompt in (None, None, "storm"):
+        if prompt is not None:
+            live.set_prompt(prompt)
+            expected.set_prompt(contexts(pipeline, seed=1))
+        chunk = live.step()
+        np.testing.assert_array_equal(chunk.frames, expected.step().frames)
+        assert (chunk.timings.text > 0.05) == (chunk.block in (0, 2))
+    with pytest.raises(ValueError, match=r"'fog' is a sentence.*prompts=PromptEncoder"):
+        expected.set_prompt("fog")
+    with pytest.raises(ValueError, match="is a sentence"):
+        pipeline.session(config, "sea")
 
 
 def test_runs_past_its_window_without_recompiling(pipeline):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from omniforcing_jax.data import shards
 from omniforcing_jax.data.prompt_files import prompt_hash
 from omniforcing_jax.data.text_dataset import (
+    TEXT_FEATURES,
     Manifest,
     TextDatasetWriter,
-    check_folder,
     grain_batches,
     open_text_dataset,
 )
@@ -174,7 +175,8 @@ def test_another_dataset_is_not_continued(stored, tmp_path):
     for name, value in changes.items():
         with pytest.raises(ValueError, match=f"{name} '?[a-z3 ]+'? instead of .*new folder"):
             TextDatasetWriter(folder, dataclasses.replace(manifest, **{name: value}))
-    check_folder(folder, dataclasses.replace(manifest, encoder=""), ignore=("encoder",))
+    unknown = dataclasses.replace(manifest, encoder="")
+    shards.check_folder(TEXT_FEATURES, folder, unknown, ignore=("encoder",))
     assert contents(folder) == before
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match=r"holds other files \(thesis\.tex\)"):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from checkpoint_converters import gemma3, ltx2, synthetic_gemma
-from omniforcing_jax import text_encoder
+from omniforcing_jax import checkpoints, text_encoder
+from omniforcing_jax.encoder_files import check_encoder
 from omniforcing_jax.text_encoder import TextEncoder
 from tests.tiny_gemma import convert_golden
 
@@ -25,12 +26,8 @@ def golden_gemma(golden_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    """A random text tower with a tokenizer that fits `random_checkpoint`, converted."""
-    folder = tmp_path_factory.mktemp("gemma")
-    synthetic_gemma.write(folder / "hf", "tiny")
-    gemma3.convert(folder / "hf", folder / "gemma")
-    return folder / "gemma"
+def gemma(random_gemma):
+    return random_gemma
 
 
 def load(gemma, checkpoint, **options):
@@ -137,6 +134,33 @@ def test_the_fingerprint_is_that_of_the_files(encoder, gemma, random_checkpoint,
         encoder.fingerprint,
     }
     assert len(others) == 5
+
+
+def test_converted_folders_without_a_fingerprint_are_refused(gemma, random_checkpoint, tmp_path):
+    def without(folder):
+        copy = tmp_path / folder.name
+        shutil.copytree(folder, copy)
+        content = json.loads((copy / "config.json").read_text())
+        del content["fingerprints"]
+        (copy / "config.json").write_text(json.dumps(content))
+        return copy
+
+    checkpoint = random_checkpoint("2.0")
+    with pytest.raises(ValueError, match=r"no fingerprint of its text_tower.*_converters\.gemma3"):
+        check_encoder(without(gemma), checkpoint)
+    with pytest.raises(ValueError, match=r"no fingerprint of its connectors.*_converters\.ltx2"):
+        check_encoder(gemma, without(checkpoint))
+
+
+def test_trained_connectors_are_another_encoder(gemma, random_checkpoint, tmp_path):
+    shutil.copytree(random_checkpoint("2.0"), tmp_path / "trained")
+    before = check_encoder(gemma, tmp_path / "trained")
+    params = checkpoints.load_params(tmp_path / "trained", "connectors")
+    checkpoints.save_params(tmp_path / "trained", "connectors", params)
+    after = check_encoder(gemma, tmp_path / "trained")
+    assert after.weights[0] == before.weights[0] and after.weights[1] != before.weights[1]
+    checkpoints.save_params(tmp_path / "trained", "vocoder", {"other": np.zeros(3)})
+    assert check_encoder(gemma, tmp_path / "trained").weights == after.weights
 
 
 def test_int8_changes_the_context_little(encoder, gemma, random_checkpoint):

@@ -11,7 +11,7 @@ A record of the tfds dataset (see `omniforcing_jax.data.shards`) is {"prompt", "
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -130,14 +130,6 @@ TEXT_FEATURES = shards.Kind(
 )
 
 
-def check_folder(folder: str | os.PathLike, manifest: Manifest, ignore: Sequence[str] = ()) -> None:
-    """Checks that a folder is new, or holds a part or all of this very dataset.
-
-    Args and errors: see `shards.check_folder`.
-    """
-    shards.check_folder(TEXT_FEATURES, folder, manifest, ignore)
-
-
 class TextDatasetWriter(shards.ShardWriter):
     """Writes a folder of text features; see `ShardWriter`."""
 
@@ -145,7 +137,7 @@ class TextDatasetWriter(shards.ShardWriter):
         """Checks the folder; nothing is written.
 
         Raises:
-          ValueError: see `check_folder`.
+          ValueError: see `shards.check_folder`.
         """
         super().__init__(TEXT_FEATURES, folder, manifest)
 
