@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest --quiet -n $(WORKERS)
 DEMO := outputs/demo
+# What the demo shall show: make demo PROMPT="..."
+PROMPT = A street musician plays the violin in the rain.
+export PROMPT
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow aot lint format bench clean
@@ -21,20 +24,24 @@ DEMO := outputs/demo
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed  ## random tiny model: convert it, stream 6 s of video with sound on the CPU
+demo: $(VENV)/.installed  ## random tiny models: from a sentence to 6 s of video with sound, on the CPU
 	@mkdir -p $(DEMO)
+	@rm -rf $(DEMO)/huggingface
 	$(BIN)/python -m checkpoint_converters.synthetic --size tiny --version 2.0 \
 		--output $(DEMO)/tiny.safetensors
 	$(BIN)/python -m checkpoint_converters.ltx2 --input $(DEMO)/tiny.safetensors \
 		--output $(DEMO)/checkpoint --overwrite
-	$(BIN)/python -m launch.stream --checkpoint $(DEMO)/checkpoint --random-features \
-		--prompt "a street musician in the rain" --seconds 6 --height 256 --width 384 \
+	$(BIN)/python -m checkpoint_converters.synthetic_gemma --size tiny --output $(DEMO)/huggingface
+	$(BIN)/python -m checkpoint_converters.gemma3 --input $(DEMO)/huggingface \
+		--output $(DEMO)/gemma --overwrite
+	$(BIN)/python -m launch.stream --checkpoint $(DEMO)/checkpoint --text-encoder $(DEMO)/gemma \
+		--prompt "$$PROMPT" --prompt-cache $(DEMO)/prompts --seconds 6 --height 256 --width 384 \
 		--output $(DEMO)/clip.mp4 --overwrite
 	$(BIN)/python -m omniforcing_jax.contact_sheet $(DEMO)/clip.mp4 $(DEMO)/clip.png
 	@echo
 	@echo "$(DEMO)/clip.mp4  6 s of video with sound, written while it was generated"
 	@echo "$(DEMO)/clip.png  the same at a glance: frames, waveform, spectrogram"
-	@echo "The weights are random: drifting clouds of colour and noise, both for the same 6 s."
+	@echo "The weights are random: patches of colour and noise that hardly depend on the prompt."
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow tests
 	$(PYTEST)

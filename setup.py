@@ -15,6 +15,9 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.12",
     "tensorstore>=0.1.80",  # the converters write Orbax's arrays slice by slice
     "safetensors>=0.5",
+    # prompts: Gemma 3's vocabulary, in either of the forms it is published in
+    "tokenizers>=0.21",
+    "sentencepiece>=0.2",
     # command line and configs
     "absl-py>=2.1",
     "ml-collections>=1.0",
@@ -24,14 +27,17 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.9",  # contact sheets
 ]
 
+# Training data and logs; tensorflow itself is not needed.
+TRAIN = ["grain>=0.2.18", "array-record>=0.8", "tensorflow-datasets>=4.9.10", "tensorboardX>=2.6"]
+
 EXTRAS_REQUIRE = {
     # accelerators: one of these
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
-    # training data; tensorflow itself is not needed
-    "data": ["grain>=0.2.18", "tensorflow-datasets>=4.9.10"],
+    "train": TRAIN,
     # torch, diffusers and transformers are the references that the tests compare with
     "test": [
+        *TRAIN,
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "torch>=2.6",

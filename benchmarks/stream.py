@@ -7,6 +7,8 @@ attainment, peak memory, arithmetic and MFU, and where the time goes; writes `re
 `row.md`. Sizes are those of `checkpoint_converters.synthetic` ("full" is the published 19B).
 
 The rolling cache is filled before anything is timed, so the numbers are those of a long stream.
+The text part of the time to first chunk is that of the connectors and of the text's keys and
+values; how long Gemma takes is what `benchmarks.text` measures.
 
     python -m benchmarks.stream --size tiny --blocks 200 --height 128 --width 128
 
@@ -33,6 +35,7 @@ from omniforcing_jax import flops, flow, rollout, text_features
 from omniforcing_jax.kv_cache import CacheConfig, cache_bytes
 from omniforcing_jax.models import video_vae, vocoder
 from omniforcing_jax.models.audio_vae import AudioDecoder
+from omniforcing_jax.models.connectors import ConnectorConfig, TextConnectors
 from omniforcing_jax.models.transformer import Transformer, init_params
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig
 from omniforcing_jax.rollout import RolloutConfig
@@ -75,23 +78,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def random_transformer(model: Transformer, key: jax.Array) -> dict:
-    """Random weights of any size in the model's dtype, one array at a time.
+    """Random weights of any size in the model's dtype.
 
     The module's own `init` would draw 19B numbers in fp32 and hold them beside their bf16 copies.
     """
-    shapes = jax.eval_shape(lambda k: init_params(model, k), key)
+    return random_params(jax.eval_shape(lambda k: init_params(model, k), key), key, model.dtype)
+
+
+def random_params(shapes: dict, key: jax.Array, dtype: jnp.dtype) -> dict:
+    """Random weights of the given shapes, one array at a time."""
     leaves, tree = jax.tree.flatten_with_path(shapes)
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def draw(key, shape, scale):
-        return scale * jax.random.normal(key, shape, model.dtype)
+        return scale * jax.random.normal(key, shape, dtype)
 
     arrays = []
     for i, (path, leaf) in enumerate(leaves):
         name = path[-1].key
         if name in ("bias", "scale"):
             fill = jnp.zeros if name == "bias" else jnp.ones
-            arrays.append(fill(leaf.shape, model.dtype))
+            arrays.append(fill(leaf.shape, dtype))
         else:
             # [in, out], or [layers, in, out]; tables [rows, width] start small as well
             arrays.append(draw(jax.random.fold_in(key, i), leaf.shape, leaf.shape[-2] ** -0.5))
@@ -160,6 +167,26 @@ def time_to_first_chunk(session: StreamingSession) -> dict[str, float]:
             parts[name] += getattr(chunk.timings, name)
         if chunk.frames.shape[1] > 1 and chunk.waveform.shape[1]:
             return {"total": time.perf_counter() - start, **parts, "blocks": session.num_blocks}
+
+
+def connector_seconds(args: argparse.Namespace, repeats: int = 5) -> float:
+    """Median wall seconds from a prompt's projected text features to its contexts."""
+    transformer = synthetic.metadata(args.size, args.version)["transformer"]
+    config, dtype = ConnectorConfig.from_metadata(transformer), DTYPES[args.dtype]
+    module = TextConnectors(config, dtype)
+    widths = (config.video_dim, config.audio_dim)
+    features = [jnp.ones((1, args.text_tokens, width), dtype) for width in widths]
+    mask = jnp.ones((1, args.text_tokens), bool)
+    init = functools.partial(module.init, method="contexts")
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), *features, mask)["params"])
+    params = random_params(shapes, jax.random.key(0), dtype)
+    connect = jax.jit(lambda p, *x: module.apply({"params": p}, *x, method="contexts"))
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(connect(params, *features, mask))
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))
 
 
 def measure_stream(
@@ -267,6 +294,8 @@ def run(args: argparse.Namespace) -> dict:
     warm = make_session(pipeline, args, config, "warm-up")
     measure_stream(warm, 4)  # compiles every shape
     first = time_to_first_chunk(make_session(pipeline, args, config, "first chunk"))
+    connectors = connector_seconds(args)
+    first |= {part: first[part] + connectors for part in ("total", "text")}
     session = make_session(pipeline, args, config, "steady state")
     measure_stream(session, fill)
     memory_early = peak_memory_bytes()[0]
