@@ -14,12 +14,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest --quiet -n $(WORKERS)
 DEMO := outputs/demo
+TINY := outputs/tiny
 # What the demo shall show: make demo PROMPT="..."
 PROMPT = A street musician plays the violin in the rain.
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow aot lint format bench clean
+.PHONY: help demo tiny test test-slow aot lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,33 @@ demo: $(VENV)/.installed  ## random tiny models: from a sentence to 6 s of video
 	@echo "$(DEMO)/clip.mp4  6 s of video with sound, written while it was generated"
 	@echo "$(DEMO)/clip.png  the same at a glance: frames, waveform, spectrogram"
 	@echo "The weights are random: patches of colour and noise that hardly depend on the prompt."
+
+tiny: $(VENV)/.installed-train  ## all three stages with random weights, then stream from the student
+	@mkdir -p $(TINY)
+	$(BIN)/python -m checkpoint_converters.synthetic --size tiny --version 2.0 \
+		--output $(TINY)/ltx2.safetensors
+	$(BIN)/python -m checkpoint_converters.ltx2 --input $(TINY)/ltx2.safetensors \
+		--output $(TINY)/ltx2 --overwrite
+	$(BIN)/python -m checkpoint_converters.synthetic_gemma --size tiny --output $(TINY)/gemma_hf
+	$(BIN)/python -m checkpoint_converters.gemma3 --input $(TINY)/gemma_hf \
+		--output $(TINY)/gemma --overwrite
+	$(BIN)/python -m launch.encode_prompts --gemma $(TINY)/gemma --checkpoint $(TINY)/ltx2 \
+		--prompts configs/example_prompts.txt --output $(TINY)/prompts
+	$(BIN)/python -m launch.stage1 --config=configs/stage1.py:tiny --workdir=$(TINY)/stage1
+	$(BIN)/python -m launch.ode_pairs --text $(TINY)/prompts --checkpoint $(TINY)/ltx2 \
+		--generator $(TINY)/stage1 --frames 49 --layout prefix --height 64 --width 64 \
+		--timesteps 1000 725 --output $(TINY)/ode_pairs
+	$(BIN)/python -m launch.stage2 --config=configs/stage2.py:tiny --workdir=$(TINY)/stage2
+	$(BIN)/python -m launch.stage3 --config=configs/stage3.py:tiny --workdir=$(TINY)/stage3
+	$(BIN)/python -m launch.plot_run $(TINY)/stage1 $(TINY)/stage2 $(TINY)/stage3 \
+		--output $(TINY)/curves.png
+	$(BIN)/python -m launch.export_run --run $(TINY)/stage3 --output $(TINY)/student --overwrite
+	$(BIN)/python -m launch.stream --checkpoint $(TINY)/student --text-encoder $(TINY)/gemma \
+		--prompt "a bell rings twice" --seconds 3 --height 64 --width 64 \
+		--output $(TINY)/clip.mp4 --overwrite
+	@echo
+	@echo "$(TINY)/curves.png   the three runs; their sample clips are in $(TINY)/stage*/samples"
+	@echo "$(TINY)/clip.mp4     streamed by the student; its weights are random, it shows noise"
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow tests
 	$(PYTEST)
@@ -81,6 +109,10 @@ $(VENV)/.created:
 $(VENV)/.installed: setup.py $(VENV)/.created
 	@echo "installing omniforcing_jax into $(VENV) (about a minute)"
 	@$(PIP) install --use-pep517 --editable .
+	@touch $@
+
+$(VENV)/.installed-train: setup.py $(VENV)/.installed
+	@$(PIP) install --use-pep517 --editable '.[train]'
 	@touch $@
 
 # torch first: diffusers and transformers would otherwise choose which build to draw in.
