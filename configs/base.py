@@ -80,6 +80,9 @@ def training(stage: str) -> ml_collections.ConfigDict:
     else:
         c.critic_optimizer = ml_collections.ConfigDict(optimizer.to_dict())
         c.critic_updates = 5  # per update of the generator
+        # Probabilities of the steps at which the student exits, one per timestep; () is uniform.
+        # Uniform matches the mixture of all exits, (0, ..., 0, 1) the clip after all steps.
+        c.exit_weights = ()
         c.score = ml_collections.ConfigDict(
             {
                 "video_cfg": (3.0, 3.0),  # the teacher's guidance: a range to draw from

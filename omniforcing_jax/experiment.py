@@ -430,11 +430,12 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
             ema=e.ema,
             shardings=shardings,
         )
+    exit_weights = tuple(c.exit_weights) or None
     if c.stage == "stage1":
-        generator = BidirectionalGenerator(student, e.clip, e.sigmas)
+        generator = BidirectionalGenerator(student, e.clip, e.sigmas, exit_weights)
     else:
         generator = UnrolledGenerator(
-            student, e.rollout, c.rollout_blocks, c.clip.blocks, c.detach_history
+            student, e.rollout, c.rollout_blocks, c.clip.blocks, c.detach_history, exit_weights
         )
     blocks = None
     if e.settings.score.context == "block_causal":

@@ -186,6 +186,7 @@ def test_block_causal_scores_see_what_the_student_sees(inputs):
         np.testing.assert_allclose(ours.audio[:, audio], expected.audio[:, audio], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_block_causal_critic_gradient(inputs):
     """Block by block over the cache equals autodiff through the scan (history detached in both)."""
     dmd = make(context="block_causal")

@@ -233,6 +233,7 @@ def test_self_forcing_step_equals_uncached_masked_computation(self_forcing, exit
 # -- stage III against autodiff through the block step, where blocks leave the window ---------
 
 
+@pytest.mark.slow
 def test_window_of_a_long_rollout():
     """Four blocks over a window of one, the last two scored: cache, positions and text by level."""
     generator, params, contexts, keys = make(window=1, num_blocks=4, scored=2, **LTX23_CHANGES)
@@ -369,6 +370,18 @@ def test_no_draw_is_wasted():
     counts = np.bincount(np.asarray(generators.exit_steps(keys, 3)), minlength=4)
     assert counts[3] == 0
     assert np.all(np.abs(counts[:3] / 1000 - 1) < 0.1)
+
+
+def test_exit_weights():
+    """In proportion to the weights, and never a step of weight 0."""
+    keys = jax.random.split(jax.random.key(0), 3000)
+    counts = np.bincount(np.asarray(generators.exit_steps(keys, 3, (0.0, 1.0, 2.0))), minlength=3)
+    assert counts[0] == 0
+    assert abs(counts[1] / 1000 - 1) < 0.1
+    assert int(generators.exit_step(jax.random.key(0), 3, (0, 0, 1))) == 2
+    for bad in ((1.0, 1.0), (0, 0, 0), (1, 1, -1)):
+        with pytest.raises(ValueError, match="exit_weights must be 3 numbers"):
+            BidirectionalGenerator(Transformer(tiny()), Clip(3, 4, 1, 1), SIGMAS, bad)
 
 
 # -- what is refused --------------------------------------------------------------------------

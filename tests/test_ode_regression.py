@@ -180,14 +180,8 @@ def test_clean_history_equals_one_masked_pass_per_block():
     assert float(jnp.abs(grads["audio_sinks"]).max()) > 0
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [
-        "velocity",
-        pytest.param("x0", marks=pytest.mark.slow),
-        pytest.param("flow", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["velocity", "x0", "flow"])
 def test_training_lowers_the_loss(objective):
     stage = make(objective=objective, clean_history=0.0)
     scale = lambda x: x / 100 if x.ndim == 4 else x  # noqa: E731

@@ -38,7 +38,7 @@ def split(x):
 
 class Batches(ToyBatches):
     def __next__(self):
-        return place(super().__next__(), lambda x: P(("data", "fsdp")))
+        return place(super().__next__(), lambda x: P(partitioning.BATCH_AXES))
 
 class Stage:
     def train_step(self, state, frozen, batch, step):

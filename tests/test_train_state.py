@@ -155,7 +155,7 @@ shardings["blocks"]["video_attn"]["q"]["kernel"] = wide
 shardings["blocks"]["audio_ff"]["up"]["kernel"] = back
 plain, batch = tree(), rng.standard_normal((32, 8), "f")
 params = jax.device_put(plain, shardings)
-placed = jax.device_put(batch, NamedSharding(mesh, P(("data", "fsdp"))))
+placed = jax.device_put(batch, NamedSharding(mesh, P(partitioning.BATCH_AXES)))
 
 def loss(params, x, **cast):
     if cast:

@@ -208,9 +208,10 @@ class DMD:
           Gradients of the mean over samples, and per-sample losses [b] and sigmas [b].
         """
         contexts = self.text.contexts(frozen.connectors, batch)
-        keys = sample_keys(key, batch["row"])
+        of_samples, of_step = jax.random.split(key)
+        keys = sample_keys(of_samples, batch["row"])
         x, pullback = self.generator.sample_with_pullback(
-            weights, contexts, fold(keys, _SAMPLE), key
+            weights, contexts, fold(keys, _SAMPLE), of_step
         )
         gradient, sigma = self.score_gradient(critic, frozen, x, contexts, keys)
         loss = jax.tree.map(losses.dmd_loss, gradient)
@@ -249,8 +250,9 @@ class DMD:
     ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
         """Gradient of the flow matching loss by the critic's weights; as `generator_gradient`."""
         contexts = self.text.contexts(frozen.connectors, batch)
-        keys = sample_keys(key, batch["row"])
-        x = self.generator.sample(weights, contexts, fold(keys, _SAMPLE), key)
+        of_samples, of_step = jax.random.split(key)
+        keys = sample_keys(of_samples, batch["row"])
+        x = self.generator.sample(weights, contexts, fold(keys, _SAMPLE), of_step)
         x = jax.lax.stop_gradient(x)
         sigma, noisy, noise = self._noised(x, keys)
 

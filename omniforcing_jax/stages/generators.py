@@ -47,14 +47,17 @@ class BidirectionalGenerator:
       model: bidirectional.
       clip: what is generated.
       sigmas: noise levels of the student, decreasing from 1, with the final 0.
+      exit_weights: see `check_exit_weights`.
     """
 
     model: Transformer
     clip: Clip
     sigmas: tuple[float, ...]
+    exit_weights: tuple[float, ...] | None = None
 
     def __post_init__(self):
         _check_sigmas(self.sigmas)
+        check_exit_weights(self.exit_weights, self.num_steps)
 
     @property
     def num_steps(self) -> int:
@@ -94,7 +97,7 @@ class BidirectionalGenerator:
         last sample of the batch has exited.
         """
         if exits is None:
-            exits = exit_steps(fold(keys, _EXIT), self.num_steps)
+            exits = exit_steps(fold(keys, _EXIT), self.num_steps, self.exit_weights)
         sigmas = jnp.asarray(self.sigmas, jnp.float32)
         noise_keys = fold(keys, _NOISE)
 
@@ -123,6 +126,7 @@ class UnrolledGenerator:
       scored_blocks: the last of them, which are scored and trained; all of them when equal.
       detach_history: as in the paper. Otherwise the gradient also runs through the keys and values
         of earlier scored blocks, and memory holds one cache per block.
+      exit_weights: see `check_exit_weights`.
     """
 
     model: Transformer
@@ -130,9 +134,11 @@ class UnrolledGenerator:
     num_blocks: int
     scored_blocks: int
     detach_history: bool = True
+    exit_weights: tuple[float, ...] | None = None
 
     def __post_init__(self):
         _check_sigmas(self.config.sigmas)
+        check_exit_weights(self.exit_weights, self.num_steps)
         if not 1 <= self.scored_blocks <= self.num_blocks:
             raise ValueError(
                 f"scored_blocks must be between 1 and num_blocks = {self.num_blocks}, not "
@@ -238,7 +244,7 @@ class UnrolledGenerator:
         return join_blocks(x0, later)
 
     def _exit(self, step_key: jax.Array) -> jax.Array:
-        return jax.random.randint(step_key, (), 0, self.num_steps)
+        return exit_step(step_key, self.num_steps, self.exit_weights)
 
     def _text(self, weights, contexts: Contexts) -> TextKV:
         return encode_prompt(self.model, weights, *contexts, levels=self.config.sigma_levels)
@@ -331,9 +337,36 @@ def noise_of_block(
     return jax.tree.map(lambda n: jnp.moveaxis(n, 0, 1), jax.vmap(one)(fold(keys, _NOISE)))
 
 
-def exit_steps(keys: jax.Array, num_steps: int) -> jax.Array:
-    """[B] int32 steps in [0, num_steps) from [B] keys."""
-    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_steps))(keys)
+def exit_step(
+    key: jax.Array, num_steps: int, weights: tuple[float, ...] | None = None
+) -> jax.Array:
+    """[] int32 step in [0, num_steps): uniform, or in proportion to `weights`."""
+    if weights is None:
+        return jax.random.randint(key, (), 0, num_steps)
+    return jax.random.categorical(key, jnp.log(jnp.asarray(weights))).astype(jnp.int32)
+
+
+def exit_steps(
+    keys: jax.Array, num_steps: int, weights: tuple[float, ...] | None = None
+) -> jax.Array:
+    """`exit_step` for [B] keys."""
+    return jax.vmap(lambda key: exit_step(key, num_steps, weights))(keys)
+
+
+def check_exit_weights(weights: tuple[float, ...] | None, num_steps: int) -> None:
+    """Raises ValueError unless they are as many as the steps, not negative, and not all zero.
+
+    One critic scores the samples of all exits, so what is matched to the data is their mixture:
+    early exits that are too narrow are made up for by late ones that are too wide, and the clip
+    after all steps is off. Weights (0, ..., 0, 1) match that clip itself; uniform is the paper's.
+    """
+    if weights is None:
+        return
+    if len(weights) != num_steps or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(
+            f"exit_weights must be {num_steps} numbers of 0 or more, one per denoising step and "
+            f"not all 0, not {tuple(weights)}"
+        )
 
 
 def _check_sigmas(sigmas: tuple[float, ...]) -> None:
