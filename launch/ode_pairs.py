@@ -35,7 +35,7 @@ from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.data import shards
 from omniforcing_jax.data.ode_pairs import ODE_PAIRS, Manifest, ODEPairsWriter, Pair
 from omniforcing_jax.data.text_dataset import TEXT_ARRAYS, TextDataset, open_text_dataset
-from omniforcing_jax.guidance import LTX20_GUIDANCE, LTX23_GUIDANCE, NO_GUIDANCE, AVGuidance
+from omniforcing_jax.guidance import NO_GUIDANCE, AVGuidance, default_guidance
 from omniforcing_jax.kv_cache import POSITIONS, CacheConfig
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
@@ -156,24 +156,15 @@ def make_plan(args: argparse.Namespace, text: TextDataset) -> Plan:
 
 def choose_guidance(args: argparse.Namespace, model_version: str) -> AVGuidance:
     """The scales of the command line over the defaults: LTX-2's for the teacher, else none."""
-    if args.generator is not None:
-        defaults = NO_GUIDANCE
-    else:
-        version = tuple(int(x) for x in model_version.split(".")[:2])
-        defaults = LTX23_GUIDANCE if version >= (2, 3) else LTX20_GUIDANCE
-    shared = {
-        "stg": args.stg,
-        "modality": args.modality,
-        "rescale": args.rescale,
-        "stg_blocks": args.stg_block and tuple(args.stg_block),
-    }
-
-    def changed(guidance, cfg):
-        given = {name: x for name, x in (shared | {"cfg": cfg}).items() if x is not None}
-        return dataclasses.replace(guidance, **given)
-
-    return AVGuidance(
-        changed(defaults.video, args.cfg_video), changed(defaults.audio, args.cfg_audio)
+    teacher = args.generator is None
+    defaults = default_guidance(model_version) if teacher else NO_GUIDANCE
+    return defaults.changed(
+        cfg_video=args.cfg_video,
+        cfg_audio=args.cfg_audio,
+        stg=args.stg,
+        modality=args.modality,
+        rescale=args.rescale,
+        stg_blocks=args.stg_block and tuple(args.stg_block),
     )
 
 

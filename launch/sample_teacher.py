@@ -29,7 +29,7 @@ from rich.console import Console
 
 from launch import prompt_options
 from omniforcing_jax import media, text_features
-from omniforcing_jax.guidance import LTX20_GUIDANCE, LTX23_GUIDANCE, AVGuidance
+from omniforcing_jax.guidance import LTX23_GUIDANCE, default_guidance
 from omniforcing_jax.models import video_vae
 from omniforcing_jax.models.rope import VIDEO_TEMPORAL_COMPRESSION
 from omniforcing_jax.models.transformer import Transformer
@@ -104,7 +104,16 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
         raise ValueError(
             f"--fps and --seconds must be positive, not {args.fps:g} and {args.seconds:g}"
         )
-    newer = _is_newer(config)
+    defaults = default_guidance(config.model_version)
+    steps = 30 if defaults == LTX23_GUIDANCE else 40
+    guidance = defaults.changed(
+        cfg_video=args.cfg_video,
+        cfg_audio=args.cfg_audio,
+        stg=args.stg,
+        modality=args.modality,
+        rescale=args.rescale,
+        stg_blocks=args.stg_block and tuple(args.stg_block),
+    )
     frames = args.frames
     if frames is None:
         step = VIDEO_TEMPORAL_COMPRESSION
@@ -114,8 +123,8 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
         height=args.height,
         width=args.width,
         frame_rate=args.fps,
-        num_steps=(30 if newer else 40) if args.steps is None else args.steps,
-        guidance=_guidance(args, LTX23_GUIDANCE if newer else LTX20_GUIDANCE),
+        num_steps=steps if args.steps is None else args.steps,
+        guidance=guidance,
     )
     height, width = config.check_size(args.height, args.width)
     channels = config.transformer.video_channels
@@ -132,28 +141,6 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
     prompt, negative = _contexts(args, config, needs_negative)
     check_prompts(model, prompt, negative, clip.guidance)
     return Plan(clip, prompt, negative, None)
-
-
-def _is_newer(config: PipelineConfig) -> bool:
-    major, minor = (int(x) for x in config.model_version.split(".")[:2])
-    return (major, minor) >= (2, 3)
-
-
-def _guidance(args: argparse.Namespace, defaults: AVGuidance) -> AVGuidance:
-    shared = {
-        "stg": args.stg,
-        "modality": args.modality,
-        "rescale": args.rescale,
-        "stg_blocks": args.stg_block and tuple(args.stg_block),
-    }
-
-    def changed(guidance, cfg):
-        given = {name: x for name, x in (shared | {"cfg": cfg}).items() if x is not None}
-        return dataclasses.replace(guidance, **given)
-
-    return AVGuidance(
-        changed(defaults.video, args.cfg_video), changed(defaults.audio, args.cfg_audio)
-    )
 
 
 def _check_sources(args: argparse.Namespace, needs_negative: bool) -> None:

@@ -166,15 +166,10 @@ def check(
         rollout = attempt("student", lambda: _rollout(c, layout, sigmas, size))
     if data is None:
         data = attempt("data", lambda: _open_data(c))
-    if None in (student, connectors, rollout, settings) or problems:
-        _check_data(c, data, content, teacher, connectors, rollout, problems)
-        raise ConfigError(problems)
     _check_data(c, data, content, teacher, connectors, rollout, problems)
-    heads = student.video_heads
-    if mesh_shape and heads % mesh_shape["tensor"]:
-        problems.append(
-            f"mesh.tensor: {mesh_shape['tensor']} does not divide the model's {heads} heads"
-        )
+    if None in (student, connectors, rollout, settings) or problems:
+        raise ConfigError(problems)
+    _check_heads(student, mesh_shape, problems)
     clip = Clip.from_blocks(layout, c.clip.blocks, *size)
     experiment = Experiment(
         config=ml_collections.FrozenConfigDict(c),
@@ -283,6 +278,14 @@ def _mesh_shape(c, num_devices: int, problems: _Problems) -> dict[str, int] | No
         )
         return None
     return shape
+
+
+def _check_heads(student: TransformerConfig, mesh_shape, problems: _Problems) -> None:
+    if mesh_shape and student.video_heads % mesh_shape["tensor"]:
+        problems.append(
+            f"mesh.tensor: {mesh_shape['tensor']} does not divide the model's "
+            f"{student.video_heads} heads"
+        )
 
 
 def _check_batch(c, mesh_shape: dict[str, int] | None, problems: _Problems) -> None:

@@ -62,6 +62,22 @@ class AVGuidance(NamedTuple):
         needed = self.video.passes() + self.audio.passes()
         return tuple(name for name in PASSES if name in needed)
 
+    def changed(
+        self, *, cfg_video: float | None = None, cfg_audio: float | None = None, **both
+    ) -> "AVGuidance":
+        """With other scales; None leaves one as it is.
+
+        Args:
+          cfg_video, cfg_audio: classifier-free guidance of one modality.
+          both: fields of `Guidance`, for both modalities.
+        """
+
+        def change(guidance: Guidance, cfg: float | None) -> Guidance:
+            given = {name: x for name, x in (both | {"cfg": cfg}).items() if x is not None}
+            return dataclasses.replace(guidance, **given)
+
+        return AVGuidance(change(self.video, cfg_video), change(self.audio, cfg_audio))
+
 
 # Defaults of the LTX-2 pipelines; the distilled checkpoints use none.
 NO_GUIDANCE = AVGuidance(video=Guidance(), audio=Guidance())
@@ -73,6 +89,12 @@ LTX23_GUIDANCE = AVGuidance(
     video=dataclasses.replace(LTX20_GUIDANCE.video, stg_blocks=(28,)),
     audio=dataclasses.replace(LTX20_GUIDANCE.audio, stg_blocks=(28,)),
 )
+
+
+def default_guidance(model_version: str) -> AVGuidance:
+    """The guidance of LTX-2's own pipelines for a version such as "2.3.0"."""
+    major_minor = tuple(int(x) for x in model_version.split(".")[:2])
+    return LTX23_GUIDANCE if major_minor >= (2, 3) else LTX20_GUIDANCE
 
 
 def guide(

@@ -39,7 +39,6 @@ from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGe
 from omniforcing_jax.train_state import TrainState, cast_params, update_network
 
 _SIGMA, _NOISE, _GUIDANCE, _SAMPLE = 11, 12, 13, 14  # uses of a sample's key
-_GENERATOR_UPDATE, _CRITIC_UPDATE = 0, 1  # uses of a step's key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,54 +123,47 @@ class DMD:
     @functools.cached_property
     def generator_step(self):
         """Jitted (state, frozen, batch) -> (state, metrics); the state is donated."""
-        return jit_step(self._generator_step, self.shardings)
+
+        def step(state: TrainState, frozen: Frozen, batch):
+            network, metrics = self._update("generator", state, frozen, batch)
+            return state.replace(generator=network), metrics
+
+        return jit_step(step, self.shardings)
 
     @functools.cached_property
     def critic_step(self):
         """Jitted (state, frozen, batch) -> (state, metrics); the state is donated."""
-        return jit_step(self._critic_step, self.shardings)
 
-    def _generator_step(self, state: TrainState, frozen: Frozen, batch):
+        def step(state: TrainState, frozen: Frozen, batch):
+            network, metrics = self._update("critic", state, frozen, batch)
+            return state.replace(critic=network, step=state.step + 1), metrics
+
+        return jit_step(step, self.shardings)
+
+    def _update(self, name: str, state: TrainState, frozen: Frozen, batch):
+        """The generator, or the critic, after one update."""
+        is_generator = name == "generator"
+        gradient_of = self.generator_gradient if is_generator else self.critic_gradient
         generator, critic = self._compute(state)
-
-        def gradient(batch):
-            return self.generator_gradient(
-                generator, critic, frozen, batch, self._key(state.step, _GENERATOR_UPDATE)
-            )
-
-        grads, (loss, sigma) = self._accumulate(gradient, batch, "generator")
-        metrics = losses.report("generator", loss, self.config.weights, sigma)
-        network, info = update_network(
-            state.generator,
-            grads,
-            self.generator_optimizer,
-            self.ema,
-            state.step,
-            loss=metrics["generator/loss"],
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        key = jax.random.fold_in(key, int(not is_generator))
+        shardings = self.shardings and getattr(self.shardings, name).params
+        grads, (loss, sigma) = accumulate(
+            lambda batch: gradient_of(generator, critic, frozen, batch, key),
+            numbered(batch),
+            self.config.microbatches,
+            shardings,
         )
-        metrics |= {f"generator/{name}": value for name, value in info.items()}
-        return state.replace(generator=network), metrics
-
-    def _critic_step(self, state: TrainState, frozen: Frozen, batch):
-        generator, critic = self._compute(state)
-
-        def gradient(batch):
-            return self.critic_gradient(
-                generator, critic, frozen, batch, self._key(state.step, _CRITIC_UPDATE)
-            )
-
-        grads, (loss, sigma) = self._accumulate(gradient, batch, "critic")
-        metrics = losses.report("critic", loss, self.config.weights, sigma)
+        metrics = losses.report(name, loss, self.config.weights, sigma)
         network, info = update_network(
-            state.critic,
+            getattr(state, name),
             grads,
-            self.critic_optimizer,
-            None,
+            self.generator_optimizer if is_generator else self.critic_optimizer,
+            self.ema if is_generator else None,
             state.step,
-            loss=metrics["critic/loss"],
+            loss=metrics[f"{name}/loss"],
         )
-        metrics |= {f"critic/{name}": value for name, value in info.items()}
-        return state.replace(critic=network, step=state.step + 1), metrics
+        return network, metrics | {f"{name}/{key}": value for key, value in info.items()}
 
     def _compute(self, state: TrainState) -> tuple[Any, Any]:
         """Generator and critic in the dtype they compute in."""
@@ -185,14 +177,6 @@ class DMD:
             )
             for name, model in models.items()
         )
-
-    def _accumulate(self, gradient, batch: dict[str, jax.Array], name: str):
-        shardings = self.shardings and getattr(self.shardings, name).params
-        return accumulate(gradient, numbered(batch), self.config.microbatches, shardings)
-
-    def _key(self, step: jax.Array, update: int) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
-        return jax.random.fold_in(key, update)
 
     def generator_gradient(
         self, weights: Any, critic: Any, frozen: Frozen, batch: dict[str, jax.Array], key: jax.Array
