@@ -165,7 +165,9 @@ def run(args: argparse.Namespace) -> dict:
             batch = make_batch(e)
             if state.critic is not None:
                 negative = {name: x[:1] for name, x in batch.items()}
-                teacher = jax.tree.map(lambda x: x.astype(e.dtype), state.critic.params)
+                teacher = jax.tree.map(
+                    lambda x: jnp.array(x, e.dtype, copy=True), state.critic.params
+                )  # a copy, since the critic is donated
                 frozen = Frozen(teacher, None, negative)
             place = partitioning.batch_sharding(mesh)
             batches = Repeat({name: jax.device_put(x, place) for name, x in batch.items()})

@@ -196,7 +196,7 @@ class Uncached:
         return jnp.sum(x0.video * cotangent.video) + jnp.sum(x0.audio * cotangent.audio)
 
 
-@pytest.mark.parametrize("exit_step", [0, 2])
+@pytest.mark.parametrize("exit_step", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_self_forcing_step_equals_uncached_masked_computation(self_forcing, exit_step):
     """Sample and gradient; the gradient reaches text and own tokens and stops at the history."""
     generator, params, contexts, keys, program = self_forcing
