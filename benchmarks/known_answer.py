@@ -1,6 +1,9 @@
 """The three stages on a problem whose answer is known: Gaussian clips and their exact score.
 
-    python -m benchmarks.known_answer --output outputs/known_answer       # 15 minutes on two cores
+    python -m benchmarks.known_answer --output outputs/known_answer
+    python -m benchmarks.known_answer --timesteps 1000 --output outputs/one_step
+
+Took 26 minutes on two CPU cores shared with other work.
 
 Everything but the teacher is what a real run uses: the stages, their optimizers, the rollout with
 its cache, and a transformer with all of LTX-2's mechanisms at tiny size. The teacher is the closed

@@ -1,6 +1,8 @@
 """Draws what `benchmarks.known_answer` measured.
 
-python -m benchmarks.known_answer_plot docs/known_answer.json       # plots beside the file
+    python -m benchmarks.known_answer_plot outputs/known_answer/known_answer.json
+
+The plots are written beside the file.
 """
 
 import argparse
@@ -25,6 +27,7 @@ DISTANCE_ROWS = {
     },
     "error of the mean": {"mean_video": ("video", BLUE), "mean_audio": ("audio", ORANGE)},
 }
+SAMPLERS = {"sampler": "all steps", "random exit": "as trained (random exit)"}
 LOSSES = {
     "generator/loss_video": ("generator, video", BLUE),
     "generator/loss_audio": ("generator, audio", ORANGE),
@@ -59,14 +62,20 @@ def columns(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def draw_lines(axes, variants, lines: dict[str, tuple[str, str]]) -> None:
-    """Lines {name: (label, color)} of [(variant, steps, {name: values})]; the second is dashed."""
-    for (variant, steps, curves), style in zip(variants, ("-", "--")):
+    """Lines {name: (label, color)} of [(variant, steps, {name: values})]; the second is dashed.
+
+    The legend names the colors, and below them the variants where there are several.
+    """
+    for (_, steps, curves), style in zip(variants, ("-", "--")):
         for name, (label, color) in lines.items():
             values = np.array(curves.get(name, []), float)
             there = np.isfinite(values)
             if there.any():
-                label = f"{label}, {variant}" if variant else label
-                axes.plot(np.array(steps)[there], values[there], style, color=color, label=label)
+                shown = label if style == "-" else None
+                axes.plot(np.array(steps)[there], values[there], style, color=color, label=shown)
+    if len(variants) > 1:
+        for (variant, *_), style in zip(variants, ("-", "--")):
+            axes.plot([], [], style, color=TEXT, label=variant)
 
 
 def metric_variants(variants: dict[str, Any]):
@@ -77,7 +86,7 @@ def metric_variants(variants: dict[str, Any]):
 def distance_variants(variants: dict[str, Any]):
     """The same of the distances: by objective, or by how samples were made."""
     return [
-        (name if sampler == "sampler" else sampler, curves["steps"], distances)
+        (name or SAMPLERS[sampler], curves["steps"], distances)
         for name, curves in variants.items()
         for sampler, distances in curves["distances"].items()
     ]

@@ -228,6 +228,7 @@ def test_distribution_matching_converges_with_exact_scores():
 # -- the real network, and the benchmark's own parts -------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_short_stage_lowers_the_distance():
     """Pre-training, which is stage II's step with one block, by a network of one layer."""
 
