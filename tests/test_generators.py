@@ -303,7 +303,7 @@ def test_gradient_through_the_history(self_forcing):
 
     difference = (value(1e-3) - value(-1e-3)) / 2e-3
     assert along(grads) == pytest.approx(difference, rel=2e-2)
-    assert along(detached) != pytest.approx(difference, rel=0.1)
+    assert along(detached) != pytest.approx(difference, rel=5e-2), "the history matters"
 
 
 def test_sample_is_that_of_the_sampler(self_forcing):
