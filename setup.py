@@ -11,6 +11,7 @@ INSTALL_REQUIRES = [
     "einops>=0.8",
     "numpy>=2.0",
     "ml_dtypes>=0.5",  # bfloat16 in NumPy
+    "scipy>=1.13",  # filters and matching in omniforcing_jax/measures
     # checkpoints: Orbax is the training format, safetensors what LTX-2 is published in
     "orbax-checkpoint>=0.12",
     "tensorstore>=0.1.80",  # the converters write Orbax's arrays slice by slice

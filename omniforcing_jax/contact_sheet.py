@@ -6,6 +6,7 @@ python -m omniforcing_jax.contact_sheet clip.mp4 clip.png
 import argparse
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,6 +26,8 @@ def contact_sheet(
     waveform: np.ndarray | None = None,
     sample_rate: int | None = None,
     every: int | None = None,
+    seen: Sequence[tuple[float, str]] = (),
+    heard: Sequence[tuple[float, str]] = (),
 ) -> None:
     """Draws a clip as one picture: frames with their times, waveform and spectrogram below.
 
@@ -35,6 +38,8 @@ def contact_sheet(
       waveform: [m, 1 or 2] float32 in [-1, 1], or None for frames only.
       sample_rate: Hz, with `waveform`.
       every: show every n-th frame; None spreads 16 frames over the clip.
+      seen, heard: (seconds, colour) of events to mark above and below the waveform, if there is
+        one; colours as matplotlib names them.
 
     Raises:
       ValueError: wrong shapes or dtypes, no frames, or a waveform without its sample rate.
@@ -72,13 +77,35 @@ def contact_sheet(
         axes.axis("off")
     if has_sound:
         duration = max(len(frames) / frame_rate, len(waveform) / sample_rate)
-        _draw_sound(figure, grid, rows, np.asarray(waveform, np.float32), sample_rate, duration)
+        axes = _draw_sound(
+            figure, grid, rows, np.asarray(waveform, np.float32), sample_rate, duration
+        )
+        if len(seen) or len(heard):
+            _draw_marks(axes, seen, heard)
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 
+def _draw_marks(axes, seen: Sequence[tuple[float, str]], heard: Sequence[tuple[float, str]]):
+    """Marks events on the waveform's axes: seen ones hang from above, heard ones stand below."""
+    low, high = axes.get_ylim()
+    middle, room = (low + high) / 2, 0.12 * (high - low)
+    axes.set_ylim(low - room, high + room)
+    axes.set_facecolor("0.93")  # yellow and cyan can be told from it
+    rows = (("seen", "v", seen, high + room / 2), ("heard", "^", heard, low - room / 2))
+    for name, marker, events, level in rows:
+        for time, color in events:
+            axes.plot([time, time], [middle, level], color=color, linewidth=1.0, zorder=0)
+            axes.plot(time, level, marker, color=color, markersize=7, markeredgecolor="0.2")
+        axes.text(1.003, level, name, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+
+
 def _draw_sound(figure, grid, row: int, waveform: np.ndarray, sample_rate: int, duration: float):
-    """Draws the waveform in grid row `row` and the spectrogram in the next, on one time axis."""
+    """Draws the waveform in grid row `row` and the spectrogram in the next, on one time axis.
+
+    Returns:
+      The waveform's axes.
+    """
     top = figure.add_subplot(grid[row, :])
     # Minimum and maximum per pixel column: drawing every sample would only smear.
     step = max(1, len(waveform) // 1500)
@@ -110,6 +137,7 @@ def _draw_sound(figure, grid, row: int, waveform: np.ndarray, sample_rate: int, 
     bottom.set_xlabel("seconds")
     bottom.set_ylabel("kHz")
     figure.colorbar(image, ax=bottom, label="dB", pad=0.005, fraction=0.02, aspect=12)
+    return top
 
 
 def main() -> None:
