@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.12",
     "tensorstore>=0.1.80",  # the converters write Orbax's arrays slice by slice
     "safetensors>=0.5",
+    "etils[epath]>=1.9",  # paths that may be in object storage
     # prompts: Gemma 3's vocabulary, in either of the forms it is published in
     "tokenizers>=0.21",
     "sentencepiece>=0.2",
@@ -36,6 +37,8 @@ EXTRAS_REQUIRE = {
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "train": TRAIN,
+    # runs and checkpoints on gs://
+    "storage": ["gcsfs", "google-cloud-storage"],
     # torch, diffusers and transformers are the references that the tests compare with
     "test": [
         *TRAIN,

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from launch.shard_job import Report, barrier, local_mesh, share, termination_interrupts
+from launch.shard_job import (
+    Report,
+    barrier,
+    end,
+    join,
+    local_mesh,
+    share,
+    termination_interrupts,
+)
 from omniforcing_jax.data.prompt_files import PromptList, read_prompts
 from omniforcing_jax.data.text_dataset import Manifest, PromptFeatures, TextDatasetWriter
 from omniforcing_jax.encoder_files import EncoderFiles, check_encoder
@@ -206,10 +214,9 @@ def write(
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
-    if args.distributed:
-        jax.distributed.initialize()
-    report = Report("encoding", "prompts", quiet=jax.process_index() > 0)
     try:
+        join(args.distributed)
+        report = Report("encoding", "prompts", quiet=jax.process_index() > 0)
         with termination_interrupts():
             return run(args, report)
     except (ValueError, OSError) as error:
@@ -259,4 +266,4 @@ def run(args: argparse.Namespace, report: Report) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

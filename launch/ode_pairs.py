@@ -29,7 +29,15 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from launch.shard_job import Report, barrier, local_mesh, share, termination_interrupts
+from launch.shard_job import (
+    Report,
+    barrier,
+    end,
+    join,
+    local_mesh,
+    share,
+    termination_interrupts,
+)
 from omniforcing_jax import flops, flow
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.data import shards
@@ -129,6 +137,7 @@ def make_plan(args: argparse.Namespace, text: TextDataset) -> Plan:
         frame_rate=args.fps,
         num_steps=args.steps,
         guidance=choose_guidance(args, generator.model_version),
+        spatial_compression=pipeline.video_vae.spatial_compression,
     )
     generator.check_latents(pipeline, clip)
     rollout, num_blocks = plan_blocks(args, generator, clip)
@@ -424,10 +433,9 @@ def run(args: argparse.Namespace, report: Report) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
-    if args.distributed:
-        jax.distributed.initialize()
-    report = Report("sampling", "clips", quiet=jax.process_index() > 0)
     try:
+        join(args.distributed)
+        report = Report("sampling", "clips", quiet=jax.process_index() > 0)
         with termination_interrupts():
             return run(args, report)
     except (ValueError, OSError) as error:
@@ -445,4 +453,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -2,11 +2,12 @@
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from omniforcing_jax import partitioning
+from omniforcing_jax import multihost, partitioning
 
 
 class RateColumn(ProgressColumn):
@@ -88,10 +89,29 @@ def local_mesh() -> Mesh | None:
     return partitioning.make_mesh(fsdp=len(devices), devices=devices)
 
 
+def join(distributed: bool) -> None:
+    """Joins the other processes, if there are any (`multihost.find_job`).
+
+    Raises:
+      ValueError: flags and environment do not say which process this is.
+    """
+    try:
+        multihost.join(multihost.find_job(distributed or None))
+    except multihost.NotJoined as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(multihost.NOT_JOINED)
+
+
+def end(status: int) -> NoReturn:
+    """Exits; after a failure without waiting for the others, who would wait for this process."""
+    if status and jax.process_count() > 1:
+        multihost.leave(status)
+    sys.exit(status)
+
+
 def barrier(name: str) -> None:
     """Waits for the other processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    multihost.barrier(name)
 
 
 def share(items: list[int]) -> list[int]:

@@ -18,6 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
+
+from omniforcing_jax.storage import locate
 
 FORMAT = 1
 COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
@@ -43,7 +46,7 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: no such folder, or it holds no converted checkpoint.
       ValueError: written by another version of the converter.
     """
-    folder = pathlib.Path(folder)
+    folder = locate(folder)
     file = folder / "config.json"
     if not file.is_file():
         what = "holds no config.json" if folder.is_dir() else "does not exist"
@@ -57,7 +60,7 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: epath.Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
@@ -123,24 +126,22 @@ def load_params(
       ValueError: unknown component, other format, or a tree of shardings of other structure.
     """
     path = _component_path(folder, component)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        arrays = _arrays(checkpointer, path)
-        shardings = _shardings(arrays, sharding)
-        restore_args = jax.tree.map(
-            lambda _, s: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=s),
-            arrays,
-            shardings,
-        )
-        args = ocp.args.PyTreeRestore(restore_args=restore_args)
-        return checkpointer.restore(path, args=args)
-
-
-def _arrays(checkpointer: ocp.Checkpointer, path: pathlib.Path) -> dict[str, Any]:
-    """Tree of jax.ShapeDtypeStruct of what is on disk."""
-    metadata = checkpointer.metadata(path)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.item_metadata.tree
+    arrays = _arrays(path)
+    shardings = _shardings(arrays, sharding)
+    restore_args = jax.tree.map(
+        lambda _, s: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=s),
+        arrays,
+        shardings,
     )
+    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    # without a Checkpointer, which waits for all processes: one may read by itself
+    return ocp.PyTreeCheckpointHandler().restore(path, args=args)
+
+
+def _arrays(path: epath.Path) -> dict[str, Any]:
+    """Tree of jax.ShapeDtypeStruct of what is on disk."""
+    metadata = ocp.PyTreeCheckpointHandler().metadata(path)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
 
 
 def _shardings(arrays: dict[str, Any], sharding: Any) -> Any:
@@ -169,9 +170,7 @@ def param_shapes(folder: str | os.PathLike, component: str) -> dict[str, Any]:
     Raises:
       FileNotFoundError, ValueError: as `load_params`.
     """
-    path = _component_path(folder, component)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return _arrays(checkpointer, path)
+    return _arrays(_component_path(folder, component))
 
 
 def save_params(
@@ -236,9 +235,9 @@ def _check_component(component: str) -> None:
         raise ValueError(f"component is {component!r}, must be one of {', '.join(COMPONENTS)}")
 
 
-def _component_path(folder: str | os.PathLike, component: str) -> pathlib.Path:
+def _component_path(folder: str | os.PathLike, component: str) -> epath.Path:
     _check_component(component)
-    folder = pathlib.Path(folder).absolute()
+    folder = locate(folder)
     content = load_config(folder)
     path = folder / component
     if not path.is_dir():

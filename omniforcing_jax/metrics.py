@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,8 +18,12 @@ from typing import Any
 import jax
 import jax.monitoring
 import rich.console
+from etils import epath
+
+from omniforcing_jax.storage import is_remote, locate
 
 JSONL = "metrics.jsonl"
+_UPLOAD_SECONDS = 30  # between two versions of it on object storage
 # Dense bf16 peak of one device in TFLOP/s by a part of `device_kind` (vendors' data sheets). The
 # first match counts: "TPU v5" is what a v5p calls itself, "TPU v5 lite" a v5e.
 PEAK_TFLOPS = {
@@ -97,10 +100,9 @@ class MetricWriter:
         if not self._active:
             return
         self._console = console or rich.console.Console(stderr=True)
-        folder = pathlib.Path(folder)
+        folder = locate(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_records_after(folder / JSONL, start_step)
-        self._file = (folder / JSONL).open("a")
+        self._file = _RecordFile(folder / JSONL, start_step)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -112,8 +114,7 @@ class MetricWriter:
         """One record: a line of JSON {"step", name: value, ...} and the summaries."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps({"step": step, **scalars}) + "\n")
         if self._summaries is not None:
             for name, value in scalars.items():
                 self._summaries.add_scalar(name, value, step)
@@ -124,10 +125,64 @@ class MetricWriter:
         if self._active:
             self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
+    def flush(self) -> None:
+        """Returns when all records are where they belong."""
+        if self._active:
+            self._file.flush()
+
     def close(self) -> None:
         for file in (self._file, self._summaries):
             if file is not None:
                 file.close()
+
+
+class _RecordFile:
+    """`metrics.jsonl`, which grows by lines.
+
+    Objects in object storage cannot grow: there the file is written anew, now and then.
+    """
+
+    def __init__(self, path: epath.Path, start_step: int):
+        self._path, self._remote = path, is_remote(path)
+        kept = [r for r in read_records(path) if r["step"] <= start_step] if path.exists() else []
+        self._text = "".join(json.dumps(record) + "\n" for record in kept)
+        self._written = -math.inf
+        if self._remote:
+            self.flush()
+            return
+        with self._naming_the_file():
+            new = path.with_name(f"{path.name}.new")
+            new.write_text(self._text)
+            new.replace(path)
+            self._file = path.open("a")
+
+    def append(self, line: str) -> None:
+        if not self._remote:
+            with self._naming_the_file():
+                self._file.write(line)
+                self._file.flush()
+            return
+        self._text += line
+        if time.monotonic() - self._written > _UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._remote:
+            self._path.write_text(self._text)
+            self._written = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        if not self._remote:
+            with contextlib.suppress(OSError):  # of a full disk `append` has told
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{self._path} cannot be written: {error}") from error
 
 
 def read_records(file: str | os.PathLike) -> list[dict[str, Any]]:
@@ -136,7 +191,7 @@ def read_records(file: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
       ValueError: another line is not JSON.
     """
-    records, lines = [], pathlib.Path(file).read_text().splitlines()
+    records, lines = [], locate(file).read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
@@ -144,15 +199,6 @@ def read_records(file: str | os.PathLike) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"{file}: line {number} is not JSON: {line[:80]!r}") from None
     return records
-
-
-def _drop_records_after(file: pathlib.Path, step: int) -> None:
-    if not file.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in read_records(file) if record["step"] <= step]
-    new = file.with_suffix(".new")
-    new.write_text("".join(kept))
-    new.replace(file)
 
 
 def console_line(step: int, num_steps: int, scalars: Mapping[str, float]) -> str:

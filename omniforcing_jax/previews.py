@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
-from omniforcing_jax import checkpoints, flow, media
+from omniforcing_jax import checkpoints, flow, media, partitioning
 from omniforcing_jax.assembly import text_arrays
 from omniforcing_jax.clip import audio_attention_entropy, draw_noise
 from omniforcing_jax.contact_sheet import contact_sheet
@@ -27,7 +30,7 @@ _ENTROPY_SIGMA = 0.5
 
 
 def training_hooks(
-    e: Experiment, stage: Any, frozen: Frozen, workdir: pathlib.Path
+    e: Experiment, stage: Any, frozen: Frozen, workdir: epath.Path
 ) -> Sequence[Hook]:
     """The hook that samples clips every `sample_every` steps; none if that is 0."""
     if not e.config.sample_every:
@@ -53,7 +56,7 @@ class Previews:
     experiment: Experiment
     stage: Any
     frozen: Frozen
-    folder: pathlib.Path
+    folder: epath.Path
 
     def __post_init__(self):
         e = self.experiment
@@ -69,8 +72,11 @@ class Previews:
         params = network.params if network.ema is None else network.ema
         latents, scalars = self._sample(params, self.frozen, self.batch)
         scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        latents = multihost_utils.process_allgather(latents, tiled=True)
         if jax.process_index() == 0:
-            self._write(step, jax.device_get(latents))
+            # a mesh of its own: on that of the run, the other processes would have to decode, too
+            with jax.set_mesh(partitioning.make_mesh(devices=jax.local_devices()[:1])):
+                self._write(step, latents)
         return scalars
 
     @functools.cached_property
@@ -106,8 +112,7 @@ class Previews:
         }
 
     def _write(self, step: int, latents: AVLatents) -> None:
-        e, clip = self.experiment, self.generator.clip
-        config = e.pipeline
+        e = self.experiment
         params = {
             name: checkpoints.load_params(
                 e.config.checkpoint, name, dtype=jnp.float32 if name == "vocoder" else e.dtype
@@ -115,11 +120,19 @@ class Previews:
             for name in _DECODERS
         }
         self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as local:  # the folder may be on object storage
+            self._decode(pathlib.Path(local), step, latents, params)
+            for file in pathlib.Path(local).iterdir():
+                epath.Path(file).copy(self.folder / file.name, overwrite=True)
+
+    def _decode(self, folder: pathlib.Path, step: int, latents: AVLatents, params: Any) -> None:
+        e, clip = self.experiment, self.generator.clip
+        config = e.pipeline
         size = (clip.video_frames, clip.height, clip.width)
         for i in range(latents.video.shape[0]):
             one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i : i + 1]), latents)
             frames, waveform = decode_clip(config, params, one, size, e.dtype)
-            path = self.folder / f"{step:06d}_{i}.mp4"
+            path = folder / f"{step:06d}_{i}.mp4"
             write_clip(path, frames, waveform, clip.frame_rate, config.vocoder.sample_rate)
 
 

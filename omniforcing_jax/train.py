@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import signal
 import threading
 import types
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from omniforcing_jax import multihost
 from omniforcing_jax.metrics import (
     Averages,
     MetricWriter,
@@ -31,11 +31,16 @@ from omniforcing_jax.metrics import (
     memory_use,
     num_compilations,
 )
+from omniforcing_jax.multihost import Watchdog
 from omniforcing_jax.parameter_groups import GROUPS
+from omniforcing_jax.storage import locate
 from omniforcing_jax.train_state import TrainState
 from omniforcing_jax.training_checkpoints import DataIterator, TrainingCheckpoints
 
 Scalars = dict[str, float]
+# How many times as long as later ones the first steps may take before the watchdog barks: they
+# compile.
+FIRST_STEPS_PATIENCE = 4
 
 
 class Stage(Protocol):
@@ -148,6 +153,7 @@ def train(
     hooks: Sequence[Hook] = (),
     flops_per_step: float | None = None,
     tokens_per_step: int | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Outcome:
     """Trains, from the latest checkpoint in `workdir` if there is one.
 
@@ -157,18 +163,25 @@ def train(
         deleted before the checkpoint's are read, and jax.ShapeDtypeStructs with shardings will do.
       frozen: passed through to the stage.
       batches: device-ready batches.
-      workdir: the run's folder: checkpoints/, metrics.jsonl, tensorboard/, config.json.
+      workdir: the run's folder: checkpoints/, metrics.jsonl, tensorboard/, config.json. All
+        processes must see the same one; all but the checkpoints is written by process 0.
       run_config: everything that determines the run, as JSON. A resumed run must have the same (but
-        for `training_checkpoints.MAY_DIFFER`).
+        for `run_config.MAY_DIFFER`).
       hooks: called after the steps that are multiples of their `every`.
       flops_per_step, tokens_per_step: of all devices together, on average, for the records.
+      watchdog: told of every step that is done; None: nobody watches.
 
     Raises:
+      CheckpointNotSaved: a checkpoint could not be written; those before it are as they were.
       TrainingDiverged: a scalar was not finite.
-      ValueError: the checkpoint does not fit the state or the configuration.
+      ValueError: the checkpoint does not fit the state or the configuration, or the processes do
+        not have the same configuration or folder.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = locate(workdir)
     run_config = dict(run_config or {})
+    watchdog = watchdog or Watchdog(0)
+    multihost.check_same("the configuration", json.dumps(run_config, sort_keys=True))
+    multihost.check_shared(workdir)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             TrainingCheckpoints(workdir, keep_last=config.keep_last, keep_every=config.keep_every)
@@ -180,6 +193,7 @@ def train(
         if restored is not None:
             state, start = restored.state, restored.step
             averages.set_state(restored.averages)
+        watchdog.alive(f"step {start} was restored", patience=FIRST_STEPS_PATIENCE)
         if jax.process_index() == 0:
             text = json.dumps({"format": 1, "config": run_config}, indent=1)
             (workdir / "config.json").write_text(text)
@@ -198,6 +212,7 @@ def train(
             writer=writer,
             averages=averages,
             watch=Stopwatch(flops_per_step, tokens_per_step),
+            watchdog=watchdog,
             interrupt=stack.enter_context(_interrupts()),
             state=state,
             start=start,
@@ -206,6 +221,7 @@ def train(
         )
         outcome = loop.run()
         checkpoints.wait()
+        watchdog.alive("the last save")
         writer.say(f"{outcome.reason} after {outcome.step:,} steps; state in {checkpoints.folder}")
         return outcome
 
@@ -222,6 +238,7 @@ class _Loop:
     writer: MetricWriter
     averages: Averages
     watch: Stopwatch
+    watchdog: Watchdog
     interrupt: "_Interrupt"
     state: TrainState
     start: int
@@ -278,6 +295,7 @@ class _Loop:
                 scalars = hook.call(self.done, self.state)
                 if scalars:
                     self.writer.write(self.done, scalars)
+                self._alive(f"a hook after step {self.done}")
         if self.done % self.config.checkpoint_every == 0:
             self._save()
 
@@ -288,6 +306,8 @@ class _Loop:
         (step, arrays), self.pending = self.pending, None
         with self.watch.measure("wait"):
             scalars = {name: float(value) for name, value in jax.device_get(arrays).items()}
+        self._alive(f"step {step}")
+        self.checkpoints.check()
         bad = [n for n, value in scalars.items() if not math.isfinite(value) and not is_band(n)]
         if bad:
             raise self._diverged(step, bad, scalars)
@@ -295,6 +315,10 @@ class _Loop:
         self.averages.add(scalars)
         if step % self.config.log_every == 0:
             self._record(step)
+
+    def _alive(self, what: str) -> None:
+        compiling = self.done - self.start < self.config.compile_steps
+        self.watchdog.alive(what, patience=FIRST_STEPS_PATIENCE if compiling else 1)
 
     def _record(self, step: int) -> None:
         record = self.averages.take()
@@ -311,10 +335,12 @@ class _Loop:
         if counter != self.done:
             raise ValueError(f"the stage's state says step {counter} after {self.done} steps")
         with self.watch.measure("other"):
+            self.writer.flush()  # a resumed run keeps the records up to its checkpoint
             self.checkpoints.save(
                 self.done, self.state, self.batches, self.run_config, self.averages.get_state()
             )
         self.saved = self.done
+        self._alive(f"the save of step {self.done}")
 
     def _diverged(self, step: int, bad: list[str], scalars: Scalars) -> TrainingDiverged:
         name = min(bad, key=lambda n: ("loss" not in n, "grad_norm" not in n))

@@ -1,62 +1,48 @@
 """Checkpoints of a run: train state, data iterator and configuration, written while it goes on.
 
     RUN/checkpoints/2000/state/   TrainState, Orbax
-    RUN/checkpoints/2000/data/    the data iterator's state, one file per process
+    RUN/checkpoints/2000/data/    the data iterator's state, the same for all processes
     RUN/checkpoints/2000/run/     configuration, and the averages of the record under way
 
 Orbax's CheckpointManager of API v0, not v1: v1 still comes from `orbax.checkpoint.experimental`,
 its `Checkpointer` skips a save while one is running unless told not to, and converted checkpoints
 are written by v0 already. A checkpoint is built in a folder of another name and renamed when it is
-complete, so what was cut off is never taken for a checkpoint.
+complete (on object storage, marked), so what was cut off is never taken for a checkpoint. All
+processes write and read their parts, and any number of them on any mesh can go on. Reading goes
+past the manager, whose barriers would hold the others when one process finds a damaged file.
 
 The step's random numbers are `fold_in(seed, step)`, so state, step and iterator are everything: a
 run that was resumed equals one that was not, bit for bit.
 """
 
 import base64
+import contextlib
 import dataclasses
 import json
 import os
-import pathlib
-import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from omniforcing_jax import checkpoints
+from omniforcing_jax import checkpoints, multihost
+from omniforcing_jax.run_config import check_config, listed, plain
+from omniforcing_jax.storage import locate
 from omniforcing_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
-# Settings, by any part of their name, in which a resumed run may differ: they change how long and
-# where it runs and what it tells; what it computes changes by rounding at most.
-MAY_DIFFER = frozenset(
-    (
-        "num_steps",
-        "log_every",
-        "checkpoint_every",
-        "keep_last",
-        "keep_every",
-        "sample_every",
-        "sample_clips",
-        "tensorboard",
-        "compile_steps",
-        "allow_config_change",
-        "workdir",
-        "mesh",
-        "remat",
-        "attention",
-        "gather_weights",
-    )
-)
 # what reading a damaged checkpoint raises; running out of memory is none of these
 _DAMAGED = (ValueError, OSError, KeyError)
 
 
 class DataIterator(Protocol):
-    """An iterator over batches whose place can be stored, such as grain's."""
+    """An iterator over batches whose place can be stored, such as grain's.
+
+    Its state counts global batches, and is the same on all processes.
+    """
 
     def __next__(self) -> Any: ...
 
@@ -77,29 +63,26 @@ class Restored(NamedTuple):
     averages: dict
 
 
+class CheckpointNotSaved(OSError):
+    """A save failed, a full disk for instance; the checkpoints before it are as they were."""
+
+
 class _IteratorHandler(ocp.CheckpointHandler):
-    """Every process writes where its own iterator stands."""
+    """Process 0 writes where the iterators of all processes stand."""
+
+    _FILE = "iterator.json"
 
     def save(self, directory, args: "_IteratorSave") -> None:
         state = args.state
         if isinstance(state, bytes):
             state = {"base64": base64.b64encode(state).decode()}
-        (directory / self._name(jax.process_count())).write_text(json.dumps(state))
+        if jax.process_index() == 0:
+            (directory / self._FILE).write_text(json.dumps(state))
 
-    def restore(self, directory, args: "_IteratorRestore") -> dict | bytes:
+    def restore(self, directory, args=None) -> dict | bytes:
         del args
-        file = directory / self._name(jax.process_count())
-        if not file.exists():
-            there = sorted(f.name for f in directory.iterdir())
-            raise ValueError(
-                f"the data iterator was saved by another number of processes ({there}); resume "
-                f"with as many as then, not {jax.process_count()}"
-            )
-        state = json.loads(file.read_text())
+        state = json.loads((directory / self._FILE).read_text())
         return base64.b64decode(state["base64"]) if set(state) == {"base64"} else state
-
-    def _name(self, count: int) -> str:
-        return f"process_{jax.process_index()}-of-{count}.json"
 
 
 @ocp.args.register_with_handler(_IteratorHandler, for_save=True)
@@ -110,8 +93,23 @@ class _IteratorSave(ocp.args.CheckpointArgs):
 
 @ocp.args.register_with_handler(_IteratorHandler, for_restore=True)
 @dataclasses.dataclass
-class _IteratorRestore(ocp.args.CheckpointArgs):
+class _IteratorRestore(ocp.args.CheckpointArgs):  # the manager knows handlers by both
     pass
+
+
+@dataclasses.dataclass
+class _Noted:
+    """A part of a save under way, in the background."""
+
+    future: ocp.future.Future
+    note: Callable[[Exception], None]
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self.future.result(timeout)
+        except Exception as error:
+            self.note(error)
+            raise
 
 
 class TrainingCheckpoints:
@@ -132,16 +130,16 @@ class TrainingCheckpoints:
         keep_every: int | None = None,
         read_only: bool = False,
     ):
-        self.folder = pathlib.Path(run).absolute() / FOLDER
+        self.folder = locate(run) / FOLDER
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
+        self._failure: Exception | None = None
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
-                # uncompressed: weights hardly shrink, and zstd would be the bottleneck
-                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "state": self._noting_failures(_state_handler()),
                 "data": _IteratorHandler(),
-                "run": ocp.JsonCheckpointHandler(),
+                "run": self._noting_failures(ocp.JsonCheckpointHandler()),
             },
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep_last,
@@ -155,8 +153,13 @@ class TrainingCheckpoints:
     def __enter__(self) -> "TrainingCheckpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._manager.close()
+    def __exit__(self, kind, *exception) -> None:
+        if kind is None:
+            self._manager.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # what is on its way already says more
+                self._manager.close()
+        # else: closing waits for the other processes, which may be where this one never comes
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -170,19 +173,67 @@ class TrainingCheckpoints:
         config: Mapping[str, Any],
         averages: Mapping[str, Any],
     ) -> None:
-        """Starts a save; returns when the arrays are copied, so that they may be donated."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                data=_IteratorSave(batches.get_state()),
-                run=ocp.args.JsonSave({"config": _plain(config), "averages": dict(averages)}),
-            ),
-        )
+        """Starts a save; returns when the arrays are copied, so that they may be donated.
+
+        Raises:
+          CheckpointNotSaved: this save, or the one before.
+        """
+        with self._reporting():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    data=_IteratorSave(batches.get_state()),
+                    run=ocp.args.JsonSave({"config": plain(config), "averages": dict(averages)}),
+                ),
+            )
+
+    def check(self) -> None:
+        """Does not wait.
+
+        Raises:
+          CheckpointNotSaved: the last save has failed in the background.
+        """
+        with self._reporting():
+            if self._failure is not None:
+                raise self._failure
 
     def wait(self) -> None:
-        """Returns when the last save is complete."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is complete.
+
+        Raises:
+          CheckpointNotSaved: it failed.
+        """
+        with self._reporting():
+            self._manager.wait_until_finished()
+
+    def _noting_failures(self, handler: ocp.AsyncCheckpointHandler) -> ocp.AsyncCheckpointHandler:
+        """The manager itself tells of a failure when the next save begins.
+
+        With several processes not even then: it waits for all of them before.
+        """
+        save = handler.async_save
+
+        def note(error: Exception) -> None:
+            self._failure = error
+
+        async def async_save(*args, **settings) -> list[_Noted]:
+            return [_Noted(future, note) for future in await save(*args, **settings) or ()]
+
+        handler.async_save = async_save
+        return handler
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:  # TensorStore's and Python's
+            there = ocp.utils.checkpoint_steps(self.folder)
+            last = f"the last one there is is of step {max(there)}" if there else "there is none"
+            raise CheckpointNotSaved(
+                f"a checkpoint could not be written to {self.folder}: {str(error)[:1000]}. It was "
+                f"left out, {last}; make room there and start the same command again"
+            ) from error
 
     def reached_preemption(self, step: int) -> bool:
         """Whether the cluster takes the machines back; the same answer on all processes."""
@@ -211,25 +262,23 @@ class TrainingCheckpoints:
           ValueError: the configuration or the state's structure differs (lists in what), or no
             checkpoint can be read.
         """
-        steps = self.steps()
+        steps = multihost.from_main(self.steps())
         if not steps:
             return None
-        damaged: dict[int, Exception] = {}
+        damaged: dict[int, str] = {}
         template = _abstract(template)
         for step in reversed(steps):
-            try:
-                run, data, saved = self._read_small(step)
-            except _DAMAGED as error:
-                damaged[step] = error
+            small, damaged[step] = _attempt(lambda step=step: self._read_small(step))
+            if small is None:
                 continue
+            run, data, saved = small
             if not allow_config_change:
-                _check_config(self.folder / str(step), run["config"], config)
+                check_config(self.folder / str(step), run["config"], config)
             _check_state(self.folder / str(step), saved, template)
-            try:
-                state = self._read_state(step, template)
-            except _DAMAGED as error:
-                damaged[step] = error
+            state, damaged[step] = _attempt(lambda step=step: self._read_state(step, template))
+            if state is None:
                 continue
+            del damaged[step]
             batches.set_state(data)
             self._set_aside(damaged, step)
             return Restored(step, state, run["averages"])
@@ -237,9 +286,9 @@ class TrainingCheckpoints:
         raise ValueError(f"no checkpoint in {self.folder} can be read: {reasons[:2000]}")
 
     def _read_small(self, step: int) -> tuple[dict, dict | bytes, dict]:
-        args = ocp.args.Composite(run=ocp.args.JsonRestore(), data=_IteratorRestore())
-        restored = self._manager.restore(step, args=args)
-        return restored["run"], restored["data"], self.saved_arrays(step)
+        folder = self.folder / str(step)
+        run = ocp.JsonCheckpointHandler().restore(folder / "run")
+        return run, _IteratorHandler().restore(folder / "data"), self.saved_arrays(step)
 
     def saved_arrays(self, step: int) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
         """{path: shape and dtype} of a checkpoint's state, without reading it."""
@@ -254,32 +303,47 @@ class TrainingCheckpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(template),
             partial_restore=partial,
         )
-        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        return _state_handler().restore(self.folder / str(step) / "state", args=args)
 
     def read_part(self, step: int, template: Any) -> Any:
         """The part of a checkpoint's state that `template` (nested dicts) names."""
         return self._read_state(step, template, partial=True)
 
-    def _set_aside(self, damaged: Mapping[int, Exception], used: int) -> None:
-        for step, error in damaged.items():
-            aside = self.folder.parent / "damaged_checkpoints" / str(step)
-            warnings.warn(
-                f"the checkpoint of step {step} is damaged and was moved to {aside}; going on from "
-                f"step {used}. {error}",
-                stacklevel=3,
-            )
-            if jax.process_index() == 0:
-                shutil.rmtree(aside, ignore_errors=True)
+    def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
+        if damaged and jax.process_index() == 0:
+            for step, error in damaged.items():
+                aside = self.folder.parent / "damaged_checkpoints" / str(step)
+                text = f"the checkpoint of step {step} is damaged and was moved to {aside}"
+                warnings.warn(f"{text}; going on from step {used}. {error}", stacklevel=3)
+                if aside.exists():
+                    aside.rmtree()
                 aside.parent.mkdir(exist_ok=True)
                 (self.folder / str(step)).rename(aside)
         if damaged:
-            _barrier("set damaged checkpoints aside")
+            multihost.barrier("set damaged checkpoints aside")
             self._manager.reload()
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    # uncompressed: weights hardly shrink, and zstd would be the bottleneck
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+    """(what was read, "") if all processes could read theirs, or else (None, what was wrong)."""
+    result, error = None, ""
+    try:
+        result = read()
+    except _DAMAGED as problem:
+        error = str(problem) or repr(problem)
+    if multihost.all_true(not error):
+        return result, ""
+    return None, error or "another process could not read its part"
 
 
 def latest_step(run: str | os.PathLike) -> int | None:
     """Step of the run's latest complete checkpoint; None if it has none."""
-    if not (pathlib.Path(run) / FOLDER).is_dir():
+    if not (locate(run) / FOLDER).is_dir():
         return None
     with TrainingCheckpoints(run, read_only=True) as saved:
         return max(saved.steps(), default=None)
@@ -312,7 +376,7 @@ def load_generator(
       FileNotFoundError: there is neither a run with checkpoints nor a converted checkpoint.
       ValueError: the source lacks parameters, has others or others' shapes: lists all of them.
     """
-    path = pathlib.Path(path)
+    path = locate(path)
     if which not in ("params", "ema"):
         raise ValueError(f"which is {which!r}, must be 'params' or 'ema'")
     if not (path / FOLDER).is_dir():
@@ -355,7 +419,7 @@ def _match(path, saved: Mapping, expected: Any, allow_new: tuple[str, ...]) -> t
     if problems:
         hint = "" if new else "; if they are new, name them in allow_new"
         raise ValueError(
-            f"{path} does not hold this model's parameters: {_listed(problems)}"
+            f"{path} does not hold this model's parameters: {listed(problems)}"
             f"{hint if any('missing' in p for p in problems) else ''}"
         )
     return new, _tree(found)
@@ -428,47 +492,7 @@ def _differences(saved: Mapping, wanted: Mapping) -> list[str]:
     return problems
 
 
-def _listed(problems: list[str], limit: int = 40) -> str:
-    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-    return "; ".join(problems[:limit]) + more
-
-
-def _check_state(path: pathlib.Path, saved: Mapping, template: TrainState) -> None:
+def _check_state(path: epath.Path, saved: Mapping, template: TrainState) -> None:
     problems = _differences(saved, _by_path(template))
     if problems:
-        raise ValueError(f"{path} is of another model or optimizer: {_listed(problems)}")
-
-
-def _plain(config: Mapping[str, Any]) -> dict:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(config))
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict):
-        return {prefix[:-1]: config}
-    flat = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.")
-    return flat
-
-
-def _check_config(path: pathlib.Path, saved: Mapping, now: Mapping) -> None:
-    old, new = _flat(dict(saved)), _flat(_plain(now))
-    fields = [
-        f"{name}: {old.get(name, 'absent')!r} then, {new.get(name, 'absent')!r} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, ...) != new.get(name, ...) and not MAY_DIFFER & set(name.split("."))
-    ]
-    if fields:
-        raise ValueError(
-            f"{path} was made with another configuration: {_listed(fields)}; use another workdir, "
-            "or allow_config_change if this is meant"
-        )
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+        raise ValueError(f"{path} is of another model or optimizer: {listed(problems)}")

@@ -256,14 +256,26 @@ def test_epochs(dataset):
 
 @pytest.mark.parametrize("repeat", [True, False])
 def test_processes_share_the_global_batch(dataset, repeat):
+    """Rows of batch n are the same for 1, 2 and 4 processes, and for ones that share rows."""
     options = {"seed": 1, "repeat": repeat}
     whole = take(grain_batches(dataset, 4, **options), 5)
-    parts = [
-        take(grain_batches(dataset, 4, process_index=p, process_count=2, **options), 5)
-        for p in range(2)
-    ]
     assert len(whole) == (5 if repeat else 1)  # 7 prompts: one process must not get a batch more
-    assert [[a[0], b[0], a[1], b[1]] for a, b in zip(*parts, strict=True)] == whole
+    for shares in ([[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]], [[0, 1], [0, 1, 3]]):
+        for rows in shares:
+            part = take(grain_batches(dataset, 4, rows=rows, **options), 5)
+            assert part == [[batch[row] for row in rows] for batch in whole]
+
+
+def test_position_is_that_of_any_number_of_processes(dataset):
+    one = grain_batches(dataset, 4, seed=5, rows=[0, 1])
+    take(one, 3)
+    state = one.get_state()
+    other = grain_batches(dataset, 4, seed=5, rows=[3])
+    take(other, 3)
+    assert other.get_state() == state
+    whole = grain_batches(dataset, 4, seed=5)
+    whole.set_state(state)
+    assert [batch[:2] for batch in take(whole, 4)] == take(one, 4)
 
 
 def test_position_is_restored(dataset):
@@ -277,8 +289,10 @@ def test_position_is_restored(dataset):
 
 
 def test_impossible_batches(dataset):
-    with pytest.raises(ValueError, match="multiple of the 2 processes, not 3"):
-        grain_batches(dataset, 3, process_count=2)
+    with pytest.raises(ValueError, match=r"a batch of 3 has rows 0 to 2, not \[1, 3\]"):
+        grain_batches(dataset, 3, rows=[1, 3])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        grain_batches(dataset, 0)
     with pytest.raises(ValueError, match="7 elements do not fill a batch of 8"):
         grain_batches(dataset, 8, repeat=False)
     assert take(grain_batches(dataset, 8, shuffle=False), 1) == [[*PROMPTS, PROMPTS[0]]]

@@ -1,98 +1,158 @@
-"""Training in two processes, of which one is told to stop. Slow: each start of two takes 10 s."""
+"""Training in several processes that are stopped, killed, hang, or run out of disk space.
+
+Slow: each start takes ten seconds, and the kill of one must be noticed by the others.
+"""
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from omniforcing_jax import multihost
 from omniforcing_jax.metrics import read_records
 from tests.toy_stage import train_toy
 
-PROGRAM = """
-import os, sys, time
-import jax, numpy as np
-index, run, port, stop_at, result = sys.argv[1:]
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index), initialization_timeout=60)
-from jax.sharding import NamedSharding, PartitionSpec as P
-from omniforcing_jax.models import transformer
-from omniforcing_jax import partitioning
-from omniforcing_jax.train_state import state_shardings
-from tests.toy_stage import *
-
-mesh = partitioning.make_mesh(data=2, fsdp=2)
-
-def place(tree, spec):
-    def one(x):
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec(x)), lambda i: x[i])
-    return jax.tree.map(one, tree)
-
-def split(x):
-    return P(*(None,) * (x.ndim - 2), "fsdp") if x.shape[-2] == WIDTH else P()
-
-class Batches(ToyBatches):
-    def __next__(self):
-        return place(super().__next__(), lambda x: P(partitioning.BATCH_AXES))
-
-class Stage:
-    def train_step(self, state, frozen, batch, step):
-        if index == "1" and step == int(stop_at):
-            os.kill(os.getpid(), signal.SIGTERM)
-        if -1 < int(stop_at) <= step:
-            time.sleep(0.5)  # the processes agree on a step in the background
-        return jitted(state, np.float32(0), batch)
-
-with jax.set_mesh(mesh):
-    toy = ToyStage()
-    state = toy.init_state(place(toy_params(), split))
-    jitted = jax.jit(toy.jitted.__wrapped__, donate_argnums=0,
-                     out_shardings=(state_shardings(state), None))
-    outcome = train_toy(run, 20, Stage(), state=state, batches=Batches(), compile_steps=1)
-    whole = jax.jit(lambda s: s, out_shardings=NamedSharding(mesh, P()))(outcome.state)
-np.savez(f"{result}{index}", *jax.tree.leaves(jax.device_get(whole)))
-print(outcome.reason)
-"""
+pytestmark = pytest.mark.slow
+STEPS = 20
 
 
-def launch(run, result, stop_at: int) -> list[str]:
-    """Runs both processes; their last lines."""
+def launch(run, count: int = 2, mishap: str = "none:0:-1", steps: int = STEPS) -> list:
+    """Runs all processes to their ends: (exit status, last line, standard error) of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    result = f"{run}.npz"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(i), str(run), port, str(stop_at), str(result)],
+            [sys.executable, "-m", "tests.toy_job",
+             *map(str, (i, count, port, run, result, steps, mishap))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
         )
-        for i in range(2)
-    ]
-    lines = []
-    for process in processes:
+        for i in range(count)
+    ]  # fmt: skip
+    what, victim, _ = mishap.split(":")
+    ended = []
+    for i, process in enumerate(processes):
+        if what == "stop" and i == int(victim):
+            process.kill()
         out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3000:]
-        lines.append(out.splitlines()[-1])
-    return lines
+        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        ended.append((process.returncode, (lines or [""])[-1], err))
+    return ended
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):
-    run, result = tmp_path / "run", tmp_path / "state"
-    assert launch(run, result, stop_at=7) == ["preempted"] * 2
-    assert launch(run, result, stop_at=-1) == ["finished"] * 2
-    names = {path.name for path in (run / "checkpoints" / "20" / "data").iterdir()}
-    assert {"process_0-of-2.json", "process_1-of-2.json"} <= names
+def finish(run, count: int = 2) -> None:
+    """Goes on, and checks that the run is the one that it would have been."""
+    for status, line, err in launch(run, count):
+        assert (status, line) == (0, "finished"), err[-3000:]
     assert [r["step"] for r in read_records(run / "metrics.jsonl")] == [4, 8, 12, 16, 20]
-    expected = jax.tree.leaves(train_toy(tmp_path / "one", 20).state)
-    for index in range(2):
-        saved = np.load(f"{result}{index}.npz")
-        for name, leaf in zip(saved.files, expected, strict=True):
-            np.testing.assert_allclose(saved[name], leaf, atol=5e-5, rtol=1e-4)
+
+
+def states(*runs) -> list[list[np.ndarray]]:
+    files = [np.load(f"{run}.npz") for run in runs]
+    return [[file[name] for name in file.files] for file in files]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of two processes; its state stands for all."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(run)
+    return run
+
+
+def check_same(run, undisturbed, exactly: bool = True) -> None:
+    for a, b in zip(*states(run, undisturbed), strict=True):
+        if exactly:
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, atol=5e-5, rtol=1e-4)
+
+
+def test_two_processes_are_one(undisturbed, tmp_path):
+    expected = jax.tree.leaves(train_toy(tmp_path / "one", STEPS).state)
+    (found,) = states(undisturbed)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5, rtol=1e-4)
+    there = {path.name for path in undisturbed.iterdir()}
+    assert there == {"checkpoints", "config.json", "metrics.jsonl"}
+
+
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(undisturbed, tmp_path):
+    """On as many processes bit for bit; on others up to the order of sums."""
+    run = tmp_path / "run"
+    for status, line, err in launch(run, mishap="term:1:7"):
+        assert (status, line) == (0, "preempted"), err[-3000:]
+    copies = {count: tmp_path / f"on_{count}" for count in (1, 4)}
+    for copy in copies.values():
+        shutil.copytree(run, copy)
+    finish(run)
+    check_same(run, undisturbed)
+    for count, copy in copies.items():
+        finish(copy, count)
+        check_same(copy, undisturbed, exactly=False)
+
+
+@pytest.mark.parametrize(
+    "mishap", ["kill:1:13", "kill:0:13", "kill_in_data:1:12", "kill_in_save:0:15", "stop:1:13"]
+)
+def test_a_process_that_is_killed_or_stopped_ends_the_others(undisturbed, tmp_path, mishap):
+    run = tmp_path / "run"
+    start = time.monotonic()
+    ended = launch(run, mishap=mishap)
+    victim = int(mishap.split(":")[1])
+    assert ended[victim][0] == -signal.SIGKILL
+    status, line, err = ended[1 - victim]
+    # by an error where both compute, by JAX's heartbeat where the survivor waits
+    assert status in (multihost.LOST, -signal.SIGABRT, multihost.HUNG), (status, line, err[-2000:])
+    if status == multihost.LOST:
+        assert "another process has ended" in line
+    else:
+        assert "another task died" in err or "hangs" in err
+    assert time.monotonic() - start < 240
+    there = {path.name for path in (run / "checkpoints").iterdir()}
+    assert there & {"5", "10"} and "15" not in there, "the save of 10 may have been under way"
+    finish(run)
+    check_same(run, undisturbed)
+
+
+def test_a_process_that_hangs_ends_the_job(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    ended = launch(run, mishap="hang:1:13")
+    assert ended[1][0] == multihost.HUNG, ended[1]
+    assert "process 1 of 2 on" in ended[1][2] and "in step" in ended[1][2], "the stack shows where"
+    assert ended[0][0] in (multihost.HUNG, multihost.LOST, -signal.SIGABRT)
+    finish(run)
+    check_same(run, undisturbed)
+
+
+def test_a_full_disk_of_one_host(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    ended = launch(run, mishap="full:1:12")
+    assert all(status != 0 for status, _, _ in ended), ended
+    assert "a checkpoint could not be written" in ended[1][1], ended[1]
+    finish(run)
+    check_same(run, undisturbed)
+
+
+def test_a_checkpoint_that_only_one_process_cannot_read(undisturbed, tmp_path):
+    """All of them agree to use the one before."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for status, line, err in (ended := launch(run, mishap="unreadable:1:20")):
+        assert (status, line) == (0, "finished"), err[-3000:]
+    assert "the checkpoint of step 20 is damaged and was moved to" in ended[0][2]
+    assert "going on from step 15. another process could not read its part" in ended[0][2]
+    assert "damaged" not in ended[1][2], "only process 0 tells"
+    assert (run / "damaged_checkpoints" / "20").is_dir()
+    check_same(run, undisturbed)

@@ -114,7 +114,7 @@ def test_another_model_or_optimizer_is_refused(stage, run):
     assert "generator/params/audio_sinks is (2, 6), must be (3, 6)" in text
 
 
-def test_iterator_states_that_are_bytes_and_other_process_counts(stage, tmp_path):
+def test_iterator_states_that_are_bytes(stage, tmp_path):
     class Bytes(ToyBatches):
         def get_state(self):
             return str(self.index).encode() + b"\xff"
@@ -127,10 +127,6 @@ def test_iterator_states_that_are_bytes_and_other_process_counts(stage, tmp_path
     with TrainingCheckpoints(tmp_path) as saved:
         saved.restore(stage.init_state(), batches, RUN_CONFIG)
     assert batches.index == 5
-    data = tmp_path / "checkpoints" / "5" / "data"
-    (data / "process_0-of-1.json").rename(data / "process_0-of-2.json")
-    with pytest.raises(ValueError, match="saved by another number of processes"):
-        restore(tmp_path, stage.init_state())
 
 
 def test_load_generator_from_a_run(finished, run):

@@ -117,7 +117,8 @@ def train_toy(workdir, num_steps: int = 20, stage: ToyStage | None = None, **set
     state = settings.pop("state", None) or stage.init_state()
     batches = settings.pop("batches", None) or ToyBatches()
     extra = {"run_config": RUN_CONFIG, "flops_per_step": 1e3, "tokens_per_step": 80}
-    extra |= {name: settings.pop(name) for name in ("run_config", "hooks") if name in settings}
+    passed = ("run_config", "hooks", "watchdog")
+    extra |= {name: settings.pop(name) for name in passed if name in settings}
     loop = {"log_every": 4, "checkpoint_every": 5, "keep_last": 2, "tensorboard": False} | settings
     config = LoopConfig(num_steps, **loop)
     return train(stage, state, jnp.float32(0), batches, config, workdir, **extra)

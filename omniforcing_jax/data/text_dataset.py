@@ -11,7 +11,7 @@ A record of the tfds dataset (see `omniforcing_jax.data.shards`) is {"prompt", "
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -240,45 +240,49 @@ def grain_batches(
     seed: int = 0,
     shuffle: bool = True,
     repeat: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> "grain.DatasetIterator":
-    """Batches of a source for one process, in the same global order for any number of processes.
+    """Batches of a source; batch n holds the same elements however many processes share it.
 
     Args:
-      source: a `TextDataset`, or any other random-access source.
-      batch_size: of all processes together.
+      source: a `TextDataset`, or any other random-access source of dicts of arrays and texts.
+      batch_size: B, of all processes together.
       seed: of the order; every epoch has its own.
       shuffle: False keeps the order of the source.
       repeat: for ever, with batches across the ends of epochs; False is one epoch without the
         elements that do not fill a batch.
-      process_index, process_count: this process gets every process_count-th element of a batch.
+      rows: those of each batch that this process reads, such as the ones its devices hold; None
+        reads all.
 
     Returns:
-      grain iterator of elements stacked to [batch_size / process_count, ...]; its `get_state` and
-      `set_state`, or a checkpoint, restore the position exactly.
+      grain iterator of elements stacked to [len(rows), ...]. Its `get_state` and `set_state`, or a
+      checkpoint, restore the position exactly; it counts whole batches, so that of one process is
+      that of all, and of any other number of processes.
 
     Raises:
-      ValueError: the batch cannot be divided among the processes, or there is no full batch.
+      ValueError: there are no such rows, or there is no full batch.
     """
     import grain
 
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size must be a positive multiple of the {process_count} processes, "
-            f"not {batch_size}"
-        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    rows = range(batch_size) if rows is None else rows
+    if not len(rows) or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"a batch of {batch_size} has rows 0 to {batch_size - 1}, not {[*rows]}")
     if not len(source) or (not repeat and len(source) < batch_size):
         raise ValueError(f"{len(source)} elements do not fill a batch of {batch_size}")
-    dataset = grain.MapDataset.source(source)
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:  # [B] -> [len(rows), ...] each
+        elements = [source[int(indices[row])] for row in rows]
+        return {name: np.stack([e[name] for e in elements]) for name in elements[0]}
+
+    dataset = grain.MapDataset.range(len(source))
     if shuffle:
         dataset = dataset.shuffle(seed=seed)
     if repeat:
         dataset = dataset.repeat()
-    else:  # whole global batches, or the processes would not have equally many
-        dataset = dataset[: len(source) // batch_size * batch_size]
-    dataset = dataset[process_index::process_count]
-    dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
+    # numbers are put together before anything is read: each process knows whole batches
+    dataset = dataset.batch(batch_size, drop_remainder=True).map(read)
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
     return iter(dataset.to_iter_dataset(options))
 
