@@ -1,7 +1,6 @@
 """Putting a checked experiment onto a mesh: parameters, train state, frozen networks."""
 
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +11,20 @@ import jax.numpy as jnp
 from omniforcing_jax import checkpoints, partitioning
 from omniforcing_jax.experiment import Experiment, make_stage
 from omniforcing_jax.models.config import TransformerConfig
+from omniforcing_jax.models.connectors import TextConnectors
 from omniforcing_jax.models.transformer import Transformer, init_boxed_params, init_params
-from omniforcing_jax.optimizers import make_optimizer
+from omniforcing_jax.optimizers import OptimizerConfig, make_optimizer
 from omniforcing_jax.stages.common import Frozen
 from omniforcing_jax.stages.dmd import DMD
 from omniforcing_jax.stages.ode_regression import ODERegression
-from omniforcing_jax.train_state import TrainState, create_network, create_state, state_shardings
+from omniforcing_jax.storage import locate
+from omniforcing_jax.train_state import (
+    Network,
+    TrainState,
+    create_network,
+    create_state,
+    state_shardings,
+)
 from omniforcing_jax.training_checkpoints import load_generator
 
 # Parameters that a student has and its source may lack: they start from their initial values.
@@ -41,15 +48,19 @@ def _boxed(model: Transformer) -> Any:
 
 def abstract_state(e: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
     """The train state's shapes and places; nothing is allocated."""
-    optimizers = {name: make_optimizer(config) for name, config in e.optimizers.items()}
 
     def network(name: str, config: TransformerConfig, ema: bool):
-        params = abstract_params(e.model(config), mesh, jnp.float32)
-        return create_network(params, optimizers[name], ema=ema)
+        return _abstract_network(e.model(config), mesh, e.optimizers[name], ema)
 
     generator = network("generator", e.student, e.ema is not None)
     critic = network("critic", e.teacher, False) if "critic" in e.optimizers else None
     return create_state(generator, critic)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_network(model: Transformer, mesh, optimizer: OptimizerConfig, ema: bool) -> Network:
+    params = abstract_params(model, mesh, jnp.float32)
+    return create_network(params, make_optimizer(optimizer), ema=ema)
 
 
 def assemble(
@@ -65,7 +76,7 @@ def assemble(
     stage = make_stage(e, state_shardings(state))
     if fresh:
         source = c.generator or c.checkpoint
-        is_run = (pathlib.Path(source) / "checkpoints").is_dir()
+        is_run = (locate(source) / "checkpoints").is_dir()
         student = e.model(e.student)
         generator = load_generator(
             source,
@@ -87,6 +98,67 @@ def assemble(
     return stage, state, load_frozen(e, mesh)
 
 
+def abstract_connectors(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes and places of what makes contexts from stored features."""
+    module = TextConnectors(e.connectors, e.dtype)
+    length = e.connectors.num_registers
+
+    def init():
+        video = jnp.zeros((1, length, e.connectors.video_dim))
+        audio = jnp.zeros((1, length, e.connectors.audio_dim))
+        mask = jnp.ones((1, length), bool)
+        return module.init(jax.random.key(0), video, audio, mask, method="contexts")["params"]
+
+    boxed = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, e.dtype, sharding=s),
+        nn.unbox(boxed),
+        partitioning.shardings(boxed, mesh),
+    )
+
+
+def abstract_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
+    """What `load_frozen` will return, as shapes and places."""
+    connectors = abstract_connectors(e, mesh)
+    if e.config.stage == "stage2":
+        return Frozen(None, connectors, None)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
+    return Frozen(teacher, connectors, _abstract_text(e, 1, everywhere))
+
+
+def abstract_batch(e: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of stored features, and of trajectories in stage II, as shapes and places."""
+    rows, size = partitioning.batch_sharding(mesh), e.config.batch_size
+    batch = _abstract_text(e, size, rows)
+    if e.config.stage != "stage2":
+        return batch
+    states = len(e.sigmas)
+    channels = {"video": e.teacher.video_channels, "audio": e.teacher.audio_channels}
+    tokens = {"video": e.clip.video_tokens, "audio": e.clip.audio_frames}
+    shapes = {"sigmas": ((size, states), jnp.float32)}
+    for name in tokens:
+        shape = (tokens[name], channels[name])
+        shapes[name] = ((size, states, *shape), jnp.bfloat16)
+        shapes[f"{name}_velocity"] = ((size, states - 1, *shape), jnp.bfloat16)
+    return batch | {
+        name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in shapes.items()
+    }
+
+
+def _abstract_text(e: Experiment, size: int, sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    m = e.data.manifest
+    widths = {"video_features": m.video_dim, "audio_features": m.audio_dim}
+    if m.shared_features:
+        del widths["audio_features"]
+    text = {
+        name: jax.ShapeDtypeStruct((size, m.text_length, width), jnp.bfloat16, sharding=sharding)
+        for name, width in widths.items()
+    }
+    mask = jax.ShapeDtypeStruct((size, m.text_length), jnp.bool_, sharding=sharding)
+    return text | {"mask": mask}
+
+
 def load_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
     """Teacher, connectors and the negative prompt, in the compute dtype."""
     c = e.config
@@ -94,9 +166,17 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
     teacher = None
     if c.stage != "stage2":
         teacher = load_generator(c.checkpoint, abstract_params(e.model(e.teacher), mesh, e.dtype))
-    connectors = checkpoints.load_params(
-        c.checkpoint, "connectors", dtype=e.dtype, sharding=everywhere
-    )
+    places = jax.tree.map(lambda x: x.sharding, abstract_connectors(e, mesh))
+
+    def place(path: tuple[str, ...], shape: tuple[int, ...]):
+        del shape
+        node = places
+        for name in path:  # stored features are projected already: the projection has no place
+            node = node.get(name, everywhere) if isinstance(node, dict) else node
+        return node
+
+    connectors = checkpoints.load_params(c.checkpoint, "connectors", dtype=e.dtype, sharding=place)
+    connectors = {name: connectors[name] for name in places}
     negative = text_arrays(e.data.negative, e.data.manifest)
     negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
     return Frozen(teacher, connectors, negative)

@@ -6,7 +6,6 @@ every problem it finds at once. `assembly.assemble` then loads weights onto the 
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +33,7 @@ from omniforcing_jax.stages.common import TextInput
 from omniforcing_jax.stages.dmd import DMD, DMDConfig
 from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
 from omniforcing_jax.stages.ode_regression import ODERegression, RegressionConfig
+from omniforcing_jax.storage import locate
 from omniforcing_jax.train import LoopConfig
 from omniforcing_jax.train_state import TrainState
 
@@ -119,6 +119,7 @@ def check(
     reference: ml_collections.ConfigDict,
     num_devices: int,
     data: Any = None,
+    content: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """Checks a config.
 
@@ -127,6 +128,7 @@ def check(
       reference: one with all settings that exist, with their types (`configs.base.training`).
       num_devices: devices of all hosts together.
       data: a dataset with a manifest; None opens the one that the config names.
+      content: of the checkpoint's config.json; None reads it.
 
     Raises:
       ConfigError: lists every problem.
@@ -135,8 +137,9 @@ def check(
     if problems:
         raise ConfigError(problems)
     c, attempt = config, problems.attempt
-    content = attempt("checkpoint", lambda: checkpoints.load_config(c.checkpoint))
-    pipeline = attempt("checkpoint", lambda: PipelineConfig.from_checkpoint(c.checkpoint))
+    if content is None:
+        content = attempt("checkpoint", lambda: checkpoints.load_config(c.checkpoint))
+    pipeline = content and attempt("checkpoint", lambda: PipelineConfig.from_content(content))
     sigmas = attempt(
         "student.timesteps", lambda: tuple(flow.student_sigmas(c.student.timesteps).tolist())
     )
@@ -286,6 +289,11 @@ def _check_heads(student: TransformerConfig, mesh_shape, problems: _Problems) ->
             f"mesh.tensor: {mesh_shape['tensor']} does not divide the model's "
             f"{student.video_heads} heads"
         )
+    elif mesh_shape and student.video_heads % (mesh_shape["tensor"] * mesh_shape["sequence"]):
+        problems.append(
+            f"mesh: tensor {mesh_shape['tensor']} x sequence {mesh_shape['sequence']} does not "
+            f"divide the model's {student.video_heads} heads, which attention is split by"
+        )
 
 
 def _check_batch(c, mesh_shape: dict[str, int] | None, problems: _Problems) -> None:
@@ -327,7 +335,7 @@ def _source_config(c) -> TransformerConfig | None:
     """Of the network from which the student starts: it may rotate otherwise than the teacher."""
     if not c.generator:
         return None
-    source = checkpoints.read_json(pathlib.Path(c.generator) / "config.json")
+    source = checkpoints.read_json(locate(c.generator) / "config.json")
     if "student_config" in source["config"]:  # a run's folder
         fields = source["config"]["student_config"]
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
@@ -357,7 +365,7 @@ def _check_source(c, content, problems: _Problems) -> None:
         )
     if not c.generator:
         return
-    file = pathlib.Path(c.generator) / "config.json"
+    file = locate(c.generator) / "config.json"
     if not file.is_file():
         problems.append(f"generator: {c.generator} is neither a run nor a converted checkpoint")
         return
@@ -442,7 +450,7 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
         )
     blocks = None
     if e.settings.score.context == "block_causal":
-        cache = e.rollout.cache
+        cache = e.rollout.cache.for_clip(c.clip.blocks)
         layout = dataclasses.replace(cache.layout, num_sinks=e.teacher.num_audio_sinks)
         config = dataclasses.replace(e.rollout, cache=dataclasses.replace(cache, layout=layout))
         blocks = BlockContext(config, c.clip.blocks)

@@ -31,7 +31,7 @@ from omniforcing_jax.models.config import TransformerConfig
 from omniforcing_jax.models.layers import KV, History
 from omniforcing_jax.models.rope import ClipRope
 from omniforcing_jax.models.transformer import Pathways
-from omniforcing_jax.partitioning import BATCH_AXES
+from omniforcing_jax.partitioning import BATCH_AXES, HEAD_AXES
 
 POSITIONS = ("absolute", "relative")
 
@@ -86,6 +86,15 @@ class CacheConfig:
                 "without end"
             )
         return num_blocks
+
+    def holds(self, num_blocks: int) -> bool:
+        """Whether nothing has been evicted after `num_blocks` blocks."""
+        return num_blocks <= 1 + self.anchor_blocks + self.window
+
+    def for_clip(self, num_blocks: int) -> "CacheConfig":
+        """The same for a clip of known length, without slots that it would leave empty."""
+        window = min(self.window, num_blocks - 1 - self.anchor_blocks)
+        return dataclasses.replace(self, window=max(window, 1))
 
     def evicted(self, block: jax.Array | int) -> jax.Array:
         """Blocks that have left the window when block `block` is generated."""
@@ -158,7 +167,7 @@ def cache_bytes(
 
 
 def cache_sharding(cache: RollingCache, mesh: Mesh) -> RollingCache:
-    """Shardings of a rolling cache [L, B, S, N, H]: batch over data and fsdp, heads over tensor."""
+    """Shardings of a rolling cache [L, B, S, N, H]: the batch, and the heads as in attention."""
 
     def place(leaf):
         if leaf.ndim != 5:
@@ -166,7 +175,8 @@ def cache_sharding(cache: RollingCache, mesh: Mesh) -> RollingCache:
         batch_axes = tuple(a for a in BATCH_AXES if mesh.shape[a] > 1)
         batch_size = math.prod(mesh.shape[a] for a in batch_axes)
         batch = batch_axes if batch_axes and leaf.shape[1] % batch_size == 0 else None
-        heads = "tensor" if leaf.shape[3] % mesh.shape["tensor"] == 0 else None
+        ways = math.prod(mesh.shape[a] for a in HEAD_AXES)
+        heads = HEAD_AXES if leaf.shape[3] % ways == 0 else None
         return NamedSharding(mesh, P(None, batch, None, heads, None))
 
     return jax.tree.map(place, cache)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -47,9 +48,13 @@ class PipelineConfig:
         Raises:
           ValueError: no such checkpoint, another format, or a setting that is not supported.
         """
-        config = checkpoints.load_config(directory)
-        student = config.get("student") or {}
-        return cls.from_metadata(config["config"], config["model_version"], student)
+        return cls.from_content(checkpoints.load_config(directory))
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> "PipelineConfig":
+        """The same from what `config.json` holds."""
+        student = content.get("student") or {}
+        return cls.from_metadata(content["config"], content["model_version"], student)
 
     @classmethod
     def from_metadata(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from omniforcing_jax import flops, partitioning
+from omniforcing_jax import cost, partitioning
 from omniforcing_jax.assembly import abstract_params, abstract_state
 from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.kv_cache import cache_bytes
@@ -48,9 +48,10 @@ def make_plan(e: Experiment) -> Plan:
         memory["generator: average"] = _bytes(state.generator.ema)
     memory["generator: gradients"] = _bytes(state.generator.params)
     compute = abstract_params(e.model(e.student), mesh, e.dtype)
-    name = "generator: compute weights"
-    gathered = getattr(e.settings, "gather_weights", False)
-    memory[name] = _bytes(compute) * (e.mesh_shape["fsdp"] if gathered else 1)
+    memory["generator: compute weights"] = _bytes(compute)
+    if e.config.stage != "stage2" and e.settings.gather_weights:
+        ways = e.mesh_shape["fsdp"] * e.mesh_shape["sequence"]
+        memory["generator: whole weights for rollouts"] = _bytes(compute) * ways
     if state.critic is not None:
         parameters["critic"] = _count(state.critic.params)
         memory["critic: masters"] = _bytes(state.critic.params)
@@ -61,9 +62,9 @@ def make_plan(e: Experiment) -> Plan:
     if e.config.compute.remat == "full":
         memory["activations between layers"] = _activation_bytes(e)
     if e.config.stage == "stage3":
-        memory["rollout: cache, and keys and values of the scored blocks"] = _rollout_bytes(e)
+        memory["rollout: cache of keys and values"] = rollout_bytes(e)
     tokens = e.config.batch_size * (e.clip.video_tokens + e.clip.audio_frames)
-    return Plan(parameters, memory, flops_per_step(e), tokens)
+    return Plan(parameters, memory, cost.step(e).flops, tokens)
 
 
 def _count(tree: Any) -> int:
@@ -72,12 +73,12 @@ def _count(tree: Any) -> int:
 
 def _bytes(tree: Any) -> int:
     """On one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _samples_per_device(e: Experiment) -> int:
+def samples_per_device(e: Experiment) -> int:
+    """Rows of a microbatch that a device works on."""
     ways = e.mesh_shape["data"] * e.mesh_shape["fsdp"]
     return -(-e.config.batch_size // (e.config.microbatches * ways))
 
@@ -90,75 +91,18 @@ def _activation_bytes(e: Experiment) -> int:
     video = video // e.mesh_shape["sequence"] * e.student.video_dim
     size = jnp.dtype(e.dtype).itemsize
     streams = video + audio * e.student.audio_dim
-    return _samples_per_device(e) * e.student.num_layers * streams * size
+    return samples_per_device(e) * e.student.num_layers * streams * size
 
 
-def _rollout_bytes(e: Experiment) -> int:
-    cache = e.rollout.cache
-    kwargs = {"batch": _samples_per_device(e), "patches": e.rollout.patches, "dtype": e.dtype}
-    whole = dataclasses.replace(cache, window=max(e.config.clip.blocks - 1, 1), anchor_blocks=0)
-    total = cache_bytes(cache, e.student, **kwargs) + cache_bytes(whole, e.student, **kwargs)
-    return total // e.mesh_shape["tensor"]
-
-
-def flops_per_step(e: Experiment) -> float:
-    """Operations of an average training step of the whole batch.
-
-    A forward and backward pass counts three forward passes: what remat, or the blockwise backward
-    pass, computes again is not counted. A rollout counts the steps until its average exit.
-    """
-    c = e.config
-    text = e.data.manifest.text_length
-    clip = _clip_flops(e, e.teacher, text)
-    if c.stage == "stage2":
-        return 3 * c.batch_size * (_clip_flops(e, e.student, text) + _text(e, e.student, text))
-    steps = len(e.sigmas) - 1
-    scores = 2 + e.settings.score.guided  # critic, teacher, teacher with the negative prompt
-    if c.stage == "stage1":
-        # samples exit at steps of their own, and the loop runs until the last of them has
-        sample = steps * clip
-        last = clip
-    else:
-        blocks = [flops.block_flops(e.student, e.rollout, b, text) for b in range(c.rollout_blocks)]
-        one_pass = sum(blocks) / (steps + 1)
-        sample = one_pass * ((steps + 1) / 2 + 1)
-        last = one_pass * c.clip.blocks / c.rollout_blocks
-    if e.settings.score.context == "block_causal":
-        clip = 2 * _rollout_pass(e, text)
-    text_kv = _text(e, e.teacher, text)
-    generator = sample + 2 * last + scores * (clip + text_kv) + 3 * text_kv
-    critic = sample + 3 * clip + 4 * text_kv
-    return c.batch_size * (generator / e.settings.critic_updates + critic)
-
-
-def _text(e: Experiment, config, text: int) -> int:
-    return flops.text_flops(config, text)
-
-
-def _rollout_pass(e: Experiment, text: int) -> float:
-    config = dataclasses.replace(
-        e.rollout, cache=dataclasses.replace(e.rollout.cache, layout=e.layout)
-    )
-    steps = config.num_steps + 1
-    return sum(
-        flops.block_flops(e.teacher, config, b, text) / steps for b in range(e.config.clip.blocks)
-    )
-
-
-def _clip_flops(e: Experiment, config, text: int) -> int:
-    """One pass over the clip. Under block-causal masks, half of the attention is left out."""
-    video, audio = e.clip.video_tokens, e.clip.audio_frames + config.num_audio_sinks
-    keys = (
-        1.0 if e.config.stage != "stage2" else (e.config.clip.blocks + 1) / 2 / e.config.clip.blocks
-    )
-    return flops.forward_flops(
-        config,
-        video_tokens=video,
-        audio_tokens=audio,
-        video_keys=round(video * keys),
-        audio_keys=round(audio * keys),
-        text_tokens=text,
-    )
+def rollout_bytes(e: Experiment) -> int:
+    """The cache, and what blocks wrote that leave it before they are differentiated."""
+    cache = e.rollout.cache.for_clip(e.config.rollout_blocks)
+    kwargs = {"batch": samples_per_device(e), "patches": e.rollout.patches, "dtype": e.dtype}
+    total = cache_bytes(cache, e.student, **kwargs)
+    if not cache.holds(e.config.rollout_blocks):
+        whole = dataclasses.replace(cache, window=max(e.config.clip.blocks - 1, 1), anchor_blocks=0)
+        total += cache_bytes(whole, e.student, **kwargs)
+    return total // (e.mesh_shape["tensor"] * e.mesh_shape["sequence"])
 
 
 def describe(e: Experiment, plan: Plan) -> str:

@@ -196,12 +196,13 @@ class BlockTrace:
     Attributes:
       x0: the block's clean latents [B, T, C] float32.
       exit_input: [B, T, C] the noisy input of the forward pass that predicted `x0`.
-      kv: keys and values [L, B, S, N, H] that the refresh wrote, keys not rotated.
+      kv: keys and values [L, B, S, N, H] that the refresh wrote, keys not rotated; None where the
+        cache will hold them as long as they are needed.
     """
 
     x0: AVLatents
     exit_input: AVLatents
-    kv: Pathways
+    kv: Pathways | None
 
 
 def block_step(

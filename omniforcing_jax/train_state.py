@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax.optimizers import EMAConfig
 from omniforcing_jax.parameter_groups import GROUPS, group_of, is_audio
+from omniforcing_jax.partitioning import WEIGHT_AXES
 
 
 @flax.struct.dataclass
@@ -231,9 +232,9 @@ def cast_params(
       params: tree of arrays.
       dtype: compute dtype.
       shardings: NamedShardings of the masters (`partitioning.shardings`); None without a mesh.
-      gather: hold the copy whole on every device of the `fsdp` axis (still split over `tensor`),
-        so that one all-gather serves all forwards of a rollout. Otherwise the copy lies as the
-        masters do, and each use gathers its layer in `dtype`.
+      gather: hold the copy whole on every device (but for the split over `tensor`), so that one
+        all-gather serves all forwards of a rollout; see `partitioning.whole_weights`. Otherwise the
+        copy lies as the masters do, and each use gathers its layer in `dtype`.
 
     Returns:
       The tree in `dtype`. Its gradient comes back in the masters' dtype and sharding: it is
@@ -257,7 +258,7 @@ def _cast(param: jax.Array, dtype: jnp.dtype, sharding: NamedSharding, gather: b
         # constrained before the gather, so that bytes travel in the narrow dtype
         p = jax.lax.with_sharding_constraint(p.astype(dtype), sharding)
         if gather:
-            p = jax.lax.with_sharding_constraint(p, _without_fsdp(sharding))
+            p = jax.lax.with_sharding_constraint(p, _whole(sharding))
         return p
 
     def backward(_, grad):
@@ -268,10 +269,9 @@ def _cast(param: jax.Array, dtype: jnp.dtype, sharding: NamedSharding, gather: b
     return cast(param)
 
 
-def _without_fsdp(sharding: NamedSharding) -> NamedSharding:
+def _whole(sharding: NamedSharding) -> NamedSharding:
     def drop(entry):
-        if isinstance(entry, tuple):
-            return tuple(axis for axis in entry if axis != "fsdp") or None
-        return None if entry == "fsdp" else entry
+        axes = entry if isinstance(entry, tuple) else (entry,)
+        return None if any(axis in WEIGHT_AXES for axis in axes) else entry
 
     return NamedSharding(sharding.mesh, P(*(drop(entry) for entry in sharding.spec)))

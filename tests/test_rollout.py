@@ -196,7 +196,7 @@ def test_any_block_can_be_redrawn(sinks, ltx23):
 # -- scan and host loop ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sinks", "ltx23"])
+@pytest.mark.parametrize("name", ["sinks", pytest.param("ltx23", marks=pytest.mark.slow)])
 def test_scan_is_the_host_loop(name, request):
     s = request.getfixturevalue(name)
     clip = s.scan()
@@ -234,6 +234,7 @@ def test_a_stream_compiles_two_programs(sinks):
     assert programs[1:] == programs[1:2] * (NUM_BLOCKS - 1)
 
 
+@pytest.mark.slow
 def test_bfloat16(sinks):
     """bf16 compute and cache: finite, float32 latents, and close to the fp32 clip."""
     model = Transformer(sinks.model.config, dtype=jnp.bfloat16)

@@ -50,8 +50,15 @@ def join(chunks):
     return frames, np.concatenate([c.waveform for c in chunks], axis=1)
 
 
-@pytest.mark.parametrize("layout", ["prefix", "merged"])
-@pytest.mark.parametrize("decode_mode", ["causal", "window"])
+@pytest.mark.parametrize(
+    "layout, decode_mode",
+    [
+        ("prefix", "causal"),
+        ("merged", "window"),
+        pytest.param("merged", "causal", marks=pytest.mark.slow),
+        pytest.param("prefix", "window", marks=pytest.mark.slow),
+    ],
+)
 def test_clocks_are_exact(pipeline, layout, decode_mode):
     """After every block the stream holds the frames and samples that the arithmetic says."""
     config = make_config(pipeline, layout)
@@ -181,6 +188,7 @@ def test_clocks_after_two_hundred_seconds(pipeline):
     assert jax.tree.map(np.shape, live.snapshot()["cache"]) == shape
 
 
+@pytest.mark.slow
 def test_modulated_text_attention(random_pipeline):
     """LTX-2.3: text keys depend on the noise level; 48 kHz sound."""
     pipeline = random_pipeline("2.3")

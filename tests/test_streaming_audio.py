@@ -81,7 +81,10 @@ def whole_clip(decoder, latents):
 
 
 # The last is shorter than the look-ahead, so that the flush synthesises all of it
-@pytest.mark.parametrize("chunks", [PREFIX, MERGED, (25, 1, 25), (2, 1)])
+@pytest.mark.parametrize(
+    "chunks",
+    [PREFIX, (2, 1), *(pytest.param(c, marks=pytest.mark.slow) for c in (MERGED, (25, 1, 25)))],
+)
 def test_stream_equals_whole_clip(decoder, chunks):
     latents = random_latents(decoder, sum(chunks))
     streamed = stream(decoder, latents, chunks)

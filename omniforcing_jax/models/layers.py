@@ -13,6 +13,7 @@ import numpy as np
 
 from omniforcing_jax.models.rope import Rope
 from omniforcing_jax.ops.attention import attention, attention_entropy
+from omniforcing_jax.partitioning import constrain, product
 
 
 @flax.struct.dataclass
@@ -38,16 +39,29 @@ def linear(
     *,
     use_bias: bool = True,
     zero_init: bool = False,
+    split_tokens: bool = False,
     name: str | None = None,
 ) -> nn.Dense:
-    """y = x W + b with logical axis names on the weights; parameters are cast to `dtype` at use."""
+    """y = x W + b with logical axis names on the weights; parameters are cast to `dtype` at use.
+
+    `split_tokens`: the input's tokens lie over the mesh's sequence axis. Biases stay whole on every
+    device, unless a product's own split needs them split: gathering thousands of vectors costs more
+    time than they take room.
+    """
+
+    def dot_general(x, kernel, dimensions, **kwargs):
+        del dimensions, kwargs  # nn.Dense contracts the last axis with the first
+        return product(x, kernel, axes, split_tokens=split_tokens)
+
+    bias_axes = tuple(None if axis == "embed" else axis for axis in axes[1:])
     kernel_init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, bias_axes),
+        dot_general=dot_general,
         name=name,
     )
 
@@ -93,10 +107,12 @@ class FeedForward(nn.Module):
     dim: int
     dtype: jnp.dtype
     use_bias: bool = True
+    split_tokens: bool = False
 
     def setup(self):
-        self.up = linear(4 * self.dim, ("embed", "mlp"), self.dtype, use_bias=self.use_bias)
-        self.down = linear(self.dim, ("mlp", "embed"), self.dtype, use_bias=self.use_bias)
+        options = {"use_bias": self.use_bias, "split_tokens": self.split_tokens}
+        self.up = linear(4 * self.dim, ("embed", "mlp"), self.dtype, **options)
+        self.down = linear(self.dim, ("mlp", "embed"), self.dtype, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(nn.gelu(self.up(x), approximate=True))
@@ -110,6 +126,8 @@ class Attention(nn.Module):
       gated: per-head output gates 2 * sigmoid(linear(x)) (LTX-2.3).
       head_norm, tanh_gate: the stabilisers of paper Table 3.
       value_when_skipped: a skipped self-attention passes its values instead of zero (LTX-2.3).
+      split_tokens: whether the tokens of queries, and of keys, lie over the mesh's sequence axis:
+        those of the video and of the text, which are many.
       measured: reports its entropy when the collection "diagnostics" is mutable.
     """
 
@@ -123,15 +141,17 @@ class Attention(nn.Module):
     head_norm: bool = False
     tanh_gate: bool = False
     value_when_skipped: bool = False
+    split_tokens: tuple[bool, bool] = (False, False)
     measured: bool = False
     implementation: str = "auto"
 
     def setup(self):
         inner = self.heads * self.head_dim
-        self.q = linear(inner, ("embed", "heads"), self.dtype)
-        self.k = linear(inner, ("embed", "heads"), self.dtype)
-        self.v = linear(inner, ("embed", "heads"), self.dtype)
-        self.out = linear(self.out_dim, ("heads", "embed"), self.dtype)
+        q_split, kv_split = self.split_tokens
+        self.q = linear(inner, ("embed", "heads"), self.dtype, split_tokens=q_split)
+        self.k = linear(inner, ("embed", "heads"), self.dtype, split_tokens=kv_split)
+        self.v = linear(inner, ("embed", "heads"), self.dtype, split_tokens=kv_split)
+        self.out = linear(self.out_dim, ("heads", "embed"), self.dtype, split_tokens=q_split)
         self.q_norm = RMSNorm(inner, self.eps, self.dtype)
         self.k_norm = RMSNorm(inner, self.eps, self.dtype)
         if self.gated:
@@ -200,7 +220,10 @@ class Attention(nn.Module):
             y = jnp.where(keep[:, None, None, None] > 0, y, v[:, : y.shape[1]])
         if self.gated:
             y = y * (2 * nn.sigmoid(self.gate(x)))[..., None]
-        y = self.out(y.reshape(*x.shape[:2], -1))
+        y = constrain(
+            y.reshape(*x.shape[:2], -1), "batch", "tokens" if self.split_tokens[0] else None
+        )
+        y = self.out(y)
         if self.tanh_gate:
             y = y * jnp.tanh(self.alpha).astype(self.dtype)
         if keep is not None and not self.value_when_skipped:

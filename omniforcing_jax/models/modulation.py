@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.models.layers import linear
+from omniforcing_jax.partitioning import WHOLE, constrain
 
 NUM_SINUSOIDS = 256
 
@@ -37,6 +38,8 @@ class AdaLN(nn.Module):
         rows = linear(self.rows * self.dim, ("embed", "mlp"), self.dtype, name="linear")(
             nn.silu(embedded)
         )
+        # few numbers that every product with thousands of tokens needs whole
+        rows = constrain(rows, "batch", *(WHOLE,) * timestep.ndim)
         return rows.reshape(*timestep.shape, self.rows, self.dim), embedded
 
 

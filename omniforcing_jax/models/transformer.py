@@ -20,7 +20,7 @@ from omniforcing_jax.models.inputs import ClipMask, Conditioning, Modality, Path
 from omniforcing_jax.models.layers import Attention, FeedForward, linear
 from omniforcing_jax.models.modulation import AdaLN, gated, layer_norm, modulate, rms_norm
 from omniforcing_jax.models.rope import clip_rope
-from omniforcing_jax.partitioning import constrain
+from omniforcing_jax.partitioning import WHOLE, constrain
 
 
 class Block(nn.Module):
@@ -35,7 +35,9 @@ class Block(nn.Module):
     def setup(self):
         c = self.config
 
-        def attention(heads, head_dim, out_dim, causal=True, self_attention=False, measured=False):
+        def attention(
+            heads, head_dim, out_dim, split, causal=True, self_attention=False, measured=False
+        ):
             return Attention(
                 heads,
                 head_dim,
@@ -47,18 +49,24 @@ class Block(nn.Module):
                 head_norm=causal and c.extra_qk_norm,
                 tanh_gate=causal and c.tanh_gated_attention,
                 value_when_skipped=self_attention and c.perturbation == "value",
+                split_tokens=split,
                 measured=measured,
                 implementation=self.implementation,
             )
 
         video, audio = (c.video_heads, c.video_head_dim), (c.audio_heads, c.audio_head_dim)
-        self.video_attn = attention(*video, c.video_dim, self_attention=True)
-        self.audio_attn = attention(*audio, c.audio_dim, self_attention=True, measured=True)
-        self.video_text_attn = attention(*video, c.video_dim, causal=False)
-        self.audio_text_attn = attention(*audio, c.audio_dim, causal=False)
-        self.a2v_attn = attention(*audio, c.video_dim)
-        self.v2a_attn = attention(*audio, c.audio_dim)
-        self.video_ff = FeedForward(c.video_dim, self.dtype, use_bias=c.video_ff_bias)
+        # whether the tokens of queries, and of keys, are many: 25 of the audio a second are not
+        self.video_attn = attention(*video, c.video_dim, (True, True), self_attention=True)
+        self.audio_attn = attention(
+            *audio, c.audio_dim, (False, False), self_attention=True, measured=True
+        )
+        self.video_text_attn = attention(*video, c.video_dim, (True, True), causal=False)
+        self.audio_text_attn = attention(*audio, c.audio_dim, (False, True), causal=False)
+        self.a2v_attn = attention(*audio, c.video_dim, (True, False))
+        self.v2a_attn = attention(*audio, c.audio_dim, (False, True))
+        self.video_ff = FeedForward(
+            c.video_dim, self.dtype, use_bias=c.video_ff_bias, split_tokens=True
+        )
         self.audio_ff = FeedForward(c.audio_dim, self.dtype)
         self.video_table = _table(self, "video_table", c.table_rows, c.video_dim)
         self.audio_table = _table(self, "audio_table", c.table_rows, c.audio_dim)
@@ -197,7 +205,7 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        self.video_in = linear(c.video_dim, (None, "embed"), self.dtype)
+        self.video_in = linear(c.video_dim, (None, "embed"), self.dtype, split_tokens=True)
         self.audio_in = linear(c.audio_dim, (None, "embed"), self.dtype)
         if c.caption_channels is not None:
             self.video_caption = CaptionProjection(c.video_dim, self.dtype)
@@ -214,12 +222,12 @@ class Transformer(nn.Module):
         if c.keyframe_embedding:
             self.keyframe_embedding = _table(self, "keyframe_embedding", 1, c.video_dim)
         if c.num_audio_sinks:
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None))
             self.audio_sinks = self.param("audio_sinks", init, (c.num_audio_sinks, c.audio_dim))
         self.blocks = self._scanned_block()
         self.video_out_table = _table(self, "video_out_table", 2, c.video_dim)
         self.audio_out_table = _table(self, "audio_out_table", 2, c.audio_dim)
-        self.video_out = linear(c.video_channels, ("embed", None), self.dtype)
+        self.video_out = linear(c.video_channels, ("embed", None), self.dtype, split_tokens=True)
         self.audio_out = linear(c.audio_channels, ("embed", None), self.dtype)
 
     def _scanned_block(self) -> Block:
@@ -276,9 +284,9 @@ class Transformer(nn.Module):
                 self.audio_sinks.astype(self.dtype), (a.shape[0], sinks, a.shape[2])
             )
             a = jnp.concatenate([tokens, a], axis=1)
-        # 25 audio tokens a second are not worth splitting; thousands of video tokens are.
-        v = None if v is None else constrain(v, "batch", "tokens")
-        a = None if a is None else constrain(a, "batch")
+        # Splitting 25 audio tokens a second costs more than it saves (docs/scaling.md).
+        v = None if v is None else constrain(v, "batch", "tokens", WHOLE)
+        a = None if a is None else constrain(a, "batch", WHOLE, WHOLE)
         (v, a), new_kv = self.blocks((v, a), history, text, keep, v_stream, a_stream)
         if v is not None:
             v = self._head(v, self.video_out_table, v_time, self.video_out)
@@ -448,8 +456,8 @@ class CaptionProjection(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.linear_1 = linear(self.dim, (None, "embed"), self.dtype)
-        self.linear_2 = linear(self.dim, ("embed", None), self.dtype)
+        self.linear_1 = linear(self.dim, (None, "embed"), self.dtype, split_tokens=True)
+        self.linear_2 = linear(self.dim, ("embed", None), self.dtype, split_tokens=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(nn.gelu(self.linear_1(x), approximate=True))
@@ -490,7 +498,8 @@ def init_boxed_params(model: Transformer, key: jax.Array) -> dict:
 
 
 def _table(module: nn.Module, name: str, rows: int, dim: int) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.normal(dim**-0.5), (None, "embed"))
+    # whole on every device, as biases are
+    init = nn.with_logical_partitioning(nn.initializers.normal(dim**-0.5), (None, None))
     return module.param(name, init, (rows, dim))
 
 

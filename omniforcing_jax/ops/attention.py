@@ -14,8 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.ops import splash
+from omniforcing_jax.partitioning import WHOLE, constrain
 
-IMPLEMENTATIONS = ("auto", "xla", "prefix", "cudnn", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "chunked", "prefix", "cudnn", "splash")
+
+# Queries of a chunk of `chunked` attention.
+CHUNK = 512
 
 # A flash kernel's tile has at least this many query rows. With fewer, such as the 25 audio tokens
 # of a block, the logits are small and plain matrix products do.
@@ -46,6 +50,8 @@ def attention(
     Implementations:
       * `xla`: plain einsum with a dense mask, the reference for the others. Holds fp32 logits
         [B, N, T, S], so long sequences take much memory.
+      * `chunked`: the same, a few hundred queries after the other, forward and backward: logits
+        [B, N, 512, S]. What a flash kernel needs in memory, on any hardware.
       * `prefix`: rows with equal `kv_end` attend, unmasked, to a static slice of the keys. No mask
         and no wasted multiplication; every group runs on the platform's best dense kernel.
       * `cudnn`: as `prefix`, always on cuDNN flash attention (NVIDIA GPU, 16-bit dtypes).
@@ -82,10 +88,17 @@ def attention(
         implementation = _choose(q, k, kv_end, mask)
     if mask is not None and implementation != "xla":
         raise ValueError(f"{implementation!r} attention takes no dense mask; use 'xla' or 'auto'")
+    q, k, v = (constrain(x, "batch", WHOLE, "attention_heads") for x in (q, k, v))
+    out = _run(q, k, v, kv_end, kv_length, mask, scale, implementation)
+    return constrain(out, "batch", WHOLE, "attention_heads")
 
+
+def _run(q, k, v, kv_end, kv_length, mask, scale, implementation: str) -> jax.Array:
     match implementation:
         case "xla":
             return _masked_xla(q, k, v, kv_end, kv_length, mask, scale)
+        case "chunked":
+            return _chunked(q, k, v, kv_end, kv_length, scale)
         case "prefix":
             kernel = "cudnn" if _cudnn_refusal(q) is None else "xla"
             return _prefix(q, k, v, kv_end, kv_length, scale, kernel)
@@ -166,6 +179,31 @@ def _xla(q, k, v, mask, scale):
         # The second select turns the uniform softmax of rows without any key into zeros.
         probs = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
     return jnp.einsum("BNTS,BSNH->BTNH", probs.astype(v.dtype), v).astype(q.dtype)
+
+
+def _chunked(q, k, v, kv_end, kv_length, scale):
+    """`_masked_xla` on chunks of queries; the backward pass computes each chunk's logits again."""
+    length = q.shape[1]
+    count = -(-length // CHUNK)
+    if count == 1:
+        return _masked_xla(q, k, v, kv_end, kv_length, None, scale)
+    padding = count * CHUNK - length
+    rows = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    rows = jnp.moveaxis(rows.reshape(q.shape[0], count, CHUNK, *q.shape[2:]), 1, 0)
+    ends = jnp.full((count, CHUNK), k.shape[1], jnp.int32)
+    if kv_end is not None:
+        ends = jnp.asarray(np.pad(kv_end, (0, padding), mode="edge").reshape(count, CHUNK))
+    keys = jnp.arange(k.shape[1])
+
+    @jax.checkpoint
+    def chunk(q, ends):
+        mask = keys < ends[:, None]  # [T, S]
+        if kv_length is not None:
+            mask = mask & (keys < _per_sample(kv_length, q.shape[0])[:, None, None, None])
+        return _xla(q, k, v, mask, scale)
+
+    out = jax.lax.map(lambda rows: chunk(*rows), (rows, ends))  # [chunks, B, T, N, H]
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
 
 def _dense(q, k, v, kv_length, scale, kernel):

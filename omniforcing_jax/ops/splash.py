@@ -14,9 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from omniforcing_jax.partitioning import BATCH_AXES
-
-HEAD_AXES = ("tensor",)
+from omniforcing_jax.partitioning import BATCH_AXES, HEAD_AXES
 
 # Largest first: the kernel wants blocks in multiples of its 128 lanes, and big ones.
 BLOCK_SIZES = (512, 256, 128)
@@ -69,7 +67,7 @@ def splash_attention(
     """Attention of `ops.attention.attention` on the splash kernel.
 
     If a mesh is set, the kernel runs under `jax.shard_map`: batch over `data` and `fsdp`, heads
-    over `tensor`, each where the size divides; other axes hold copies.
+    over `tensor` and `sequence`, each where the size divides; other axes hold copies.
 
     Args:
       q: [B, T, N, H].

@@ -3,11 +3,13 @@
 A block's forward pass depends on the weights through its own tokens and through the text; the
 history it attends to is detached (Self-Forcing; paper section 3.4). Therefore the backward pass can
 visit the blocks one by one, in order, over the same rolling cache: each block's pass is run again
-with gradient, its gradient is added up, and its stored keys and values are written behind it. The
+with gradient, its gradient is added up, and its keys and values join the history: they are in the
+cache still, or, where the window is shorter than the clip, were stored and are written again. The
 memory is that of one block's backward pass and one cache, whatever the number of blocks;
 differentiating a scan over the cache would keep one cache per block.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -30,13 +32,14 @@ class BlockInput:
     Attributes:
       x: [B, T, C] noisy tokens.
       sigma: [B] their noise level.
-      kv: keys and values [L, B, S, N, H] that the finished block contributes to the history.
+      kv: keys and values [L, B, S, N, H] that the finished block contributes to the history; None
+        when the cache holds those of all blocks already.
       extra: what the loss reads.
     """
 
     x: AVLatents
     sigma: jax.Array
-    kv: Pathways
+    kv: Pathways | None
     extra: Any
 
 
@@ -60,7 +63,8 @@ def blockwise_gradient(
       weights: parameters in the compute dtype.
       text: text K/V for the noise level of the blocks.
       blocks: block 0 (None when the cache already holds it), and later blocks stacked (or None).
-      cache: the cache in front of the first of them.
+      cache: the cache in front of the first of them. If nothing is evicted, it may be the one after
+        the last of them with its counter set back: what lies behind the counter is not read.
 
     Returns:
       Gradients of the weights and of `text`, float32, and the loss's values per block, stacked in
@@ -81,7 +85,10 @@ def blockwise_gradient(
         text_gradients = jax.tree.map(
             lambda t, g: t + g.astype(jnp.float32), text_gradients, new_text
         )
-        cache = kv_cache.write(cache, block.kv, config.patches, first=first)
+        if block.kv is None:
+            cache = cache.replace(num_blocks=cache.num_blocks + 1)
+        else:
+            cache = kv_cache.write(cache, block.kv, config.patches, first=first)
         return (cache, gradients, text_gradients), values
 
     def zeros(tree):
@@ -136,6 +143,7 @@ def teacher_forced_gradient(
       Gradients of the weights of the sum over blocks, float32, and the values per block.
     """
     num_blocks = sigma.shape[1]
+    config = dataclasses.replace(config, cache=config.cache.for_clip(num_blocks))
     layout, patches = config.cache.layout, config.patches
     rope = config.rope(model, num_blocks)
 
@@ -146,15 +154,19 @@ def teacher_forced_gradient(
     clean_text = text_of(weights, jnp.full(sigma.shape[:1], config.context_noise))
     text, text_pullback = jax.vjp(lambda w: text_of(w, sigma[:, 0]), weights)
 
+    holds = config.cache.holds(num_blocks)
+
     def write_clean(cache, block: AVLatents, first: bool):
         forward = bind(model, weights, cache, rope, config, first=first)
         _, kv = forward(block, jnp.float32(config.context_noise), clean_text, return_kv=True)
-        return kv_cache.write(cache, kv, patches, first=first), kv
+        cache = kv_cache.write(cache, kv, patches, first=first)
+        return cache, None if holds else kv
 
-    empty = new_cache(model, config, sigma.shape[0])
+    cache = empty = new_cache(model, config, sigma.shape[0])
     first_clean, later_clean = split_blocks(jax.lax.stop_gradient(clean), layout, patches)
-    cache, first_kv = write_clean(empty, first_clean, True)
-    _, later_kv = jax.lax.scan(lambda c, b: write_clean(c, b, False), cache, later_clean)
+    cache, first_kv = write_clean(cache, first_clean, True)
+    cache, later_kv = jax.lax.scan(lambda c, b: write_clean(c, b, False), cache, later_clean)
+    start = cache.replace(num_blocks=empty.num_blocks) if holds else empty
     parts = [split_blocks(clip, layout, patches) for clip in (noisy, *targets)]
 
     def block_input(which: int, sigma, kv) -> BlockInput:
@@ -164,7 +176,7 @@ def teacher_forced_gradient(
     first = block_input(0, sigma[:, 0], first_kv)
     rest = block_input(1, sigma[:, 1:].T, later_kv) if num_blocks > 1 else None
     gradients, text_gradients, values = blockwise_gradient(
-        model, weights, text, (first, rest), empty, rope, config, loss
+        model, weights, text, (first, rest), start, rope, config, loss
     )
     text_gradients = jax.tree.map(lambda g, t: g.astype(t.dtype), text_gradients, text)
     (through_text,) = text_pullback(text_gradients)

@@ -23,6 +23,7 @@ from omniforcing_jax.clip import clip_velocity, draw_noise
 from omniforcing_jax.losses import LossWeights
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.optimizers import EMAConfig
+from omniforcing_jax.partitioning import constrain
 from omniforcing_jax.rollout import AVLatents
 from omniforcing_jax.scores import BlockContext, ScoreConfig
 from omniforcing_jax.stages.blockwise import NoisyBlock, teacher_forced_gradient
@@ -51,8 +52,8 @@ class DMDConfig:
       critic_updates: critic updates per generator update (5 in the paper's recipe).
       microbatches: parts a batch is cut into.
       seed: of everything random in training.
-      gather_weights: gather the compute-dtype weights once per update rather than layer by layer in
-        every forward pass: faster in rollouts, and the whole model has to fit on a device.
+      gather_weights: gather the generator's compute-dtype weights once per update, rather than
+        layer by layer in every pass of a rollout: faster, and they have to fit on a device.
     """
 
     weights: LossWeights = dataclasses.field(default_factory=LossWeights)
@@ -144,12 +145,12 @@ class DMD:
         """The generator, or the critic, after one update."""
         is_generator = name == "generator"
         gradient_of = self.generator_gradient if is_generator else self.critic_gradient
-        generator, critic = self._compute(state)
+        generator, critic, whole = self._compute(state)
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         key = jax.random.fold_in(key, int(not is_generator))
         shardings = self.shardings and getattr(self.shardings, name).params
         grads, (loss, sigma) = accumulate(
-            lambda batch: gradient_of(generator, critic, frozen, batch, key),
+            lambda batch: gradient_of(generator, critic, frozen, batch, key, whole),
             numbered(batch),
             self.config.microbatches,
             shardings,
@@ -165,21 +166,28 @@ class DMD:
         )
         return network, metrics | {f"{name}/{key}": value for key, value in info.items()}
 
-    def _compute(self, state: TrainState) -> tuple[Any, Any]:
-        """Generator and critic in the dtype they compute in."""
-        models = {"generator": self.generator.model, "critic": self.critic}
-        return tuple(
-            cast_params(
-                getattr(state, name).params,
-                model.dtype,
-                shardings=self.shardings and getattr(self.shardings, name).params,
-                gather=self.config.gather_weights and self.shardings is not None,
-            )
-            for name, model in models.items()
-        )
+    def _compute(self, state: TrainState) -> tuple[Any, Any, Any | None]:
+        """Generator and critic in the dtype they compute in, and the generator's weights whole."""
+
+        def compute(name: str, model: Transformer, gather: bool = False):
+            places = self.shardings and getattr(self.shardings, name).params
+            params = getattr(state, name).params
+            return cast_params(params, model.dtype, shardings=places, gather=gather)
+
+        whole = None
+        if self.config.gather_weights and self.shardings is not None:
+            whole = compute("generator", self.generator.model, gather=True)
+        generator = compute("generator", self.generator.model)
+        return generator, compute("critic", self.critic), whole
 
     def generator_gradient(
-        self, weights: Any, critic: Any, frozen: Frozen, batch: dict[str, jax.Array], key: jax.Array
+        self,
+        weights: Any,
+        critic: Any,
+        frozen: Frozen,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        whole: Any | None = None,
     ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
         """Gradient of the DMD loss with respect to the generator's weights.
 
@@ -187,6 +195,8 @@ class DMD:
           weights, critic: parameters in the compute dtype.
           batch: with "row" [b], the samples' rows in the global batch.
           key: of the step.
+          whole: the generator's weights once more, whole on every device: for passes without
+            gradient.
 
         Returns:
           Gradients of the mean over samples, and per-sample losses [b] and sigmas [b].
@@ -195,7 +205,7 @@ class DMD:
         of_samples, of_step = jax.random.split(key)
         keys = sample_keys(of_samples, batch["row"])
         x, pullback = self.generator.sample_with_pullback(
-            weights, contexts, fold(keys, _SAMPLE), of_step
+            weights, contexts, fold(keys, _SAMPLE), of_step, whole
         )
         gradient, sigma = self.score_gradient(critic, frozen, x, contexts, keys)
         loss = jax.tree.map(losses.dmd_loss, gradient)
@@ -214,29 +224,45 @@ class DMD:
         score = self.config.score
         sigma, noisy, _ = self._noised(x, keys)
 
-        def x0_from(model, params, contexts) -> AVLatents:
+        def x0_from(model, params, x, noisy, sigma, contexts) -> AVLatents:
             return scores.predict_x0(
                 model, params, x, noisy, sigma, contexts, self.generator.clip, self.blocks
             )
 
-        fake = x0_from(self.critic, critic, contexts)
-        real = x0_from(self.teacher, frozen.teacher, contexts)
+        fake = x0_from(self.critic, critic, x, noisy, sigma, contexts)
         if score.guided:
+            # Both passes of the teacher as one of twice the rows: its weights are gathered once.
+            # A sample's two rows are neighbours, so that nothing moves between devices.
             negative = self.text.contexts(frozen.connectors, frozen.negative)
-            negative = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), negative, contexts)
-            uncond = x0_from(self.teacher, frozen.teacher, negative)
+            both = jax.tree.map(
+                lambda c, n: _interleave(c, jnp.broadcast_to(n, c.shape)), contexts, negative
+            )
+            twice = jax.tree.map(lambda x: _interleave(x, x), (x, noisy, sigma))
+            predictions = x0_from(self.teacher, frozen.teacher, *twice, both)
+            real, uncond = (
+                jax.tree.map(lambda p, i=i: p.reshape(-1, 2, *p.shape[1:])[:, i], predictions)
+                for i in (0, 1)
+            )
             scale = scores.draw_guidance(fold(keys, _GUIDANCE), score)
             real = jax.tree.map(scores.guide_cfg, real, uncond, scale)
+        else:
+            real = x0_from(self.teacher, frozen.teacher, x, noisy, sigma, contexts)
         return jax.tree.map(losses.dmd_gradient, x, fake, real), sigma
 
     def critic_gradient(
-        self, weights: Any, critic: Any, frozen: Frozen, batch: dict[str, jax.Array], key: jax.Array
+        self,
+        weights: Any,
+        critic: Any,
+        frozen: Frozen,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        whole: Any | None = None,
     ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
         """Gradient of the flow matching loss by the critic's weights; as `generator_gradient`."""
         contexts = self.text.contexts(frozen.connectors, batch)
         of_samples, of_step = jax.random.split(key)
         keys = sample_keys(of_samples, batch["row"])
-        x = self.generator.sample(weights, contexts, fold(keys, _SAMPLE), of_step)
+        x = self.generator.sample(weights, contexts, fold(keys, _SAMPLE), of_step, whole)
         x = jax.lax.stop_gradient(x)
         sigma, noisy, noise = self._noised(x, keys)
 
@@ -284,3 +310,9 @@ class DMD:
         sigma = scores.draw_sigmas(fold(keys, _SIGMA), self.config.score)
         noise = draw_noise(fold(keys, _NOISE), self.generator.clip, self.critic)
         return sigma, jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), x, noise), noise
+
+
+def _interleave(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Rows a0, b0, a1, b1, ...: [B, ...] and [B, ...] -> [2 B, ...]."""
+    both = jnp.stack([a, b], axis=1)
+    return constrain(both.reshape(-1, *a.shape[1:]), "batch")

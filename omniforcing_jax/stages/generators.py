@@ -6,15 +6,16 @@ backward simulation (DMD2) means that the clip comes from the student's own step
 last of them is differentiated.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax import flow, kv_cache
+from omniforcing_jax import flow, kv_cache, partitioning
 from omniforcing_jax.clip import Clip, clip_x0, draw_noise
 from omniforcing_jax.models.inputs import TextKV
 from omniforcing_jax.models.transformer import Transformer
@@ -65,17 +66,34 @@ class BidirectionalGenerator:
         return len(self.sigmas) - 1
 
     def sample(
-        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        whole: Any | None = None,
     ) -> AVLatents:
-        """Clips [B, T, C] float32 from [B] keys; `step_key` is that of the training step."""
-        x, sigma = self._simulate(weights, contexts, keys)
-        return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+        """Clips [B, T, C] float32 from [B] keys.
+
+        Args:
+          step_key: of the training step.
+          whole: the weights whole on every device, if there is such a copy.
+        """
+        with _rollout_weights(weights, whole) as weights:
+            x, sigma = self._simulate(weights, contexts, keys)
+            return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
 
     def sample_with_pullback(
-        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        whole: Any | None = None,
     ) -> tuple[AVLatents, Pullback]:
         """As `sample`, and the map from dL/dclip to dL/dweights."""
-        x, sigma = self._simulate(weights, contexts, keys)
+        with _rollout_weights(weights, whole) as fixed:
+            x, sigma = self._simulate(fixed, contexts, keys)
 
         def last_step(weights):
             return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
@@ -160,14 +178,21 @@ class UnrolledGenerator:
         return self.config.num_steps
 
     def sample(
-        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        whole: Any | None = None,
     ) -> AVLatents:
         """The scored part [B, T, C] float32 of rollouts from [B] keys.
 
-        Every block exits at the same step, drawn from `step_key`: all hosts draw the same.
+        Every block exits at the same step, drawn from `step_key`: all hosts draw the same. `whole`
+        are the weights whole on every device, if there is such a copy.
         """
-        text = self._text(weights, contexts)
-        return self._window(*self._unroll(weights, text, keys, self._exit(step_key))[:2])
+        with _rollout_weights(weights, whole) as weights:
+            text = self._text(weights, contexts)
+            return self._window(*self._unroll(weights, text, keys, self._exit(step_key))[:2])
 
     def generate(self, weights: Any, contexts: Contexts, keys: jax.Array) -> AVLatents:
         """The scored part [B, T, C] float32 of rollouts with all steps, as in use."""
@@ -175,7 +200,12 @@ class UnrolledGenerator:
         return self._window(*self._unroll(weights, text, keys, None)[:2])
 
     def sample_with_pullback(
-        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        whole: Any | None = None,
     ) -> tuple[AVLatents, Pullback]:
         """As `sample`, and the map from dL/dclip to dL/dweights.
 
@@ -183,8 +213,10 @@ class UnrolledGenerator:
         keys and values of the text; earlier steps are detached, and so is the history by default.
         """
         exit_step = self._exit(step_key)
-        text = self._text(weights, contexts)
-        first, rest, cache = self._unroll(weights, text, keys, exit_step)
+        with _rollout_weights(weights, whole) as fixed:
+            text = self._text(fixed, contexts)
+            first, rest, cache = self._unroll(fixed, text, keys, exit_step)
+        config = self.rollout
         sample = self._window(first, rest)
         sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[exit_step])
 
@@ -202,7 +234,7 @@ class UnrolledGenerator:
                 blocks,
                 cache,
                 self._rope(),
-                self.config,
+                config,
                 _inner_product,
             )
             text_gradients = jax.tree.map(lambda g, t: g.astype(t.dtype), text_gradients, exit_kv)
@@ -220,7 +252,7 @@ class UnrolledGenerator:
 
     def _replay(self, weights, texts, first, rest, cache, sigma, keys) -> AVLatents:
         """The scored blocks again from their exit inputs, with gradient along the whole rollout."""
-        rope, config = self._rope(), self.config
+        rope, config = self._rope(), self.rollout
         exit_text, text = texts
 
         @functools.partial(jax.checkpoint, static_argnums=2)
@@ -250,15 +282,23 @@ class UnrolledGenerator:
         return encode_prompt(self.model, weights, *contexts, levels=self.config.sigma_levels)
 
     def _rope(self):
-        return self.config.rope(self.model, self.num_blocks)
+        return self.rollout.rope(self.model, self.num_blocks)
+
+    @property
+    def rollout(self) -> RolloutConfig:
+        """`config`, with a cache no larger than this rollout fills."""
+        cache = self.config.cache.for_clip(self.num_blocks)
+        return dataclasses.replace(self.config, cache=cache)
 
     def _unroll(self, weights, text, keys, exit_step):
         """Trace of block 0 (None when it is not scored), traces of the other scored blocks, stacked
-        (None when there are none), and the cache in front of the first scored block."""
-        rope = self._rope()
+        (None when there are none), and the cache in front of the first scored block (which holds
+        what comes later as well, where nothing is evicted)."""
+        rope, config = self._rope(), self.rollout
+        holds = config.cache.holds(self.num_blocks)
 
         def step(cache, block, first):
-            noise = noise_of_block(keys, block, self.config, self.model, first=first)
+            noise = noise_of_block(keys, block, config, self.model, first=first)
             trace, cache = traced_block_step(
                 self.model,
                 weights,
@@ -266,14 +306,14 @@ class UnrolledGenerator:
                 text,
                 rope,
                 noise,
-                self.config,
+                config,
                 first=first,
                 exit_step=exit_step,
             )
-            return cache, trace
+            return cache, trace.replace(kv=None) if holds else trace
 
         unscored = self.num_blocks - self.scored_blocks
-        empty = new_cache(self.model, self.config, keys.shape[0])
+        empty = new_cache(self.model, config, keys.shape[0])
         cache, first = step(empty, 0, True)
         before = empty
         if unscored:
@@ -283,7 +323,9 @@ class UnrolledGenerator:
         blocks = jnp.arange(max(unscored, 1), self.num_blocks)
         if not blocks.size:
             return first, None, before
-        _, rest = jax.lax.scan(lambda c, b: step(c, b, False), cache, blocks)
+        cache, rest = jax.lax.scan(lambda c, b: step(c, b, False), cache, blocks)
+        if holds:
+            before = cache.replace(num_blocks=before.num_blocks)
         return first, rest, before
 
     def _window(self, first: BlockTrace | None, rest: BlockTrace | None) -> AVLatents:
@@ -313,6 +355,13 @@ class UnrolledGenerator:
             sigmas = jnp.broadcast_to(sigma, (count, *sigma.shape))
             rest = BlockInput(rest.exit_input, sigmas, rest.kv, later)
         return first, rest
+
+
+@contextlib.contextmanager
+def _rollout_weights(weights: Any, whole: Any | None) -> Iterator[Any]:
+    """What to trace passes without gradient with: the whole weights where there are some."""
+    with partitioning.whole_weights(whole is not None):
+        yield weights if whole is None else whole
 
 
 def _inner_product(x0: AVLatents, cotangent: AVLatents) -> tuple[jax.Array, None]:

@@ -1,0 +1,284 @@
+"""Compiles 19B training steps and the sampler for machines that are not here, and measures them.
+
+    python -m launch.aot --target v5p:4x4x4 --program stage3 --mesh fsdp=32,sequence=2
+    python -m launch.aot --target h100:32 --program stage1 --mesh fsdp=32
+    python -m launch.aot --all --output docs/scaling.json    # every row of docs/scaling.md
+
+Nothing is allocated, no device needed: weights, optimizer states and batches are shapes. A TPU
+compiler refuses what does not fit into the chips' memory; for GPUs the peak is compared with what
+they have. Prints, per device, arguments, temporaries and peak; what travels between devices; and a
+roofline estimate of the step's time. TPUs need libtpu, GPUs jax's CUDA plugin (see `hardware`).
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from omniforcing_jax import aot, cost, dry_run, hardware
+from omniforcing_jax.experiment import ConfigError
+
+# What docs/scaling.md shows: (target, program, mesh, settings).
+CASES = (
+    ("v5p:4x4x4", "stage3", "fsdp=32,sequence=2", {}),
+    ("v6e:8x8", "stage3", "fsdp=32,sequence=2", {}),
+    ("v5p:2x4x4", "stage1", "fsdp=16,sequence=2", {}),
+    ("v6e:4x8", "stage1", "fsdp=16,sequence=2", {"microbatches": 2}),
+    ("v5p:2x4x4", "stage2", "fsdp=16,sequence=2", {}),
+    ("v6e:4x8", "stage2", "fsdp=16,sequence=2", {"microbatches": 2}),
+    ("tpu7x:2x2x4", "stage3", "fsdp=16,sequence=2", {"microbatches": 2}),
+    ("h100:32", "stage3", "fsdp=32", {}),
+    ("h200:32", "stage3", "fsdp=32", {}),
+    ("h200:8", "stage2", "fsdp=8", {"microbatches": 4}),
+    ("v5p:1x1x1", "stream", "tensor=1", {}),
+    ("v6e:1x2", "stream", "tensor=2", {}),
+    ("h100:1", "stream", "tensor=1", {}),
+)
+
+RESULTS, PAGE = pathlib.Path("docs/scaling.json"), pathlib.Path("docs/scaling.md")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.aot", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--target", default="cpu", help=f"machine: {hardware.EXAMPLES}")
+    add("--program", choices=aot.PROGRAMS, default="stage3")
+    add("--mesh", default="fsdp=-1", help="axes, such as fsdp=32,sequence=2; -1 is the rest")
+    add("--variant", default="19b", help="of the stage's config file (default 19b)")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the config")
+    add("--size", choices=dry_run.SIZES, default="full")
+    add("--layers", type=int, help="of the transformer (default: as the size has)")
+    add("--thorough", action="store_true", help="let the compiler optimize as for use: 2-4x slower")
+    add("--all", action="store_true", help="compile every case of docs/scaling.md")
+    add("--output", type=pathlib.Path, help="JSON file to which results are added")
+    add("--table", action="store_true", help="write docs/scaling.md's table from the output file")
+    add("--hlo", type=pathlib.Path, help="folder for the compiled programs' text")
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Compiles one case; what was found.
+
+    Raises:
+      ValueError: the target is unknown or its compiler is missing.
+      ConfigError: the mesh or a setting is wrong.
+    """
+    target = hardware.load(args.target)
+    mesh_shape = parse_mesh(args.mesh)
+    changes = dict(pair.split("=", 1) for pair in args.set)
+    changes = {name: json.loads(value) for name, value in changes.items()}
+    if args.program == "stream":
+        programs = aot.stream_programs(
+            target, mesh_shape, size=args.size, layers=args.layers, changes=changes
+        )
+    else:
+        programs = aot.stage_programs(
+            target,
+            args.program,
+            mesh_shape,
+            variant=args.variant,
+            size=args.size,
+            layers=args.layers,
+            changes=changes,
+        )
+    result = {
+        "target": args.target,
+        "program": args.program,
+        "mesh": ",".join(f"{k}={v}" for k, v in programs.mesh_shape.items() if v > 1) or "1",
+        "settings": changes,
+        "size": args.size,
+        "layers": args.layers,
+        "thorough": args.thorough,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "jax": jax.__version__,
+        "parts": {},
+    }
+    for name, lowered in programs.lowered.items():
+        start = time.perf_counter()
+        print(f"compiling {args.program} {name} for {args.target}", file=sys.stderr, flush=True)
+        try:
+            part, text = aot.compile_part(programs, name, lowered(), thorough=args.thorough)
+        except jax.errors.JaxRuntimeError as error:
+            part, text = {"refused": aot.reason(error)}, ""
+        part["seconds"] = round(time.perf_counter() - start, 1)
+        result["parts"][name] = part
+        if args.hlo and text:
+            args.hlo.mkdir(parents=True, exist_ok=True)
+            file = f"{args.program}_{name}_{args.target.replace(':', '_')}.hlo"
+            (args.hlo / file).write_text(text)
+        print(describe_part(name, part), file=sys.stderr, flush=True)
+    result["step"] = aot.step_times(programs, result["parts"])
+    return result
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "fsdp=32,sequence=2" -> {"fsdp": 32, "sequence": 2}.
+
+    Raises:
+      ValueError: not of this form, or an axis that there is not.
+    """
+    from omniforcing_jax.partitioning import MESH_AXES
+
+    axes = {}
+    for pair in text.split(","):
+        name, _, size = pair.partition("=")
+        if name not in MESH_AXES or not size.lstrip("-").isdigit():
+            raise ValueError(
+                f"mesh {text!r}: write it as fsdp=32,sequence=2; axes are {', '.join(MESH_AXES)}"
+            )
+        axes[name] = int(size)
+    return axes
+
+
+def describe_part(name: str, part: dict[str, Any]) -> str:
+    """A part's measurements as lines of text."""
+    if "refused" in part:
+        return f"  {name}: refused after {part['seconds']} s: {part['refused']}"
+    gib = hardware.GIB
+    sizes = {key: part[key] / gib for key in ("arguments", "temporaries", "peak")}
+    share = f" ({part['peak'] / part['hbm']:.0%} of the device)" if part.get("hbm") else ""
+    moved = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in part["moved"].items())
+    return (
+        f"  {name}: arguments {sizes['arguments']:.2f}, temporaries {sizes['temporaries']:.2f}, "
+        f"peak {sizes['peak']:.2f} GiB{share}; moved: {moved or 'nothing'}; "
+        f"compiled in {part['seconds']} s"
+    )
+
+
+def describe_step(step: dict[str, float]) -> str:
+    """The roofline as a line of text."""
+    return (
+        f"  average step: {step['flops'] / 1e15:.3g} PFLOP; compute {step['compute']:.3g} s, "
+        f"memory {step['memory']:.3g} s, communication {step['communication']:.3g} s; "
+        f"at least {step['overlapped']:.3g} s (MFU {step['mfu_bound']:.0%}), "
+        f"about {step['summed']:.3g} s without overlap at {cost.ACHIEVABLE:.0%} of the peak "
+        f"(MFU {step['mfu_summed']:.0%})"
+    )
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Compiles every case in a process of its own; those in the output file are kept."""
+    output = args.output or RESULTS
+    status = 0
+    for target, program, mesh, settings in CASES:
+        done = json.loads(output.read_text()) if output.exists() else []
+        if any((r["target"], r["program"]) == (target, program) for r in done):
+            continue
+        command = [sys.executable, "-m", "launch.aot", "--target", target, "--program", program]
+        command += ["--mesh", mesh, "--output", str(output)]
+        if settings:
+            command += ["--set", *(f"{k}={json.dumps(v)}" for k, v in settings.items())]
+        status = max(status, subprocess.run(command, check=False).returncode)
+    return status
+
+
+_START, _END = "<!-- table: python -m launch.aot --table -->", "<!-- end of table -->"
+
+
+def write_table(results: pathlib.Path, page: pathlib.Path) -> None:
+    """Puts the results between the marks of a Markdown page.
+
+    Raises:
+      ValueError: the page has no marks.
+    """
+    text = page.read_text()
+    if _START not in text or _END not in text:
+        raise ValueError(f"{page} needs the lines {_START!r} and {_END!r}")
+    order = {(case[0], case[1]): i for i, case in enumerate(CASES)}
+    rows = sorted(
+        json.loads(results.read_text()),
+        key=lambda r: order.get((r["target"], r["program"]), len(order)),
+    )
+    lines = [
+        "| program, target | mesh, settings | part | arguments / temporaries / peak, GiB "
+        "| of HBM | all-gather / reduce / exchange, GB | compute / network, s | step, s | MFU |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines += _table_rows(r)
+    before, after = text.split(_START)[0], text.split(_END)[1]
+    page.write_text(f"{before}{_START}\n" + "\n".join(lines) + f"\n{_END}{after}")
+
+
+def _table_rows(r: dict[str, Any]) -> list[str]:
+    settings = ", ".join(f"{k}={v}" for k, v in r["settings"].items())
+    lines = []
+    for i, (name, part) in enumerate(r["parts"].items()):
+        cells = [f"{r['program']}, {r['target']}", f"{r['mesh']} {settings}".strip()]
+        cells = cells if i == 0 else ["", ""]
+        if "refused" in part:
+            lines.append(f"| {' | '.join(cells)} | {name} | refused | | | | | |")
+            continue
+        gib = "{:.1f} / {:.1f} / {:.1f}".format(
+            *(part[k] / hardware.GIB for k in ("arguments", "temporaries", "peak"))
+        )
+        moved = part["moved"]
+        reduced = moved.get("all-reduce", 0) + moved.get("reduce-scatter", 0)
+        exchanged = moved.get("all-to-all", 0) + moved.get("collective-permute", 0)
+        sent = " / ".join(
+            f"{b / 1e9:.0f}" for b in (moved.get("all-gather", 0), reduced, exchanged)
+        )
+        step, last = r["step"], i == len(r["parts"]) - 1
+        times = ["", "", ""]
+        if step and last:
+            times = [
+                f"{step['compute']:.2f} / {step['communication']:.2f}",
+                f"{step['overlapped']:.2f} to {step['summed']:.2f}",
+                f"{step['mfu_bound']:.0%} to {step['mfu_summed']:.0%}",
+            ]
+        share = f"{part['peak'] / part['hbm']:.0%}"
+        lines.append("| " + " | ".join([*cells, name, gib, share, sent, *times]) + " |")
+    return lines
+
+
+def add_result(file: pathlib.Path, result: dict[str, Any]) -> None:
+    """Adds a result, in the place of an older one of the same target, program and size."""
+
+    def key(r):
+        return (r["target"], r["program"], r["size"], r["layers"])
+
+    results = json.loads(file.read_text()) if file.exists() else []
+    results = [r for r in results if key(r) != key(result)] + [result]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 fits, 1 does not fit, 2 the arguments are wrong."""
+    args = parse_arguments(argv)
+    if args.table:
+        write_table(args.output or RESULTS, PAGE)
+        return 0
+    if args.all:
+        return run_all(args)
+    try:
+        result = measure(args)
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if result["step"]:
+        print(describe_step(result["step"]), file=sys.stderr)
+    if args.output:
+        add_result(args.output, result)
+    else:
+        print(json.dumps(result, indent=1))
+    fits = all(part.get("fits", False) for part in result["parts"].values())
+    return 0 if fits or args.target == "cpu" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
