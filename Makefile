@@ -74,12 +74,10 @@ tiny: $(VENV)/.installed-train  ## all three stages with random weights, then st
 test: $(VENV)/.installed-test  ## the test suite, without the slow tests
 	$(PYTEST)
 
-aot: $(VENV)/.installed  ## compile the 19B block step for the CPU and for four TPU v5p chips
-	$(PIP) install --use-pep517 --editable '.[tpu]'
-	JAX_PLATFORMS=cpu $(BIN)/python -m launch.aot_compile --target cpu
-	JAX_PLATFORMS=cpu $(BIN)/python -m launch.aot_compile --target v5p:2x2x1 --tensor 4
+aot: $(VENV)/.installed-compilers  ## compile the 19B stages and the sampler for TPUs and GPUs: hours
+	$(BIN)/python -m launch.aot --all --output outputs/scaling.json
 
-test-slow: $(VENV)/.installed-test  ## the slow tests only
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-compilers  ## the slow tests only
 	$(PYTEST) -m slow
 
 lint: $(BIN)/ruff  ## style and formatting, changes nothing
@@ -109,6 +107,13 @@ $(VENV)/.created:
 $(VENV)/.installed: setup.py $(VENV)/.created
 	@echo "installing omniforcing_jax into $(VENV) (about a minute)"
 	@$(PIP) install --use-pep517 --editable .
+	@touch $@
+
+# Compilers for TPUs and GPUs that are not here; the CUDA plugin needs no CUDA for that.
+$(VENV)/.installed-compilers: setup.py $(VENV)/.installed
+	@$(PIP) install --use-pep517 --editable '.[tpu]'
+	@version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') \
+		&& $(PIP) install --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
 	@touch $@
 
 $(VENV)/.installed-train: setup.py $(VENV)/.installed

@@ -14,7 +14,7 @@ import sys
 from omniforcing_jax import hardware, proposals
 
 SIZES = (16, 64, 256, 1024, 4096)
-SLICES = {"v5p": 4096, "v6e": 256, "h100": 4096}  # devices that one interconnect joins
+SLICES = {"v5p": 4096, "v6e": 256, "h100": 512}  # devices that weights are spread over at most
 COLOURS = {"v5p": "#2f6f9f", "v6e": "#c8553d", "h100": "#5b8c5a"}
 
 
@@ -59,7 +59,7 @@ def draw(curves: dict[str, list], stage: str, file: pathlib.Path) -> None:
         axes.set_xticks(SIZES, [f"{n:,}" for n in SIZES], fontsize=8)
         axes.set_xlabel("devices, half a clip each")
         axes.set_title(title, fontsize=11)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.5 * axes.get_ylim()[1])  # room for the legend
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, ncols=2)
     file.parent.mkdir(parents=True, exist_ok=True)

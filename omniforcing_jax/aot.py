@@ -87,8 +87,6 @@ def stage_programs(
       ConfigError: the mesh or a setting is wrong.
     """
     c = stage_config(stage, mesh_shape, variant, changes or {})
-    if target.name.startswith("h"):  # cuDNN answers only where it runs
-        c.compute.attention = "chunked"
     e = dry_run.make_experiment(c, len(target.devices), size=size, layers=layers)
     mesh = partitioning.make_mesh(**e.mesh_shape, devices=target.devices)
     with jax.set_mesh(mesh):
@@ -175,8 +173,6 @@ def stream_programs(
     shape = {k: len(target.devices) if v == -1 else v for k, v in shape.items()}
     mesh = partitioning.make_mesh(**shape, devices=target.devices)
     model = Transformer(config.transformer, jnp.bfloat16)
-    if target.name.startswith("h"):
-        model = model.clone(implementation="chunked")
     boxed = jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
     params = _abstract(nn.unbox(boxed), partitioning.shardings(boxed, mesh), jnp.bfloat16)
     cache = jax.eval_shape(lambda: rollout.new_cache(model, rollout_config, 1))

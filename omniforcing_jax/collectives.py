@@ -151,18 +151,19 @@ def _message(line: str, scattered: bool) -> tuple[str, str, float, tuple[int, ..
     if match is None:
         return None
     kind = match[2]
-    shapes = [(dtype, dims) for dtype, dims in _SHAPE.findall(match[1]) if dtype in _BYTES]
+    result = match[1]
+    if match[3] and kind != "all-reduce":  # (operand, result, ...) or ((operands), (results), ...)
+        plain = re.sub(r"\{[^}]*\}", "", result)  # without layouts, which have brackets too
+        result = plain.partition(")")[2] if plain.startswith("((") else _after_first(plain)
+    shapes = [(dtype, dims) for dtype, dims in _SHAPE.findall(result) if dtype in _BYTES]
     sizes = [_BYTES[d] * math.prod(int(n) for n in dims.split(",") if n) for d, dims in shapes]
     if not sizes:
         return None
+    if match[3] and kind == "collective-permute":
+        sizes, shapes = sizes[:1], shapes[:1]  # behind it stand counters
+    size = sum(sizes)
     group = _group(line, kind)
     n = max(len(group), 1)
-    if match[3]:  # (operands, results, ...): the results of each operand
-        size = max(sizes) if kind != "reduce-scatter" else min(s for s in sizes if s > 4)
-        if kind == "all-reduce":
-            size = sum(sizes) / 2 if len(sizes) % 2 == 0 and len(sizes) > 1 else sum(sizes)
-    else:
-        size = sum(sizes)
     share = (n - 1) / n
     factor = {
         "all-gather": share,
@@ -177,6 +178,12 @@ def _message(line: str, scattered: bool) -> tuple[str, str, float, tuple[int, ..
     dtype, dims = shapes[int(np.argmax(sizes))]
     name = re.search(r'op_name="([^"]*)"', line)
     return kind, f"{dtype}[{dims}]", size * factor, group, name[1] if name else ""
+
+
+def _after_first(shapes: str) -> str:
+    """What stands behind the first shape of a tuple."""
+    first = _SHAPE.search(shapes)
+    return shapes[first.end() :] if first else shapes
 
 
 def _group(line: str, kind: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ messages), with two allowances read off compiled programs: see `TEMPORARIES`.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ GATHERED_LAYERS = 4.0
 CACHES = 2.0
 # Dimensions of the torus along which a gather over all devices runs.
 TORUS_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+# Products with a weight in a layer, each with a gather of its own, and the time of a hop.
+PRODUCTS_PER_LAYER = 28
+SECONDS_PER_HOP = 1e-6
 MICROBATCHES = (1, 2, 4, 8, 16, 32)
 # Attention is split by heads, of which LTX-2 has 32.
 MAX_HEADS_SPLIT = 32
@@ -113,7 +117,8 @@ def evaluate(e: Experiment, kind: str, device: Device, devices: int) -> Proposal
     work = cost.step(e)
     weights = plan.parameters["generator"]
     traffic = cost.traffic(e, work, weights)
-    seconds = communication_seconds(traffic, kind, device, e.mesh_shape)
+    messages = (work.gathers + work.reductions) * e.student.num_layers * PRODUCTS_PER_LAYER
+    seconds = communication_seconds(traffic, messages, kind, device, e.mesh_shape)
     size = jnp.dtype(e.dtype).itemsize
     held = sum(v for k, v in plan.bytes_per_device.items() if k.startswith("generator"))
     times = cost.times(
@@ -147,9 +152,12 @@ def temporaries(e: Experiment, weights: int) -> int:
 
 
 def communication_seconds(
-    traffic: cost.Traffic, kind: str, device: Device, mesh: Mapping[str, int]
+    traffic: cost.Traffic, messages: float, kind: str, device: Device, mesh: Mapping[str, int]
 ) -> float:
     """Seconds of all messages, one axis after the other.
+
+    A gather or reduction over n devices takes, besides its bytes, as long as a signal around half
+    of each ring (a torus), or through the levels of a tree.
 
     Small axes lie along one dimension of a torus (or inside a node of GPUs), that of the weights
     along all of them. `data` lies over the data centre's network: one slice, or node, each.
@@ -162,7 +170,14 @@ def communication_seconds(
         wide = device.link_speed if inside <= GPUS_PER_NODE else device.node_speed
         small = device.link_speed
     exchanged = traffic.sequence + traffic.tensor
-    return traffic.fsdp / wide + exchanged / small + traffic.data / device.node_speed
+    group = mesh["fsdp"] * mesh["sequence"]
+    if kind in TPUS:
+        dimensions = TORUS_DIMENSIONS[kind]
+        hops = dimensions * group ** (1 / dimensions) / 2
+    else:
+        hops = 2 * math.log2(group) if group > 1 else 0.0
+    waiting = messages * hops * SECONDS_PER_HOP
+    return waiting + traffic.fsdp / wide + exchanged / small + traffic.data / device.node_speed
 
 
 def steps_of(stage: str, variant: str) -> int:

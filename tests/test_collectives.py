@@ -52,13 +52,20 @@ ENTRY %main (x: bf16[4,8]) -> f32[8] {
   %sum.1 = f32[8]{0} all-reduce(%y), replica_groups={{0,2},{1,3}}, to_apply=%add
   %part = f32[2]{0} reduce-scatter(%y), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}, to_apply=%add
   %sent = (f32[8], f32[8], u32[], u32[]) collective-permute-start(%y), source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,4}}
+  %both = ((bf16[2,8], bf16[2,4]), (bf16[8,8], bf16[8,4])) all-gather-start(%m, %n), replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="combined"}
+  %one = (f32[8], f32[2]) reduce-scatter-start(%y), replica_groups={{4,5,6,7}}, dimensions={0}, to_apply=%add
   ROOT %out = f32[8]{0} copy(%sum.1)
 }
 """  # noqa: E501
 
 
 def test_messages_are_counted_with_their_loops():
-    found = {m.kind: m for m in collectives.read(LOOP, open_loops=2.5)}
+    messages = collectives.read(LOOP, open_loops=2.5)
+    (combined,) = [m for m in messages if m.name == "combined"]
+    assert combined.bytes == (8 * 8 + 8 * 4) * 2 * 3 / 4
+    (started,) = [m for m in messages if m.group == (4, 5, 6, 7)]
+    assert (started.kind, started.bytes) == ("reduce-scatter", 8 * 3)
+    found = {m.kind: m for m in messages if m not in (combined, started)}
     gather = found["all-gather"]
     assert gather.count == 48 * 2.5
     assert gather.bytes == 16 * 8 * 2 * 3 / 4

@@ -45,10 +45,10 @@ def test_traffic_by_hand():
 def test_plan_against_compiled_programs():
     """Peak and bytes of the planned steps, against those that were compiled (docs/scaling.json)."""
     rows = [line for line in plan.compare(COMPILED).splitlines() if line.startswith("| stage")]
-    assert len(rows) >= 2
+    assert len(rows) >= 6
     for row in rows:
         peak, sent = (float(cell.strip().rstrip("%")) / 100 for cell in row.split("|")[4:7:2])
-        assert abs(peak) < 0.25 and abs(sent) < 0.25, row
+        assert abs(peak) < 0.15 and abs(sent) < 0.15, row
 
 
 def test_proposals_are_possible_and_sorted():

@@ -58,7 +58,8 @@ def attention(
       * `splash`: TPU Pallas kernel that computes the mask block by block. On CPU it is interpreted,
         which is slow and meant for tests.
       * `auto`: TPU: splash where shapes allow; GPU: cudnn for 16-bit dtypes where shapes allow and
-        there are queries enough for a flash kernel. Otherwise `prefix` for `kv_end` and `xla` for
+        there are queries enough for a flash kernel (`chunked` when compiling for a GPU that is not
+        here). Otherwise `prefix` for `kv_end` and `xla` for
         the rest. Dense masks always go to `xla`.
 
     Args:
@@ -135,13 +136,17 @@ def attention_flops(batch: int, q_len: int, kv: int | np.ndarray, heads: int, he
 
 
 def platform() -> str:
-    """Platform the program is being traced for: `tpu`, `gpu` or `cpu`.
+    """Platform the program is being traced for: `tpu`, `gpu`, `absent gpu` or `cpu`.
 
     The mesh decides where one is set, so that programs can be compiled ahead of time for devices
     that this machine does not have.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    if device is None:
+        return jax.default_backend()
+    if device.platform == "gpu" and jax.default_backend() != "gpu":
+        return "absent gpu"  # cuDNN answers only where it is installed
+    return device.platform
 
 
 def _choose(q, k, kv_end, mask) -> str:
@@ -150,6 +155,8 @@ def _choose(q, k, kv_end, mask) -> str:
     if platform() == "tpu" and splash.supports(q.shape[1], k.shape[1], q.shape[-1]):
         return "splash"
     short = kv_end is None and q.shape[1] < MIN_FLASH_QUERIES
+    if platform() == "absent gpu" and not short:
+        return "chunked"
     if _cudnn_refusal(q) is None and not short:
         return "cudnn"
     return "xla" if kv_end is None else "prefix"
