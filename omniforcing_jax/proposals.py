@@ -77,11 +77,11 @@ def propose(
       slices: into how many of them, connected by the data centre's network, the target is split.
 
     Raises:
-      ValueError: the target or a setting is unknown.
+      ValueError: the target or a setting is unknown, or no mesh is possible.
     """
     kind, _ = parse(target)
     device, devices = DEVICES[kind], device_count(target)
-    found = []
+    found, refused = [], None
     for mesh, microbatches, gather in _candidates(devices, stage, slices):
         settings = {"microbatches": microbatches, **(changes or {})}
         if stage != "stage2":
@@ -91,9 +91,12 @@ def propose(
             continue
         try:
             e = dry_run.make_experiment(c, devices, size=size)
-        except ConfigError:
+        except ConfigError as error:
+            refused = error
             continue
         found.append(evaluate(e, kind, device, devices))
+    if not found and refused is not None:
+        raise ValueError(f"no mesh is possible; of the last one tried:\n{refused}")
     return sorted(found, key=lambda p: (p.seconds[1], p.bytes))
 
 

