@@ -13,7 +13,7 @@ from omniforcing_jax.models.config import TransformerConfig
 PARAMETERS = {"2.0": 18_876_174_592, "2.3": 18_988_838_144}
 
 
-@pytest.mark.parametrize("version", ["2.0", "2.3"])
+@pytest.mark.parametrize("version", ["2.0", pytest.param("2.3", marks=pytest.mark.slow)])
 def test_full_size_block_step_compiles(version):
     programs = aot.stream_programs(hardware.load("cpu"), {"tensor": 1}, version=version)
     part, _ = aot.compile_part(programs, "block_step", programs.lowered["block_step"]())
@@ -33,6 +33,7 @@ def test_full_size_block_step_compiles(version):
     assert part["moved"] == {}
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured(tmp_path, capsys):
     """The whole command line, at tiny size on one CPU."""
     file = tmp_path / "results.json"

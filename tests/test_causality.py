@@ -115,8 +115,8 @@ PAST = np.tril(np.ones((NUM_BLOCKS, NUM_BLOCKS), bool))
 @pytest.mark.parametrize(
     "name, implementation",
     [
-        ("prefix", "prefix"),
-        ("prefix with sinks", "xla"),
+        pytest.param("prefix", "prefix", marks=pytest.mark.slow),
+        pytest.param("prefix with sinks", "xla", marks=pytest.mark.slow),
         ("prefix with sinks", "prefix"),
         ("merged", "xla"),
     ],

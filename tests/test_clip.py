@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.clip import (
@@ -69,6 +70,7 @@ def test_entropy_of_uniform_and_one_hot_attention():
     np.testing.assert_allclose(attention_entropy(q, q, ends), 1.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_entropy_of_a_model_in_training():
     """Per layer and token, sinks included, without a change of what the model computes."""
     layout = dataclasses.replace(BlockLayout(1, 1, 1, 2), num_sinks=2)

@@ -96,7 +96,12 @@ def program(*axes: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "axes", [("fsdp=4", "sequence=2"), ("fsdp=2", "sequence=2", "tensor=2")], ids=" ".join
+    "axes",
+    [
+        ("fsdp=4", "sequence=2"),
+        pytest.param(("fsdp=2", "sequence=2", "tensor=2"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
 def test_what_the_model_sends(axes):
     """Weights layer by layer, once per pass; activations are exchanged, never gathered."""
