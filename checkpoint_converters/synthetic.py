@@ -141,9 +141,50 @@ _SCHEDULER = {
     "sampler": "LinearQuadratic",
 }
 
+# The pocket model is taken through all stages on a CPU: the classes of LTX-2.0 with 8 times less
+# compression in space, so that a clip of 64 x 48 pixels has 48 tokens per latent frame, and RoPE
+# frequencies that suit its few tokens.
+_POCKET = {
+    "transformer": {
+        "positional_embedding_theta": 300.0,
+        "connector_num_learnable_registers": 16,
+        "connector_positional_embedding_max_pos": [64],
+    },
+    "vae": {
+        "encoder_blocks": [
+            ["res_x", {"num_layers": 1}],
+            ["compress_all_res", {"multiplier": 2}],
+            ["res_x", {"num_layers": 1}],
+            ["compress_time_res", {"multiplier": 2}],
+            ["res_x", {"num_layers": 1}],
+            ["compress_time_res", {"multiplier": 1}],
+            ["res_x", {"num_layers": 1}],
+        ],
+        "decoder_blocks": [
+            ["res_x", {"num_layers": 1}],
+            ["compress_all", {"multiplier": 2, "residual": True}],
+            ["res_x", {"num_layers": 1}],
+            ["compress_time", {"multiplier": 1}],
+            ["res_x", {"num_layers": 1}],
+            ["compress_time", {"multiplier": 1}],
+            ["res_x", {"num_layers": 1}],
+        ],
+        "decoder_base_channels": 32,
+        "spatial_padding_mode": "zeros",
+    },
+    "vocoder": {
+        "resblock_kernel_sizes": [3, 7],
+        "resblock_dilation_sizes": [[1, 3], [1, 3]],
+        "upsample_rates": [8, 5, 4],
+        "upsample_kernel_sizes": [16, 11, 8],
+        "output_sampling_rate": 16000,
+    },
+}
+
 # size: heads, head dims (video, audio), layers, text width, text states, latent channels,
 # audio latent channels, audio VAE width, res blocks per VAE stage (None: as published),
-# connector layers (None: as published), vocoder widths (None: as published)
+# connector layers (None: as published), vocoder widths (None: as published), sections of the
+# metadata that differ from the published ones (there is then a version 2.0 only)
 SIZES = {
     "tiny": dict(heads=4, dims=(16, 8), layers=2, text=32, states=9, latent=8, z=2, ch=32,
                  res=1, connector_layers=1, wave=(64, 32)),
@@ -151,6 +192,8 @@ SIZES = {
                   res=2, connector_layers=2, wave=(256, 64)),
     "full": dict(heads=32, dims=(128, 64), layers=48, text=3840, states=49, latent=128, z=8,
                  ch=128, res=None, connector_layers=None, wave=(None, 512)),
+    "pocket": dict(heads=4, dims=(32, 16), layers=6, text=64, states=2, latent=16, z=2, ch=16,
+                   res=1, connector_layers=1, wave=(128, None), changes=_POCKET),
 }  # fmt: skip
 
 
@@ -161,9 +204,14 @@ def metadata(size: str, version: str, num_layers: int | None = None) -> dict:
       size: a key of `SIZES`.
       version: "2.0" or "2.3".
       num_layers: transformer layers, if other than the size's.
+
+    Raises:
+      ValueError: there is no such version of this size.
     """
     s = SIZES[size]
     newer = version == "2.3"
+    if newer and "changes" in s:
+        raise ValueError(f"size {size!r} is of version 2.0 only")
     heads, (video, audio) = s["heads"], s["dims"]
     transformer = _TRANSFORMER | {
         "num_layers": num_layers or s["layers"],
@@ -189,13 +237,16 @@ def metadata(size: str, version: str, num_layers: int | None = None) -> dict:
         }
     audio_vae = copy.deepcopy(_AUDIO_VAE)
     audio_vae["model"]["params"]["ddconfig"] |= {"z_channels": s["z"], "ch": s["ch"]}
-    return {
+    config = {
         "transformer": transformer,
         "vae": _vae_metadata(s, newer),
         "audio_vae": audio_vae,
         "vocoder": _vocoder_metadata(s, newer),
         "scheduler": _SCHEDULER,
     }
+    for section, changes in s.get("changes", {}).items():
+        config[section] = config[section] | changes
+    return config
 
 
 def _vae_metadata(s: dict, newer: bool) -> dict:

@@ -4,13 +4,15 @@
 
 Each size fits the LTX-2 checkpoint of the same size from `checkpoint_converters.synthetic`, so the
 two run from a sentence to a context. The weights are noise of a size that keeps activations sane;
-the tokenizer is a byte-fallback BPE, so any text can be encoded, if not in few tokens.
+the tokenizer is a byte-fallback BPE, so any text can be encoded, if not in few tokens. Size
+"pocket" knows the words of the pocket world alone, a token each.
 """
 
 import argparse
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +21,7 @@ from checkpoint_converters import gemma3, synthetic
 from checkpoint_converters.converting import appearing, partial_path
 from checkpoint_converters.key_map import GEMMA
 from checkpoint_converters.safetensors_io import SafetensorsWriter
+from omniforcing_jax.data.bounce_captions import VOCABULARY
 from omniforcing_jax.models.gemma_config import GemmaConfig
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -28,6 +31,7 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 SIZES = {
     "tiny": dict(heads=4, kv_heads=2, head_dim=16, hidden=64, vocab=512, window=64),
     "small": dict(heads=8, kv_heads=4, head_dim=32, hidden=1024, vocab=2048, window=256),
+    "pocket": dict(heads=4, kv_heads=2, head_dim=16, hidden=64, vocab=128, window=64),
     "full": dict(heads=16, kv_heads=8, head_dim=256, hidden=15360, vocab=262208, window=1024),
 }
 _NUM_SHARDS = 2
@@ -94,7 +98,10 @@ def write(
     with appearing(folder, partial):
         (partial / "config.json").write_text(json.dumps(config, indent=1))
         _write_weights(partial, GemmaConfig.from_metadata(config["text_config"]), seed, dtype)
-        write_tokenizer(partial, SIZES[size]["vocab"])
+        if size == "pocket":
+            write_word_tokenizer(partial, VOCABULARY)
+        else:
+            write_tokenizer(partial, SIZES[size]["vocab"])
     return config
 
 
@@ -127,7 +134,7 @@ def write_tokenizer(folder: pathlib.Path, vocab_size: int) -> None:
     Ids 0 to 3 are `SPECIAL_TOKENS`, 256 byte tokens follow, then what BPE learns from a few
     sentences, at most `vocab_size` in all. A space becomes "▁", and <bos> is put first.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from tokenizers import pre_tokenizers as pre
 
     reserved = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -152,6 +159,29 @@ def write_tokenizer(folder: pathlib.Path, vocab_size: int) -> None:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
+    _save_tokenizer(folder, tokenizer)
+
+
+def write_word_tokenizer(folder: pathlib.Path, words: Sequence[str]) -> None:
+    """Writes the files of a tokenizer that knows the given words, a token each.
+
+    Ids 0 to 3 are `SPECIAL_TOKENS`, the words follow in their order. Case does not matter, nor does
+    anything but the letters a to z; any other word is <unk>, and <bos> is put first.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers
+    from tokenizers import pre_tokenizers as pre
+
+    ids = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *words))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre.Split(Regex("[^a-z]+"), "removed")
+    _save_tokenizer(folder, tokenizer)
+
+
+def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
+    from tokenizers import processors
+
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", SPECIAL_TOKENS.index("<bos>"))]
     )

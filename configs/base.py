@@ -137,3 +137,26 @@ def tiny(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if c.student.num_sinks:
         c.student.num_sinks = 4
     return c
+
+
+def pocket(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The pocket model in the world of `data/bounce.py`. Not trained to its end yet."""
+    c.checkpoint = "outputs/pocket/ltx2"
+    c.data = "outputs/pocket/prompts"
+    c.clip.update({"height": 48, "width": 64, "blocks": 3})
+    c.batch_size = 8
+    c.generator_optimizer.update({"learning_rate": 2e-4, "weight_decay": 0.0})
+    if "critic_optimizer" in c:
+        c.critic_optimizer.update({"learning_rate": 2e-4, "weight_decay": 0.0})
+        c.score.video_cfg = c.score.audio_cfg = (2.0, 2.0)
+    if "rollout_blocks" in c:
+        c.rollout_blocks = 3
+    c.log_every = 10
+    c.checkpoint_every = 50
+    c.keep_every = None
+    c.tensorboard = False
+    c.sample_every = 100
+    c.sample_clips = 2
+    c.ema.start_step = 50
+    c.compute.update({"dtype": "float32", "remat": "none"})
+    return c

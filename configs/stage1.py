@@ -19,6 +19,10 @@ prints parameters, memory and arithmetic, and exits):
             python -m launch.stage1 --config=configs/stage1.py:tiny --workdir=outputs/tiny/stage1
 
           Expect finite losses and a sample clip of noise: the weights are random.
+  pocket  The pocket model, from its teacher (configs/pretrain.py) on two cores:
+
+            python -m launch.stage1 --config=configs/stage1.py:pocket \\
+                --workdir=outputs/pocket/stage1
 """
 
 import ml_collections
@@ -37,6 +41,9 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
     elif variant == "tiny":
         c = base.tiny(c)
         c.data = "outputs/tiny/prompts"
+    elif variant == "pocket":
+        c = base.pocket(c)
+        c.num_steps = 300
     elif variant != "19b":
-        raise ValueError(f"unknown variant {variant!r}; there are 19b, 19b-v2 and tiny")
+        raise ValueError(f"unknown variant {variant!r}; there are 19b, 19b-v2, tiny and pocket")
     return c

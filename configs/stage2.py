@@ -26,6 +26,10 @@ prints parameters, memory and arithmetic, and exits):
               python -m launch.stage2 --config=configs/stage2.py:tiny --workdir=outputs/tiny/stage2
 
             Expect the loss to fall: the student starts as the model that made the trajectories.
+  pocket    The pocket model after stage I:
+
+              python -m launch.stage2 --config=configs/stage2.py:pocket \\
+                  --workdir=outputs/pocket/stage2
 """
 
 import ml_collections
@@ -54,6 +58,14 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
         c.data = "outputs/tiny/ode_pairs"
         c.generator = "outputs/tiny/stage1"
         c.generator_optimizer.learning_rate = 1e-3
+    elif variant == "pocket":
+        c = base.pocket(c)
+        c.data = "outputs/pocket/ode_pairs"
+        c.generator = "outputs/pocket/stage1"
+        c.generator_optimizer.learning_rate = 5e-4
+        c.num_steps = 400
     elif variant != "19b":
-        raise ValueError(f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-flow and tiny")
+        raise ValueError(
+            f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-flow, tiny and pocket"
+        )
     return c

@@ -17,6 +17,11 @@ prints parameters, memory and arithmetic, and exits):
   tiny    Random weights on a laptop, about two minutes after stage II:
 
             python -m launch.stage3 --config=configs/stage3.py:tiny --workdir=outputs/tiny/stage3
+
+  pocket  The pocket model after stage II:
+
+            python -m launch.stage3 --config=configs/stage3.py:pocket \\
+                --workdir=outputs/pocket/stage3
 """
 
 import ml_collections
@@ -40,6 +45,12 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
         c = base.tiny(c)
         c.data = "outputs/tiny/prompts"
         c.generator = "outputs/tiny/stage2"
+    elif variant == "pocket":
+        c = base.pocket(c)
+        c.generator = "outputs/pocket/stage2"
+        c.num_steps = 300
     elif variant != "19b":
-        raise ValueError(f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-ar and tiny")
+        raise ValueError(
+            f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-ar, tiny and pocket"
+        )
     return c

@@ -15,7 +15,7 @@ from omniforcing_jax.prompts import PromptEncoder, TextTimes, default_cache
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 NO_CACHE = "none"
 _SOURCES = ("--text-encoder", "--features", "--random-features")
-_ENCODER_OPTIONS = ("--prompt-cache", "--quantize-encoder", "--keep-encoder")
+_ENCODER_OPTIONS = ("--prompt-cache", "--quantize-encoder", "--text-length", "--keep-encoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--text-encoder", metavar="FOLDER", help="converted Gemma 3, which encodes --prompt")
     add("--quantize-encoder", choices=quantization.MODES, help="its weights (default none)")
+    add("--text-length", type=int, help="tokens per prompt (default 1024, as LTX-2 was trained)")
     add(
         "--prompt-cache", metavar="FOLDER",
         help=f"where encoded prompts are kept (default: in the user's cache; {NO_CACHE}: nowhere)",
@@ -81,6 +82,7 @@ def make_encoder(args: argparse.Namespace, *, keep: bool = False) -> PromptEncod
         cache=cache,
         dtype=compute_dtype(args),
         quantize=args.quantize_encoder or "none",
+        length=1024 if args.text_length is None else args.text_length,
         keep=keep,
     )
 

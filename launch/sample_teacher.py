@@ -125,6 +125,7 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
         frame_rate=args.fps,
         num_steps=steps if args.steps is None else args.steps,
         guidance=guidance,
+        spatial_compression=config.video_vae.spatial_compression,
     )
     height, width = config.check_size(args.height, args.width)
     channels = config.transformer.video_channels

@@ -15,6 +15,7 @@ from omniforcing_jax import experiment
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.models.connectors import ConnectorConfig
+from omniforcing_jax.models.video_vae import VideoVAEConfig
 
 SIZES = tuple(synthetic.SIZES)
 
@@ -63,6 +64,7 @@ class _Data:
     def __init__(self, c: ml_collections.ConfigDict, content: Mapping[str, Any], text_length: int):
         connectors = ConnectorConfig.from_metadata(content["config"]["transformer"])
         layout = BlockLayout.from_name(c.clip.layout, frame_rate=c.clip.frame_rate)
+        compression = VideoVAEConfig.from_metadata(content["config"]["vae"]).spatial_compression
         self.manifest = types.SimpleNamespace(
             model_version=content["model_version"],
             video_dim=connectors.video_dim,
@@ -71,6 +73,6 @@ class _Data:
             shared_features=connectors.video_dim == connectors.audio_dim,
             video_frames=layout.num_video_frames(c.clip.blocks),
             audio_frames=layout.num_audio_frames(c.clip.blocks),
-            height=c.clip.height // 32,
-            width=c.clip.width // 32,
+            height=c.clip.height // compression,
+            width=c.clip.width // compression,
         )

@@ -70,6 +70,7 @@ class PromptEncoder:
         cache: str | os.PathLike | None,
         dtype: jnp.dtype = jnp.bfloat16,
         quantize: str = "none",
+        length: int = 1024,
         keep: bool = False,
     ):
         """Checks the folders; no weights are read yet.
@@ -78,20 +79,23 @@ class PromptEncoder:
           gemma: folder from `checkpoint_converters.gemma3`.
           checkpoint: converted LTX-2 or student, for its connectors.
           cache: folder of encoded prompts; None keeps none on disk.
-          dtype, quantize: see `TextEncoder.load`.
+          dtype, quantize, length: see `TextEncoder.load`.
           keep: leave the encoder in memory after a prompt.
 
         Raises:
           FileNotFoundError, ValueError: as `TextEncoder.load`, or the cache cannot be written to.
         """
         quantization.check_mode(quantize)
-        self._files = check_encoder(gemma, checkpoint)
-        self._load = lambda: TextEncoder.load(gemma, checkpoint, dtype=dtype, quantize=quantize)
+        self._files = check_encoder(gemma, checkpoint, length=length)
+        self._load = lambda: TextEncoder.load(
+            gemma, checkpoint, dtype=dtype, quantize=quantize, length=length
+        )
         self._encoder: TextEncoder | None = None
         self._cache = None
         if cache is not None:
             connectors = self._files.connectors
             fingerprint = self._files.fingerprint(dtype, quantize)
+            fingerprint += "" if length == 1024 else f"-{length}"
             self._cache = _open_cache(
                 cache, fingerprint, (connectors.video_dim, connectors.audio_dim)
             )

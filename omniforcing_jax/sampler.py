@@ -87,13 +87,14 @@ class SampleConfig:
         frame_rate: float = 24.0,
         num_steps: int = 40,
         guidance: AVGuidance = LTX20_GUIDANCE,
+        spatial_compression: int = VIDEO_SPATIAL_COMPRESSION,
     ) -> "SampleConfig":
         """The config for a clip given in pixels, with the LTX-2 schedule and sound as long as it.
 
         Raises:
-          ValueError: `frames` is not 8k + 1, or height or width are not multiples of 32.
+          ValueError: `frames` is not 8k + 1, or height or width do not fit the VAE's compression.
         """
-        step, size = VIDEO_TEMPORAL_COMPRESSION, VIDEO_SPATIAL_COMPRESSION
+        step, size = VIDEO_TEMPORAL_COMPRESSION, spatial_compression
         if frames < 1 or (frames - 1) % step:
             below = max(frames - 1, 0) // step * step + 1
             raise ValueError(

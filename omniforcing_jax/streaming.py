@@ -130,7 +130,10 @@ class StreamingSession:
         self._set_contexts(contexts)
         self.num_blocks = self.num_frames = self.num_samples = 0
         self._cache = rollout.new_cache(model, config, self._batch)
-        self._video_state = video_decoder.init(self._batch, config.height * 32, config.width * 32)
+        pixels = video_decoder.config.spatial_compression
+        self._video_state = video_decoder.init(
+            self._batch, config.height * pixels, config.width * pixels
+        )
         self._audio_state = audio_decoder.init(self._batch)
 
     def set_prompt(self, prompt: str | tuple[jax.Array, jax.Array]) -> None:

@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-# A colour decides a ball's pitch: tones of C pentatonic, a fifth or more apart, in whole hertz, so
-# that tones repeat each second. No tone's second or third harmonic falls on another's fundamental.
+# A colour decides a ball's pitch: tones a fifth or more apart, of which no second or third harmonic
+# falls on another's fundamental. They are multiples of 100 Hz, the rate of LTX-2's spectrograms:
+# each frame then begins in the same phase of a tone, and a vocoder, which cannot see phases, can
+# make the tone.
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "pink")
 RGB = ((235, 50, 40), (240, 205, 40), (60, 200, 60), (40, 205, 220), (70, 90, 250), (235, 80, 205))
-PITCHES = (262.0, 392.0, 587.0, 880.0, 1319.0, 2093.0)  # Hz
+PITCHES = (300.0, 500.0, 800.0, 1300.0, 2100.0, 3400.0)  # Hz
 SIZES = ("small", "medium", "large")
 RADII = (0.07, 0.1, 0.135)  # heights
 SURFACES = ("floor", "left", "right", "ceiling", "ball")
