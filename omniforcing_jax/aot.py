@@ -23,6 +23,7 @@ from omniforcing_jax import (
     cost,
     dry_run,
     experiment,
+    flops,
     flow,
     kv_cache,
     partitioning,
@@ -197,8 +198,6 @@ def stream_programs(
     def lower():
         with jax.set_mesh(mesh):
             return jax.jit(step, donate_argnums=1).lower(params, cache, text, noise)
-
-    from omniforcing_jax import flops
 
     count = sum(x.size for x in jax.tree.leaves(params))
     passes = rollout_config.num_steps + 1
