@@ -53,10 +53,11 @@ from omniforcing_jax.models.transformer import init_params
 from omniforcing_jax.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.rollout import AVLatents, RolloutConfig
 from omniforcing_jax.scores import ScoreConfig
+from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
 from omniforcing_jax.stages.common import Frozen, TextInput
 from omniforcing_jax.stages.dmd import DMD, DMDConfig
-from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
 from omniforcing_jax.stages.ode_regression import ODERegression, RegressionConfig
+from omniforcing_jax.stages.unrolled import UnrolledGenerator
 from omniforcing_jax.train_state import TrainState, create_network, create_state
 from omniforcing_jax.trajectories import sample_trajectory, schedule_indices
 

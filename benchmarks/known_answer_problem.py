@@ -16,7 +16,7 @@ from omniforcing_jax.models.config import tiny
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.rollout import AVLatents, RolloutConfig
 from omniforcing_jax.sampler import SampleConfig, sample
-from omniforcing_jax.stages.generators import BidirectionalGenerator
+from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
 
 STAGES = ("pre-training", "stage I", "stage II", "stage III")
 LAYOUT = BlockLayout(1, 2, 1, 3)

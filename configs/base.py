@@ -104,6 +104,9 @@ def training(stage: str) -> ml_collections.ConfigDict:
             "remat": "full",  # "none", "full", or a policy of jax.checkpoint_policies
             "attention": "auto",
             "gather_weights": False,
+            # teacher and critic on half of the devices, the student on the others, `mesh` being
+            # the shape of either half
+            "separate_scores": False,
         }
     )
 

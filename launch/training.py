@@ -181,9 +181,9 @@ def _train(
         what = e.config.generator or e.config.checkpoint
         console.print(planning.describe(e, plan), markup=False)
         console.print(f"loading {what if fresh else workdir} and {e.config.checkpoint}")
-    mesh = partitioning.make_mesh(**e.mesh_shape)
+    mesh, scores = assembly.make_meshes(e)
     with jax.set_mesh(mesh):
-        stage, state, frozen = assembly.assemble(e, mesh, fresh=fresh)
+        stage, state, frozen = assembly.assemble(e, mesh, scores, fresh=fresh)
         watchdog.alive("the weights were loaded", patience=FIRST_STEPS_PATIENCE)
         return train(
             stage,
@@ -193,7 +193,7 @@ def _train(
             dataclasses.replace(e.loop, allow_config_change=_RESUME_CHANGED.value),
             workdir,
             run_config=json.loads(json.dumps(e.run_config())),
-            hooks=training_hooks(e, stage, frozen, workdir),
+            hooks=training_hooks(e, stage, frozen if scores is None else frozen.student, workdir),
             flops_per_step=plan.flops_per_step,
             tokens_per_step=plan.tokens_per_step,
             watchdog=watchdog,

@@ -17,6 +17,7 @@ from omniforcing_jax.optimizers import OptimizerConfig, make_optimizer
 from omniforcing_jax.stages.common import Frozen
 from omniforcing_jax.stages.dmd import DMD
 from omniforcing_jax.stages.ode_regression import ODERegression
+from omniforcing_jax.stages.split_dmd import SplitDMD, SplitFrozen, split_devices
 from omniforcing_jax.storage import locate
 from omniforcing_jax.train_state import (
     Network,
@@ -46,14 +47,19 @@ def _boxed(model: Transformer) -> Any:
     return jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
 
 
-def abstract_state(e: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
-    """The train state's shapes and places; nothing is allocated."""
+def abstract_state(
+    e: Experiment, mesh: jax.sharding.Mesh, scores: jax.sharding.Mesh | None = None
+) -> TrainState:
+    """The train state's shapes and places, the critic's on `scores` if that is given; nothing is
+    allocated."""
 
-    def network(name: str, config: TransformerConfig, ema: bool):
+    def network(name: str, config: TransformerConfig, ema: bool, mesh):
         return _abstract_network(e.model(config), mesh, e.optimizers[name], ema)
 
-    generator = network("generator", e.student, e.ema is not None)
-    critic = network("critic", e.teacher, False) if "critic" in e.optimizers else None
+    generator = network("generator", e.student, e.ema is not None, mesh)
+    critic = None
+    if "critic" in e.optimizers:
+        critic = network("critic", e.teacher, False, scores or mesh)
     return create_state(generator, critic)
 
 
@@ -63,17 +69,34 @@ def _abstract_network(model: Transformer, mesh, optimizer: OptimizerConfig, ema:
     return create_network(params, make_optimizer(optimizer), ema=ema)
 
 
+def make_meshes(e: Experiment) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh | None]:
+    """The mesh, and that of the score networks if they have their own."""
+    if not e.config.compute.separate_scores:
+        return partitioning.make_mesh(**e.mesh_shape), None
+    student, scores = (
+        partitioning.make_mesh(**e.mesh_shape, devices=half) for half in split_devices()
+    )
+    return student, scores
+
+
 def assemble(
-    e: Experiment, mesh: jax.sharding.Mesh, *, fresh: bool
-) -> tuple[DMD | ODERegression, TrainState, Frozen]:
+    e: Experiment,
+    mesh: jax.sharding.Mesh,
+    scores: jax.sharding.Mesh | None = None,
+    *,
+    fresh: bool,
+) -> tuple[DMD | SplitDMD | ODERegression, TrainState, Frozen | SplitFrozen]:
     """Loads weights onto the mesh: the stage, its state, and its frozen parts.
 
     Args:
+      mesh, scores: from `make_meshes`.
       fresh: load the networks' starts; otherwise the state is a template for a checkpoint.
     """
     c = e.config
-    state = abstract_state(e, mesh)
+    state = abstract_state(e, mesh, scores)
     stage = make_stage(e, state_shardings(state))
+    if scores is not None:
+        stage = SplitDMD(stage, mesh, scores)
     if fresh:
         source = c.generator or c.checkpoint
         is_run = (locate(source) / "checkpoints").is_dir()
@@ -95,7 +118,10 @@ def assemble(
             for name, params in networks.items()
         }
         state = create_state(built["generator"], built.get("critic"))
-    return stage, state, load_frozen(e, mesh)
+    if scores is None:
+        return stage, state, load_frozen(e, mesh)
+    student = load_frozen(e, mesh, teacher=False)
+    return stage, state, SplitFrozen(student, load_frozen(e, scores))
 
 
 def abstract_connectors(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
@@ -159,13 +185,13 @@ def _abstract_text(e: Experiment, size: int, sharding) -> dict[str, jax.ShapeDty
     return text | {"mask": mask}
 
 
-def load_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
+def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True) -> Frozen:
     """Teacher, connectors and the negative prompt, in the compute dtype."""
     c = e.config
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    teacher = None
-    if c.stage != "stage2":
-        teacher = load_generator(c.checkpoint, abstract_params(e.model(e.teacher), mesh, e.dtype))
+    weights = None
+    if c.stage != "stage2" and teacher:
+        weights = load_generator(c.checkpoint, abstract_params(e.model(e.teacher), mesh, e.dtype))
     places = jax.tree.map(lambda x: x.sharding, abstract_connectors(e, mesh))
 
     def place(path: tuple[str, ...], shape: tuple[int, ...]):
@@ -179,7 +205,7 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
     connectors = {name: connectors[name] for name in places}
     negative = text_arrays(e.data.negative, e.data.manifest)
     negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
-    return Frozen(teacher, connectors, negative)
+    return Frozen(weights, connectors, negative)
 
 
 def text_arrays(element: Mapping[str, Any], manifest: Any) -> dict[str, Any]:

@@ -29,10 +29,11 @@ from omniforcing_jax.optimizers import EMAConfig, OptimizerConfig, make_optimize
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.scores import BlockContext, ScoreConfig
+from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
 from omniforcing_jax.stages.common import TextInput
 from omniforcing_jax.stages.dmd import DMD, DMDConfig
-from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
 from omniforcing_jax.stages.ode_regression import ODERegression, RegressionConfig
+from omniforcing_jax.stages.unrolled import UnrolledGenerator
 from omniforcing_jax.storage import locate
 from omniforcing_jax.train import LoopConfig
 from omniforcing_jax.train_state import TrainState
@@ -74,7 +75,7 @@ class Experiment:
       rollout: how the student is unrolled (stages II and III).
       sigmas: noise levels of the student.
       data: the opened dataset, with `manifest` and `negative`.
-      mesh_shape: devices per axis.
+      mesh_shape: devices per axis; with separate scores, of either half.
       optimizers: {"generator": ..., "critic": ...}.
     """
 
@@ -147,7 +148,7 @@ def check(
     ema = attempt("ema", lambda: EMAConfig(**c.ema) if c.ema else None)
     settings = attempt("settings", lambda: _settings(c))
     loop = attempt("loop", lambda: _loop(c))
-    mesh_shape = _mesh_shape(c, num_devices, problems)
+    mesh_shape = _mesh_shape(c, _devices_of_a_mesh(c, num_devices, problems), problems)
     _check_batch(c, mesh_shape, problems)
     attempt("compute", lambda: _check_compute(c.compute))
     if content is None or pipeline is None:
@@ -259,6 +260,26 @@ def _settings(c) -> DMDConfig | RegressionConfig:
 def _loop(c) -> LoopConfig:
     names = ("num_steps", "log_every", "checkpoint_every", "keep_last", "keep_every", "tensorboard")
     return LoopConfig(**{name: c[name] for name in names})
+
+
+def _devices_of_a_mesh(c, num_devices: int, problems: _Problems) -> int:
+    """All, or half of them where the score networks have their own."""
+    if not c.compute.separate_scores:
+        return num_devices
+    if c.stage == "stage2":
+        problems.append("compute.separate_scores: stage II has no score networks")
+    if c.microbatches != 1:
+        problems.append(
+            "compute.separate_scores: takes a batch in one piece; microbatches must be 1, not "
+            f"{c.microbatches}"
+        )
+    own = num_devices // jax.process_count()
+    if own % 2:
+        problems.append(
+            f"compute.separate_scores: {own} devices of a process cannot be halved; give every "
+            "process an even number"
+        )
+    return max(num_devices // 2, 1)
 
 
 def _mesh_shape(c, num_devices: int, problems: _Problems) -> dict[str, int] | None:

@@ -119,11 +119,13 @@ def describe(e: Experiment, plan: Plan) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in e.mesh_shape.items())
     lines += ["", f"memory per device (mesh: {axes})"]
     memory = plan.bytes_per_device
-    total = {"sum, without temporaries": sum(memory.values())}
     lines += [
-        f"  {what:<58}{_scaled(size, 1024, 'B'):>18}" for what, size in (memory | total).items()
+        f"  {what:<58}{_scaled(size, 1024, 'B'):>18}"
+        for what, size in (memory | _sums(e, memory)).items()
     ]
     devices, flop = math.prod(e.mesh_shape.values()), plan.flops_per_step
+    if e.config.compute.separate_scores:
+        devices *= 2
     lines += [
         "",
         "arithmetic of an average step",
@@ -132,6 +134,18 @@ def describe(e: Experiment, plan: Plan) -> str:
         f"  {'tokens trained on':<58}{plan.tokens_per_step:>18,}",
     ]
     return "\n".join(lines)
+
+
+def _sums(e: Experiment, memory: dict[str, int]) -> dict[str, int]:
+    if not e.config.compute.separate_scores:
+        return {"sum, without temporaries": sum(memory.values())}
+    scores = {what: size for what, size in memory.items() if what.startswith(("critic", "teacher"))}
+    gradients = memory["generator: gradients"]  # the critic's are as large
+    activations = memory.get("activations between layers", 0)
+    return {
+        "sum on the student's devices": sum(memory.values()) - sum(scores.values()),
+        "sum on those of the scores": sum(scores.values()) + gradients + activations,
+    }
 
 
 def _scaled(value: float, base: int, unit: str) -> str:

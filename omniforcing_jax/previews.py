@@ -20,8 +20,9 @@ from omniforcing_jax.contact_sheet import contact_sheet
 from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.pipeline import decode_clip
 from omniforcing_jax.rollout import AVLatents
+from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
 from omniforcing_jax.stages.common import Frozen, sample_keys
-from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
+from omniforcing_jax.stages.unrolled import UnrolledGenerator
 from omniforcing_jax.train import Hook, Scalars
 from omniforcing_jax.train_state import TrainState
 

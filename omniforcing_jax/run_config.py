@@ -24,6 +24,7 @@ MAY_DIFFER = frozenset(
         "remat",
         "attention",
         "gather_weights",
+        "separate_scores",
     )
 )
 

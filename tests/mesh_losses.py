@@ -24,8 +24,8 @@ from omniforcing_jax.optimizers import EMAConfig, OptimizerConfig, make_optimize
 from omniforcing_jax.rollout import RolloutConfig  # noqa: E402
 from omniforcing_jax.stages.common import Frozen, TextInput  # noqa: E402
 from omniforcing_jax.stages.dmd import DMD, DMDConfig  # noqa: E402
-from omniforcing_jax.stages.generators import UnrolledGenerator  # noqa: E402
 from omniforcing_jax.stages.ode_regression import ODERegression, RegressionConfig  # noqa: E402
+from omniforcing_jax.stages.unrolled import UnrolledGenerator  # noqa: E402
 from omniforcing_jax.train_state import create_network, create_state, state_shardings  # noqa: E402
 from tests.tiny_model import random_contexts, random_params  # noqa: E402
 

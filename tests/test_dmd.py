@@ -19,9 +19,10 @@ from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.optimizers import EMAConfig
 from omniforcing_jax.rollout import AVLatents, RolloutConfig
 from omniforcing_jax.scores import BlockContext, ScoreConfig
+from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
 from omniforcing_jax.stages.common import Frozen, TextInput, accumulate, numbered
 from omniforcing_jax.stages.dmd import DMD, DMDConfig
-from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
+from omniforcing_jax.stages.unrolled import UnrolledGenerator
 from omniforcing_jax.train_state import TrainState, create_network, create_state
 from tests.tiny_model import QUICK_COMPILE, random_contexts, random_params
 

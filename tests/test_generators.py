@@ -17,13 +17,10 @@ from omniforcing_jax.models.inputs import Pathways
 from omniforcing_jax.models.layers import KV, History
 from omniforcing_jax.models.transformer import Modality, Transformer
 from omniforcing_jax.rollout import AVLatents, RolloutConfig
-from omniforcing_jax.stages import generators
+from omniforcing_jax.stages import exits
+from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
 from omniforcing_jax.stages.common import fold
-from omniforcing_jax.stages.generators import (
-    BidirectionalGenerator,
-    UnrolledGenerator,
-    noise_of_block,
-)
+from omniforcing_jax.stages.unrolled import UnrolledGenerator, noise_of_block
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
 
 BATCH, BLOCKS = 2, 3
@@ -315,7 +312,7 @@ def test_sample_is_that_of_the_sampler(self_forcing):
     # one sample, since the sampler draws a batch's noise from one key
     first, one = slice(0, 1), {"num_blocks": BLOCKS, "batch": 1}
     one_text = jax.tree.map(lambda t: t[:, first], text)
-    rope, key = config.rope(model, BLOCKS), fold(keys, generators._NOISE)[0]
+    rope, key = config.rope(model, BLOCKS), fold(keys, exits.NOISE)[0]
     expected = rollout.rollout(model, params, one_text, rope, key, config=config, **one)
     assert_trees_close(jax.tree.map(lambda x: x[first], sample), expected, 2e-5)
     early, _ = program(params, keys, step_key_with_exit(0))
@@ -332,15 +329,15 @@ def test_bidirectional_generator_by_hand():
     generator = BidirectionalGenerator(model, clip, SIGMAS)
     params, contexts = random_params(model.config), random_contexts(model.config, batch=4)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(4))
-    exits = generators.exit_steps(fold(keys, generators._EXIT), 3)
-    assert len(set(exits.tolist())) > 1, "choose another key: the samples should exit apart"
+    steps = exits.exit_steps(fold(keys, exits.EXIT), 3)
+    assert len(set(steps.tolist())) > 1, "choose another key: the samples should exit apart"
     sample, grads = compiled(generator, contexts)(params, keys, jax.random.key(0))
     cotangent = cotangent_like(sample)
-    noise_keys = fold(keys, generators._NOISE)
+    noise_keys = fold(keys, exits.NOISE)
     x0_of = jit(functools.partial(clip_x0, model, clip=clip))
 
     inputs = []
-    for i, exit_step in enumerate(exits.tolist()):
+    for i, exit_step in enumerate(steps.tolist()):
         row = slice(i, i + 1)
         one = jax.tree.map(lambda c, row=row: c[row], contexts)
         x = draw_noise(fold(noise_keys[row], 0), clip, model)
@@ -352,7 +349,7 @@ def test_bidirectional_generator_by_hand():
             )
         inputs.append(x)
     x = jax.tree.map(lambda *rows: jnp.concatenate(rows), *inputs)
-    sigma = jnp.asarray(SIGMAS)[exits]
+    sigma = jnp.asarray(SIGMAS)[steps]
 
     def objective(params):
         x0 = clip_x0(model, params, x, sigma, contexts, clip)
@@ -367,7 +364,7 @@ def test_bidirectional_generator_by_hand():
 def test_no_draw_is_wasted():
     """Exit steps are uniform over the steps at which the network is called."""
     keys = jax.random.split(jax.random.key(0), 3000)
-    counts = np.bincount(np.asarray(generators.exit_steps(keys, 3)), minlength=4)
+    counts = np.bincount(np.asarray(exits.exit_steps(keys, 3)), minlength=4)
     assert counts[3] == 0
     assert np.all(np.abs(counts[:3] / 1000 - 1) < 0.1)
 
@@ -375,10 +372,10 @@ def test_no_draw_is_wasted():
 def test_exit_weights():
     """In proportion to the weights, and never a step of weight 0."""
     keys = jax.random.split(jax.random.key(0), 3000)
-    counts = np.bincount(np.asarray(generators.exit_steps(keys, 3, (0.0, 1.0, 2.0))), minlength=3)
+    counts = np.bincount(np.asarray(exits.exit_steps(keys, 3, (0.0, 1.0, 2.0))), minlength=3)
     assert counts[0] == 0
     assert abs(counts[1] / 1000 - 1) < 0.1
-    assert int(generators.exit_step(jax.random.key(0), 3, (0, 0, 1))) == 2
+    assert int(exits.exit_step(jax.random.key(0), 3, (0, 0, 1))) == 2
     for bad in ((1.0, 1.0), (0, 0, 0), (1, 1, -1)):
         with pytest.raises(ValueError, match="exit_weights must be 3 numbers"):
             BidirectionalGenerator(Transformer(tiny()), Clip(3, 4, 1, 1), SIGMAS, bad)

@@ -7,7 +7,7 @@
     every step:       x <- generator's sample                         (critic update)
                       the critic fits x by flow matching
 
-The stages differ in the generator alone; see `generators`.
+The stages differ in the generator alone; see `bidirectional` and `unrolled`.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from omniforcing_jax.optimizers import EMAConfig
 from omniforcing_jax.partitioning import constrain
 from omniforcing_jax.rollout import AVLatents
 from omniforcing_jax.scores import BlockContext, ScoreConfig
+from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
 from omniforcing_jax.stages.blockwise import NoisyBlock, teacher_forced_gradient
 from omniforcing_jax.stages.common import (
     Frozen,
@@ -36,10 +37,10 @@ from omniforcing_jax.stages.common import (
     numbered,
     sample_keys,
 )
-from omniforcing_jax.stages.generators import BidirectionalGenerator, UnrolledGenerator
+from omniforcing_jax.stages.unrolled import UnrolledGenerator
 from omniforcing_jax.train_state import TrainState, cast_params, update_network
 
-_SIGMA, _NOISE, _GUIDANCE, _SAMPLE = 11, 12, 13, 14  # uses of a sample's key
+_SIGMA, _NOISE, _GUIDANCE, SAMPLE = 11, 12, 13, 14  # uses of a sample's key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +147,7 @@ class DMD:
         is_generator = name == "generator"
         gradient_of = self.generator_gradient if is_generator else self.critic_gradient
         generator, critic, whole = self._compute(state)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
-        key = jax.random.fold_in(key, int(not is_generator))
+        key = self.step_key(name, state.step)
         shardings = self.shardings and getattr(self.shardings, name).params
         grads, (loss, sigma) = accumulate(
             lambda batch: gradient_of(generator, critic, frozen, batch, key, whole),
@@ -165,6 +165,11 @@ class DMD:
             loss=metrics[f"{name}/loss"],
         )
         return network, metrics | {f"{name}/{key}": value for key, value in info.items()}
+
+    def step_key(self, name: str, step: jax.Array) -> jax.Array:
+        """Of the update of "generator" or "critic" in a step."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        return jax.random.fold_in(key, int(name == "critic"))
 
     def _compute(self, state: TrainState) -> tuple[Any, Any, Any | None]:
         """Generator and critic in the dtype they compute in, and the generator's weights whole."""
@@ -205,8 +210,15 @@ class DMD:
         of_samples, of_step = jax.random.split(key)
         keys = sample_keys(of_samples, batch["row"])
         x, pullback = self.generator.sample_with_pullback(
-            weights, contexts, fold(keys, _SAMPLE), of_step, whole
+            weights, contexts, fold(keys, SAMPLE), of_step, whole
         )
+        cotangent, values = self.score(critic, frozen, x, contexts, keys)
+        return pullback(cotangent), values
+
+    def score(
+        self, critic: Any, frozen: Frozen, x: AVLatents, contexts, keys: jax.Array
+    ) -> tuple[AVLatents, tuple[AVLatents, jax.Array]]:
+        """dL/dx of the DMD loss at the samples x [B, T, C]; per-sample losses [B], sigmas [B]."""
         gradient, sigma = self.score_gradient(critic, frozen, x, contexts, keys)
         loss = jax.tree.map(losses.dmd_loss, gradient)
         cotangent = AVLatents(
@@ -215,7 +227,7 @@ class DMD:
                 for weight, g in zip(self.config.weights, (gradient.video, gradient.audio))
             )
         )
-        return pullback(cotangent), (loss, sigma)
+        return cotangent, (loss, sigma)
 
     def score_gradient(
         self, critic: Any, frozen: Frozen, x: AVLatents, contexts, keys: jax.Array
@@ -262,8 +274,13 @@ class DMD:
         contexts = self.text.contexts(frozen.connectors, batch)
         of_samples, of_step = jax.random.split(key)
         keys = sample_keys(of_samples, batch["row"])
-        x = self.generator.sample(weights, contexts, fold(keys, _SAMPLE), of_step, whole)
-        x = jax.lax.stop_gradient(x)
+        x = self.generator.sample(weights, contexts, fold(keys, SAMPLE), of_step, whole)
+        return self.fit_critic(critic, jax.lax.stop_gradient(x), contexts, keys)
+
+    def fit_critic(
+        self, critic: Any, x: AVLatents, contexts, keys: jax.Array
+    ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
+        """Gradient of the flow matching loss of the samples x [B, T, C] by the critic's weights."""
         sigma, noisy, noise = self._noised(x, keys)
 
         if self.blocks is not None:

@@ -1,22 +1,19 @@
-"""The two students of distribution matching: how they make a clip, and how a gradient reaches them.
+"""The student of stage III: block after block over the rolling cache, by the sampler's own step.
 
-`sample` makes clips without gradient, for the critic. `sample_with_pullback` also returns the
-function from a gradient with respect to the clip to a gradient with respect to the weights:
-backward simulation (DMD2) means that the clip comes from the student's own steps, and that only the
-last of them is differentiated.
+Methods as those of the student of stage I, see `bidirectional`.
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax import flow, kv_cache, partitioning
-from omniforcing_jax.clip import Clip, clip_x0, draw_noise
+from omniforcing_jax import kv_cache
+from omniforcing_jax.clip import Clip
+from omniforcing_jax.kv_cache import RollingCache
 from omniforcing_jax.models.inputs import TextKV
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.rollout import (
@@ -32,105 +29,34 @@ from omniforcing_jax.rollout import (
     split_blocks,
     traced_block_step,
 )
+from omniforcing_jax.stages.bidirectional import Pullback
 from omniforcing_jax.stages.blockwise import BlockInput, blockwise_gradient
 from omniforcing_jax.stages.common import Contexts, fold
+from omniforcing_jax.stages.exits import (
+    NOISE,
+    check_exit_weights,
+    check_sigmas,
+    exit_step,
+    rollout_weights,
+)
 
-Pullback = Callable[[AVLatents], Any]
 
-_EXIT, _NOISE = 1, 2  # uses of a sample's key
-
-
-@dataclasses.dataclass(frozen=True)
-class BidirectionalGenerator:
-    """Stage I: a few steps over the whole clip at once.
+@flax.struct.dataclass
+class UnrolledTrace:
+    """A rollout up to the last step of each block.
 
     Attributes:
-      model: bidirectional.
-      clip: what is generated.
-      sigmas: noise levels of the student, decreasing from 1, with the final 0.
-      exit_weights: see `check_exit_weights`.
+      first, rest: of block 0 (None when it is not scored), and of the other scored blocks, stacked
+        (None when there are none).
+      cache: in front of the first scored block; where nothing is evicted it holds what comes later
+        as well.
+      sigma: [B] noise level of the last step.
     """
 
-    model: Transformer
-    clip: Clip
-    sigmas: tuple[float, ...]
-    exit_weights: tuple[float, ...] | None = None
-
-    def __post_init__(self):
-        _check_sigmas(self.sigmas)
-        check_exit_weights(self.exit_weights, self.num_steps)
-
-    @property
-    def num_steps(self) -> int:
-        """Forward passes of a full sample."""
-        return len(self.sigmas) - 1
-
-    def sample(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        step_key: jax.Array,
-        whole: Any | None = None,
-    ) -> AVLatents:
-        """Clips [B, T, C] float32 from [B] keys.
-
-        Args:
-          step_key: of the training step.
-          whole: the weights whole on every device, if there is such a copy.
-        """
-        with _rollout_weights(weights, whole) as weights:
-            x, sigma = self._simulate(weights, contexts, keys)
-            return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
-
-    def sample_with_pullback(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        step_key: jax.Array,
-        whole: Any | None = None,
-    ) -> tuple[AVLatents, Pullback]:
-        """As `sample`, and the map from dL/dclip to dL/dweights."""
-        with _rollout_weights(weights, whole) as fixed:
-            x, sigma = self._simulate(fixed, contexts, keys)
-
-        def last_step(weights):
-            return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
-
-        sample, pullback = jax.vjp(last_step, weights)
-        return sample, lambda cotangent: pullback(cotangent)[0]
-
-    def generate(self, weights: Any, contexts: Contexts, keys: jax.Array) -> AVLatents:
-        """Clips [B, T, C] float32 after all steps, as in use."""
-        exits = jnp.full(keys.shape, self.num_steps - 1)
-        x, sigma = self._simulate(weights, contexts, keys, exits)
-        return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
-
-    def _simulate(self, weights, contexts, keys, exits=None) -> tuple[AVLatents, jax.Array]:
-        """The input and the sigma [B] of each sample's last step.
-
-        Each sample exits at a step of its own, drawn among those at which the network is called: at
-        sigma 0 the prediction is the input, and its gradient would be zero. The loop stops when the
-        last sample of the batch has exited.
-        """
-        if exits is None:
-            exits = exit_steps(fold(keys, _EXIT), self.num_steps, self.exit_weights)
-        sigmas = jnp.asarray(self.sigmas, jnp.float32)
-        noise_keys = fold(keys, _NOISE)
-
-        def step(i, carry):
-            x, exit_input = carry
-            sigma = jnp.full(keys.shape, sigmas[i])
-            x0 = clip_x0(self.model, weights, x, sigma, contexts, self.clip)
-            fresh = draw_noise(fold(noise_keys, i + 1), self.clip, self.model)
-            x = jax.tree.map(lambda x0, n: flow.add_noise(x0, n, sigmas[i + 1]), x0, fresh)
-            here = (exits == i + 1)[:, None, None]
-            return x, jax.tree.map(lambda x, e: jnp.where(here, x, e), x, exit_input)
-
-        x = draw_noise(fold(noise_keys, 0), self.clip, self.model)
-        _, exit_input = jax.lax.fori_loop(0, jnp.max(exits), step, (x, x))
-        return jax.lax.stop_gradient(exit_input), sigmas[exits]
+    first: BlockTrace | None
+    rest: BlockTrace | None
+    cache: RollingCache
+    sigma: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +81,7 @@ class UnrolledGenerator:
     exit_weights: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        _check_sigmas(self.config.sigmas)
+        check_sigmas(self.config.sigmas)
         check_exit_weights(self.exit_weights, self.num_steps)
         if not 1 <= self.scored_blocks <= self.num_blocks:
             raise ValueError(
@@ -190,7 +116,7 @@ class UnrolledGenerator:
         Every block exits at the same step, drawn from `step_key`: all hosts draw the same. `whole`
         are the weights whole on every device, if there is such a copy.
         """
-        with _rollout_weights(weights, whole) as weights:
+        with rollout_weights(weights, whole) as weights:
             text = self._text(weights, contexts)
             return self._window(*self._unroll(weights, text, keys, self._exit(step_key))[:2])
 
@@ -207,58 +133,86 @@ class UnrolledGenerator:
         step_key: jax.Array,
         whole: Any | None = None,
     ) -> tuple[AVLatents, Pullback]:
-        """As `sample`, and the map from dL/dclip to dL/dweights.
+        """As `sample`, and the map from dL/dclip to dL/dweights; see `pull_back`."""
+        trace = self.simulate(weights, contexts, keys, step_key, whole)
+
+        def pullback(cotangent: AVLatents) -> Any:
+            return self.pull_back(weights, contexts, keys, trace, cotangent)
+
+        return self.sample_of(weights, contexts, trace), pullback
+
+    def simulate(
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        whole: Any | None = None,
+    ) -> UnrolledTrace:
+        """What `sample_of` and `pull_back` start from; arguments as `sample`."""
+        exit_step = self._exit(step_key)
+        with rollout_weights(weights, whole) as fixed:
+            text = self._text(fixed, contexts)
+            first, rest, cache = self._unroll(fixed, text, keys, exit_step)
+        sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[exit_step])
+        return UnrolledTrace(first, rest, cache, sigma)
+
+    def sample_of(self, weights: Any, contexts: Contexts, trace: UnrolledTrace) -> AVLatents:
+        """The scored part [B, T, C] float32 of a trace."""
+        del weights, contexts
+        return self._window(trace.first, trace.rest)
+
+    def pull_back(
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        trace: UnrolledTrace,
+        cotangent: AVLatents,
+    ) -> Any:
+        """dL/dclip -> dL/dweights.
 
         The gradient goes through the last step of every scored block, into the weights and into the
         keys and values of the text; earlier steps are detached, and so is the history by default.
         """
-        exit_step = self._exit(step_key)
-        with _rollout_weights(weights, whole) as fixed:
-            text = self._text(fixed, contexts)
-            first, rest, cache = self._unroll(fixed, text, keys, exit_step)
-        config = self.rollout
-        sample = self._window(first, rest)
-        sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[exit_step])
 
         def exit_text(weights):
-            level = sigma if self.model.config.text_adaln else None
+            level = trace.sigma if self.model.config.text_adaln else None
             return self.model.apply({"params": weights}, *contexts, level, method="text_kv")
 
-        def pullback(cotangent: AVLatents):
-            blocks = self._block_inputs(first, rest, sigma, cotangent)
-            exit_kv, text_pullback = jax.vjp(exit_text, weights)
-            gradients, text_gradients, _ = blockwise_gradient(
-                self.model,
-                weights,
-                exit_kv,
-                blocks,
-                cache,
-                self._rope(),
-                config,
-                _inner_product,
-            )
-            text_gradients = jax.tree.map(lambda g, t: g.astype(t.dtype), text_gradients, exit_kv)
-            (through_text,) = text_pullback(text_gradients)
-            return jax.tree.map(lambda g, t: g + t.astype(g.dtype), gradients, through_text)
+        if not self.detach_history:
 
-        def pullback_through_history(cotangent: AVLatents):
             def again(weights):
                 texts = exit_text(weights), self._text(weights, contexts)
-                return self._replay(weights, texts, first, rest, cache, sigma, keys)
+                return self._replay(weights, texts, trace, keys)
 
             return jax.vjp(again, weights)[1](cotangent)[0]
+        blocks = self._block_inputs(trace, cotangent)
+        exit_kv, text_pullback = jax.vjp(exit_text, weights)
+        gradients, text_gradients, _ = blockwise_gradient(
+            self.model,
+            weights,
+            exit_kv,
+            blocks,
+            trace.cache,
+            self._rope(),
+            self.rollout,
+            _inner_product,
+        )
+        text_gradients = jax.tree.map(lambda g, t: g.astype(t.dtype), text_gradients, exit_kv)
+        (through_text,) = text_pullback(text_gradients)
+        return jax.tree.map(lambda g, t: g + t.astype(g.dtype), gradients, through_text)
 
-        return sample, pullback if self.detach_history else pullback_through_history
-
-    def _replay(self, weights, texts, first, rest, cache, sigma, keys) -> AVLatents:
+    def _replay(self, weights, texts, trace: UnrolledTrace, keys) -> AVLatents:
         """The scored blocks again from their exit inputs, with gradient along the whole rollout."""
         rope, config = self._rope(), self.rollout
         exit_text, text = texts
+        first, rest, cache = trace.first, trace.rest, trace.cache
 
         @functools.partial(jax.checkpoint, static_argnums=2)
         def step(cache, exit_input: AVLatents, is_first: bool):
             forward = bind(self.model, weights, cache, rope, config, first=is_first)
-            x0, _ = forward(exit_input, sigma, exit_text)
+            x0, _ = forward(exit_input, trace.sigma, exit_text)
             block = cache.num_blocks
             noise = noise_of_block(keys, block, config, self.model, first=is_first)
             kv = refresh(forward, text, x0, noise, config)
@@ -335,7 +289,8 @@ class UnrolledGenerator:
             first, rest = jax.tree.map(lambda x: x[0], rest), jax.tree.map(lambda x: x[1:], rest)
         return join_blocks(first.x0, rest.x0)
 
-    def _block_inputs(self, first, rest, sigma, cotangent):
+    def _block_inputs(self, trace: UnrolledTrace, cotangent: AVLatents):
+        first, rest, sigma = trace.first, trace.rest, trace.sigma
         layout, patches = self.config.cache.layout, self.config.patches
         if first is None:  # every block is uniform
             layout = dataclasses.replace(
@@ -357,13 +312,6 @@ class UnrolledGenerator:
         return first, rest
 
 
-@contextlib.contextmanager
-def _rollout_weights(weights: Any, whole: Any | None) -> Iterator[Any]:
-    """What to trace passes without gradient with: the whole weights where there are some."""
-    with partitioning.whole_weights(whole is not None):
-        yield weights if whole is None else whole
-
-
 def _inner_product(x0: AVLatents, cotangent: AVLatents) -> tuple[jax.Array, None]:
     """Its gradient pulls `cotangent` back."""
     return jnp.sum(x0.video * cotangent.video) + jnp.sum(x0.audio * cotangent.audio), None
@@ -383,42 +331,4 @@ def noise_of_block(
         noise = block_noise(key, block, config, model, 1, first=first)
         return jax.tree.map(lambda n: n[:, 0], noise)
 
-    return jax.tree.map(lambda n: jnp.moveaxis(n, 0, 1), jax.vmap(one)(fold(keys, _NOISE)))
-
-
-def exit_step(
-    key: jax.Array, num_steps: int, weights: tuple[float, ...] | None = None
-) -> jax.Array:
-    """[] int32 step in [0, num_steps): uniform, or in proportion to `weights`."""
-    if weights is None:
-        return jax.random.randint(key, (), 0, num_steps)
-    return jax.random.categorical(key, jnp.log(jnp.asarray(weights))).astype(jnp.int32)
-
-
-def exit_steps(
-    keys: jax.Array, num_steps: int, weights: tuple[float, ...] | None = None
-) -> jax.Array:
-    """`exit_step` for [B] keys."""
-    return jax.vmap(lambda key: exit_step(key, num_steps, weights))(keys)
-
-
-def check_exit_weights(weights: tuple[float, ...] | None, num_steps: int) -> None:
-    """Raises ValueError unless they are as many as the steps, not negative, and not all zero.
-
-    One critic scores the samples of all exits, so what is matched to the data is their mixture:
-    early exits that are too narrow are made up for by late ones that are too wide, and the clip
-    after all steps is off. Weights (0, ..., 0, 1) match that clip itself; uniform is the paper's.
-    """
-    if weights is None:
-        return
-    if len(weights) != num_steps or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(
-            f"exit_weights must be {num_steps} numbers of 0 or more, one per denoising step and "
-            f"not all 0, not {tuple(weights)}"
-        )
-
-
-def _check_sigmas(sigmas: tuple[float, ...]) -> None:
-    first = float(flow.check_sigmas(sigmas)[0])
-    if abs(first - 1.0) > 1e-6:
-        raise ValueError(f"a student starts from noise: sigmas[0] must be 1, not {first}")
+    return jax.tree.map(lambda n: jnp.moveaxis(n, 0, 1), jax.vmap(one)(fold(keys, NOISE)))
