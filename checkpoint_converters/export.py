@@ -88,7 +88,10 @@ def export(
     problems += _output_problems(output, overwrite, pieces)
     if problems:
         raise ConversionError(problems)
-    strings = {"config": json.dumps(content["config"]), "model_version": content["model_version"]}
+    config = dict(content["config"])
+    if content.get("student"):
+        config["student"] = content["student"]  # checkpoint_converters.ltx2 finds it there
+    strings = {"config": json.dumps(config), "model_version": content["model_version"]}
     _write(output, pieces, strings, show_progress)
     return content
 

@@ -4,7 +4,8 @@
 
 Reads the official single file (2.0, 2.3, or 2.5's conv parts), shards with an index, or a
 diffusers folder, and writes OUTPUT/config.json and one Orbax checkpoint per component. Several
-inputs of one release may be given, each with some of the components.
+inputs of one release may be given, each with some of the components. Students that were trained
+here and exported by checkpoint_converters.export come back as what they were.
 """
 
 import argparse
@@ -53,8 +54,11 @@ def convert(
     if checkpoint is not None:
         taken, found = check_components(checkpoint, components)
         problems += found
+        config = dict(checkpoint.config or {})
+        student = config.pop("student", None)  # of a file that checkpoint_converters.export wrote
+        family = "omniforcing" if student and student["layout"] else "ltx2"
         content = converting.config_content(
-            "ltx2", checkpoint.model_version, checkpoint.config, taken, checkpoint.files
+            family, checkpoint.model_version, config, taken, checkpoint.files, student
         )
     plan = converting.Plan(content, checkpoint.tensors if checkpoint else {}, taken)
     return converting.run(

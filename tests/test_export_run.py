@@ -74,10 +74,13 @@ def test_export_of_the_average(run, random_checkpoint, tmp_path):
     assert_equal(checkpoints.load_params(student, "transformer"), expected)
     assert_equal(*(checkpoints.load_params(folder, "video_vae") for folder in (base, student)))
 
-    # the official file converts back to the same weights
+    # the official file converts back to the same weights, and to a student that streams as before
     again = tmp_path / "again"
     assert not ltx2.main(["--input", str(file), "--output", str(again)])
     assert_equal(checkpoints.load_params(again, "transformer"), expected)
+    converted = checkpoints.load_config(again)
+    for name in ("family", "student", "config"):
+        assert converted[name] == content[name]
 
 
 def test_export_of_raw_weights_and_refusals(run, random_checkpoint, tmp_path, capsys):
