@@ -41,7 +41,7 @@ def match(
     `report` counts as wrong.
 
     Args:
-      impacts: seen, in order of time.
+      impacts: seen, in order of time; or other tones. Changes of course in mid-air need no tone.
       tones: heard.
       seconds: length of the clip.
       tolerance: largest distance in seconds.
@@ -73,6 +73,6 @@ def match(
     misses = lacking(impacts, 0, {i for i, _ in chosen})
     return Matching(
         pairs=tuple(pairs),
-        misses=tuple(impact for impact in misses if impact.surface != AIR),
+        misses=tuple(event for event in misses if getattr(event, "surface", None) != AIR),
         phantoms=tuple(lacking(tones, 1, {j for _, j in chosen})),
     )
