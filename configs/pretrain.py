@@ -73,7 +73,8 @@ def get_config(part: str) -> ml_collections.ConfigDict:
         c.latents = ml_collections.ConfigDict({"noise": 0.1, "penalty": 1e-3})
     elif part == "vocoder":
         c.batch_size, c.num_steps, c.samples = 8, 1500, 8_000
-        c.loss = ml_collections.ConfigDict({"waveform": 20.0})
+        c.optimizer.learning_rate = 2e-3
+        c.loss = ml_collections.ConfigDict({"waveform": 4.0})
     else:
         c.batch_size, c.num_steps = 16, 2400
         c.clip = ml_collections.ConfigDict({"blocks": 3, "layout": "prefix", "frame_rate": 24.0})

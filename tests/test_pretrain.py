@@ -403,3 +403,34 @@ def test_trees_that_do_not_fit_are_refused(tmp_path):
     assert "vocoder.conv_pre.weight has shape (2, 3, 7), must be (128, 128, 7)" in text
     assert "vocoder.conv_post.weight is missing" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_half_of_the_first_features_hear_where_a_sound_is():
+    """The same sound on both sides leaves them as they are, swapped sides turn them around."""
+    params = autoencoders.init_audio_vae(AUDIO, jax.random.key(0))["encoder"]["conv_in"]
+    kernel, bias = params["kernel"], params["bias"]
+    half = kernel.shape[-1] // 2
+    left, right = kernel[..., 0, :], kernel[..., 1, :]
+    np.testing.assert_array_equal(left[..., half:], -right[..., half:])
+    assert not np.allclose(left[..., :half], -right[..., :half])
+    np.testing.assert_allclose(bias[half:], 0.0, atol=1e-4)
+    assert np.abs(bias[:half]).max() > 0.1
+
+
+def test_a_new_vocoder_is_one_for_each_channel():
+    """What is heard on one side moves the waveform of that side alone."""
+    params = autoencoders.init_vocoder(VOCODER, jax.random.key(0))
+    bins = VOCODER.mel_bins
+    kernel = np.zeros_like(params["conv_post"]["kernel"])
+    kernel[:, : len(kernel[0]) // 2, 0] = kernel[:, len(kernel[0]) // 2 :, 1] = 0.1
+    params["conv_post"]["kernel"] = kernel
+    module = autoencoders.vocoder_module(VOCODER)
+
+    def sound(left, right):
+        log_mel = jnp.stack([jnp.full((1, 4, bins), left), jnp.full((1, 4, bins), right)], -1)
+        return np.asarray(module.apply({"params": params}, log_mel))
+
+    both, left = sound(-2.0, -2.0), sound(-2.0, -9.0)
+    np.testing.assert_allclose(both[..., 0], both[..., 1], atol=1e-6)
+    np.testing.assert_allclose(left[..., 0], both[..., 0], atol=1e-6)
+    assert np.abs(left[..., 1] - both[..., 1]).max() > 1e-3
