@@ -16,6 +16,7 @@ import pathlib
 import sys
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,7 +25,7 @@ from launch.make_world import mark_colour
 from omniforcing_jax import media
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.contact_sheet import contact_sheet
-from omniforcing_jax.data.bounce import Scene, Truth
+from omniforcing_jax.data.bounce import Scene, Truth, WorldConfig
 from omniforcing_jax.data.bounce_captions import scene_from_caption
 from omniforcing_jax.measures.frechet import clip_features, frechet_distance
 from omniforcing_jax.measures.observation import Observation, observe
@@ -112,6 +113,36 @@ class Result:
         }
 
 
+def shrink(frames: np.ndarray) -> np.ndarray:
+    """[F, H, W, 3] uint8 of a clip that was written enlarged -> the world's own pixels."""
+    count, height, width, _ = frames.shape
+    factor = width // WorldConfig().width
+    if factor < 2 or width % factor or height % factor:
+        return frames
+    shape = (count, height // factor, factor, width // factor, factor, 3)
+    sums = frames.reshape(shape).sum((2, 4), dtype=np.uint32)
+    return np.round(sums / factor**2).astype(np.uint8)
+
+
+def marked_sheet(
+    frames: np.ndarray,
+    waveform: np.ndarray,
+    sample_rate: int,
+    observation: Observation,
+    path: pathlib.Path,
+) -> None:
+    """A contact sheet with the impacts seen marked above the waveform, the tones heard below."""
+    contact_sheet(
+        frames,
+        path,
+        frame_rate=observation.frame_rate,
+        waveform=waveform if len(waveform) else None,
+        sample_rate=sample_rate,
+        seen=[(i.time, mark_colour(i.colour)) for i in observation.impacts],
+        heard=[(t.time, mark_colour(t.colour)) for t in observation.tones],
+    )
+
+
 def measure_file(
     path: pathlib.Path,
     scene: Scene | None,
@@ -127,19 +158,12 @@ def measure_file(
       OSError: it cannot be read.
     """
     frames, frame_rate, waveform, sample_rate = media.read_clip(path)
+    frames = shrink(frames)
     observation = observe(frames, frame_rate, waveform, sample_rate)
     blocks = BlockLayout.from_name(layout, frame_rate=frame_rate) if layout else None
     options = dict(scene=scene, layout=blocks)
     if sheet:
-        contact_sheet(
-            frames,
-            sheet,
-            frame_rate=frame_rate,
-            waveform=waveform if len(waveform) else None,
-            sample_rate=sample_rate,
-            seen=[(i.time, mark_colour(i.colour)) for i in observation.impacts],
-            heard=[(t.time, mark_colour(t.colour)) for t in observation.tones],
-        )
+        marked_sheet(frames, waveform, sample_rate, observation, sheet)
     return Result(
         path=path,
         observation=observation,

@@ -1,16 +1,25 @@
-"""Samples the pocket teacher for held-out captions of the world, and measures what it shows.
+"""Samples a pocket model for held-out captions of the world, and measures what it shows.
 
     python -m launch.sample_world --checkpoint outputs/pocket/ltx2 \\
-        --text-encoder outputs/pocket/gemma --clips 16 --output outputs/pocket/teacher_samples
+        --text-encoder outputs/pocket/gemma --sampler teacher --output outputs/pocket/teacher
+    python -m launch.sample_world --checkpoint outputs/pocket/student --sampler stream \\
+        --text-encoder outputs/pocket/gemma --seconds 60 --every 5 --output outputs/pocket/long
 
-One prompt a time takes launch.sample_teacher; this is a set of them in one go, with the measures of
-launch.measure for each and for all, and clips and contact sheets to look at.
+`teacher` takes guided Euler steps over the whole clip, `few-step` the student's steps over the
+whole clip (stage I), and `stream` generates and decodes block after block (stages II and III) as
+launch.stream does, many prompts side by side. OUTPUT/measures.json holds the measures of
+launch.measure for each clip, for all (with the Fréchet distance to as many clips of the world), and
+with --every for every stretch of all; and the speed of a single clip. The first clips are written
+as MP4s with contact sheets.
 """
 
 import argparse
 import json
 import pathlib
 import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +27,44 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from launch.measure import make_table
+from launch.measure import make_table, marked_sheet
+from omniforcing_jax import flow, media
+from omniforcing_jax.blocks import LAYOUT_NAMES
+from omniforcing_jax.clip import Clip
 from omniforcing_jax.data.bounce import WorldConfig, draw_scene
-from omniforcing_jax.data.bounce_dataset import clip_caption, split_seeds
+from omniforcing_jax.data.bounce_dataset import clip_caption, make_clip, split_seeds
 from omniforcing_jax.guidance import NO_GUIDANCE
+from omniforcing_jax.kv_cache import POSITIONS, CacheConfig
+from omniforcing_jax.measures.frechet import clip_features, frechet_distance
 from omniforcing_jax.measures.observation import observe
-from omniforcing_jax.measures.report import measure, pool
-from omniforcing_jax.pipeline import decode_clip, load_pipeline
-from omniforcing_jax.previews import write_clip
-from omniforcing_jax.prompts import PromptEncoder
-from omniforcing_jax.rollout import AVLatents
+from omniforcing_jax.measures.report import Measures, measure, pool, windows
+from omniforcing_jax.pipeline import Pipeline, PipelineConfig, decode_clip, load_pipeline
+from omniforcing_jax.prompts import Contexts, PromptEncoder
+from omniforcing_jax.rollout import AVLatents, RolloutConfig
 from omniforcing_jax.sampler import SampleConfig, sample
+from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
+
+SAMPLERS = ("teacher", "few-step", "stream")
+DEFAULT_TIMESTEPS = (1000, 909, 725, 421)
+WORLD = WorldConfig()
+
+
+class Clips(NamedTuple):
+    """What a sampler makes of a batch of prompts.
+
+    Attributes:
+      frames: [B, F, H, W, 3] uint8.
+      waveforms: [B, N, 2] float32.
+      first, total: seconds until the first frames were there, and all.
+    """
+
+    frames: np.ndarray
+    waveforms: np.ndarray
+    first: float
+    total: float
+
+
+Sampler = Callable[[Contexts, list[int]], Clips]  # contexts [B, S, W] and the clips' numbers
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,19 +76,117 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", required=True, help="converted pocket model")
     add("--text-encoder", required=True, help="its converted Gemma")
     add("--text-length", type=int, default=48, help="tokens per prompt (default 48)")
+    add("--sampler", choices=SAMPLERS, required=True)
     add("--clips", type=int, default=16, help="captions of the test split (default 16)")
-    add("--frames", type=int, default=49, help="of a clip, 8k + 1 (default 49)")
-    add("--steps", type=int, default=40, help="denoising steps (default 40)")
-    add("--cfg", type=float, default=2.0, help="guidance of both streams, 1 is off (default 2)")
-    add("--batch-size", type=int, default=4)
+    add("--seconds", type=float, default=5.0, help="of each clip (default 5)")
+    add("--every", type=float, help="also measure every so many seconds, for drift")
+    add("--steps", type=int, default=40, help="teacher: denoising steps (default 40)")
+    add("--cfg", type=float, default=2.0, help="teacher: guidance, 1 is off (default 2)")
+    add("--timesteps", type=float, nargs="+", help="of a student (default: the checkpoint's)")
+    add("--layout", choices=LAYOUT_NAMES, help="stream: default: the checkpoint's")
+    add("--window", type=int, default=7, help="stream: recent blocks in the cache (default 7)")
+    add("--anchors", type=int, default=0, help="stream: first blocks never evicted (default 0)")
+    add("--positions", choices=POSITIONS, default="relative", help="stream")
+    add("--batch-size", type=int, default=8, help="clips side by side (default 8)")
     add("--seed", type=int, default=0)
+    add("--show", type=int, default=8, help="clips written as MP4 and PNG (default 8)")
+    add("--no-speed", action="store_true", help="do not time a single clip")
     add("--output", type=pathlib.Path, required=True, help="folder for clips and measures")
     return parser.parse_args(argv)
 
 
-def sample_all(args, pipeline, config: SampleConfig, captions: list[str]) -> AVLatents:
-    """Latents [clips, T, C] of all captions."""
-    encoder = PromptEncoder(
+def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
+    """The sampler that the arguments ask for.
+
+    Raises:
+      ValueError: an option that does not fit the checkpoint.
+    """
+    config = pipeline.config
+    size = config.check_size(WORLD.height, WORLD.width)
+    if args.sampler == "stream":
+        return _stream_sampler(args, pipeline, size)
+    frames = round(args.seconds * WORLD.frame_rate / 8) * 8 + 1
+    whole = SampleConfig.for_clip(
+        frames=frames,
+        height=WORLD.height,
+        width=WORLD.width,
+        num_steps=args.steps,
+        guidance=NO_GUIDANCE.changed(cfg_video=args.cfg, cfg_audio=args.cfg),
+        spatial_compression=config.video_vae.spatial_compression,
+    )
+    model, weights = pipeline.transformer(), pipeline.params["transformer"]
+    if args.sampler == "teacher":
+        negative = None if args.cfg == 1 else _encoder(args).encode([""])[0]
+
+        def generate(contexts, keys):
+            return sample(model, weights, contexts, negative, keys, whole)
+    else:
+        sigmas = tuple(_sigmas(args, config))
+        clip = Clip(whole.video_frames, whole.audio_frames, *size, WORLD.frame_rate)
+        student = BidirectionalGenerator(model, clip, sigmas)
+        generate = jax.jit(lambda contexts, keys: student.generate(weights, contexts, keys))
+
+    def run(contexts: Contexts, numbers: list[int]) -> Clips:
+        start = time.perf_counter()
+        latents = generate(contexts, clip_keys(args.seed, numbers))
+        decoded = _decode(pipeline, latents, (whole.video_frames, *size))
+        seconds = time.perf_counter() - start
+        return Clips(*decoded, first=seconds, total=seconds)
+
+    return run
+
+
+def clip_keys(seed: int, numbers: list[int]) -> jax.Array:
+    """[B] keys: clip n has the same noise in any batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
+
+
+def _decode(pipeline: Pipeline, latents: AVLatents, size) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and waveforms; one clip at a time, for memory."""
+    decoded = []
+    for i in range(latents.video.shape[0]):
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], latents)
+        decoded.append(decode_clip(pipeline.config, pipeline.params, one, size, pipeline.dtype))
+    frames, waveforms = zip(*decoded)
+    return np.stack(frames), np.stack(waveforms)
+
+
+def _sigmas(args: argparse.Namespace, config: PipelineConfig) -> Iterator[float]:
+    timesteps = args.timesteps or config.timesteps or DEFAULT_TIMESTEPS
+    return (float(s) for s in flow.student_sigmas(timesteps))
+
+
+def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline, size) -> Sampler:
+    layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
+    rollout = RolloutConfig(
+        cache=CacheConfig(layout, args.window, args.anchors, args.positions),
+        sigmas=tuple(_sigmas(args, pipeline.config)),
+        height=size[0],
+        width=size[1],
+    )
+    count = layout.blocks_for_seconds(args.seconds)
+    rollout.cache.blocks_in_positions(count)
+
+    def run(contexts: Contexts, numbers: list[int]) -> Clips:
+        # a session draws its noise for the whole batch
+        seed = int(np.random.SeedSequence((args.seed, *numbers)).generate_state(1)[0] >> 1)
+        start, first, chunks = time.perf_counter(), None, []
+        for chunk in pipeline.session(rollout, contexts, seed=seed, max_blocks=count).stream(count):
+            chunks.append(chunk)
+            if first is None and chunk.frames.shape[1]:
+                first = time.perf_counter() - start
+        return Clips(
+            frames=np.concatenate([chunk.frames for chunk in chunks], axis=1),
+            waveforms=np.concatenate([chunk.waveform for chunk in chunks], axis=1),
+            first=first,
+            total=time.perf_counter() - start,
+        )
+
+    return run
+
+
+def _encoder(args: argparse.Namespace) -> PromptEncoder:
+    return PromptEncoder(
         args.text_encoder,
         args.checkpoint,
         cache=None,
@@ -60,55 +194,98 @@ def sample_all(args, pipeline, config: SampleConfig, captions: list[str]) -> AVL
         length=args.text_length,
         keep=True,
     )
-    *contexts, empty = encoder.encode([*captions, ""])
-    negative = None if args.cfg == 1 else empty
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(args.seed), jnp.arange(len(captions))
-    )
-    parts = []
-    for start in track(range(0, len(captions), args.batch_size), "sampling", transient=True):
-        stop = min(start + args.batch_size, len(captions))
-        prompt = jax.tree.map(lambda *x: jnp.concatenate(x), *contexts[start:stop])
-        model, params = pipeline.transformer(), pipeline.params["transformer"]
-        parts.append(sample(model, params, prompt, negative, keys[start:stop], config))
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def sample_all(
+    args: argparse.Namespace, sampler: Sampler, captions: list[str], console: Console
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Frames [F, H, W, 3] and waveform [N, 2] of one caption after the other."""
+    contexts = _encoder(args).encode(captions)
+    starts = range(0, len(captions), args.batch_size)
+    for start in track(starts, "sampling", console=console, transient=True):
+        numbers = list(range(start, min(start + args.batch_size, len(captions))))
+        # a last batch that is not full is filled up, or it would be compiled for its size
+        filled = (numbers + numbers[-1:] * args.batch_size)[: args.batch_size]
+        batch = jax.tree.map(lambda *x: jnp.concatenate(x), *(contexts[n] for n in filled))
+        clips = sampler(batch, filled)
+        yield from list(zip(clips.frames, clips.waveforms))[: len(numbers)]
+
+
+def measure_speed(args: argparse.Namespace, sampler: Sampler, caption: str) -> dict[str, float]:
+    """Of a single clip, after compilation: seconds to its first frames, frames per second."""
+    (contexts,) = _encoder(args).encode([caption])
+    sampler(contexts, [0])
+    clips = sampler(contexts, [0])
+    return {"first_frames_after": clips.first, "fps": clips.frames.shape[1] / clips.total}
+
+
+def real_features(count: int, num_frames: int) -> list[dict[str, float]]:
+    """Of as many clips of the world, for other captions."""
+    features = []
+    for seed in split_seeds("validation", count):
+        clip = make_clip(seed, num_frames, WORLD)
+        seen = observe(clip.frames, WORLD.frame_rate, clip.waveform, WORLD.sample_rate)
+        features.append(clip_features(seen, clip.waveform, WORLD.sample_rate))
+    return features
+
+
+def write_shown(folder: pathlib.Path, number: int, frames, waveform, rate: int, seen) -> None:
+    """An MP4, and a contact sheet with what was seen and heard marked."""
+    path = folder / f"{number:02d}.mp4"
+    with media.ClipWriter(
+        path,
+        width=frames.shape[2],
+        height=frames.shape[1],
+        frame_rate=WORLD.frame_rate,
+        sample_rate=rate,
+        overwrite=True,
+    ) as writer:
+        writer.write(frames, waveform)
+    marked_sheet(frames, waveform, rate, seen, path.with_suffix(".png"))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
-    world = WorldConfig()
+    console = Console(stderr=True)
     try:
         seeds = list(split_seeds("test", args.clips))
         pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
-        config = SampleConfig.for_clip(
-            frames=args.frames,
-            height=world.height,
-            width=world.width,
-            num_steps=args.steps,
-            guidance=NO_GUIDANCE.changed(cfg_video=args.cfg, cfg_audio=args.cfg),
-            spatial_compression=pipeline.config.video_vae.spatial_compression,
-        )
-        captions = [clip_caption(seed, world) for seed in seeds]
-        latents = sample_all(args, pipeline, config, captions)
+        sampler = make_sampler(args, pipeline)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
-    size = (config.video_frames, config.height, config.width)
-    columns, parts = {}, []
-    for i, seed in enumerate(seeds):
-        one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i : i + 1]), latents)
-        frames, waveform = decode_clip(pipeline.config, pipeline.params, one, size, jnp.float32)
-        rate = pipeline.config.vocoder.sample_rate
-        write_clip(args.output / f"{i:02d}.mp4", frames, waveform, world.frame_rate, rate)
-        seen = observe(frames, world.frame_rate, waveform, rate)
-        parts.append(measure(seen, scene=draw_scene(seed, world)))
-        columns[f"{i:02d}"] = parts[-1].scalars()
-    columns["all"] = pool(parts).scalars()
+    rate = pipeline.config.vocoder.sample_rate
+    captions = [clip_caption(seed, WORLD) for seed in seeds]
     (args.output / "captions.txt").write_text("".join(f"{text}\n" for text in captions))
-    (args.output / "measures.json").write_text(json.dumps(columns, indent=1) + "\n")
-    Console(width=100).print(make_table({"all": columns["all"]}))
+    layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
+    parts: list[Measures] = []
+    features: list[dict[str, float]] = []
+    stretches: list[list[Measures]] = []
+    for number, (frames, waveform) in enumerate(sample_all(args, sampler, captions, console)):
+        seen = observe(frames, WORLD.frame_rate, waveform, rate)
+        options = {"scene": draw_scene(seeds[number], WORLD), "layout": layout}
+        parts.append(measure(seen, **options))
+        features.append(clip_features(seen, waveform, rate))
+        stretches.append(windows(seen, args.every, **options) if args.every else [])
+        if number < args.show:
+            write_shown(args.output, number, frames, waveform, rate, seen)
+    content = {
+        "arguments": {k: v for k, v in vars(args).items() if k != "output"},
+        "all": pool(parts).scalars(),
+        "stretches": [pool(same).scalars() for same in zip(*stretches)],
+        "clips": [part.scalars() for part in parts],
+    }
+    if len(parts) > 1:
+        real = real_features(len(parts), frames.shape[0])
+        content["all"]["frechet_distance"] = frechet_distance(real, features)
+    if not args.no_speed:
+        content["speed"] = measure_speed(args, sampler, captions[0])
+    (args.output / "measures.json").write_text(json.dumps(content, indent=1) + "\n")
+    columns = {f"{i * args.every:g} s": row for i, row in enumerate(content["stretches"])}
+    columns["all"] = content["all"] | content.get("speed", {})
+    Console(width=40 + 10 * len(columns)).print(make_table(columns))
     return 0
 
 

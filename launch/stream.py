@@ -65,8 +65,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=5.0, help="length of the clip (default 5)")
     length.add_argument("--endless", action="store_true", help="stream until Ctrl-C")
-    add("--height", type=int, default=512, help="pixels, a multiple of 32 (default 512)")
-    add("--width", type=int, default=768, help="pixels, a multiple of 32 (default 768)")
+    add("--height", type=int, default=512, help="pixels, a multiple of the VAE's 32 (default 512)")
+    add("--width", type=int, default=768, help="pixels, a multiple of the VAE's 32 (default 768)")
+    add(
+        "--enlarge", type=int, default=1, metavar="N", help="write every pixel as N x N (default 1)"
+    )
     add("--fps", type=float, default=24.0, help="frames per second (default 24)")
     add("--seed", type=int, default=0)
     steps = parser.add_mutually_exclusive_group()
@@ -80,7 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--window", type=int, default=7, help="recent blocks in the cache (default 7)")
     add("--anchors", type=int, default=0, help="first blocks that are never evicted (default 0)")
     add("--positions", choices=POSITIONS, default="relative")
-    add("--decode", choices=("window", "causal"), default="window", help="video decoding mode")
+    add("--decode", choices=("window", "causal"), help="video decoding (default: as trained)")
     add("--look-back", type=int, default=4, help="latent frames, window mode (default 4)")
     add("--look-ahead", type=int, default=1, help="latent frames, window mode (default 1)")
     add("--blend", type=int, default=1, help="latent frames, window mode (default 1)")
@@ -214,6 +217,11 @@ class Report:
             highlight=False,
         )
 
+    @property
+    def seconds_to_first_chunk(self) -> float:
+        """From the prompts to the first frames, compilation included; loading weights is not."""
+        return self.encoding + self.first_chunk - self.start
+
     def summary(self, output: str) -> None:
         """Prints the totals."""
         if not self.frames:
@@ -226,8 +234,7 @@ class Report:
         parts = self.first_parts | {"text": self.encoding + self.first_parts["text"]}
         table.add_row(
             "first chunk after",
-            f"{self.encoding + self.first_chunk - self.start:.2f} s with compilation "
-            f"({_list_parts(parts)})",
+            f"{self.seconds_to_first_chunk:.2f} s with compilation ({_list_parts(parts)})",
         )
         table.add_row("average", f"{self.frames / self.seconds:.1f} FPS")
         self.console.print(table)
@@ -240,8 +247,8 @@ def _list_parts(seconds: dict[str, float]) -> str:
 class BackgroundWriter:
     """Encodes chunks in a thread, so that the encoder and the accelerator work at the same time."""
 
-    def __init__(self, writer: media.ClipWriter):
-        self._writer = writer
+    def __init__(self, writer: media.ClipWriter, enlarge: int = 1):
+        self._writer, self._enlarge = writer, enlarge
         self._queue: queue.Queue[Chunk | None] = queue.Queue(maxsize=4)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="clip-writer")
@@ -251,7 +258,8 @@ class BackgroundWriter:
         while (chunk := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    self._writer.write(chunk.frames[0], chunk.waveform[0])
+                    frames = chunk.frames[0].repeat(self._enlarge, 1).repeat(self._enlarge, 2)
+                    self._writer.write(frames, chunk.waveform[0])
                 except BaseException as error:  # re-raised in the main thread by put or close
                     self._error = error
 
@@ -321,23 +329,28 @@ def run(session: StreamingSession, plan: Plan, writer: BackgroundWriter, report:
             writer.put(tail)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    args = parse_arguments(argv)
-    try:
-        media.check_output_path(args.output, args.overwrite)
-        config = PipelineConfig.from_checkpoint(args.checkpoint)
-        plan = make_plan(args, config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, Plan]:
+    """Checks everything that can be checked before weights are read.
+
+    Raises:
+      ValueError, OSError: something is wrong with the arguments, a checkpoint or the output.
+    """
+    media.check_output_path(args.output, args.overwrite)
+    if args.enlarge < 1:
+        raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
+    config = PipelineConfig.from_checkpoint(args.checkpoint)
+    return config, make_plan(args, config)
+
+
+def stream(args: argparse.Namespace, config: PipelineConfig, plan: Plan) -> Report:
+    """Streams the clip; what it cost.
+
+    Raises:
+      FloatingPointError: the text encoder made values that are not finite.
+    """
     dtype = prompt_options.compute_dtype(args)
     report = Report(args.fps)
-    try:
-        plan = encode_prompts(plan, report)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    plan = encode_prompts(plan, report)
     report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
     pipeline = load_pipeline(args.checkpoint, dtype=dtype)
     session = pipeline.session(
@@ -354,19 +367,35 @@ def main(argv: list[str] | None = None) -> int:
     )
     with media.ClipWriter(
         args.output,
-        width=args.width,
-        height=args.height,
+        width=args.width * args.enlarge,
+        height=args.height * args.enlarge,
         frame_rate=args.fps,
         sample_rate=config.vocoder.sample_rate,
         overwrite=args.overwrite,
     ) as clip:
-        writer = BackgroundWriter(clip)
+        writer = BackgroundWriter(clip, args.enlarge)
         report.start = time.perf_counter()
         try:
             run(session, plan, writer, report)
         finally:
             writer.close()
     report.summary(args.output)
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parse_arguments(argv)
+    try:
+        config, plan = prepare(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        stream(args, config, plan)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

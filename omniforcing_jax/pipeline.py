@@ -132,7 +132,7 @@ class Pipeline:
         seed: int = 0,
         max_blocks: int | None = None,
         implementation: str = "auto",
-        decode_mode: str = "window",
+        decode_mode: str | None = None,
         look_back: int = 4,
         look_ahead: int = 1,
         blend: int = 1,
@@ -142,12 +142,14 @@ class Pipeline:
         Args:
           prompt: a sentence, which needs `prompts`, or contexts of video and audio.
           prompts: encodes sentences.
+          decode_mode: None is "causal" for a decoder that was trained so, else "window".
         """
         c = self.config
+        trained = "causal" if c.video_vae.causal_decoder else "window"
         video_decoder = StreamingVideoDecoder(
             c.video_vae,
             self.params["video_vae"],
-            mode=decode_mode,
+            mode=decode_mode or trained,
             look_back=look_back,
             look_ahead=look_ahead,
             blend=blend,

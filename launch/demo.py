@@ -1,0 +1,100 @@
+"""Streams a clip from a pocket model, looks at it and listens to it, and says whether both agree.
+
+    python -m launch.demo --checkpoint outputs/demo/checkpoint --text-encoder outputs/demo/gemma \\
+        --prompt "a small red ball and a big blue ball bounce" --output outputs/demo
+
+That is launch.stream and launch.measure in one: OUTPUT/clip.mp4, OUTPUT/clip.png (frames, waveform
+and spectrogram, with the impacts seen and the tones heard), and a line with the time to the first
+chunk, frames per second and synchrony. A prompt that is not of the world of balls is streamed as
+well; what comes of it is not compared with it then.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from rich.console import Console
+
+from launch import stream
+from launch.measure import Result, measure_file
+from omniforcing_jax.data.bounce import WorldConfig
+from omniforcing_jax.data.bounce_captions import scene_from_caption
+
+ENLARGE = 8  # 64 x 48 pixels are a stamp on a screen
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.demo", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="converted pocket model")
+    add("--text-encoder", required=True, help="its converted Gemma")
+    add("--prompt", required=True)
+    add("--seconds", type=float, default=10.0, help="length of the clip (default 10)")
+    add("--seed", type=int, default=0)
+    add("--output", type=pathlib.Path, required=True, help="folder for clip and picture")
+    return parser.parse_args(argv)
+
+
+def stream_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Those of launch.stream."""
+    world = WorldConfig()
+    options = {
+        "--checkpoint": args.checkpoint,
+        "--text-encoder": args.text_encoder,
+        "--text-length": 48,  # as the model was trained
+        "--prompt": args.prompt,
+        "--prompt-cache": args.output / "prompts",
+        "--seconds": args.seconds,
+        "--seed": args.seed,
+        "--height": world.height,
+        "--width": world.width,
+        "--enlarge": ENLARGE,
+        "--output": args.output / "clip.mp4",
+    }
+    words = [str(word) for option in options.items() for word in option]
+    return stream.parse_arguments([*words, "--overwrite"])
+
+
+def describe(result: Result) -> str:
+    """What was measured, in a sentence."""
+    matching, values = result.observation.matching, result.total.scalars()
+    seen, heard = len(matching.pairs) + len(matching.misses), len(result.observation.tones)
+    if not matching.pairs:
+        return f"{seen} impacts seen, {heard} tones heard, none of them together"
+    return (
+        f"{seen} impacts seen, {heard} tones heard, {len(matching.pairs)} of them together; the "
+        f"sound is {values['offset_ms']:+.0f} ms late (median), its pitch that of the ball in "
+        f"{values['pitch_right']:.0%}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parse_arguments(argv)
+    try:
+        options = stream_arguments(args)
+        config, plan = stream.prepare(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report = stream.stream(options, config, plan)
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        scene = scene_from_caption(args.prompt)
+    except ValueError as error:
+        console.print(f"The prompt is none of this world: {error}", markup=False)
+        scene = None
+    clip = args.output / "clip.mp4"
+    result = measure_file(clip, scene, None, None, config.layout_name, clip.with_suffix(".png"))
+    console.print(
+        f"first chunk after {report.seconds_to_first_chunk:.2f} s (compilation included), "
+        f"{report.frames / report.seconds:.1f} FPS; {describe(result)}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

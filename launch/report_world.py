@@ -1,0 +1,142 @@
+"""Puts measures of launch.sample_world side by side: a table in Markdown, and curves of drift.
+
+    python -m launch.report_world outputs/pocket/evaluation/* --output outputs/pocket/report
+
+A folder is a row, or several that differ by /SEED behind the same name are one: then a cell is the
+mean over seeds, with the largest difference from it. OUTPUT.md is the table, OUTPUT.png has a curve
+per row for those that were measured by stretches.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+# scalar: (heading, format)
+COLUMNS = {
+    "abs_offset_ms": ("offset, ms", "{:.0f}"),
+    "unmatched_rate": ("unmatched", "{:.0%}"),
+    "pitch_right": ("pitch", "{:.0%}"),
+    "prompt_pitch_right": ("tones of the prompt", "{:.0%}"),
+    "colour_right": ("colour", "{:.0%}"),
+    "size_right": ("size", "{:.0%}"),
+    "pan_error": ("pan error", "{:.3f}"),
+    "gravity": ("gravity", "{:.2f}"),
+    "vanishings_per_second": ("vanishings/s", "{:.2f}"),
+    "motion": ("motion", "{:.1f}"),
+    "flicker": ("flicker", "{:.2f}"),
+    "seam_ratio": ("seam", "{:.2f}"),
+    "frechet_distance": ("Fréchet", "{:.1f}"),
+    "fps": ("FPS", "{:.0f}"),
+    "first_frames_after": ("first frames, s", "{:.2f}"),
+}
+CURVES = ("abs_offset_ms", "unmatched_rate", "colour_right", "prompt_pitch_right", "motion",
+          "sound_level_db")  # fmt: skip
+COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d", "#2a9d8f", "#b5838d")
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def read_rows(folders: list[pathlib.Path]) -> Rows:
+    """{row: content of its measures.json, one per seed}.
+
+    Raises:
+      ValueError: a folder has no measures.
+    """
+    rows: Rows = {}
+    for folder in folders:
+        files = [folder / "measures.json"]
+        if not files[0].is_file():
+            files = sorted(folder.glob("*/measures.json"))
+        if not files:
+            raise ValueError(f"{folder} has no measures.json; launch.sample_world writes one")
+        rows[folder.name] = [json.loads(file.read_text()) for file in files]
+    return rows
+
+
+def cell(values: list[float | None], form: str) -> str:
+    """Mean and largest difference from it."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "–"
+    mean = float(np.mean(found))
+    text = form.format(mean)
+    if len(found) > 1:
+        text += " ±" + form.format(max(abs(value - mean) for value in found))
+    return text
+
+
+def table(rows: Rows) -> str:
+    """All rows in Markdown."""
+    lines = [
+        "| | clips | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    for name, seeds in rows.items():
+        scalars = [content["all"] | content.get("speed", {}) for content in seeds]
+        cells = [
+            cell([values.get(column) for values in scalars], form)
+            for column, (_, form) in COLUMNS.items()
+        ]
+        count = " + ".join(str(len(content["clips"])) for content in seeds)
+        lines.append(f"| {name} | {count} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_drift(rows: Rows, path: pathlib.Path) -> bool:
+    """Curves over time of the rows that have stretches; False if none has."""
+    rows = {name: seeds for name, seeds in rows.items() if len(seeds[0]["stretches"]) > 1}
+    if not rows:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 7), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3)
+    for panel, scalar in zip(axes.flat, CURVES):
+        for (name, seeds), color in zip(rows.items(), COLORS):
+            length = seeds[0]["arguments"]["every"]
+            values = np.array(
+                [[np.nan if part[scalar] is None else part[scalar] for part in c["stretches"]]
+                 for c in seeds]
+            )  # fmt: skip
+            seconds = length * (np.arange(values.shape[1]) + 0.5)
+            panel.plot(seconds, np.nanmean(values, 0), color=color, label=name)
+            if len(values) > 1:
+                low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+                panel.fill_between(seconds, low, high, color=color, alpha=0.2, linewidth=0)
+        panel.set_title(scalar, loc="left", fontsize=10)
+        panel.set_xlabel("s")
+        panel.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.report_world", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("folders", nargs="+", type=pathlib.Path)
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="without extension")
+    args = parser.parse_args(argv)
+    try:
+        rows = read_rows(args.folders)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    text = table(rows)
+    args.output.with_suffix(".md").write_text(text)
+    print(text, end="")
+    plot_drift(rows, args.output.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The pocket model's tools, with random weights: they run, and say what they should."""
+
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+
+import numpy as np
+import pytest
+
+from checkpoint_converters import gemma3, ltx2, synthetic, synthetic_gemma
+from launch import demo, report_world, sample_world
+from launch.measure import shrink
+from omniforcing_jax import media
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROMPT = "two balls bounce on the floor: a small red one and a big blue one"
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory):
+    """[--checkpoint FOLDER --text-encoder FOLDER] of a random pocket model."""
+    folder = tmp_path_factory.mktemp("pocket")
+    file = folder / "pocket.safetensors"
+    assert not synthetic.main(["--size", "pocket", "--version", "2.0", "--output", str(file)])
+    assert not ltx2.main(["--input", str(file), "--output", str(folder / "ltx2")])
+    synthetic_gemma.write(folder / "hf", "pocket")
+    assert not gemma3.main(["--input", str(folder / "hf"), "--output", str(folder / "gemma")])
+    return ["--checkpoint", str(folder / "ltx2"), "--text-encoder", str(folder / "gemma")]
+
+
+def test_demo(pocket, tmp_path, capsys):
+    """A clip of the promised length, a picture, and a line about both; twice over the same."""
+    arguments = [*pocket, "--prompt", PROMPT, "--seconds", "2", "--output", str(tmp_path)]
+    assert demo.main(arguments) == 0
+    frames, rate, waveform, _ = media.read_clip(tmp_path / "clip.mp4")
+    assert frames.shape == (49, 48 * demo.ENLARGE, 64 * demo.ENLARGE, 3) and rate == 24
+    assert len(waveform) and (tmp_path / "clip.png").stat().st_size > 10_000
+    printed = capsys.readouterr()
+    line = printed.out.splitlines()[-1]
+    assert re.search(r"first chunk after [\d.]+ s .*, [\d.]+ FPS; \d+ impacts seen", line)
+    assert "block    1" in printed.err
+    assert demo.main([*arguments[:-2], "--output", str(tmp_path / "none"), "--seconds", "0"]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampler", ["stream", pytest.param("few-step", marks=pytest.mark.slow),
+                                     pytest.param("teacher", marks=pytest.mark.slow)])  # fmt: skip
+def test_samples_are_measured(pocket, tmp_path, sampler):
+    """Three clips in batches of two, whole and by the second."""
+    options = ["--sampler", sampler, "--clips", "3", "--batch-size", "2", "--seconds", "2"]
+    options += ["--every", "1", "--steps", "2", "--timesteps", "1000", "500", "--show", "1"]
+    assert sample_world.main([*pocket, *options, "--output", str(tmp_path)]) == 0
+    measures = json.loads((tmp_path / "measures.json").read_text())
+    assert len(measures["clips"]) == 3 and len(measures["stretches"]) == 2
+    assert measures["all"]["seconds"] == pytest.approx(3 * 49 / 24)
+    assert measures["speed"]["fps"] > 0
+    assert len((tmp_path / "captions.txt").read_text().splitlines()) == 3
+    assert sorted(p.name for p in tmp_path.glob("*.*4")) == ["00.mp4"]
+    assert (tmp_path / "00.png").is_file()
+    assert measures["all"]["frechet_distance"] > 0
+    # a row of a table, and a curve
+    assert report_world.main([str(tmp_path), "--output", str(tmp_path / "report")]) == 0
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert len(lines) == 3 and lines[2].startswith(f"| {tmp_path.name} | 3 |")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_a_clip_written_enlarged_is_measured_in_the_worlds_pixels():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
+    np.testing.assert_array_equal(shrink(frames.repeat(4, 1).repeat(4, 2)), frames)
+    assert shrink(frames) is frames
+    odd = frames.repeat(2, 1)[:, :95].repeat(2, 2)
+    assert shrink(odd) is odd
+
+
+def test_cells_show_mean_and_spread_over_seeds():
+    assert report_world.cell([0.1, 0.3, None], "{:.0%}") == "20% ±10%"
+    assert report_world.cell([3.0], "{:.1f}") == "3.0" and report_world.cell([None], "{}") == "–"
+
+
+def test_make_pocket_runs_programs_that_exist_in_order():
+    """From text tower to student; what a stage reads was made before."""
+    result = subprocess.run(
+        ["make", "-n", "pocket", "POCKET=nowhere"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    modules = re.findall(r"-m ((?:launch|checkpoint_converters)\.\w+)", result.stdout)
+    assert all(importlib.util.find_spec(module) for module in modules)
+    later = ("launch.ode_pairs", "launch.export_run")
+    stages = [m for m in modules if m.startswith("launch.stage") or m in later]
+    assert stages == ["launch.stage1", "launch.ode_pairs", "launch.stage2", "launch.stage3",
+                      "launch.export_run"]  # fmt: skip
+    shipped = subprocess.run(
+        ["make", "-n", "pocket", "POCKET=nowhere", "TEACHER=README.md"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "launch.stage1" in shipped.stdout and "launch.pretrain" not in shipped.stdout
+    parts = re.findall(r"pretrain.py:(\w+)", result.stdout)
+    assert set(parts) == {"video_vae", "audio_vae", "vocoder", "causal_decoder", "teacher"}
+    assert parts.index("teacher") > parts.index("video_vae") < parts.index("causal_decoder")
