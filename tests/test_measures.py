@@ -196,10 +196,13 @@ def test_measures_bear_blur_grain_and_pale_colours(clips):
     assert result["pitch_right"] > 0.98
 
 
-def test_seams_flicker_and_faults_of_motion_show(clips):
+def test_seams_flicker_and_faults_of_motion_show(clips, observations):
     borders = block_borders(LAYOUT, 121)
     assert borders == [25, 49, 73, 97]
     assert block_borders(BlockLayout.prefix(), 49) == [1, 25]
+    scene = clips[0].truth.scene
+    prefix = measure(observations[0], scene=scene, layout=BlockLayout.prefix()).scalars()
+    assert 0.5 < prefix["seam_ratio"] < 2
 
     def flash(frames, waveform):
         brighter = frames.astype(int)

@@ -239,7 +239,7 @@ def measure(
         motion=_finite(o.motion[part]),
         flicker=_finite(o.flicker[part]),
         power=o.power[part],
-        seams=o.jerk[borders],
+        seams=_finite(o.jerk[borders]),  # frame 1, where a prefix ends, has no second difference
         elsewhere=o.jerk[others] if len(borders) else np.array([]),
         seam_flicker=o.flicker[borders],
         flicker_elsewhere=o.flicker[others] if len(borders) else np.array([]),
