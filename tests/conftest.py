@@ -11,10 +11,19 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # to the next: other roundings where bits are compared, other orders of messages.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
+import jax
 import numpy as np
 import pytest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees what a module compiled: a thousand tests' programs are gigabytes, and the process may
+    run out of memory maps, which ends it in the middle of a compilation."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
