@@ -20,7 +20,7 @@ PROMPT = A street musician plays the violin in the rain.
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tiny test test-slow aot lint format bench clean
+.PHONY: help demo pocket tiny test test-slow aot lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,8 @@ tiny: $(VENV)/.installed-train  ## all three stages with random weights, then st
 	@echo
 	@echo "$(TINY)/curves.png   the three runs; their sample clips are in $(TINY)/stage*/samples"
 	@echo "$(TINY)/clip.mp4     streamed by the student; its weights are random, it shows noise"
+
+pocket:  ## the pocket model from nothing, through pre-training and all stages: hours on two cores
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow tests
 	$(PYTEST)
@@ -129,3 +131,5 @@ $(VENV)/.installed-test: setup.py $(VENV)/.installed
 
 $(BIN)/ruff: | $(VENV)/.created
 	@$(PIP) install "ruff>=0.12"
+
+include configs/pocket.mk

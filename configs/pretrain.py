@@ -9,8 +9,9 @@ expect of them:
   video_vae       Reconstruction of 17 frames from anywhere in a clip. 19 dB, which is the empty
                   world, for the first 50 steps; 25 dB after 550, 28 dB after 1,200.
   audio_vae       Reconstruction of spectrograms of 1.3 s. An error of 1.6, which is silence, for
-                  the first 20 steps; 0.35 after 180.
-  vocoder         Waveforms from spectrograms; needs audio_vae.
+                  the first 20 steps; 0.35 after 100, sides included.
+  vocoder         Waveforms from spectrograms; needs audio_vae. 1.5 dB after 160 steps, low tones
+                  before high ones.
   causal_decoder  The video decoder, fine-tuned to run causally; needs video_vae. Optional.
   teacher         Flow matching of both streams with their captions, the connectors included; needs
                   video_vae, audio_vae and the text tower in FOLDER/gemma (a converted
@@ -72,11 +73,11 @@ def get_config(part: str) -> ml_collections.ConfigDict:
         c.error = ml_collections.ConfigDict({"absolute": 0.3, "square": 0.1})
         c.latents = ml_collections.ConfigDict({"noise": 0.1, "penalty": 1e-3})
     elif part == "vocoder":
-        c.batch_size, c.num_steps, c.samples = 8, 1500, 8_000
+        c.batch_size, c.num_steps, c.samples = 8, 2400, 8_000
         c.optimizer.learning_rate = 2e-3
         c.loss = ml_collections.ConfigDict({"waveform": 4.0})
     else:
-        c.batch_size, c.num_steps = 16, 2400
+        c.batch_size, c.num_steps = 16, 2000
         c.clip = ml_collections.ConfigDict({"blocks": 3, "layout": "prefix", "frame_rate": 24.0})
         c.num_clips, c.text_length = 4096, 48
         c.init = ""  # folder of another teacher run, whose average this one starts from

@@ -93,7 +93,7 @@ def test_make_pocket_runs_programs_that_exist_in_order():
     assert stages == ["launch.stage1", "launch.ode_pairs", "launch.stage2", "launch.stage3",
                       "launch.export_run"]  # fmt: skip
     shipped = subprocess.run(
-        ["make", "-n", "pocket", "POCKET=nowhere", "TEACHER=README.md"],
+        ["make", "-n", "pocket", "POCKET=nowhere", "TEACHER=weights/pocket"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert "launch.stage1" in shipped.stdout and "launch.pretrain" not in shipped.stdout

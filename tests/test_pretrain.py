@@ -388,10 +388,26 @@ def test_parts_become_one_checkpoint(tmp_path):
     assert PipelineConfig.from_checkpoint(tmp_path / "ltx2") == PIPELINE
     (tmp_path / "teacher.safetensors").unlink()
     assert assemble_pocket.main(["--folder", str(tmp_path), "--output", str(output)]) == 1
-    vaes = ["--vaes-only", "--folder", str(tmp_path), "--output", str(output)]
-    assert not assemble_pocket.main(vaes)
+    with pytest.raises(ConversionError, match=r"teacher\.safetensors is missing"):
+        assemble_pocket.assemble(tmp_path, output)
+
+
+def test_files_with_some_components_each_convert_together(tmp_path):
+    """As the pocket model is shipped: a part can be replaced without the others."""
+    source = tmp_path / "random.safetensors"
+    metadata = synthetic.write(source, "pocket", dtype="float32")
+    files = []
+    for part in ("teacher", "video_vae", "audio_vae", "vocoder"):
+        names = [name for name, of in assemble_pocket.SOURCES.items() if of == part]
+        trees = {name: reading.load_component(source, name) for name in names}
+        write_components(tmp_path / f"{part}.safetensors", trees, metadata, "2.0.0")
+        files.append(str(tmp_path / f"{part}_only.safetensors"))
+        chosen = ["--components", *names, "--dtype", "bfloat16", "--output", files[-1]]
+        assert not assemble_pocket.main(["--folder", str(tmp_path), *chosen])
     with pytest.raises(ConversionError, match="has no transformer"):
-        reading.load_component(output, "transformer")
+        reading.load_component(files[-1], "transformer")
+    assert not ltx2.main(["--input", *files, "--output", str(tmp_path / "ltx2")])
+    assert PipelineConfig.from_checkpoint(tmp_path / "ltx2") == PIPELINE
 
 
 def test_trees_that_do_not_fit_are_refused(tmp_path):
