@@ -105,9 +105,10 @@ def plot_drift(rows: Rows, path: pathlib.Path) -> bool:
                  for c in seeds]
             )  # fmt: skip
             seconds = length * (np.arange(values.shape[1]) + 0.5)
-            panel.plot(seconds, np.nanmean(values, 0), color=color, label=name)
+            known = np.ma.masked_invalid(values)  # a stretch may have nothing to go by
+            panel.plot(seconds, known.mean(0), color=color, label=name)
             if len(values) > 1:
-                low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+                low, high = known.min(0), known.max(0)
                 panel.fill_between(seconds, low, high, color=color, alpha=0.2, linewidth=0)
         panel.set_title(scalar, loc="left", fontsize=10)
         panel.set_xlabel("s")
