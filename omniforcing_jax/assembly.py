@@ -108,20 +108,19 @@ def assemble(
             allow_new=NEW_PARAMETERS,
             init=lambda: init_params(student, jax.random.key(c.seed)),
         )
-        networks = {"generator": generator}
+        optimizers = {name: make_optimizer(config) for name, config in e.optimizers.items()}
+        generator = create_network(generator, optimizers["generator"], ema=bool(e.ema))
+        critic = None
         if state.critic is not None:
-            networks["critic"] = load_generator(c.checkpoint, state.critic.params)
-        built = {
-            name: create_network(
-                params, make_optimizer(e.optimizers[name]), ema=name == "generator" and bool(e.ema)
-            )
-            for name, params in networks.items()
-        }
-        state = create_state(built["generator"], built.get("critic"))
+            with jax.set_mesh(scores or mesh):
+                critic = load_generator(c.checkpoint, state.critic.params)
+                critic = create_network(critic, optimizers["critic"], ema=False)
+        state = create_state(generator, critic)
     if scores is None:
         return stage, state, load_frozen(e, mesh)
     student = load_frozen(e, mesh, teacher=False)
-    return stage, state, SplitFrozen(student, load_frozen(e, scores))
+    with jax.set_mesh(scores):
+        return stage, state, SplitFrozen(student, load_frozen(e, scores))
 
 
 def abstract_connectors(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
