@@ -124,23 +124,12 @@ def shrink(frames: np.ndarray) -> np.ndarray:
     return np.round(sums / factor**2).astype(np.uint8)
 
 
-def marked_sheet(
-    frames: np.ndarray,
-    waveform: np.ndarray,
-    sample_rate: int,
-    observation: Observation,
-    path: pathlib.Path,
-) -> None:
-    """A contact sheet with the impacts seen marked above the waveform, the tones heard below."""
-    contact_sheet(
-        frames,
-        path,
-        frame_rate=observation.frame_rate,
-        waveform=waveform if len(waveform) else None,
-        sample_rate=sample_rate,
-        seen=[(i.time, mark_colour(i.colour)) for i in observation.impacts],
-        heard=[(t.time, mark_colour(t.colour)) for t in observation.tones],
-    )
+def marks(observation: Observation) -> dict[str, list[tuple[float, str]]]:
+    """Impacts seen and tones heard, as `contact_sheet` marks them."""
+    return {
+        "seen": [(i.time, mark_colour(i.colour)) for i in observation.impacts],
+        "heard": [(t.time, mark_colour(t.colour)) for t in observation.tones],
+    }
 
 
 def measure_file(
@@ -163,7 +152,14 @@ def measure_file(
     blocks = BlockLayout.from_name(layout, frame_rate=frame_rate) if layout else None
     options = dict(scene=scene, layout=blocks)
     if sheet:
-        marked_sheet(frames, waveform, sample_rate, observation, sheet)
+        contact_sheet(
+            frames,
+            sheet,
+            frame_rate=frame_rate,
+            waveform=waveform if len(waveform) else None,
+            sample_rate=sample_rate,
+            **marks(observation),
+        )
     return Result(
         path=path,
         observation=observation,

@@ -27,8 +27,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from launch.measure import make_table, marked_sheet
-from omniforcing_jax import flow, media
+from launch.measure import make_table, marks
+from omniforcing_jax import flow
 from omniforcing_jax.blocks import LAYOUT_NAMES
 from omniforcing_jax.clip import Clip
 from omniforcing_jax.data.bounce import WorldConfig, draw_scene
@@ -39,6 +39,7 @@ from omniforcing_jax.measures.frechet import clip_features, frechet_distance
 from omniforcing_jax.measures.observation import observe
 from omniforcing_jax.measures.report import Measures, measure, pool, windows
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig, decode_clip, load_pipeline
+from omniforcing_jax.previews import write_clip
 from omniforcing_jax.prompts import Contexts, PromptEncoder
 from omniforcing_jax.rollout import AVLatents, RolloutConfig
 from omniforcing_jax.sampler import SampleConfig, sample
@@ -229,21 +230,6 @@ def real_features(count: int, num_frames: int) -> list[dict[str, float]]:
     return features
 
 
-def write_shown(folder: pathlib.Path, number: int, frames, waveform, rate: int, seen) -> None:
-    """An MP4, and a contact sheet with what was seen and heard marked."""
-    path = folder / f"{number:02d}.mp4"
-    with media.ClipWriter(
-        path,
-        width=frames.shape[2],
-        height=frames.shape[1],
-        frame_rate=WORLD.frame_rate,
-        sample_rate=rate,
-        overwrite=True,
-    ) as writer:
-        writer.write(frames, waveform)
-    marked_sheet(frames, waveform, rate, seen, path.with_suffix(".png"))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
@@ -270,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
         features.append(clip_features(seen, waveform, rate))
         stretches.append(windows(seen, args.every, **options) if args.every else [])
         if number < args.show:
-            write_shown(args.output, number, frames, waveform, rate, seen)
+            path = args.output / f"{number:02d}.mp4"
+            write_clip(path, frames, waveform, WORLD.frame_rate, rate, **marks(seen))
     content = {
         "arguments": {k: v for k, v in vars(args).items() if k != "output"},
         "all": pool(parts).scalars(),

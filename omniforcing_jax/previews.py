@@ -153,12 +153,14 @@ def write_clip(
     waveform: np.ndarray,
     frame_rate: float,
     sample_rate: int,
+    **marks: Sequence[tuple[float, str]],
 ) -> None:
     """Writes an MP4, and beside it a PNG with its frames, waveform and spectrogram.
 
     Args:
       frames: [F, H, W, 3] uint8.
       waveform: [N, 2] float32 in [-1, 1].
+      **marks: `seen` and `heard` of `contact_sheet`.
     """
     height, width = frames.shape[1:3]
     with media.ClipWriter(
@@ -176,4 +178,5 @@ def write_clip(
         frame_rate=frame_rate,
         waveform=waveform,
         sample_rate=sample_rate,
+        **marks,
     )

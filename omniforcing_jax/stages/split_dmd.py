@@ -152,9 +152,12 @@ class SplitDMD:
         of_samples, of_step = jax.random.split(self.dmd.step_key(name, step))
         return sample_keys(of_samples, numbered(batch)["row"]), of_step
 
-    def _weights(self, name: str, params: Any) -> Any:
+    def _inputs(self, name: str, network: Network, frozen: Frozen, batch):
+        """Weights of a network in the dtype it computes in, and contexts."""
         model = self.dmd.generator.model if name == "generator" else self.dmd.critic
-        return cast_params(params, model.dtype, shardings=self._places(name).params)
+        places = self._places(name).params
+        weights = cast_params(network.params, model.dtype, shardings=places)
+        return weights, self.text.contexts(frozen.connectors, batch)
 
     def _whole_weights(self, params: Any) -> Any | None:
         if not self.dmd.config.gather_weights:
@@ -173,8 +176,8 @@ class SplitDMD:
         """(generator, frozen, batch, step) -> (trace, x)."""
 
         def simulate(network: Network, frozen: Frozen, batch, step):
-            generator, weights = self.dmd.generator, self._weights("generator", network.params)
-            contexts = self.text.contexts(frozen.connectors, batch)
+            generator = self.dmd.generator
+            weights, contexts = self._inputs("generator", network, frozen, batch)
             keys, of_step = self._draws("generator", batch, step)
             keys = fold(keys, SAMPLE)
             whole = self._whole_weights(network.params)
@@ -188,8 +191,7 @@ class SplitDMD:
         """(critic, frozen, batch, x, step) -> (dL/dx, (losses, sigmas))."""
 
         def score(network: Network, frozen: Frozen, batch, x: AVLatents, step):
-            critic = self._weights("critic", network.params)
-            contexts = self.text.contexts(frozen.connectors, batch)
+            critic, contexts = self._inputs("critic", network, frozen, batch)
             keys, _ = self._draws("generator", batch, step)
             return self.dmd.score(critic, frozen, x, contexts, keys)
 
@@ -201,8 +203,7 @@ class SplitDMD:
 
         def update(network: Network, frozen: Frozen, batch, trace, scored, step):
             cotangent, (loss, sigma) = scored
-            weights = self._weights("generator", network.params)
-            contexts = self.text.contexts(frozen.connectors, batch)
+            weights, contexts = self._inputs("generator", network, frozen, batch)
             keys, _ = self._draws("generator", batch, step)
             generator = self.dmd.generator
             gradients = generator.pull_back(weights, contexts, fold(keys, SAMPLE), trace, cotangent)
@@ -216,8 +217,7 @@ class SplitDMD:
         """(generator, frozen, batch, step) -> x, for the critic."""
 
         def sample(network: Network, frozen: Frozen, batch, step):
-            weights = self._weights("generator", network.params)
-            contexts = self.text.contexts(frozen.connectors, batch)
+            weights, contexts = self._inputs("generator", network, frozen, batch)
             keys, of_step = self._draws("critic", batch, step)
             whole = self._whole_weights(network.params)
             keys = fold(keys, SAMPLE)
@@ -230,8 +230,7 @@ class SplitDMD:
         """(critic, frozen, batch, x, step) -> (critic, metrics)."""
 
         def update(network: Network, frozen: Frozen, batch, x: AVLatents, step):
-            critic = self._weights("critic", network.params)
-            contexts = self.text.contexts(frozen.connectors, batch)
+            critic, contexts = self._inputs("critic", network, frozen, batch)
             keys, _ = self._draws("critic", batch, step)
             gradients, (loss, sigma) = self.dmd.fit_critic(critic, x, contexts, keys)
             return self._updated("critic", network, gradients, loss, sigma, step)
