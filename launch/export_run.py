@@ -6,7 +6,7 @@ Example:
       --weights params --step 1500 --safetensors student.safetensors
 
 The other components (VAEs, vocoder, connectors) are copied from the converted checkpoint that the
-run was trained with. The student's layout and timesteps go into the new config.json, where
+run was trained with. The student's layout, timesteps and cache go into the new config.json, where
 launch.stream finds them.
 """
 
@@ -96,7 +96,8 @@ def student_content(
             "layout": config["clip"]["layout"] if causal else None,
             "num_audio_sinks": student["num_audio_sinks"],
             "timesteps": list(config["student"]["timesteps"]),
-        },
+        }
+        | {name: config["student"][name] for name in ("window", "anchors", "positions") if causal},
         "source": [*base["source"], {"name": source, "bytes": 0}],
     }
     return content, described

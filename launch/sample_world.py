@@ -34,7 +34,7 @@ from omniforcing_jax.clip import Clip
 from omniforcing_jax.data.bounce import WorldConfig, draw_scene
 from omniforcing_jax.data.bounce_dataset import clip_caption, make_clip, split_seeds
 from omniforcing_jax.guidance import NO_GUIDANCE
-from omniforcing_jax.kv_cache import POSITIONS, CacheConfig
+from omniforcing_jax.kv_cache import POSITIONS
 from omniforcing_jax.measures.frechet import clip_features, frechet_distance
 from omniforcing_jax.measures.observation import observe
 from omniforcing_jax.measures.report import Measures, measure, pool, windows
@@ -85,9 +85,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cfg", type=float, default=2.0, help="teacher: guidance, 1 is off (default 2)")
     add("--timesteps", type=float, nargs="+", help="of a student (default: the checkpoint's)")
     add("--layout", choices=LAYOUT_NAMES, help="stream: default: the checkpoint's")
-    add("--window", type=int, default=7, help="stream: recent blocks in the cache (default 7)")
-    add("--anchors", type=int, default=0, help="stream: first blocks never evicted (default 0)")
-    add("--positions", choices=POSITIONS, default="relative", help="stream")
+    add("--window", type=int, help="stream: recent blocks in the cache (default: as trained)")
+    add("--anchors", type=int, help="stream: first blocks never evicted (default: as trained)")
+    add("--positions", choices=POSITIONS, help="stream (default: as trained)")
     add("--batch-size", type=int, default=8, help="clips side by side (default 8)")
     add("--seed", type=int, default=0)
     add("--show", type=int, default=8, help="clips written as MP4 and PNG (default 8)")
@@ -160,7 +160,7 @@ def _sigmas(args: argparse.Namespace, config: PipelineConfig) -> Iterator[float]
 def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline, size) -> Sampler:
     layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
     rollout = RolloutConfig(
-        cache=CacheConfig(layout, args.window, args.anchors, args.positions),
+        cache=pipeline.config.cache(layout, args.window, args.anchors, args.positions),
         sigmas=tuple(_sigmas(args, pipeline.config)),
         height=size[0],
         width=size[1],

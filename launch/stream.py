@@ -32,7 +32,7 @@ from rich.table import Table
 from launch import prompt_options
 from omniforcing_jax import flow, media, text_features
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.kv_cache import POSITIONS, CacheConfig
+from omniforcing_jax.kv_cache import POSITIONS
 from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
 from omniforcing_jax.prompts import Contexts, PromptEncoder, TextTimes
 from omniforcing_jax.rollout import RolloutConfig
@@ -80,9 +80,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     steps.add_argument("--sigmas", type=float, nargs="+", help="noise levels, ending with 0")
     add("--layout", choices=("prefix", "merged"), help="default: the one of the checkpoint")
-    add("--window", type=int, default=7, help="recent blocks in the cache (default 7)")
-    add("--anchors", type=int, default=0, help="first blocks that are never evicted (default 0)")
-    add("--positions", choices=POSITIONS, default="relative")
+    add("--window", type=int, help="recent blocks in the cache (default: as trained, else 7)")
+    add("--anchors", type=int, help="first blocks never evicted (default: as trained, else 0)")
+    add("--positions", choices=POSITIONS, help="default: as trained, else relative")
     add("--decode", choices=("window", "causal"), help="video decoding (default: as trained)")
     add("--look-back", type=int, default=4, help="latent frames, window mode (default 4)")
     add("--look-ahead", type=int, default=1, help="latent frames, window mode (default 1)")
@@ -118,7 +118,7 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
     timesteps = args.timesteps or config.timesteps or DEFAULT_TIMESTEPS
     sigmas = args.sigmas or flow.student_sigmas(timesteps)
     rollout = RolloutConfig(
-        cache=CacheConfig(layout, args.window, args.anchors, args.positions),
+        cache=config.cache(layout, args.window, args.anchors, args.positions),
         sigmas=tuple(float(s) for s in flow.check_sigmas(sigmas)),
         height=height,
         width=width,

@@ -12,6 +12,7 @@ import numpy as np
 
 from omniforcing_jax import checkpoints
 from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.models import audio_vae, video_vae, vocoder
 from omniforcing_jax.models.audio_vae import AudioVAEConfig
 from omniforcing_jax.models.config import TransformerConfig
@@ -30,7 +31,8 @@ class PipelineConfig:
     """What `config.json` of a converted checkpoint says, parsed.
 
     Attributes:
-      layout_name, timesteps: what a student was trained with; None for LTX-2 itself.
+      layout_name, timesteps, window, anchors, positions: what a student was trained with; None for
+        LTX-2 itself, and where the checkpoint does not say.
     """
 
     transformer: TransformerConfig
@@ -40,6 +42,9 @@ class PipelineConfig:
     model_version: str
     layout_name: str | None = None
     timesteps: tuple[float, ...] | None = None
+    window: int | None = None
+    anchors: int | None = None
+    positions: str | None = None
 
     @classmethod
     def from_checkpoint(cls, directory: str | pathlib.Path) -> "PipelineConfig":
@@ -63,7 +68,8 @@ class PipelineConfig:
         """Parses the `config` object of an LTX-2 safetensors header.
 
         Args:
-          student: {"layout", "timesteps"} of a block-causal student.
+          student: {"layout", "timesteps", "window", "anchors", "positions"} of a block-causal
+            student; those it has.
 
         Raises:
           ValueError: a component's configuration is missing, or a setting is not supported.
@@ -84,14 +90,18 @@ class PipelineConfig:
                 f"take {(video_vae.latent_channels, audio_vae.latent_width)}: they belong to "
                 "different models; convert both from the same release"
             )
+        student = student or {}
         return cls(
             transformer=transformer,
             video_vae=video_vae,
             audio_vae=audio_vae,
             vocoder=VocoderConfig.from_metadata(metadata["vocoder"]),
             model_version=model_version,
-            layout_name=(student or {}).get("layout"),
-            timesteps=tuple((student or {}).get("timesteps") or ()) or None,
+            layout_name=student.get("layout"),
+            timesteps=tuple(student.get("timesteps") or ()) or None,
+            window=student.get("window"),
+            anchors=student.get("anchors"),
+            positions=student.get("positions"),
         )
 
     def layout(self, name: str | None = None, frame_rate: float = 24.0) -> BlockLayout:
@@ -99,6 +109,27 @@ class PipelineConfig:
         name = name or self.layout_name or "prefix"
         sinks = self.transformer.num_audio_sinks
         return BlockLayout.from_name(name, frame_rate=frame_rate, num_sinks=sinks)
+
+    def cache(
+        self,
+        layout: BlockLayout,
+        window: int | None = None,
+        anchors: int | None = None,
+        positions: str | None = None,
+    ) -> CacheConfig:
+        """A rolling cache: as asked for, else as the student was trained, else of 7 blocks.
+
+        Raises:
+          ValueError: as `CacheConfig`.
+        """
+        asked = {"window": window, "anchor_blocks": anchors, "positions": positions}
+        trained = {
+            "window": self.window,
+            "anchor_blocks": self.anchors,
+            "positions": self.positions,
+        }
+        chosen = {name: trained[name] if x is None else x for name, x in asked.items()}
+        return CacheConfig(layout, **{name: x for name, x in chosen.items() if x is not None})
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
         """Pixels to latents.

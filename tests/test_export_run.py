@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from checkpoint_converters import ltx2
-from launch import export_run, plot_run
+from launch import compare_runs, export_run, plot_run
 from omniforcing_jax import checkpoints
+from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.optimizers import OptimizerConfig, make_optimizer
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.train_state import create_network, create_state
@@ -38,7 +39,12 @@ def run(random_checkpoint, tmp_path_factory):
         "stage": "stage3",
         "checkpoint": str(base),
         "clip": {"layout": "prefix"},
-        "student": {"timesteps": (1000.0, 757.0, 522.0)},
+        "student": {
+            "timesteps": (1000.0, 757.0, 522.0),
+            "window": 2,
+            "anchors": 1,
+            "positions": "absolute",
+        },
         "student_config": dataclasses.asdict(student),
     }
     with TrainingCheckpoints(folder) as saved:
@@ -66,6 +72,12 @@ def test_export_of_the_average(run, random_checkpoint, tmp_path):
     parsed = PipelineConfig.from_checkpoint(student)
     assert dataclasses.asdict(parsed.transformer) == run[2]["student_config"]
     assert (parsed.layout_name, parsed.timesteps) == ("prefix", (1000, 757, 522))
+    cache = parsed.cache(parsed.layout())
+    assert (cache.window, cache.anchor_blocks, cache.positions) == (2, 1, "absolute")
+    other = parsed.cache(parsed.layout(), window=3, anchors=0, positions="relative")
+    assert (other.window, other.anchor_blocks, other.positions) == (3, 0, "relative")
+    plain = PipelineConfig.from_checkpoint(base)
+    assert plain.cache(parsed.layout()) == CacheConfig(parsed.layout(), window=7)
     content, before = checkpoints.load_config(student), checkpoints.load_config(base)
     assert content["family"] == "omniforcing" and content["components"] == before["components"]
     assert content["source"][-1]["name"] == "stage3, step 7, ema"
@@ -149,3 +161,32 @@ def test_plot_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         plot_run.main([str(tmp_path / "three")])
     assert "three does not exist; the runs' folders hold" in capsys.readouterr().err
+
+
+def test_compare_runs(tmp_path, capsys):
+    """The last tenth of a run, its largest gradient, and runs of other seeds in one row."""
+    for seed in ("0", "1"):
+        folder = tmp_path / "seeds" / seed
+        folder.mkdir(parents=True)
+        lines = [
+            {
+                "step": step,
+                "generator/loss_audio": (1.0 + int(seed)) / step,
+                "generator/grad_norm": 7.0 if step == 30 else 1.0,
+                "generator/update_skipped": float(step == 40) / 2,
+            }
+            for step in range(10, 201, 10)
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    output = tmp_path / "table.md"
+    arguments = [str(tmp_path / "seeds"), str(tmp_path / "seeds" / "1"), "--output", str(output)]
+    assert compare_runs.main(arguments) == 0
+    heading, _, both, one = output.read_text().splitlines()
+    assert heading == (
+        "| | runs | audio loss | half way | largest gradient norm | updates skipped |"
+    )
+    last, middle = np.mean([2 / s for s in (180, 190, 200)]), np.mean([2 / 90, 2 / 100, 2 / 110])
+    assert one == f"| 1 | 1 | {last:.3f} | {middle:.3f} | 7.000 | 0.025 |"
+    assert both.startswith(f"| seeds | 2 | {0.75 * last:.3f} ±{0.25 * last:.3f} |")
+    assert compare_runs.main([str(tmp_path)]) == 2
+    assert "is no run" in capsys.readouterr().err
