@@ -150,7 +150,8 @@ class VocoderLoss:
     The right channel is that of another sound. Both channels of one ring with the same tones, and
     to play their mean on either side, which is right but for a fifth of the power, is learnt first.
 
-    The loss is waveform * mean e² / mean y² + the mean over `RESOLUTIONS` of `spectral_loss`.
+    The loss is waveform * (mean e² / mean y² + `_unheard`) + the mean over `RESOLUTIONS` of
+    `spectral_loss`.
     Nothing is adversarial: the tones of the world stand in a fixed phase to the spectrogram's
     frames, so the waveform can be told from the spectrogram. With the absolute error, or without
     the power below the fraction, silence is left too slowly: a tone in the wrong phase is worse.
@@ -185,7 +186,8 @@ class VocoderLoss:
             "snr_db": -10 * jnp.log10(noise),
             "side_snr_db": -10 * jnp.log10(side),
         }
-        return self.waveform * noise + spectral, scalars
+        unheard = _unheard(prediction, waveform)
+        return self.waveform * (noise + unheard) + spectral, scalars | {"unheard": unheard}
 
 
 def _other_right(x: jax.Array) -> jax.Array:
@@ -196,6 +198,17 @@ def _other_right(x: jax.Array) -> jax.Array:
 def _noise_ratio(prediction: jax.Array, target: jax.Array) -> jax.Array:
     """mean e² / mean y²; of silence, which has no such ratio, a finite number."""
     return jnp.mean(jnp.square(prediction - target)) / (jnp.mean(jnp.square(target)) + 1e-6)
+
+
+def _unheard(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean over channels of (e² / y²)²: 1 for one that is silent, little for one that has noise.
+
+    By the plain ratio a tone of many that is never played costs as much as a little noise on all
+    others; it came last, if at all. Channels with less than a tenth of the mean power count as
+    if they had that.
+    """
+    error, power = (jnp.mean(jnp.square(x), axis=1) for x in (prediction - target, target))
+    return jnp.mean(jnp.square(error / (power + 0.1 * jnp.mean(power) + 1e-6)))
 
 
 def spectral_loss(prediction: jax.Array, target: jax.Array, window: int, hop: int) -> jax.Array:
