@@ -16,33 +16,29 @@ PYTEST := NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest --
 DEMO := outputs/demo
 TINY := outputs/tiny
 # What the demo shall show: make demo PROMPT="..."
-PROMPT = A street musician plays the violin in the rain.
+PROMPT = a big yellow ball bounces on the floor
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pocket tiny test test-slow aot lint format bench clean
+.PHONY: help demo pocket pocket-report pocket-ablations tiny test test-slow aot lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed  ## random tiny models: from a sentence to 6 s of video with sound, on the CPU
+demo: $(VENV)/.installed  ## the pocket model: from a sentence to 10 s of balls that bounce and ring
 	@mkdir -p $(DEMO)
-	@rm -rf $(DEMO)/huggingface
-	$(BIN)/python -m checkpoint_converters.synthetic --size tiny --version 2.0 \
-		--output $(DEMO)/tiny.safetensors
-	$(BIN)/python -m checkpoint_converters.ltx2 --input $(DEMO)/tiny.safetensors \
-		--output $(DEMO)/checkpoint --overwrite
-	$(BIN)/python -m checkpoint_converters.synthetic_gemma --size tiny --output $(DEMO)/huggingface
-	$(BIN)/python -m checkpoint_converters.gemma3 --input $(DEMO)/huggingface \
+	$(BIN)/python -m checkpoint_converters.ltx2 --output $(DEMO)/checkpoint --overwrite \
+		--input weights/pocket/student.safetensors weights/pocket/shared.safetensors
+	$(BIN)/python -m checkpoint_converters.gemma3 --input weights/pocket/gemma \
 		--output $(DEMO)/gemma --overwrite
-	$(BIN)/python -m launch.stream --checkpoint $(DEMO)/checkpoint --text-encoder $(DEMO)/gemma \
-		--prompt "$$PROMPT" --prompt-cache $(DEMO)/prompts --seconds 6 --height 256 --width 384 \
-		--output $(DEMO)/clip.mp4 --overwrite
-	$(BIN)/python -m omniforcing_jax.contact_sheet $(DEMO)/clip.mp4 $(DEMO)/clip.png
+	$(BIN)/python -m launch.demo --checkpoint $(DEMO)/checkpoint --text-encoder $(DEMO)/gemma \
+		--prompt "$$PROMPT" --output $(DEMO)
 	@echo
-	@echo "$(DEMO)/clip.mp4  6 s of video with sound, written while it was generated"
-	@echo "$(DEMO)/clip.png  the same at a glance: frames, waveform, spectrogram"
-	@echo "The weights are random: patches of colour and noise that hardly depend on the prompt."
+	@echo "$(DEMO)/clip.mp4  10 s of video with sound, written while it was generated"
+	@echo "$(DEMO)/clip.png  the same at a glance: frames, waveform, spectrogram; triangles mark"
+	@echo "                       impacts seen (above) and tones heard (below)"
+	@echo "Colours are red, yellow, green, cyan, blue and pink, sizes small, medium and large; one or"
+	@echo "two balls: make demo PROMPT=\"a small green ball and a huge blue one hop in a dark room\""
 
 tiny: $(VENV)/.installed-train  ## all three stages with random weights, then stream from the student
 	@mkdir -p $(TINY)

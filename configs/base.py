@@ -151,12 +151,13 @@ def pocket(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     c.checkpoint = "outputs/pocket/ltx2"
     c.data = "outputs/pocket/prompts"
     c.clip.update({"height": 48, "width": 64, "blocks": 3})
+    c.student.window = 1  # of three blocks, none sees more than two others
     c.batch_size = 8
     c.generator_optimizer.update({"learning_rate": 2e-4, "weight_decay": 0.0})
     if "critic_optimizer" in c:
         c.critic_optimizer.update({"learning_rate": 4e-4, "weight_decay": 0.0})
         c.critic_updates = 3
-        c.score.video_cfg = c.score.audio_cfg = (2.0, 2.0)
+        c.score.video_cfg = c.score.audio_cfg = (1.5, 1.5)
     if "rollout_blocks" in c:
         c.rollout_blocks = 3
     c.log_every = 10

@@ -1,7 +1,8 @@
 # The pocket model from nothing: a rule for each thing that is made. `make pocket` makes what is
 # missing; interrupted, it goes on where it was. With -j2 parts that do not need each other are made
 # side by side. POCKET=FOLDER makes another one beside it, SEED=N from other random numbers, and
-# TEACHER=weights/pocket takes the teacher that is there, and makes the stages only.
+# TEACHER=weights/pocket takes the teacher that is there, and makes the stages only. `make
+# pocket-report` then samples and measures what docs/pocket.md shows.
 
 POCKET ?= outputs/pocket
 SEED ?= 0
@@ -12,7 +13,7 @@ STAGE = --config.checkpoint=$(POCKET)/ltx2 --config.seed=$(SEED)
 
 pocket: $(POCKET)/student.safetensors $(POCKET)/curves.png
 	@echo
-	@echo "$(POCKET)/student.safetensors   the student; python -m launch.demo streams from $(POCKET)/student"
+	@echo "$(POCKET)/student.safetensors   the student; launch.demo streams from $(POCKET)/stage3_student"
 	@echo "$(POCKET)/curves.png            how it learnt"
 
 # The text tower is random, and stays so. The shipped one is the one the teacher learnt with.
@@ -42,7 +43,7 @@ $(POCKET)/teacher.safetensors: $(POCKET)/video_vae.safetensors $(POCKET)/audio_v
 	$(PRETRAIN) --config=configs/pretrain.py:teacher
 
 ifdef TEACHER
-LTX2 := $(addprefix $(TEACHER)/,teacher.safetensors autoencoders.safetensors vocoder.safetensors)
+LTX2 := $(addprefix $(TEACHER)/,teacher.safetensors shared.safetensors)
 else
 LTX2 := $(POCKET)/ltx2.safetensors
 endif
@@ -53,18 +54,22 @@ $(POCKET)/ltx2.safetensors: $(POCKET)/teacher.safetensors $(POCKET)/vocoder.safe
 $(POCKET)/ltx2/config.json: $(LTX2) | $(VENV)/.installed-train
 	$(RUN) checkpoint_converters.ltx2 --input $(LTX2) --output $(POCKET)/ltx2 --overwrite
 
-$(POCKET)/prompts/manifest.json: $(POCKET)/ltx2/config.json | $(POCKET)/gemma/config.json
-	$(RUN) launch.make_world --format captions --clips 256 --output $(POCKET)/captions.txt
+# Trajectories take 40 steps each, so stage II has fewer captions than the others.
+CAPTIONS_prompts := 1024
+CAPTIONS_ode_prompts := 160
+
+$(POCKET)/prompts/manifest.json $(POCKET)/ode_prompts/manifest.json: $(POCKET)/%/manifest.json: $(POCKET)/ltx2/config.json | $(POCKET)/gemma/config.json
+	$(RUN) launch.make_world --format captions --clips $(CAPTIONS_$*) --output $(POCKET)/$*.txt
 	$(RUN) launch.encode_prompts --gemma $(POCKET)/gemma --checkpoint $(POCKET)/ltx2 \
-		--prompts $(POCKET)/captions.txt --length 48 --output $(POCKET)/prompts
+		--prompts $(POCKET)/$*.txt --length 48 --output $(POCKET)/$*
 
 $(POCKET)/stage1.done: $(POCKET)/prompts/manifest.json
 	$(RUN) launch.stage1 --config=configs/stage1.py:pocket $(STAGE) \
 		--config.data=$(POCKET)/prompts --workdir=$(POCKET)/stage1
 	@touch $@
 
-$(POCKET)/ode_pairs.done: $(POCKET)/stage1.done
-	$(RUN) launch.ode_pairs --text $(POCKET)/prompts --checkpoint $(POCKET)/ltx2 \
+$(POCKET)/ode_pairs.done: $(POCKET)/stage1.done $(POCKET)/ode_prompts/manifest.json
+	$(RUN) launch.ode_pairs --text $(POCKET)/ode_prompts --checkpoint $(POCKET)/ltx2 \
 		--generator $(POCKET)/stage1 --frames 49 --layout prefix --height 48 --width 64 \
 		--batch-size 8 --clips-per-shard 64 --output $(POCKET)/ode_pairs
 	@touch $@
@@ -81,9 +86,87 @@ $(POCKET)/stage3.done: $(POCKET)/stage2.done
 		--workdir=$(POCKET)/stage3
 	@touch $@
 
-$(POCKET)/student.safetensors: $(POCKET)/stage3.done
-	$(RUN) launch.export_run --run $(POCKET)/stage3 --output $(POCKET)/student --overwrite \
-		--safetensors $@
+$(POCKET)/stage%_student/config.json: $(POCKET)/stage%.done
+	$(RUN) launch.export_run --run $(POCKET)/stage$* --output $(@D) --overwrite
+
+# the transformer alone; all else is the teacher's
+$(POCKET)/student.safetensors: $(POCKET)/stage3_student/config.json
+	$(RUN) checkpoint_converters.export --input $(<D) --components transformer --output $@ --overwrite
 
 $(POCKET)/curves.png: $(POCKET)/stage3.done
 	$(RUN) launch.plot_run $(POCKET)/stage1 $(POCKET)/stage2 $(POCKET)/stage3 --output $@
+
+# Rows of the report: what is sampled, for captions that training has not met. A clip is as long as
+# those of training; the long ones are measured by stretches as well.
+REPORT := $(POCKET)/report
+SEEDS ?= 0 1 2
+CLIPS ?= 64
+SHORT = --seconds 2 --clips $(CLIPS)
+LONG = --seconds 120 --every 10 --clips 4 --batch-size 4 --show 1 --no-speed --sampler stream
+ROW_teacher = --checkpoint $(POCKET)/ltx2 --sampler teacher --cfg 1.5 $(SHORT)
+ROW_teacher_4_steps = $(ROW_teacher) --steps 4
+ROW_stage1 = --checkpoint $(POCKET)/stage1_student --sampler few-step $(SHORT)
+ROW_stage1_causal = --checkpoint $(POCKET)/stage1_student --sampler stream --layout prefix $(SHORT)
+ROW_stage2 = --checkpoint $(POCKET)/stage2_student --sampler stream $(SHORT)
+ROW_stage3 = --checkpoint $(POCKET)/stage3_student --sampler stream $(SHORT)
+ROW_long_stage2 = --checkpoint $(POCKET)/stage2_student $(LONG)
+ROW_long_stage3 = --checkpoint $(POCKET)/stage3_student $(LONG)
+ROW_long_window_3 = $(ROW_long_stage3) --window 3
+ROW_long_anchor = $(ROW_long_stage3) --anchors 1
+ROW_long_absolute = $(ROW_long_stage3) --positions absolute
+QUALITY := teacher teacher_4_steps stage1 stage1_causal stage2 stage3
+DRIFT := long_stage2 long_stage3 long_window_3 long_anchor long_absolute
+
+pocket-report: $(REPORT)/quality.md $(REPORT)/drift.md
+
+$(REPORT)/quality.md: $(foreach row,$(QUALITY),$(foreach seed,$(SEEDS),$(REPORT)/$(row)/$(seed)/measures.json))
+	$(RUN) launch.report_world $(addprefix $(REPORT)/,$(QUALITY)) --output $(basename $@)
+
+$(REPORT)/drift.md: $(foreach row,$(DRIFT),$(foreach seed,$(SEEDS),$(REPORT)/$(row)/$(seed)/measures.json))
+	$(RUN) launch.report_world $(addprefix $(REPORT)/,$(DRIFT)) --output $(basename $@)
+
+$(REPORT)/%/measures.json: $(foreach stage,1 2 3,$(POCKET)/stage$(stage)_student/config.json)
+	$(RUN) launch.sample_world --text-encoder $(POCKET)/gemma $(ROW_$(patsubst %/,%,$(dir $*))) \
+		--seed $(notdir $*) --output $(@D)
+
+# The paper's Table 3: stage II again, with other stabilisers, in another dtype, or from weights that
+# are read by other conventions than they were trained with (`mismatched`: rotation and gate scale of
+# OmniForcing's public code).
+ABLATION_STEPS ?= 200
+sinks = --config.student.num_sinks=$(1)
+OPTION_sinks_0 = $(call sinks,0)
+OPTION_sinks_1 = $(call sinks,1)
+OPTION_sinks_2 = $(call sinks,2)
+OPTION_sinks_4 = $(call sinks,4)
+OPTION_sinks_8 = $(call sinks,8)
+OPTION_sinks_16 = $(call sinks,16)
+OPTION_sinks_24 = $(call sinks,24)
+OPTION_incremental = $(call sinks,16) --config.student.sink_rope=incremental
+OPTION_qk_norm = $(call sinks,0) --config.student.extra_qk_norm=True
+OPTION_tanh_gate = $(call sinks,0) --config.student.tanh_gated_attention=True
+OPTION_mismatched_sinks_0 = $(call sinks,0) --config.checkpoint=$(POCKET)/mismatched
+OPTION_mismatched_sinks_16 = $(call sinks,16) --config.checkpoint=$(POCKET)/mismatched
+OPTIONS := sinks_0 sinks_1 sinks_2 sinks_4 sinks_8 sinks_16 sinks_24 incremental qk_norm tanh_gate \
+	mismatched_sinks_0 mismatched_sinks_16
+ABLATIONS := $(foreach dtype,float32 bfloat16,$(addsuffix _$(dtype),$(OPTIONS)))
+
+pocket-ablations: $(POCKET)/ablations.md
+
+$(POCKET)/ablations.md: $(foreach row,$(ABLATIONS),$(foreach seed,$(SEEDS),$(POCKET)/ablations/$(row)/$(seed).done))
+	$(RUN) launch.compare_runs $(addprefix $(POCKET)/ablations/,$(ABLATIONS)) --output $@
+
+$(POCKET)/mismatched/config.json: $(POCKET)/ltx2/config.json
+	cp -r $(POCKET)/ltx2 $(@D)
+	$(BIN)/python -c "import json; p = '$@'; c = json.load(open(p)); \
+		c['config']['transformer'] |= {'rope_type': 'interleaved', 'av_ca_timestep_scale_multiplier': 1}; \
+		json.dump(c, open(p, 'w'), indent=1)"
+
+# stem: OPTION_DTYPE/SEED
+$(POCKET)/ablations/%.done: $(POCKET)/ode_pairs.done $(POCKET)/mismatched/config.json
+	$(RUN) launch.stage2 --config=configs/stage2.py:pocket --config.num_steps=$(ABLATION_STEPS) \
+		--config.checkpoint=$(POCKET)/ltx2 --config.data=$(POCKET)/ode_pairs \
+		--config.generator=$(POCKET)/stage1 --config.seed=$(notdir $*) --config.sample_every=$(ABLATION_STEPS) \
+		--config.compute.dtype=$(lastword $(subst _, ,$(patsubst %/,%,$(dir $*)))) \
+		$(OPTION_$(subst _float32,,$(subst _bfloat16,,$(patsubst %/,%,$(dir $*))))) \
+		--workdir=$(POCKET)/ablations/$*
+	@touch $@

@@ -63,7 +63,7 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
         c.data = "outputs/pocket/ode_pairs"
         c.generator = "outputs/pocket/stage1"
         c.generator_optimizer.learning_rate = 5e-4
-        c.num_steps = 400
+        c.num_steps = 300
     elif variant != "19b":
         raise ValueError(
             f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-flow, tiny and pocket"

@@ -48,7 +48,7 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
     elif variant == "pocket":
         c = base.pocket(c)
         c.generator = "outputs/pocket/stage2"
-        c.num_steps = 300
+        c.num_steps = 240
     elif variant != "19b":
         raise ValueError(
             f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-ar, tiny and pocket"

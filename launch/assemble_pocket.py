@@ -1,13 +1,16 @@
 """Puts the parts that launch.pretrain trained into one file in LTX-2's key layout.
 
     python -m launch.assemble_pocket --folder outputs/pocket --output ltx2.safetensors
-    python -m launch.assemble_pocket --folder outputs/pocket --components vocoder \\
-        --dtype bfloat16 --output weights/pocket/vocoder.safetensors
+    python -m launch.assemble_pocket --folder outputs/pocket --dtype bfloat16 \\
+        --components transformer --output weights/pocket/teacher.safetensors
+    python -m launch.assemble_pocket --folder outputs/pocket --dtype bfloat16 \\
+        --components connectors video_vae audio_vae vocoder \\
+        --output weights/pocket/shared.safetensors
 
 The result is a checkpoint like any other: checkpoint_converters.ltx2 makes what the stages and
-launch.stream take, from one file or from several that hold some of the components each. With
---causal-decoder, the video decoder is the one that was fine-tuned to run causally, and the metadata
-say so.
+launch.stream take, from one file or from several that hold some of the components each, so that
+teacher and student, which differ in the transformer alone, share a file. With --causal-decoder, the
+video decoder is the one that was fine-tuned to run causally, and the metadata say so.
 """
 
 import argparse
@@ -59,7 +62,11 @@ def assemble(
     config, trees = {}, {}
     for name, part in sources.items():
         metadata = reading.read_metadata(files[part])
-        config[SECTIONS[name]] = metadata["config"][SECTIONS[name]]
+        section = SECTIONS[name]
+        # A student's transformer is described otherwise than the teacher's, so connectors that are
+        # to go with either have a section of their own.
+        alone = name == "connectors" and "transformer" not in sources
+        config[name if alone else section] = metadata["config"][section]
         trees[name] = reading.load_component(files[part], name, np.float32)
     write_components(output, trees, config, metadata["model_version"], dtype=DTYPES[dtype])
 

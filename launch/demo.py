@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     result = measure_file(clip, scene, None, None, config.layout_name, clip.with_suffix(".png"))
     console.print(
         f"first chunk after {report.seconds_to_first_chunk:.2f} s (compilation included), "
-        f"{report.frames / report.seconds:.1f} FPS; {describe(result)}"
+        f"{report.median_fps:.1f} FPS (median block); {describe(result)}"
     )
     return 0
 

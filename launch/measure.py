@@ -125,9 +125,14 @@ def shrink(frames: np.ndarray) -> np.ndarray:
 
 
 def marks(observation: Observation) -> dict[str, list[tuple[float, str]]]:
-    """Impacts seen and tones heard, as `contact_sheet` marks them."""
+    """Impacts seen and tones heard, as `contact_sheet` marks them.
+
+    Changes of course in mid-air are marked if there is a tone to them, as in the measures.
+    """
+    matching = observation.matching
+    seen = sorted([*(pair[0] for pair in matching.pairs), *matching.misses], key=lambda i: i.time)
     return {
-        "seen": [(i.time, mark_colour(i.colour)) for i in observation.impacts],
+        "seen": [(i.time, mark_colour(i.colour)) for i in seen],
         "heard": [(t.time, mark_colour(t.colour)) for t in observation.tones],
     }
 

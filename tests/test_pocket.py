@@ -39,7 +39,9 @@ def test_demo(pocket, tmp_path, capsys):
     assert len(waveform) and (tmp_path / "clip.png").stat().st_size > 10_000
     printed = capsys.readouterr()
     line = printed.out.splitlines()[-1]
-    assert re.search(r"first chunk after [\d.]+ s .*, [\d.]+ FPS; \d+ impacts seen", line)
+    assert re.search(
+        r"first chunk after [\d.]+ s .*, [\d.]+ FPS \(median block\); \d+ impacts seen", line
+    )
     assert "block    1" in printed.err
     assert demo.main([*arguments[:-2], "--output", str(tmp_path / "none"), "--seconds", "0"]) == 2
     assert "error:" in capsys.readouterr().err
@@ -97,6 +99,34 @@ def test_make_pocket_runs_programs_that_exist_in_order():
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert "launch.stage1" in shipped.stdout and "launch.pretrain" not in shipped.stdout
+    assert "teacher.safetensors weights/pocket/shared.safetensors" in shipped.stdout
     parts = re.findall(r"pretrain.py:(\w+)", result.stdout)
     assert set(parts) == {"video_vae", "audio_vae", "vocoder", "causal_decoder", "teacher"}
     assert parts.index("teacher") > parts.index("video_vae") < parts.index("causal_decoder")
+
+
+@pytest.mark.parametrize(
+    "target, program, rows",
+    [
+        ("pocket-report", "launch.sample_world", 2 * 11),
+        ("pocket-ablations", "launch.stage2", 2 * 2 * 12),
+    ],
+)
+def test_make_evaluates_all_rows(target, program, rows):
+    """Every row once per seed, with options that the program has."""
+    result = subprocess.run(
+        ["make", "-n", target, "POCKET=nowhere", "SEEDS=3 4"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    commands = [line.split("-m ")[1].split()
+                for line in result.stdout.replace("\\\n", " ").splitlines()
+                if f"-m {program} " in line]  # fmt: skip
+    assert len(commands) == rows == len({tuple(command) for command in commands})
+    for command in commands:
+        if program == "launch.sample_world":
+            args = sample_world.parse_arguments(command[1:])
+            assert str(args.output).endswith(f"/{args.seed}") and args.seed in (3, 4)
+        elif "ablations" in command[-1]:
+            assert command[-1].rsplit("/", 1)[1] in ("3", "4")
+            assert any(word.startswith("--config.student.num_sinks=") for word in command)

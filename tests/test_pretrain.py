@@ -393,21 +393,32 @@ def test_parts_become_one_checkpoint(tmp_path):
 
 
 def test_files_with_some_components_each_convert_together(tmp_path):
-    """As the pocket model is shipped: a part can be replaced without the others."""
+    """As the pocket model is shipped: one transformer can be replaced by another."""
     source = tmp_path / "random.safetensors"
     metadata = synthetic.write(source, "pocket", dtype="float32")
-    files = []
     for part in ("teacher", "video_vae", "audio_vae", "vocoder"):
         names = [name for name, of in assemble_pocket.SOURCES.items() if of == part]
         trees = {name: reading.load_component(source, name) for name in names}
         write_components(tmp_path / f"{part}.safetensors", trees, metadata, "2.0.0")
-        files.append(str(tmp_path / f"{part}_only.safetensors"))
-        chosen = ["--components", *names, "--dtype", "bfloat16", "--output", files[-1]]
+    files = {"teacher_only": ["transformer"],
+             "shared": ["connectors", "video_vae", "audio_vae", "vocoder"]}  # fmt: skip
+    inputs = [str(tmp_path / f"{name}.safetensors") for name in files]
+    for file, names in zip(inputs, files.values()):
+        chosen = ["--components", *names, "--dtype", "bfloat16", "--output", file]
         assert not assemble_pocket.main(["--folder", str(tmp_path), *chosen])
     with pytest.raises(ConversionError, match="has no transformer"):
-        reading.load_component(files[-1], "transformer")
-    assert not ltx2.main(["--input", *files, "--output", str(tmp_path / "ltx2")])
+        reading.load_component(inputs[1], "transformer")
+    assert not ltx2.main(["--input", *inputs, "--output", str(tmp_path / "ltx2")])
     assert PipelineConfig.from_checkpoint(tmp_path / "ltx2") == PIPELINE
+
+    # a student with sinks, which the teacher's section does not describe
+    student = {"transformer": metadata["transformer"] | {"num_audio_sink_tokens": 4}}
+    trees = {"transformer": reading.load_component(source, "transformer")}
+    trees["transformer"]["audio_sinks"] = np.zeros((4, 64), np.float32)
+    write_components(tmp_path / "student.safetensors", trees, student, "2.0.0")
+    inputs[0] = str(tmp_path / "student.safetensors")
+    assert not ltx2.main(["--input", *inputs, "--output", str(tmp_path / "student")])
+    assert PipelineConfig.from_checkpoint(tmp_path / "student").transformer.num_audio_sinks == 4
 
 
 def test_trees_that_do_not_fit_are_refused(tmp_path):
@@ -450,3 +461,18 @@ def test_a_new_vocoder_is_one_for_each_channel():
     np.testing.assert_allclose(both[..., 0], both[..., 1], atol=1e-6)
     np.testing.assert_allclose(left[..., 0], both[..., 0], atol=1e-6)
     assert np.abs(left[..., 1] - both[..., 1]).max() > 1e-3
+
+
+def test_a_tone_never_played_weighs_more_than_noise_on_all():
+    """Of four channels one is silent, or all have a quarter of that error: pooled, the same."""
+    target = np.sin(np.arange(400) * 0.3)[None, :, None] * np.ones((2, 1, 2))
+    silent = target.copy()
+    silent[0, :, 0] = 0
+    noisy = 0.5 * target
+    pooled = [float(autoencoders._noise_ratio(x, target)) for x in (silent, noisy)]
+    assert pooled[0] == pytest.approx(pooled[1])
+    unheard = [float(autoencoders._unheard(x, target)) for x in (silent, noisy)]
+    assert unheard[0] == pytest.approx(4 * unheard[1], rel=1e-3)
+    assert float(autoencoders._unheard(target, target)) == 0
+    quiet = np.zeros_like(target)  # a clip without a tone has no ratio, and divides by nothing
+    assert np.isfinite(float(autoencoders._unheard(quiet, quiet)))
