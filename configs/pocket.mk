@@ -109,12 +109,14 @@ ROW_stage1 = --checkpoint $(POCKET)/stage1_student --sampler few-step $(SHORT)
 ROW_stage1_causal = --checkpoint $(POCKET)/stage1_student --sampler stream --layout prefix $(SHORT)
 ROW_stage2 = --checkpoint $(POCKET)/stage2_student --sampler stream $(SHORT)
 ROW_stage3 = --checkpoint $(POCKET)/stage3_student --sampler stream $(SHORT)
+ROW_stage3_one_ball = $(ROW_stage3) --balls 1
+ROW_stage3_two_balls = $(ROW_stage3) --balls 2
 ROW_long_stage2 = --checkpoint $(POCKET)/stage2_student $(LONG)
 ROW_long_stage3 = --checkpoint $(POCKET)/stage3_student $(LONG)
 ROW_long_window_3 = $(ROW_long_stage3) --window 3
 ROW_long_anchor = $(ROW_long_stage3) --anchors 1
 ROW_long_absolute = $(ROW_long_stage3) --positions absolute
-QUALITY := teacher teacher_4_steps stage1 stage1_causal stage2 stage3
+QUALITY := teacher teacher_4_steps stage1 stage1_causal stage2 stage3 stage3_one_ball stage3_two_balls
 DRIFT := long_stage2 long_stage3 long_window_3 long_anchor long_absolute
 
 pocket-report: $(REPORT)/quality.md $(REPORT)/drift.md

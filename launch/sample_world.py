@@ -14,6 +14,7 @@ as MP4s with contact sheets.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
@@ -79,6 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-length", type=int, default=48, help="tokens per prompt (default 48)")
     add("--sampler", choices=SAMPLERS, required=True)
     add("--clips", type=int, default=16, help="captions of the test split (default 16)")
+    add("--balls", type=int, help="only captions with so many balls (default: any)")
     add("--seconds", type=float, default=5.0, help="of each clip (default 5)")
     add("--every", type=float, help="also measure every so many seconds, for drift")
     add("--steps", type=int, default=40, help="teacher: denoising steps (default 40)")
@@ -212,6 +214,20 @@ def sample_all(
         yield from list(zip(clips.frames, clips.waveforms))[: len(numbers)]
 
 
+def choose_seeds(count: int, balls: int | None) -> list[int]:
+    """The first clips of the test split, of those with so many balls.
+
+    Raises:
+      ValueError: there are not as many.
+    """
+    if balls is None:
+        return list(split_seeds("test", count))
+    if not 1 <= balls <= WORLD.max_balls:
+        raise ValueError(f"--balls must be 1 to {WORLD.max_balls}, not {balls}")
+    fitting = (seed for seed in split_seeds("test") if len(draw_scene(seed, WORLD)) == balls)
+    return list(itertools.islice(fitting, count))
+
+
 def measure_speed(args: argparse.Namespace, sampler: Sampler, caption: str) -> dict[str, float]:
     """Of a single clip, after compilation: seconds to its first frames, frames per second."""
     (contexts,) = _encoder(args).encode([caption])
@@ -235,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     console = Console(stderr=True)
     try:
-        seeds = list(split_seeds("test", args.clips))
+        seeds = choose_seeds(args.clips, args.balls)
         pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
         sampler = make_sampler(args, pipeline)
     except (ValueError, OSError) as error:

@@ -69,6 +69,15 @@ def test_samples_are_measured(pocket, tmp_path, sampler):
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
+def test_captions_are_chosen_by_their_balls():
+    one, two = (sample_world.choose_seeds(5, balls) for balls in (1, 2))
+    both = sample_world.choose_seeds(5, None)
+    assert len(one) == len(two) == 5 and not set(one) & set(two)
+    assert set(both) <= {*one, *two} and sorted(both) == both
+    with pytest.raises(ValueError, match="--balls must be 1 to 2, not 3"):
+        sample_world.choose_seeds(5, 3)
+
+
 def test_a_clip_written_enlarged_is_measured_in_the_worlds_pixels():
     frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
     np.testing.assert_array_equal(shrink(frames.repeat(4, 1).repeat(4, 2)), frames)
@@ -108,7 +117,7 @@ def test_make_pocket_runs_programs_that_exist_in_order():
 @pytest.mark.parametrize(
     "target, program, rows",
     [
-        ("pocket-report", "launch.sample_world", 2 * 11),
+        ("pocket-report", "launch.sample_world", 2 * 13),
         ("pocket-ablations", "launch.stage2", 2 * 2 * 12),
     ],
 )
