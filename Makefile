@@ -23,7 +23,7 @@ export PROMPT
 .PHONY: help demo pocket pocket-report pocket-ablations tiny test test-slow aot lint format bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## the pocket model: from a sentence to 10 s of balls that bounce and ring
 	@mkdir -p $(DEMO)
@@ -68,6 +68,10 @@ tiny: $(VENV)/.installed-train  ## all three stages with random weights, then st
 	@echo "$(TINY)/clip.mp4     streamed by the student; its weights are random, it shows noise"
 
 pocket:  ## the pocket model from nothing, through pre-training and all stages: hours on two cores
+
+pocket-report:  ## samples and measures of docs/pocket.md
+
+pocket-ablations:  ## stage II of the pocket model with other stabilisers: hours
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow tests
 	$(PYTEST)

@@ -11,6 +11,9 @@ PRETRAIN = $(RUN) launch.pretrain --config.folder=$(POCKET) --config.seed=$(SEED
 # what the stages have in common
 STAGE = --config.checkpoint=$(POCKET)/ltx2 --config.seed=$(SEED)
 
+ifndef TEACHER
+pocket: $(POCKET)/reconstruction.done
+endif
 pocket: $(POCKET)/student.safetensors $(POCKET)/curves.png
 	@echo
 	@echo "$(POCKET)/student.safetensors   the student; launch.demo streams from $(POCKET)/stage3_student"
@@ -48,8 +51,13 @@ else
 LTX2 := $(POCKET)/ltx2.safetensors
 endif
 
-$(POCKET)/ltx2.safetensors: $(POCKET)/teacher.safetensors $(POCKET)/vocoder.safetensors $(POCKET)/causal_decoder.safetensors
-	$(RUN) launch.assemble_pocket --folder $(POCKET) --causal-decoder --output $@
+$(POCKET)/ltx2.safetensors: $(POCKET)/teacher.safetensors $(POCKET)/vocoder.safetensors
+	$(RUN) launch.assemble_pocket --folder $(POCKET) --output $@
+
+# The causal decoder is compared with the other here; it is not good enough to stream with.
+$(POCKET)/reconstruction.done: $(POCKET)/vocoder.safetensors $(POCKET)/causal_decoder.safetensors
+	$(RUN) launch.reconstruct_world --folder $(POCKET) --frames 49 --output $(POCKET)/reconstruction
+	@touch $@
 
 $(POCKET)/ltx2/config.json: $(LTX2) | $(VENV)/.installed-train
 	$(RUN) checkpoint_converters.ltx2 --input $(LTX2) --output $(POCKET)/ltx2 --overwrite
@@ -133,7 +141,7 @@ $(REPORT)/%/measures.json: $(foreach stage,1 2 3,$(POCKET)/stage$(stage)_student
 
 # The paper's Table 3: stage II again, with other stabilisers, in another dtype, or from weights that
 # are read by other conventions than they were trained with (`mismatched`: rotation and gate scale of
-# OmniForcing's public code).
+# OmniForcing's public code; the connectors keep theirs).
 ABLATION_STEPS ?= 200
 sinks = --config.student.num_sinks=$(1)
 OPTION_sinks_0 = $(call sinks,0)
@@ -158,10 +166,14 @@ $(POCKET)/ablations.md: $(foreach row,$(ABLATIONS),$(foreach seed,$(SEEDS),$(POC
 	$(RUN) launch.compare_runs $(addprefix $(POCKET)/ablations/,$(ABLATIONS)) --output $@
 
 $(POCKET)/mismatched/config.json: $(POCKET)/ltx2/config.json
-	cp -r $(POCKET)/ltx2 $(@D)
-	$(BIN)/python -c "import json; p = '$@'; c = json.load(open(p)); \
-		c['config']['transformer'] |= {'rope_type': 'interleaved', 'av_ca_timestep_scale_multiplier': 1}; \
+	rm -rf $(@D) $(@D).partial
+	cp -r $(POCKET)/ltx2 $(@D).partial
+	$(BIN)/python -c "import json; p = '$(@D).partial/config.json'; c = json.load(open(p)); \
+		t = c['config']['transformer']; c['config'].setdefault('connectors', dict(t)); \
+		t |= {'rope_type': 'interleaved', 'av_ca_timestep_scale_multiplier': 1}; \
 		json.dump(c, open(p, 'w'), indent=1)"
+	touch $(@D).partial/config.json
+	mv $(@D).partial $(@D)
 
 # stem: OPTION_DTYPE/SEED
 $(POCKET)/ablations/%.done: $(POCKET)/ode_pairs.done $(POCKET)/mismatched/config.json
