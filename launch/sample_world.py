@@ -218,10 +218,11 @@ def choose_seeds(count: int, balls: int | None) -> list[int]:
     """The first clips of the test split, of those with so many balls.
 
     Raises:
-      ValueError: there are not as many.
+      ValueError: no such number of clips, or of balls.
     """
+    first = list(split_seeds("test", count))
     if balls is None:
-        return list(split_seeds("test", count))
+        return first
     if not 1 <= balls <= WORLD.max_balls:
         raise ValueError(f"--balls must be 1 to {WORLD.max_balls}, not {balls}")
     fitting = (seed for seed in split_seeds("test") if len(draw_scene(seed, WORLD)) == balls)

@@ -122,13 +122,11 @@ class PipelineConfig:
         Raises:
           ValueError: as `CacheConfig`.
         """
-        asked = {"window": window, "anchor_blocks": anchors, "positions": positions}
-        trained = {
-            "window": self.window,
-            "anchor_blocks": self.anchors,
-            "positions": self.positions,
+        chosen = {
+            "window": self.window if window is None else window,
+            "anchor_blocks": self.anchors if anchors is None else anchors,
+            "positions": self.positions if positions is None else positions,
         }
-        chosen = {name: trained[name] if x is None else x for name, x in asked.items()}
         return CacheConfig(layout, **{name: x for name, x in chosen.items() if x is not None})
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
