@@ -44,7 +44,7 @@ from omniforcing_jax.data import shards
 from omniforcing_jax.data.ode_pairs import ODE_PAIRS, Manifest, ODEPairsWriter, Pair
 from omniforcing_jax.data.text_dataset import TEXT_ARRAYS, TextDataset, open_text_dataset
 from omniforcing_jax.guidance import NO_GUIDANCE, AVGuidance, default_guidance
-from omniforcing_jax.kv_cache import POSITIONS, CacheConfig
+from omniforcing_jax.kv_cache import POSITIONS
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import PipelineConfig
@@ -70,9 +70,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=("params", "ema"), help="of a run (default ema)")
     add("--autoregressive", action="store_true", help="the generator is block-causal")
     add("--layout", choices=LAYOUT_NAMES, help="blocks of the student; default: the generator's")
-    add("--window", type=int, default=7, help="recent blocks in the cache (default 7)")
-    add("--anchors", type=int, default=0, help="first blocks that are never evicted (default 0)")
-    add("--positions", choices=POSITIONS, default="relative")
+    add("--window", type=int, help="recent blocks in the cache (default: as trained, else 7)")
+    add("--anchors", type=int, help="first blocks that are never evicted (default: as trained)")
+    add("--positions", choices=POSITIONS, help="of cached blocks (default: as trained)")
     add("--frames", type=int, default=121, help="of a clip, 8k + 1 (default 121)")
     add("--height", type=int, default=512, help="pixels, a multiple of 32 (default 512)")
     add("--width", type=int, default=768, help="pixels, a multiple of 32 (default 768)")
@@ -204,7 +204,7 @@ def plan_blocks(
     if not args.autoregressive:
         return None, None
     rollout = RolloutConfig(
-        cache=CacheConfig(layout, args.window, args.anchors, args.positions),
+        cache=generator.trained_cache.config(layout, args.window, args.anchors, args.positions),
         sigmas=clip.sigmas,
         height=clip.height,
         width=clip.width,

@@ -12,7 +12,7 @@ import numpy as np
 
 from omniforcing_jax import checkpoints
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.kv_cache import CacheConfig
+from omniforcing_jax.kv_cache import CacheConfig, TrainedCache
 from omniforcing_jax.models import audio_vae, video_vae, vocoder
 from omniforcing_jax.models.audio_vae import AudioVAEConfig
 from omniforcing_jax.models.config import TransformerConfig
@@ -31,8 +31,9 @@ class PipelineConfig:
     """What `config.json` of a converted checkpoint says, parsed.
 
     Attributes:
-      layout_name, timesteps, window, anchors, positions: what a student was trained with; None for
-        LTX-2 itself, and where the checkpoint does not say.
+      layout_name, timesteps: what a student was trained with; None for LTX-2 itself, and where the
+        checkpoint does not say.
+      trained_cache: the same of its cache.
     """
 
     transformer: TransformerConfig
@@ -42,9 +43,7 @@ class PipelineConfig:
     model_version: str
     layout_name: str | None = None
     timesteps: tuple[float, ...] | None = None
-    window: int | None = None
-    anchors: int | None = None
-    positions: str | None = None
+    trained_cache: TrainedCache = dataclasses.field(default_factory=TrainedCache)
 
     @classmethod
     def from_checkpoint(cls, directory: str | pathlib.Path) -> "PipelineConfig":
@@ -99,9 +98,7 @@ class PipelineConfig:
             model_version=model_version,
             layout_name=student.get("layout"),
             timesteps=tuple(student.get("timesteps") or ()) or None,
-            window=student.get("window"),
-            anchors=student.get("anchors"),
-            positions=student.get("positions"),
+            trained_cache=TrainedCache.read(student),
         )
 
     def layout(self, name: str | None = None, frame_rate: float = 24.0) -> BlockLayout:
@@ -117,17 +114,8 @@ class PipelineConfig:
         anchors: int | None = None,
         positions: str | None = None,
     ) -> CacheConfig:
-        """A rolling cache: as asked for, else as the student was trained, else of 7 blocks.
-
-        Raises:
-          ValueError: as `CacheConfig`.
-        """
-        chosen = {
-            "window": self.window if window is None else window,
-            "anchor_blocks": self.anchors if anchors is None else anchors,
-            "positions": self.positions if positions is None else positions,
-        }
-        return CacheConfig(layout, **{name: x for name, x in chosen.items() if x is not None})
+        """A rolling cache for this model; see `TrainedCache.config`."""
+        return self.trained_cache.config(layout, window, anchors, positions)
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
         """Pixels to latents.

@@ -21,6 +21,7 @@ from omniforcing_jax import checkpoints, partitioning
 from omniforcing_jax.data import text_dataset
 from omniforcing_jax.data.ode_pairs import STREAMS
 from omniforcing_jax.data.text_dataset import TextDataset
+from omniforcing_jax.kv_cache import TrainedCache
 from omniforcing_jax.models import video_vae
 from omniforcing_jax.models.config import TransformerConfig
 from omniforcing_jax.models.connectors import ConnectorConfig, TextConnectors
@@ -49,6 +50,7 @@ class Generator:
       weights: "params" or "ema".
       connectors_folder: converted checkpoint with its connectors.
       layout_name: how it cuts a clip into blocks; None if it is bidirectional or does not say.
+      trained_cache: what it says of its cache.
     """
 
     folder: str
@@ -58,6 +60,7 @@ class Generator:
     transformer: TransformerConfig
     connectors: ConnectorConfig
     layout_name: str | None
+    trained_cache: TrainedCache
 
     @classmethod
     def find(cls, checkpoint: str, generator: str | None, weights: str | None) -> "Generator":
@@ -75,7 +78,7 @@ class Generator:
         folder = checkpoint if generator is None else generator
         content = checkpoints.load_config(checkpoint)
         if (pathlib.Path(folder) / FOLDER).is_dir():
-            transformer, layout_name, model_version = _describe_run(pathlib.Path(folder))
+            transformer, student, model_version = _describe_run(pathlib.Path(folder))
             weights = weights or "ema"
         else:
             found = checkpoints.load_config(folder)
@@ -85,7 +88,7 @@ class Generator:
             model_version = found["model_version"]
             section = checkpoints.component_metadata(found, "transformer")
             transformer = TransformerConfig.from_metadata(section, model_version)
-            layout_name = (found["student"] or {}).get("layout")
+            student = found["student"] or {}
             if "connectors" in found["components"]:
                 content, checkpoint = found, folder
         if "connectors" not in content["components"]:
@@ -98,7 +101,8 @@ class Generator:
             model_version=model_version,
             transformer=transformer,
             connectors=ConnectorConfig.from_metadata(section),
-            layout_name=layout_name,
+            layout_name=student.get("layout"),
+            trained_cache=TrainedCache.read(student),
         )
 
     def check_text(self, text: text_dataset.Manifest, folder: str) -> None:
@@ -148,20 +152,22 @@ class Generator:
         video_vae.check_latents(pipeline.video_vae, size)
 
 
-def _describe_run(run: pathlib.Path) -> tuple[TransformerConfig, str | None, str]:
-    """Transformer, block layout and model version of a training run."""
+def _describe_run(run: pathlib.Path) -> tuple[TransformerConfig, dict[str, Any], str]:
+    """Transformer, settings of a causal student, and model version of a training run."""
     if latest_step(run) is None:
         raise FileNotFoundError(f"{run} has no complete checkpoint yet")
     config = checkpoints.read_json(run / "config.json").get("config", {})
-    names = ("stage", "clip", "model_version", "student_config")
+    names = ("stage", "clip", "model_version", "student", "student_config")
     if missing := [name for name in names if name not in config]:
         raise ValueError(f"{run / 'config.json'}: the configuration lacks {', '.join(missing)}")
     fields = config["student_config"].items()
     transformer = TransformerConfig(
         **{name: tuple(x) if isinstance(x, list) else x for name, x in fields}
     )
-    layout_name = None if config["stage"] == "stage1" else config["clip"]["layout"]
-    return transformer, layout_name, config["model_version"]
+    student = {}
+    if config["stage"] != "stage1":
+        student = config["student"] | {"layout": config["clip"]["layout"]}
+    return transformer, student, config["model_version"]
 
 
 @dataclasses.dataclass(frozen=True)

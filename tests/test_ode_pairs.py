@@ -257,6 +257,7 @@ def run(random_checkpoint, tmp_path_factory):
     config = {
         "stage": "stage2",
         "clip": {"layout": "prefix"},
+        "student": {"window": 1, "anchors": 0, "positions": "relative"},
         "model_version": "2.0.0",
         "student_config": dataclasses.asdict(student),
     }
@@ -267,7 +268,7 @@ def run(random_checkpoint, tmp_path_factory):
 
 
 def test_of_an_autoregressive_run(run, random_checkpoint, text, stored, tmp_path, capsys):
-    """Block after block, guided by the negative prompt; the layout is the run's."""
+    """Block after block, guided by the negative prompt; layout and window are the run's."""
     output = tmp_path / "pairs"
     arguments = options(random_checkpoint("2.0"), text, output, "--generator", str(run))
     assert ode_pairs.main(arguments) == 2
@@ -276,8 +277,8 @@ def test_of_an_autoregressive_run(run, random_checkpoint, text, stored, tmp_path
     shutil.copytree(run, copy)
     (copy / "config.json").write_text(json.dumps({"config": {"stage": "stage2"}}))
     assert ode_pairs.main([*arguments, "--generator", str(copy)]) == 2
-    assert "lacks clip, model_version, student_config" in capsys.readouterr().err
-    arguments += ["--autoregressive", "--cfg-video", "2", "--window", "1", "--clips-per-shard", "1"]
+    assert "lacks clip, model_version, student, student_config" in capsys.readouterr().err
+    arguments += ["--autoregressive", "--cfg-video", "2", "--clips-per-shard", "1"]
     assert ode_pairs.main([*arguments, "--batch-size", "1", "--previews", "0"]) == 0
     assert "sampled in 2 blocks in 4 steps of cond, uncond" in capsys.readouterr().err
     pairs, bidirectional = open_ode_pairs(output), open_ode_pairs(stored)
