@@ -42,7 +42,9 @@ def world(tmp_path_factory, random_checkpoint):
     return folder, checkpoint
 
 
-def launch(stage: int, *arguments: str, **settings) -> subprocess.CompletedProcess:
+def launch(
+    stage: int, *arguments: str, devices: int = 1, **settings
+) -> subprocess.CompletedProcess:
     """Runs `launch.stageN` on its tiny config."""
     values = SETTINGS | settings
     if stage == 2:
@@ -50,7 +52,8 @@ def launch(stage: int, *arguments: str, **settings) -> subprocess.CompletedProce
     options = [f"--config.{name}={value}" for name, value in values.items()]
     module = f"launch.stage{stage}"
     command = [sys.executable, "-m", module, f"--config=configs/stage{stage}.py:tiny", *options]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.run(
         [*command, *arguments], capture_output=True, text=True, env=environment, check=False
     )
@@ -101,6 +104,25 @@ def test_three_stages(world, tmp_path):
     content = json.loads((output / "config.json").read_text())
     assert content["student"]["layout"] == "prefix"
     assert not plot_run.main([str(third), "--output", str(tmp_path / "curves.png")])
+
+
+@pytest.mark.slow
+def test_score_networks_on_devices_of_their_own(world):
+    """From the command line, four devices in two halves: the losses of one device, and a resume."""
+    folder, checkpoint = world
+    common = {"checkpoint": checkpoint, "data": folder / "prompts", "num_steps": 2}
+    alone = launch(1, f"--workdir={folder / 'alone'}", **common)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    split = folder / "split"
+    halves = {"devices": 4, "compute.separate_scores": True}
+    done = launch(1, f"--workdir={split}", **common, **halves)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(1, f"--workdir={split}", **common | {"num_steps": 3}, **halves)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [r["step"] for r in records(split) if "critic/loss" in r] == [1, 2, 3]
+    for one, other in zip(records(folder / "alone"), records(split)):
+        names = [name for name in ("generator/loss", "critic/loss") if name in one]
+        assert [one[n] for n in names] == pytest.approx([other[n] for n in names], rel=1e-4)
 
 
 def test_plan_and_errors(world):
