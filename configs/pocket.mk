@@ -82,16 +82,32 @@ $(POCKET)/ode_pairs.done: $(POCKET)/stage1.done $(POCKET)/ode_prompts/manifest.j
 		--batch-size 8 --clips-per-shard 64 --output $(POCKET)/ode_pairs
 	@touch $@
 
+STAGE2 = $(RUN) launch.stage2 --config=configs/stage2.py:pocket $(STAGE) \
+	--config.data=$(POCKET)/ode_pairs --config.generator=$(POCKET)/stage1 --workdir=$(basename $@)
+STAGE3 = $(RUN) launch.stage3 --config=configs/stage3.py:pocket $(STAGE) \
+	--config.data=$(POCKET)/prompts --config.generator=$(POCKET)/stage2 --workdir=$(basename $@)
+
 $(POCKET)/stage2.done: $(POCKET)/ode_pairs.done
-	$(RUN) launch.stage2 --config=configs/stage2.py:pocket $(STAGE) \
-		--config.data=$(POCKET)/ode_pairs --config.generator=$(POCKET)/stage1 \
-		--workdir=$(POCKET)/stage2
+	$(STAGE2)
 	@touch $@
 
 $(POCKET)/stage3.done: $(POCKET)/stage2.done
-	$(RUN) launch.stage3 --config=configs/stage3.py:pocket $(STAGE) \
-		--config.data=$(POCKET)/prompts --config.generator=$(POCKET)/stage2 \
-		--workdir=$(POCKET)/stage3
+	$(STAGE3)
+	@touch $@
+
+# Other ways to train the stages, for the report: the prefix merged with the first block; scores that
+# see a block with its past only; guidance drawn anew for every sample.
+MERGED = --config.clip.layout=merged --config.clip.blocks=2
+stage3_merged = $(MERGED) --config.rollout_blocks=2 --config.generator=$(POCKET)/stage2_merged
+stage3_causal_scores = --config.score.context=block_causal
+stage3_random_guidance = '--config.score.video_cfg=(1.0, 2.0)' '--config.score.audio_cfg=(1.0, 2.0)'
+
+$(POCKET)/stage2_merged.done: $(POCKET)/ode_pairs.done
+	$(STAGE2) $(MERGED)
+	@touch $@
+
+$(foreach name,merged causal_scores random_guidance,$(POCKET)/stage3_$(name).done): $(POCKET)/stage3_%.done: $(POCKET)/stage2.done $(POCKET)/stage2_merged.done
+	$(STAGE3) $(stage3_$*)
 	@touch $@
 
 $(POCKET)/stage%_student/config.json: $(POCKET)/stage%.done
@@ -110,7 +126,7 @@ REPORT := $(POCKET)/report
 SEEDS ?= 0 1 2
 CLIPS ?= 64
 SHORT = --seconds 2 --clips $(CLIPS)
-LONG = --seconds 120 --every 10 --clips 4 --batch-size 4 --show 1 --no-speed --sampler stream
+LONG = --seconds 120 --every 5 --clips 4 --batch-size 4 --show 1 --no-speed --sampler stream
 ROW_teacher = --checkpoint $(POCKET)/ltx2 --sampler teacher --cfg 1.5 $(SHORT)
 ROW_teacher_4_steps = $(ROW_teacher) --steps 4
 ROW_stage1 = --checkpoint $(POCKET)/stage1_student --sampler few-step $(SHORT)
@@ -119,13 +135,21 @@ ROW_stage2 = --checkpoint $(POCKET)/stage2_student --sampler stream $(SHORT)
 ROW_stage3 = --checkpoint $(POCKET)/stage3_student --sampler stream $(SHORT)
 ROW_stage3_one_ball = $(ROW_stage3) --balls 1
 ROW_stage3_two_balls = $(ROW_stage3) --balls 2
+ROW_stage2_merged = --checkpoint $(POCKET)/stage2_merged_student --sampler stream $(SHORT)
+ROW_stage3_merged = --checkpoint $(POCKET)/stage3_merged_student --sampler stream $(SHORT)
+ROW_stage3_causal_scores = --checkpoint $(POCKET)/stage3_causal_scores_student --sampler stream $(SHORT)
+ROW_stage3_random_guidance = --checkpoint $(POCKET)/stage3_random_guidance_student --sampler stream $(SHORT)
+ROW_long_stage2_merged = --checkpoint $(POCKET)/stage2_merged_student $(LONG)
+ROW_long_stage3_merged = --checkpoint $(POCKET)/stage3_merged_student $(LONG)
 ROW_long_stage2 = --checkpoint $(POCKET)/stage2_student $(LONG)
 ROW_long_stage3 = --checkpoint $(POCKET)/stage3_student $(LONG)
 ROW_long_window_3 = $(ROW_long_stage3) --window 3
 ROW_long_anchor = $(ROW_long_stage3) --anchors 1
 ROW_long_absolute = $(ROW_long_stage3) --positions absolute
-QUALITY := teacher teacher_4_steps stage1 stage1_causal stage2 stage3 stage3_one_ball stage3_two_balls
-DRIFT := long_stage2 long_stage3 long_window_3 long_anchor long_absolute
+QUALITY := teacher teacher_4_steps stage1 stage1_causal stage2 stage3 stage3_one_ball stage3_two_balls \
+	stage2_merged stage3_merged stage3_causal_scores stage3_random_guidance
+DRIFT := long_stage2 long_stage3 long_window_3 long_anchor long_absolute long_stage2_merged \
+	long_stage3_merged
 
 pocket-report: $(REPORT)/quality.md $(REPORT)/drift.md
 
@@ -135,7 +159,8 @@ $(REPORT)/quality.md: $(foreach row,$(QUALITY),$(foreach seed,$(SEEDS),$(REPORT)
 $(REPORT)/drift.md: $(foreach row,$(DRIFT),$(foreach seed,$(SEEDS),$(REPORT)/$(row)/$(seed)/measures.json))
 	$(RUN) launch.report_world $(addprefix $(REPORT)/,$(DRIFT)) --output $(basename $@)
 
-$(REPORT)/%/measures.json: $(foreach stage,1 2 3,$(POCKET)/stage$(stage)_student/config.json)
+STUDENTS := 1 2 3 2_merged 3_merged 3_causal_scores 3_random_guidance
+$(REPORT)/%/measures.json: $(foreach stage,$(STUDENTS),$(POCKET)/stage$(stage)_student/config.json)
 	$(RUN) launch.sample_world --text-encoder $(POCKET)/gemma $(ROW_$(patsubst %/,%,$(dir $*))) \
 		--seed $(notdir $*) --output $(@D)
 

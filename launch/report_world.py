@@ -3,8 +3,9 @@
     python -m launch.report_world outputs/pocket/evaluation/* --output outputs/pocket/report
 
 A folder is a row, or several that differ by /SEED behind the same name are one: then a cell is the
-mean over seeds, with the largest difference from it. OUTPUT.md is the table, OUTPUT.png has a curve
-per row for those that were measured by stretches.
+mean over seeds, with the largest difference from it. OUTPUT.md is the table. For rows that were
+measured by stretches it has another one, of the stretches that end after 5, 30, 60 and 120 s,
+and OUTPUT.png has their curves.
 """
 
 import argparse
@@ -35,6 +36,7 @@ COLUMNS = {
 }
 CURVES = ("abs_offset_ms", "unmatched_rate", "colour_right", "prompt_pitch_right", "motion",
           "sound_level_db")  # fmt: skip
+MOMENTS = (5, 30, 60, 120)  # s, at which stretches are shown in the table
 COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d", "#2a9d8f", "#b5838d")
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -86,11 +88,35 @@ def table(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot_drift(rows: Rows, path: pathlib.Path) -> bool:
-    """Curves over time of the rows that have stretches; False if none has."""
-    rows = {name: seeds for name, seeds in rows.items() if len(seeds[0]["stretches"]) > 1}
-    if not rows:
-        return False
+def with_stretches(rows: Rows) -> Rows:
+    """Those that were measured by stretches."""
+    return {name: seeds for name, seeds in rows.items() if len(seeds[0]["stretches"]) > 1}
+
+
+def drift_table(rows: Rows) -> str:
+    """Measures of the stretches that end at `MOMENTS`, in Markdown; rows with stretches."""
+    columns = {name: COLUMNS[name] for name in CURVES if name in COLUMNS}
+    lines = [
+        "| | stretches, s | " + " | ".join(heading for heading, _ in columns.values()) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for name, seeds in rows.items():
+        length, count = seeds[0]["arguments"]["every"], len(seeds[0]["stretches"])
+        ends = [end for end in MOMENTS if end % length == 0 and end <= count * length]
+        cells = [", ".join(f"{end - length:g}–{end}" for end in ends)]
+        for column, (_, form) in columns.items():
+            found = [
+                [content["stretches"][round(end / length) - 1][column] for content in seeds]
+                for end in ends
+            ]
+            known = [[value for value in values if value is not None] for values in found]
+            cells.append(", ".join(form.format(np.mean(x)) if x else "–" for x in known))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_drift(rows: Rows, path: pathlib.Path) -> None:
+    """Curves over time of rows that have stretches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -115,7 +141,6 @@ def plot_drift(rows: Rows, path: pathlib.Path) -> bool:
         panel.spines[["top", "right"]].set_visible(False)
     axes.flat[0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
-    return True
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,9 +158,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.output.parent.mkdir(parents=True, exist_ok=True)
     text = table(rows)
+    if drifting := with_stretches(rows):
+        text += "\n" + drift_table(drifting)
+        plot_drift(drifting, args.output.with_suffix(".png"))
     args.output.with_suffix(".md").write_text(text)
     print(text, end="")
-    plot_drift(rows, args.output.with_suffix(".png"))
     return 0
 
 

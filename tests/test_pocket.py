@@ -91,6 +91,18 @@ def test_cells_show_mean_and_spread_over_seeds():
     assert report_world.cell([3.0], "{:.1f}") == "3.0" and report_world.cell([None], "{}") == "–"
 
 
+def test_drift_is_shown_at_the_same_moments():
+    """A stretch is that which ends there; a mean over the seeds that know it."""
+    names = [name for name in report_world.CURVES if name in report_world.COLUMNS]
+    stretches = [[dict.fromkeys(names, offset + i) for i in range(6)] for offset in (10, 20)]
+    stretches[1][5] = dict.fromkeys(names, None)
+    rows = {"a": [{"arguments": {"every": 5.0}, "stretches": parts} for parts in stretches]}
+    rows["b"] = [{"arguments": {"every": None}, "stretches": []}]
+    assert [*report_world.with_stretches(rows)] == ["a"]
+    line = report_world.drift_table(report_world.with_stretches(rows)).splitlines()[2]
+    assert line.startswith("| a | 0–5, 25–30 | 15, 15 | 1500%, 1500% |")
+
+
 def test_make_pocket_runs_programs_that_exist_in_order():
     """From text tower to student; what a stage reads was made before."""
     result = subprocess.run(
@@ -117,7 +129,7 @@ def test_make_pocket_runs_programs_that_exist_in_order():
 @pytest.mark.parametrize(
     "target, program, rows",
     [
-        ("pocket-report", "launch.sample_world", 2 * 13),
+        ("pocket-report", "launch.sample_world", 2 * 19),
         ("pocket-ablations", "launch.stage2", 2 * 2 * 12),
     ],
 )
