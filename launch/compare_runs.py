@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 from launch.plot_run import Curves, read_run
-from launch.report_world import cell
+from launch.report_world import cell, files_of_row
 from omniforcing_jax.metrics import JSONL
 
 WHOLE, HALF = (0.9, 1.0), (0.45, 0.55)  # shares of the run
@@ -49,13 +49,9 @@ def read_rows(folders: list[pathlib.Path]) -> dict[str, list[Curves]]:
     Raises:
       ValueError: a folder holds no run.
     """
-    rows = {}
-    for folder in folders:
-        runs = [folder] if (folder / JSONL).is_file() else sorted(folder.glob(f"*/{JSONL}"))
-        if not runs:
-            raise ValueError(f"{folder} is no run: neither it nor a folder in it has a {JSONL}")
-        rows[folder.name] = [read_run(run) for run in runs]
-    return rows
+    return {
+        folder.name: [read_run(file) for file in files_of_row(folder, JSONL)] for folder in folders
+    }
 
 
 def table(rows: dict[str, list[Curves]]) -> str:

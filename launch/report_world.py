@@ -42,21 +42,28 @@ COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d", "#2a
 Rows = dict[str, list[dict[str, Any]]]
 
 
+def files_of_row(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """The file of that name in a folder, or in its folders, one per seed.
+
+    Raises:
+      ValueError: there is none.
+    """
+    files = [folder / name] if (folder / name).is_file() else sorted(folder.glob(f"*/{name}"))
+    if not files:
+        raise ValueError(f"there is no {name} in {folder}, nor in the folders in it")
+    return files
+
+
 def read_rows(folders: list[pathlib.Path]) -> Rows:
     """{row: content of its measures.json, one per seed}.
 
     Raises:
       ValueError: a folder has no measures.
     """
-    rows: Rows = {}
-    for folder in folders:
-        files = [folder / "measures.json"]
-        if not files[0].is_file():
-            files = sorted(folder.glob("*/measures.json"))
-        if not files:
-            raise ValueError(f"{folder} has no measures.json; launch.sample_world writes one")
-        rows[folder.name] = [json.loads(file.read_text()) for file in files]
-    return rows
+    return {
+        folder.name: [json.loads(f.read_text()) for f in files_of_row(folder, "measures.json")]
+        for folder in folders
+    }
 
 
 def cell(values: list[float | None], form: str) -> str:

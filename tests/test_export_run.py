@@ -189,4 +189,4 @@ def test_compare_runs(tmp_path, capsys):
     assert one == f"| 1 | 1 | {last:.3f} | {middle:.3f} | 7.000 | 0.025 |"
     assert both.startswith(f"| seeds | 2 | {0.75 * last:.3f} ±{0.25 * last:.3f} |")
     assert compare_runs.main([str(tmp_path)]) == 2
-    assert "is no run" in capsys.readouterr().err
+    assert "there is no metrics.jsonl in" in capsys.readouterr().err
