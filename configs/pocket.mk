@@ -159,9 +159,11 @@ $(REPORT)/quality.md: $(foreach row,$(QUALITY),$(foreach seed,$(SEEDS),$(REPORT)
 $(REPORT)/drift.md: $(foreach row,$(DRIFT),$(foreach seed,$(SEEDS),$(REPORT)/$(row)/$(seed)/measures.json))
 	$(RUN) launch.report_world $(addprefix $(REPORT)/,$(DRIFT)) --output $(basename $@)
 
-STUDENTS := 1 2 3 2_merged 3_merged 3_causal_scores 3_random_guidance
-$(REPORT)/%/measures.json: $(foreach stage,$(STUDENTS),$(POCKET)/stage$(stage)_student/config.json)
-	$(RUN) launch.sample_world --text-encoder $(POCKET)/gemma $(ROW_$(patsubst %/,%,$(dir $*))) \
+# stem: ROW/SEED; a row needs the checkpoint that it samples, which is its second word
+row_of = $(firstword $(subst /, ,$(1)))
+.SECONDEXPANSION:
+$(REPORT)/%/measures.json: $$(word 2,$$(ROW_$$(call row_of,$$*)))/config.json | $(POCKET)/gemma/config.json
+	$(RUN) launch.sample_world --text-encoder $(POCKET)/gemma $(ROW_$(call row_of,$*)) \
 		--seed $(notdir $*) --output $(@D)
 
 # The paper's Table 3: stage II again, with other stabilisers, in another dtype, or from weights that
