@@ -77,7 +77,7 @@ def get_config(part: str) -> ml_collections.ConfigDict:
         c.optimizer.learning_rate = 2e-3
         c.loss = ml_collections.ConfigDict({"waveform": 4.0})
     else:
-        c.batch_size, c.num_steps = 8, 4000
+        c.batch_size, c.num_steps = 4, 10_000
         c.clip = ml_collections.ConfigDict({"blocks": 3, "layout": "prefix", "frame_rate": 24.0})
         c.num_clips, c.text_length = 4096, 48
         c.init = ""  # folder of another teacher run, whose average this one starts from
@@ -86,5 +86,6 @@ def get_config(part: str) -> ml_collections.ConfigDict:
         )
         c.optimizer.learning_rate = 1e-3
         c.optimizer.weight_decay = 0.01
-        c.ema = ml_collections.ConfigDict({"decay": 0.995, "start_step": 200})
+        c.ema = ml_collections.ConfigDict({"decay": 0.998, "start_step": 500})
+        c.log_every, c.checkpoint_every = 100, 500
     return c
