@@ -36,7 +36,7 @@ COLUMNS = {
 }
 CURVES = ("abs_offset_ms", "unmatched_rate", "colour_right", "prompt_pitch_right", "motion",
           "sound_level_db")  # fmt: skip
-MOMENTS = (5, 30, 60, 120)  # s, at which stretches are shown in the table
+MOMENTS = (5, 30, 60, 120)  # s; stretches that end there are in the table, else the last one
 COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d", "#2a9d8f", "#b5838d")
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -109,8 +109,9 @@ def drift_table(rows: Rows) -> str:
     ]
     for name, seeds in rows.items():
         length, count = seeds[0]["arguments"]["every"], len(seeds[0]["stretches"])
-        ends = [end for end in MOMENTS if end % length == 0 and end <= count * length]
-        cells = [", ".join(f"{end - length:g}–{end}" for end in ends)]
+        last = count * length
+        ends = [end for end in MOMENTS if end % length == 0 and end <= last] or [last]
+        cells = [", ".join(f"{end - length:g}–{end:g}" for end in ends)]
         for column, (_, form) in columns.items():
             found = [
                 [content["stretches"][round(end / length) - 1][column] for content in seeds]

@@ -65,7 +65,8 @@ def test_samples_are_measured(pocket, tmp_path, sampler):
     # a row of a table, and a curve
     assert report_world.main([str(tmp_path), "--output", str(tmp_path / "report")]) == 0
     lines = (tmp_path / "report.md").read_text().splitlines()
-    assert len(lines) == 3 and lines[2].startswith(f"| {tmp_path.name} | 3 |")
+    assert len(lines) == 7 and lines[2].startswith(f"| {tmp_path.name} | 3 |")
+    assert lines[6].startswith(f"| {tmp_path.name} | 1–2 | ")
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
