@@ -161,6 +161,7 @@ $(REPORT)/drift.md: $(foreach row,$(DRIFT),$(foreach seed,$(SEEDS),$(REPORT)/$(r
 
 # stem: ROW/SEED; a row needs the checkpoint that it samples, which is its second word
 row_of = $(firstword $(subst /, ,$(1)))
+.PRECIOUS: $(POCKET)/stage%_student/config.json  # or make deletes it as a file in between
 .SECONDEXPANSION:
 $(REPORT)/%/measures.json: $$(word 2,$$(ROW_$$(call row_of,$$*)))/config.json | $(POCKET)/gemma/config.json
 	$(RUN) launch.sample_world --text-encoder $(POCKET)/gemma $(ROW_$(call row_of,$*)) \

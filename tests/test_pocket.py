@@ -141,6 +141,7 @@ def test_make_evaluates_all_rows(target, program, rows):
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert not re.search(r"^rm nowhere", result.stdout, re.M)  # as files in between
     commands = [line.split("-m ")[1].split()
                 for line in result.stdout.replace("\\\n", " ").splitlines()
                 if f"-m {program} " in line]  # fmt: skip
