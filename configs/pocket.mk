@@ -106,9 +106,11 @@ $(POCKET)/stage2_merged.done: $(POCKET)/ode_pairs.done
 	$(STAGE2) $(MERGED)
 	@touch $@
 
-$(foreach name,merged causal_scores random_guidance,$(POCKET)/stage3_$(name).done): $(POCKET)/stage3_%.done: $(POCKET)/stage2.done $(POCKET)/stage2_merged.done
+$(foreach name,merged causal_scores random_guidance,$(POCKET)/stage3_$(name).done): $(POCKET)/stage3_%.done: $(POCKET)/stage2.done
 	$(STAGE3) $(stage3_$*)
 	@touch $@
+
+$(POCKET)/stage3_merged.done: $(POCKET)/stage2_merged.done
 
 $(POCKET)/stage%_student/config.json: $(POCKET)/stage%.done
 	$(RUN) launch.export_run --run $(POCKET)/stage$* --output $(@D) --overwrite
