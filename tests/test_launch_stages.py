@@ -52,7 +52,8 @@ def launch(
     options = [f"--config.{name}={value}" for name, value in values.items()]
     module = f"launch.stage{stage}"
     command = [sys.executable, "-m", module, f"--config=configs/stage{stage}.py:tiny", *options]
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # besides those of conftest.py: without them, several devices can wait for each other
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.run(
         [*command, *arguments], capture_output=True, text=True, env=environment, check=False
