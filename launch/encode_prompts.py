@@ -183,6 +183,7 @@ def write(
     report: Report,
 ) -> None:
     """Encodes and writes what is missing, this process's share of it."""
+    writer.load_libraries()
     main = jax.process_index() == 0
     if main:
         writer.begin()

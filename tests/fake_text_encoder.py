@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import encode_prompts
+from launch import encode_prompts, shard_job
 from omniforcing_jax.models.connectors import ConnectorConfig
 from omniforcing_jax.tokenizer import load_tokenizer
 
@@ -66,4 +66,4 @@ if __name__ == "__main__":
         address, index, count = process
         jax.distributed.initialize(address, int(count), int(index), initialization_timeout=60)
     encode_prompts.TextEncoder = FakeTextEncoder
-    sys.exit(encode_prompts.main(sys.argv[split + 1 :]))
+    shard_job.end(encode_prompts.main(sys.argv[split + 1 :]))

@@ -149,7 +149,6 @@ def test_killed_and_continued(random_gemma, random_checkpoint, tmp_path, fake, k
     assert len(fake[0].shapes) < 12 - done  # complete shards were not encoded again
 
 
-@pytest.mark.slow
 def test_several_hosts(random_gemma, random_checkpoint, tmp_path, fake):
     """Two processes share the shards, and write the files that one writes."""
     folders = random_gemma, random_checkpoint("2.0")

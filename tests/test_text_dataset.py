@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -296,3 +298,28 @@ def test_impossible_batches(dataset):
     with pytest.raises(ValueError, match="7 elements do not fill a batch of 8"):
         grain_batches(dataset, 8, repeat=False)
     assert take(grain_batches(dataset, 8, shuffle=False), 1) == [[*PROMPTS, PROMPTS[0]]]
+
+
+def test_a_thread_that_writes_imports_nothing(tmp_path):
+    """An import of tfds in a thread would break those of all others."""
+    program = """
+import json, sys
+import ml_dtypes, numpy as np
+from omniforcing_jax.data.text_dataset import Manifest, TextDatasetWriter
+manifest = Manifest(**json.loads(sys.argv[2]))
+writer = TextDatasetWriter(sys.argv[1], manifest)
+writer.begin()
+assert "tensorflow_datasets" not in sys.modules
+writer.load_libraries()
+before = set(sys.modules)
+features = np.ones((3, manifest.video_dim), ml_dtypes.bfloat16)
+writer.write_shard(0, ["a prompt"] * 3, [(features, None)] * 3)
+print(sorted(set(sys.modules) - before))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, json.dumps(dataclasses.asdict(SHARED))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.strip() == "[]", run.stderr

@@ -145,6 +145,17 @@ class ShardWriter:
         """Whether the negative prompt is stored."""
         return (self.folder / _NEGATIVE).exists()
 
+    def load_libraries(self) -> None:
+        """Imports all that writing takes; to be called before shards are written in a thread.
+
+        While tfds is imported, it has every import statement of the process replaced (by lazy ones
+        of etils): what another thread imports meanwhile fails, or comes as another object.
+        """
+        from array_record.python import array_record_module  # noqa: F401
+        from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
+
+        self.kind.features(self.manifest)
+
     def write_records(self, shard: int, examples: Iterable[Mapping[str, Any]]) -> None:
         """Writes a shard, completely or not at all.
 
