@@ -110,7 +110,7 @@ def stage_programs(
 
     def lower(step):
         with jax.set_mesh(mesh):
-            return step.lower(state, frozen, batch)
+            return step.lower(state, frozen, batch, jax.ShapeDtypeStruct((), jnp.uint32))
 
     params = sum(x.size for x in jax.tree.leaves(state.generator.params))
     held = _held_bytes(state.generator)

@@ -21,7 +21,7 @@ from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.pipeline import decode_clip
 from omniforcing_jax.rollout import AVLatents
 from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
-from omniforcing_jax.stages.common import Frozen, sample_keys
+from omniforcing_jax.stages.common import Frozen, checked_seed, sample_keys
 from omniforcing_jax.stages.unrolled import UnrolledGenerator
 from omniforcing_jax.train import Hook, Scalars
 from omniforcing_jax.train_state import TrainState
@@ -71,7 +71,9 @@ class Previews:
         """Samples, measures, decodes, and writes files."""
         network = state.generator
         params = network.params if network.ema is None else network.ema
-        latents, scalars = self._sample(params, self.frozen, self.batch)
+        latents, scalars = self._sample(
+            params, self.frozen, self.batch, checked_seed(self.experiment.config.seed)
+        )
         scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
         latents = multihost_utils.process_allgather(latents, tiled=True)
         if jax.process_index() == 0:
@@ -82,15 +84,15 @@ class Previews:
 
     @functools.cached_property
     def _sample(self):
-        """Jitted (masters, frozen, text) -> latents and scalars."""
+        """Jitted (masters, frozen, text, seed) -> latents and scalars."""
         e, model = self.experiment, self.generator.model
 
         @jax.jit
-        def sample(params, frozen: Frozen, batch):
+        def sample(params, frozen: Frozen, batch, seed: jax.Array):
             weights = jax.tree.map(lambda p: p.astype(model.dtype), params)
             contexts = self.stage.text.contexts(frozen.connectors, batch)
             rows = jnp.arange(batch["mask"].shape[0])
-            keys = sample_keys(jax.random.key(e.config.seed), rows)
+            keys = sample_keys(jax.random.key(seed), rows)
             latents = self.generator.generate(weights, contexts, keys)
             scalars = _statistics(latents)
             if e.config.stage != "stage1":

@@ -197,6 +197,21 @@ def test_training_lowers_the_loss(objective):
     assert any(np.isfinite(v) for k, v in metrics.items() if k.startswith("band/"))
 
 
+def test_seeds_share_a_program():
+    """What is compiled for one seed serves all, and what they draw differs."""
+    params = random_params(make().model.config)
+    programs, losses = [], []
+    for seed in (0, 1):
+        stage = make(seed=seed)
+        batch = make_batch(stage)
+        state = create_state(create_network(params, OPTIMIZER, ema=False))
+        programs.append(stage.noisy_step.lower(state, Frozen(), batch, np.uint32(seed)).as_text())
+        state = jax.tree.map(jnp.array, state)  # a step takes the arrays it is given
+        losses.append(float(stage.train_step(state, Frozen(), batch, 0)[1]["generator/loss"]))
+    assert programs[0] == programs[1]
+    assert losses[0] != losses[1]
+
+
 def test_history_is_chosen_by_step():
     """The share of steps with clean history; the same steps after a restart."""
     stage = make(clean_history=0.3)
@@ -210,6 +225,8 @@ def test_history_is_chosen_by_step():
 
 
 def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="seed must be 0 to"):
+        make(seed=-1)
     with pytest.raises(ValueError, match="level_per_block"):
         make(LTX23_CHANGES)
     with pytest.raises(ValueError, match="one of"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from omniforcing_jax.optimizers import EMAConfig
-from omniforcing_jax.stages.common import jit_step
+from omniforcing_jax.stages.common import checked_seed, jit_step, step_key
 from omniforcing_jax.train_state import Network, TrainState
 
 Scalars = dict[str, jax.Array]
@@ -26,7 +26,7 @@ class Pretraining:
       loss: see `Loss`; any tree of parameters.
       optimizer: from `optimizers.make_optimizer`.
       ema: of the parameters; the average is what is kept in the end.
-      seed: of the random keys: step n uses fold_in(seed, n).
+      seed: of the random keys: see `step_key`.
     """
 
     loss: Loss
@@ -39,14 +39,16 @@ class Pretraining:
     ) -> tuple[TrainState, Scalars]:
         """One update; `state` is donated."""
         del step
-        return self._step(state, frozen, batch)
+        return self._step(state, frozen, batch, checked_seed(self.seed))
 
     @functools.cached_property
     def _step(self):
         return jit_step(self._update, None)
 
-    def _update(self, state: TrainState, frozen: Any, batch) -> tuple[TrainState, Scalars]:
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+    def _update(
+        self, state: TrainState, frozen: Any, batch, seed: jax.Array
+    ) -> tuple[TrainState, Scalars]:
+        key = step_key(seed, state.step)
         gradient = jax.value_and_grad(self.loss, has_aux=True)
         (loss, scalars), grads = gradient(state.generator.params, frozen, batch, key)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))

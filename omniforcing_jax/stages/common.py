@@ -7,6 +7,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from omniforcing_jax.models.connectors import TextConnectors
 from omniforcing_jax.partitioning import constrain
@@ -62,9 +63,29 @@ class TextInput:
 
 
 def jit_step(step: Callable, shardings: Any | None) -> Callable:
-    """Jits (state, frozen, batch) -> (state, metrics); the state is donated and stays in place."""
+    """Jits (state, frozen, batch, seed) -> (state, metrics), which takes and gives back the state.
+
+    The state is donated and stays in place. The seed is an argument, so that runs which differ by
+    it share what is compiled.
+    """
     out = None if shardings is None else (shardings, None)
     return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def checked_seed(seed: int) -> np.uint32:
+    """The seed as programs take it.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be 0 to 2**32 - 1, not {seed}")
+    return np.uint32(seed)
+
+
+def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
+    """Of everything that is random in a step of training."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def numbered(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

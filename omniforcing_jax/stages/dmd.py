@@ -32,10 +32,12 @@ from omniforcing_jax.stages.common import (
     Frozen,
     TextInput,
     accumulate,
+    checked_seed,
     fold,
     jit_step,
     numbered,
     sample_keys,
+    step_key,
 )
 from omniforcing_jax.stages.unrolled import UnrolledGenerator
 from omniforcing_jax.train_state import TrainState, cast_params, update_network
@@ -68,6 +70,7 @@ class DMDConfig:
         for name in ("critic_updates", "microbatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        checked_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,38 +119,38 @@ class DMD:
           batch: text of B samples, see `TextInput.contexts`. Nothing else is needed.
           step: `state.step` as the host knows it: it decides whether the generator is updated.
         """
-        metrics = {}
+        metrics, seed = {}, checked_seed(self.config.seed)
         if step % self.config.critic_updates == 0:
-            state, metrics = self.generator_step(state, frozen, batch)
-        state, more = self.critic_step(state, frozen, batch)
+            state, metrics = self.generator_step(state, frozen, batch, seed)
+        state, more = self.critic_step(state, frozen, batch, seed)
         return state, metrics | more
 
     @functools.cached_property
     def generator_step(self):
-        """Jitted (state, frozen, batch) -> (state, metrics); the state is donated."""
+        """Jitted (state, frozen, batch, seed) -> (state, metrics); the state is donated."""
 
-        def step(state: TrainState, frozen: Frozen, batch):
-            network, metrics = self._update("generator", state, frozen, batch)
+        def step(state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+            network, metrics = self._update("generator", state, frozen, batch, seed)
             return state.replace(generator=network), metrics
 
         return jit_step(step, self.shardings)
 
     @functools.cached_property
     def critic_step(self):
-        """Jitted (state, frozen, batch) -> (state, metrics); the state is donated."""
+        """Jitted (state, frozen, batch, seed) -> (state, metrics); the state is donated."""
 
-        def step(state: TrainState, frozen: Frozen, batch):
-            network, metrics = self._update("critic", state, frozen, batch)
+        def step(state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+            network, metrics = self._update("critic", state, frozen, batch, seed)
             return state.replace(critic=network, step=state.step + 1), metrics
 
         return jit_step(step, self.shardings)
 
-    def _update(self, name: str, state: TrainState, frozen: Frozen, batch):
+    def _update(self, name: str, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
         """The generator, or the critic, after one update."""
         is_generator = name == "generator"
         gradient_of = self.generator_gradient if is_generator else self.critic_gradient
         generator, critic, whole = self._compute(state)
-        key = self.step_key(name, state.step)
+        key = self.update_key(name, seed, state.step)
         shardings = self.shardings and getattr(self.shardings, name).params
         grads, (loss, sigma) = accumulate(
             lambda batch: gradient_of(generator, critic, frozen, batch, key, whole),
@@ -166,10 +169,9 @@ class DMD:
         )
         return network, metrics | {f"{name}/{key}": value for key, value in info.items()}
 
-    def step_key(self, name: str, step: jax.Array) -> jax.Array:
+    def update_key(self, name: str, seed: jax.Array, step: jax.Array) -> jax.Array:
         """Of the update of "generator" or "critic" in a step."""
-        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
-        return jax.random.fold_in(key, int(name == "critic"))
+        return jax.random.fold_in(step_key(seed, step), int(name == "critic"))
 
     def _compute(self, state: TrainState) -> tuple[Any, Any, Any | None]:
         """Generator and critic in the dtype they compute in, and the generator's weights whole."""

@@ -35,10 +35,12 @@ from omniforcing_jax.stages.common import (
     Frozen,
     TextInput,
     accumulate,
+    checked_seed,
     fold,
     jit_step,
     numbered,
     sample_keys,
+    step_key,
 )
 from omniforcing_jax.train_state import TrainState, cast_params, update_network
 
@@ -78,6 +80,7 @@ class RegressionConfig:
             raise ValueError(f"clean_history must lie in [0, 1], not {self.clean_history}")
         if self.microbatches < 1:
             raise ValueError(f"microbatches must be at least 1, not {self.microbatches}")
+        checked_seed(self.seed)
 
 
 @flax.struct.dataclass
@@ -157,7 +160,7 @@ class ODERegression:
         """
         draw = np.random.default_rng((self.config.seed, step)).random()
         run = self.clean_history_step if draw < self.config.clean_history else self.noisy_step
-        return run(state, frozen, batch)
+        return run(state, frozen, batch, checked_seed(self.config.seed))
 
     @functools.cached_property
     def noisy_step(self):
@@ -169,10 +172,10 @@ class ODERegression:
         """Jitted step with clean history: block after block over the rolling cache."""
         return jit_step(functools.partial(self._step, self._forced_gradient), self.shardings)
 
-    def _step(self, gradient_of, state: TrainState, frozen: Frozen, batch):
+    def _step(self, gradient_of, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
         params = self.shardings and self.shardings.generator.params
         weights = cast_params(state.generator.params, self.model.dtype, shardings=params)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        key = step_key(seed, state.step)
 
         def gradient(batch):
             contexts = self.text.contexts(frozen.connectors, batch)

@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax import losses, partitioning
 from omniforcing_jax.rollout import AVLatents
-from omniforcing_jax.stages.common import Frozen, fold, numbered, sample_keys
+from omniforcing_jax.stages.common import Frozen, checked_seed, fold, numbered, sample_keys
 from omniforcing_jax.stages.dmd import DMD, SAMPLE
 from omniforcing_jax.train_state import Network, TrainState, cast_params, update_network
 
@@ -126,30 +126,32 @@ class SplitDMD:
         """As `DMD.train_step`; `batch` lies on the student's mesh."""
         metrics = {}
         there = move(batch, self.scores)
-        at = np.int32(step)
+        at = np.int32(step), checked_seed(self.dmd.config.seed)
         if step % self.dmd.config.critic_updates == 0:
             with jax.set_mesh(self.student):
-                trace, x = self._simulate(state.generator, frozen.student, batch, at)
+                trace, x = self._simulate(state.generator, frozen.student, batch, *at)
             with jax.set_mesh(self.scores):
-                scored = self._score(state.critic, frozen.scores, there, move(x, self.scores), at)
+                scored = self._score(state.critic, frozen.scores, there, move(x, self.scores), *at)
             with jax.set_mesh(self.student):
                 scored = move(scored, self.student)
                 network, metrics = self._update_generator(
-                    state.generator, frozen.student, batch, trace, scored, at
+                    state.generator, frozen.student, batch, trace, scored, *at
                 )
             state = state.replace(generator=network)
         with jax.set_mesh(self.student):
-            x = self._sample(state.generator, frozen.student, batch, at)
+            x = self._sample(state.generator, frozen.student, batch, *at)
         with jax.set_mesh(self.scores):
             x = move(x, self.scores)
-            critic, more = self._update_critic(state.critic, frozen.scores, there, x, at)
+            critic, more = self._update_critic(state.critic, frozen.scores, there, x, *at)
         with jax.set_mesh(self.student):
             counter = self._next(state.step)
         return state.replace(critic=critic, step=counter), metrics | more
 
-    def _draws(self, name: str, batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _draws(
+        self, name: str, batch, step: jax.Array, seed: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Keys of the samples [B] and of the step, as one program for all would draw them."""
-        of_samples, of_step = jax.random.split(self.dmd.step_key(name, step))
+        of_samples, of_step = jax.random.split(self.dmd.update_key(name, seed, step))
         return sample_keys(of_samples, numbered(batch)["row"]), of_step
 
     def _inputs(self, name: str, network: Network, frozen: Frozen, batch):
@@ -173,12 +175,12 @@ class SplitDMD:
 
     @functools.cached_property
     def _simulate(self):
-        """(generator, frozen, batch, step) -> (trace, x)."""
+        """(generator, frozen, batch, step, seed) -> (trace, x)."""
 
-        def simulate(network: Network, frozen: Frozen, batch, step):
+        def simulate(network: Network, frozen: Frozen, batch, step, seed):
             generator = self.dmd.generator
             weights, contexts = self._inputs("generator", network, frozen, batch)
-            keys, of_step = self._draws("generator", batch, step)
+            keys, of_step = self._draws("generator", batch, step, seed)
             keys = fold(keys, SAMPLE)
             whole = self._whole_weights(network.params)
             trace = generator.simulate(weights, contexts, keys, of_step, whole)
@@ -188,23 +190,23 @@ class SplitDMD:
 
     @functools.cached_property
     def _score(self):
-        """(critic, frozen, batch, x, step) -> (dL/dx, (losses, sigmas))."""
+        """(critic, frozen, batch, x, step, seed) -> (dL/dx, (losses, sigmas))."""
 
-        def score(network: Network, frozen: Frozen, batch, x: AVLatents, step):
+        def score(network: Network, frozen: Frozen, batch, x: AVLatents, step, seed):
             critic, contexts = self._inputs("critic", network, frozen, batch)
-            keys, _ = self._draws("generator", batch, step)
+            keys, _ = self._draws("generator", batch, step, seed)
             return self.dmd.score(critic, frozen, x, contexts, keys)
 
         return jax.jit(score, out_shardings=self._rows(self.scores))
 
     @functools.cached_property
     def _update_generator(self):
-        """(generator, frozen, batch, trace, scored, step) -> (generator, metrics)."""
+        """(generator, frozen, batch, trace, scored, step, seed) -> (generator, metrics)."""
 
-        def update(network: Network, frozen: Frozen, batch, trace, scored, step):
+        def update(network: Network, frozen: Frozen, batch, trace, scored, step, seed):
             cotangent, (loss, sigma) = scored
             weights, contexts = self._inputs("generator", network, frozen, batch)
-            keys, _ = self._draws("generator", batch, step)
+            keys, _ = self._draws("generator", batch, step, seed)
             generator = self.dmd.generator
             gradients = generator.pull_back(weights, contexts, fold(keys, SAMPLE), trace, cotangent)
             return self._updated("generator", network, gradients, loss, sigma, step)
@@ -214,11 +216,11 @@ class SplitDMD:
 
     @functools.cached_property
     def _sample(self):
-        """(generator, frozen, batch, step) -> x, for the critic."""
+        """(generator, frozen, batch, step, seed) -> x, for the critic."""
 
-        def sample(network: Network, frozen: Frozen, batch, step):
+        def sample(network: Network, frozen: Frozen, batch, step, seed):
             weights, contexts = self._inputs("generator", network, frozen, batch)
-            keys, of_step = self._draws("critic", batch, step)
+            keys, of_step = self._draws("critic", batch, step, seed)
             whole = self._whole_weights(network.params)
             keys = fold(keys, SAMPLE)
             return self.dmd.generator.sample(weights, contexts, keys, of_step, whole)
@@ -227,11 +229,11 @@ class SplitDMD:
 
     @functools.cached_property
     def _update_critic(self):
-        """(critic, frozen, batch, x, step) -> (critic, metrics)."""
+        """(critic, frozen, batch, x, step, seed) -> (critic, metrics)."""
 
-        def update(network: Network, frozen: Frozen, batch, x: AVLatents, step):
+        def update(network: Network, frozen: Frozen, batch, x: AVLatents, step, seed):
             critic, contexts = self._inputs("critic", network, frozen, batch)
-            keys, _ = self._draws("critic", batch, step)
+            keys, _ = self._draws("critic", batch, step, seed)
             gradients, (loss, sigma) = self.dmd.fit_critic(critic, x, contexts, keys)
             return self._updated("critic", network, gradients, loss, sigma, step)
 
