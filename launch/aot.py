@@ -31,16 +31,20 @@ from omniforcing_jax.experiment import ConfigError
 CASES = (
     ("v5p:4x4x4", "stage3", "fsdp=32,sequence=2", {}),
     ("v6e:8x8", "stage3", "fsdp=32,sequence=2", {}),
+    ("v6e:8x8", "stage3", "fsdp=16,sequence=2", {"compute.separate_scores": True}),
     ("v5p:2x4x4", "stage1", "fsdp=16,sequence=2", {}),
     ("v6e:4x8", "stage1", "fsdp=16,sequence=2", {"microbatches": 2}),
     ("v5p:2x4x4", "stage2", "fsdp=16,sequence=2", {}),
     ("v6e:4x8", "stage2", "fsdp=16,sequence=2", {"microbatches": 2}),
     ("tpu7x:2x2x4", "stage2", "fsdp=16,sequence=2", {}),
     ("tpu7x:2x2x4", "stage3", "fsdp=16,sequence=2", {"microbatches": 2}),
+    ("h100:32", "stage1", "fsdp=8,tensor=4", {}),
     ("h100:32", "stage2", "fsdp=16,sequence=2", {"microbatches": 2}),
     ("h100:32", "stage3", "fsdp=8,tensor=4", {}),
     ("h200:32", "stage3", "fsdp=8,tensor=4", {"compute.gather_weights": True}),
+    ("h200:8", "stage1", "fsdp=8", {}),
     ("h200:8", "stage2", "fsdp=8", {"microbatches": 4}),
+    ("h200:8", "stage3", "fsdp=4,tensor=2", {"microbatches": 8}),
     ("v5p:1x1x1", "stream", "tensor=1", {}),
     ("v6e:1x2", "stream", "tensor=2", {}),
     ("h100:1", "stream", "tensor=1", {}),
@@ -176,7 +180,8 @@ def run_all(args: argparse.Namespace) -> int:
     status = 0
     for target, program, mesh, settings in CASES:
         done = json.loads(output.read_text()) if output.exists() else []
-        if any((r["target"], r["program"]) == (target, program) for r in done):
+        case = {"target": target, "program": program, "mesh": mesh, "settings": settings}
+        if any(_key(case) == _key(r) for r in done):
             continue
         command = [sys.executable, "-m", "launch.aot", "--target", target, "--program", program]
         command += ["--mesh", mesh, "--output", str(output)]
@@ -184,6 +189,14 @@ def run_all(args: argparse.Namespace) -> int:
             command += ["--set", *(f"{k}={json.dumps(v)}" for k, v in settings.items())]
         status = max(status, subprocess.run(command, check=False).returncode)
     return status
+
+
+def _key(result: dict[str, Any]) -> tuple:
+    """What makes two results the same case."""
+    axes = sorted(p for p in result["mesh"].split(",") if not p.endswith("=1") and p != "1")
+    settings = json.dumps(result["settings"], sort_keys=True)
+    size, layers = result.get("size", "full"), result.get("layers")
+    return result["target"], result["program"], axes, settings, size, layers
 
 
 _START, _END = "<!-- table: python -m launch.aot --table -->", "<!-- end of table -->"
@@ -246,13 +259,9 @@ def _table_rows(r: dict[str, Any]) -> list[str]:
 
 
 def add_result(file: pathlib.Path, result: dict[str, Any]) -> None:
-    """Adds a result, in the place of an older one of the same target, program and size."""
-
-    def key(r):
-        return (r["target"], r["program"], r["size"], r["layers"])
-
+    """Adds a result, in the place of an older one of the same case."""
     results = json.loads(file.read_text()) if file.exists() else []
-    results = [r for r in results if key(r) != key(result)] + [result]
+    results = [r for r in results if _key(r) != _key(result)] + [result]
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")

@@ -35,6 +35,7 @@ from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.models.transformer import Transformer, init_boxed_params
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.rollout import RolloutConfig
+from omniforcing_jax.stages.split_dmd import SplitDMD, SplitFrozen, split_devices
 from omniforcing_jax.train_state import state_shardings
 
 PROGRAMS = ("stage1", "stage2", "stage3", "stream")
@@ -44,6 +45,9 @@ QUICK = {"exec_time_optimization_effort": -1.0}
 # libtpu 0.0.42 aborts when it moves an all-reduce to v7x's SparseCores (a failed check of
 # offload_collective_strategies, "std::abs(inc) < core_count()").
 V7X = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}
+# Where no GPU is there to try tiles out on, XLA takes Triton's default ones for fused products, and
+# fails for those of audio tokens split by heads ("couldn't find output tile sizes").
+GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Programs:
       open_loops: {part: iterations of loops that the data ends}.
       weights_bytes: of a network, as a device reads it in one pass.
       state_bytes: read or written by an update, on a device.
+      compiled: parts that are compiled; later ones take what these give.
     """
 
     target: Target
@@ -68,6 +73,7 @@ class Programs:
     open_loops: dict[str, float]
     weights_bytes: float
     state_bytes: float
+    compiled: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def mesh_shape(self) -> dict[str, int]:
@@ -89,9 +95,12 @@ def stage_programs(
 
     Raises:
       ConfigError: the mesh or a setting is wrong.
+      ValueError: a setting that there is not.
     """
     c = stage_config(stage, mesh_shape, variant, changes or {})
     e = dry_run.make_experiment(c, len(target.devices), size=size, layers=layers)
+    if c.compute.separate_scores:
+        return _split_programs(target, e)
     mesh = partitioning.make_mesh(**e.mesh_shape, devices=target.devices)
     with jax.set_mesh(mesh):
         state = assembly.abstract_state(e, mesh)
@@ -124,6 +133,37 @@ def stage_programs(
         2 * params / e.mesh_shape["tensor"],
         2 * held,
     )
+
+
+def _split_programs(target: Target, e: experiment.Experiment) -> Programs:
+    """The programs of a step whose score networks have devices of their own, in their order.
+
+    There is no roofline: halves of the devices work side by side, and wait for each other.
+    """
+    meshes = [
+        partitioning.make_mesh(**e.mesh_shape, devices=half)
+        for half in split_devices(list(target.devices))
+    ]
+    student, scores = meshes
+    frozen, batches = [], []
+    for mesh in meshes:
+        with jax.set_mesh(mesh):
+            frozen.append(assembly.abstract_frozen(e, mesh))
+            batches.append(assembly.abstract_batch(e, mesh))
+    with jax.set_mesh(student):
+        state = assembly.abstract_state(e, student, scores)
+    module = experiment.make_stage(e, state_shardings(state))
+    stage = SplitDMD(module, student, scores)
+    held = frozen[0].replace(teacher=None), frozen[1]
+    compiled: dict[str, Any] = {}
+    lowered = {
+        name: functools.partial(lower, compiled)
+        for name, lower in stage.lowered(state, SplitFrozen(*held), *batches).items()
+    }
+    steps = len(e.sigmas) - 1
+    exits = steps - 1 if e.config.stage == "stage1" else (steps + 1) / 2
+    loops = dict.fromkeys(lowered, float(exits))
+    return Programs(target, student, lowered, {}, {}, loops, 0.0, 0.0, compiled)
 
 
 def stage_config(
@@ -253,10 +293,13 @@ def compile_part(
       jax.errors.JaxRuntimeError: it does not fit.
     """
     target = programs.target
-    options = QUICK if target.is_tpu and not thorough else {}
+    options = {} if target.is_tpu or target.device is None else GPU
+    if target.is_tpu and not thorough:
+        options = QUICK
     if target.name.startswith("tpu7x"):
         options = options | V7X
     compiled = lowered.compile(compiler_options=options or None)
+    programs.compiled[name] = compiled
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     messages = collectives.read(text, open_loops=programs.open_loops[name])
@@ -290,9 +333,10 @@ def _seconds(programs: Programs, messages) -> float:
 
 
 def step_times(programs: Programs, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The roofline of an average step; empty without a known device or when a part was refused."""
+    """The roofline of an average step; empty without a known device, without known work, or when a
+    part was refused."""
     device = programs.target.device
-    if device is None or any("refused" in part for part in parts.values()):
+    if device is None or not programs.work or any("refused" in part for part in parts.values()):
         return {}
     devices = len(programs.target.devices)
     work = sum((programs.work[n] * programs.share[n] for n in parts), Work(0, 0, 0, 0, ()))

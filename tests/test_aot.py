@@ -62,6 +62,7 @@ def test_a_training_step_is_measured(tmp_path, capsys):
         (["--mesh", "rows=2"], "axes are data, fsdp, sequence, tensor"),
         (["--mesh", "fsdp=2"], "does not multiply to the 1 devices"),
         (["--set", "no.such=1", "--mesh", "fsdp=1"], "no.such"),
+        (["--set", "compute.separate_scores=true", "--mesh", "fsdp=1"], "cannot be halved"),
         (["--program", "stream", "--set", "depth=1"], "has no setting depth"),
     ],
 )

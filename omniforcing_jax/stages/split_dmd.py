@@ -21,10 +21,12 @@ to hand anything over.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -82,6 +84,10 @@ def move(tree: Any, target: Mesh) -> Any:
         return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
 
     return jax.tree.map(one, tree)
+
+
+def _placed(tree: Any, sharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +152,43 @@ class SplitDMD:
         with jax.set_mesh(self.student):
             counter = self._next(state.step)
         return state.replace(critic=critic, step=counter), metrics | more
+
+    def lowered(
+        self, state: TrainState, frozen: SplitFrozen, batch, there
+    ) -> dict[str, Callable[[Mapping[str, Any]], jax.stages.Lowered]]:
+        """The programs of a step for shapes instead of arrays, in their order.
+
+        Args:
+          state, frozen, batch: as `train_step` takes them, as ShapeDtypeStructs with shardings.
+          there: the batch as it is on the mesh of the scores.
+
+        Returns:
+          {name: lowers it, given those in front of it compiled}.
+        """
+        at = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.uint32)
+        start = state.generator, frozen.student, batch
+        with jax.set_mesh(self.student):
+            trace, x = jax.eval_shape(self._simulate, *start, *at)
+        judged = state.critic, frozen.scores, there, _placed(x, self._rows(self.scores))
+        with jax.set_mesh(self.scores):
+            scored = jax.eval_shape(self._score, *judged, *at)
+        scored = _placed(scored, self._rows(self.student))
+
+        def lower(name: str, mesh: Mesh, program, arguments, compiled: Mapping[str, Any]):
+            if name == "update_generator":
+                places = compiled["simulate"].output_shardings[0]
+                arguments = (*arguments, jax.tree.map(_placed, trace, places), scored)
+            with jax.set_mesh(mesh):
+                return program.lower(*arguments, *at)
+
+        programs = {
+            "simulate": (self.student, self._simulate, start),
+            "score": (self.scores, self._score, judged),
+            "update_generator": (self.student, self._update_generator, start),
+            "sample": (self.student, self._sample, start),
+            "update_critic": (self.scores, self._update_critic, judged),
+        }
+        return {name: functools.partial(lower, name, *p) for name, p in programs.items()}
 
     def _draws(
         self, name: str, batch, step: jax.Array, seed: jax.Array
