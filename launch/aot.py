@@ -31,7 +31,6 @@ from omniforcing_jax.experiment import ConfigError
 CASES = (
     ("v5p:4x4x4", "stage3", "fsdp=32,sequence=2", {}),
     ("v6e:8x8", "stage3", "fsdp=32,sequence=2", {}),
-    ("v6e:8x8", "stage3", "fsdp=16,sequence=2", {"compute.separate_scores": True}),
     ("v5p:2x4x4", "stage1", "fsdp=16,sequence=2", {}),
     ("v6e:4x8", "stage1", "fsdp=16,sequence=2", {"microbatches": 2}),
     ("v5p:2x4x4", "stage2", "fsdp=16,sequence=2", {}),
@@ -42,6 +41,7 @@ CASES = (
     ("h100:32", "stage2", "fsdp=16,sequence=2", {"microbatches": 2}),
     ("h100:32", "stage3", "fsdp=8,tensor=4", {}),
     ("h200:32", "stage3", "fsdp=8,tensor=4", {"compute.gather_weights": True}),
+    ("h200:32", "stage3", "fsdp=4,tensor=4", {"compute.separate_scores": True}),
     ("h200:8", "stage1", "fsdp=8", {}),
     ("h200:8", "stage2", "fsdp=8", {"microbatches": 4}),
     ("h200:8", "stage3", "fsdp=4,tensor=2", {"microbatches": 8}),

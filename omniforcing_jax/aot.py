@@ -35,7 +35,7 @@ from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.models.transformer import Transformer, init_boxed_params
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.rollout import RolloutConfig
-from omniforcing_jax.stages.split_dmd import SplitDMD, SplitFrozen, split_devices
+from omniforcing_jax.stages.split_dmd import SplitDMD, SplitFrozen, split_meshes
 from omniforcing_jax.train_state import state_shardings
 
 PROGRAMS = ("stage1", "stage2", "stage3", "stream")
@@ -140,11 +140,7 @@ def _split_programs(target: Target, e: experiment.Experiment) -> Programs:
 
     There is no roofline: halves of the devices work side by side, and wait for each other.
     """
-    meshes = [
-        partitioning.make_mesh(**e.mesh_shape, devices=half)
-        for half in split_devices(list(target.devices))
-    ]
-    student, scores = meshes
+    meshes = student, scores = split_meshes(e.mesh_shape, list(target.devices))
     frozen, batches = [], []
     for mesh in meshes:
         with jax.set_mesh(mesh):

@@ -17,7 +17,7 @@ from omniforcing_jax.optimizers import OptimizerConfig, make_optimizer
 from omniforcing_jax.stages.common import Frozen
 from omniforcing_jax.stages.dmd import DMD
 from omniforcing_jax.stages.ode_regression import ODERegression
-from omniforcing_jax.stages.split_dmd import SplitDMD, SplitFrozen, split_devices
+from omniforcing_jax.stages.split_dmd import SplitDMD, SplitFrozen, split_meshes
 from omniforcing_jax.storage import locate
 from omniforcing_jax.train_state import (
     Network,
@@ -73,10 +73,7 @@ def make_meshes(e: Experiment) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh | N
     """The mesh, and that of the score networks if they have their own."""
     if not e.config.compute.separate_scores:
         return partitioning.make_mesh(**e.mesh_shape), None
-    student, scores = (
-        partitioning.make_mesh(**e.mesh_shape, devices=half) for half in split_devices()
-    )
-    return student, scores
+    return split_meshes(e.mesh_shape)
 
 
 def assemble(

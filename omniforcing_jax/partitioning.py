@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -52,9 +53,19 @@ LOGICAL_AXIS_RULES = (
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
+    devices=None,
+    in_order: bool = False,
 ) -> Mesh:
     """A mesh over all devices, or over the given ones.
+
+    Args:
+      in_order: takes the devices as they are listed, the last axis running fastest, instead of by
+        their places in the machine: for some of a TPU slice's, between which there are gaps.
 
     Raises:
       ValueError: the axes' product is not the number of devices.
@@ -66,7 +77,10 @@ def make_mesh(
         raise ValueError(
             f"a mesh of {axes} needs {math.prod(shape)} devices, there are {len(devices)}"
         )
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if in_order:
+        grid = np.asarray(devices).reshape(shape)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

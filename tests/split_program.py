@@ -25,7 +25,7 @@ from omniforcing_jax.stages.split_dmd import (  # noqa: E402
     SplitDMD,
     SplitFrozen,
     move,
-    split_devices,
+    split_meshes,
 )
 from omniforcing_jax.stages.unrolled import UnrolledGenerator  # noqa: E402
 from omniforcing_jax.train_state import create_network, create_state, state_shardings  # noqa: E402
@@ -63,7 +63,7 @@ def network(seed: int, mesh, ema: bool):
 def run(stage: str, split: bool) -> list[dict[str, float]]:
     dmd = make_dmd(stage)
     if split:
-        student, scores = (partitioning.make_mesh(fsdp=2, devices=half) for half in split_devices())
+        student, scores = split_meshes({"fsdp": 2})
     else:
         student = scores = partitioning.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(student):
@@ -92,7 +92,7 @@ def run(stage: str, split: bool) -> list[dict[str, float]]:
 
 
 def check_move() -> None:
-    student, scores = (partitioning.make_mesh(fsdp=2, devices=half) for half in split_devices())
+    student, scores = split_meshes({"fsdp": 2})
     x = place(np.arange(8.0).reshape(4, 2), student, partitioning.batch_sharding(student))
     moved = move(x, scores)
     np.testing.assert_array_equal(moved, x)

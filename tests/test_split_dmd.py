@@ -11,8 +11,8 @@ import pytest
 from omniforcing_jax.stages.split_dmd import split_devices
 
 
-def device(process: int, number: int) -> types.SimpleNamespace:
-    return types.SimpleNamespace(process_index=process, id=number)
+def device(process: int, number: int, kind: str = "TPU v5") -> types.SimpleNamespace:
+    return types.SimpleNamespace(process_index=process, id=number, device_kind=kind)
 
 
 def test_every_process_gives_half_of_its_devices():
@@ -21,6 +21,8 @@ def test_every_process_gives_half_of_its_devices():
     assert [d.id for d in student] == [0, 1, 4, 5] and [d.id for d in scores] == [2, 3, 6, 7]
     with pytest.raises(ValueError, match="process 1 has 3 devices, which cannot be halved"):
         split_devices(devices[:7])
+    with pytest.raises(ValueError, match="8 x TPU v6 lite of 2 hosts messages"):
+        split_devices([device(n // 4, n, "TPU v6 lite") for n in range(8)])
 
 
 @pytest.mark.parametrize("stage", ["III", pytest.param("I", marks=pytest.mark.slow)])

@@ -50,12 +50,20 @@ def split_devices(devices: list[jax.Device] | None = None) -> tuple[list, list]:
     """The first and the second half of every process's devices.
 
     Raises:
-      ValueError: a process has an odd number of devices.
+      ValueError: a process has an odd number of devices, or messages between processes cannot pass
+        the devices of the other half (TPU v5e and v6e).
     """
     halves: tuple[list, list] = ([], [])
     by_process: dict[int, list] = {}
-    for device in jax.devices() if devices is None else devices:
+    devices = jax.devices() if devices is None else devices
+    for device in devices:
         by_process.setdefault(device.process_index, []).append(device)
+    if len(by_process) > 1 and any("lite" in device.device_kind for device in devices):
+        raise ValueError(
+            f"score networks of their own: on {len(devices)} x {devices[0].device_kind} of "
+            f"{len(by_process)} hosts messages cannot pass the chips of the other half; set "
+            "compute.separate_scores to False, or take v5p, v7x or GPUs"
+        )
     for process, own in sorted(by_process.items()):
         if len(own) % 2:
             raise ValueError(
@@ -65,6 +73,21 @@ def split_devices(devices: list[jax.Device] | None = None) -> tuple[list, list]:
         halves[0].extend(own[: len(own) // 2])
         halves[1].extend(own[len(own) // 2 :])
     return halves
+
+
+def split_meshes(
+    mesh_shape: Mapping[str, int], devices: list[jax.Device] | None = None
+) -> tuple[Mesh, Mesh]:
+    """Meshes of the same shape over the halves of `split_devices`, for the student and the scores.
+
+    Raises:
+      ValueError: as `split_devices` and `partitioning.make_mesh`.
+    """
+    student, scores = (
+        partitioning.make_mesh(**mesh_shape, devices=half, in_order=True)
+        for half in split_devices(devices)
+    )
+    return student, scores
 
 
 def move(tree: Any, target: Mesh) -> Any:
