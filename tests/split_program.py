@@ -77,6 +77,8 @@ def run(stage: str, split: bool) -> list[dict[str, float]]:
         dmd = SplitDMD(dmd, student, scores)
         frozen = SplitFrozen(Frozen(), frozen)
     batch = place(CONTEXTS, student, partitioning.batch_sharding(student))
+    if split:
+        check_lowered(dmd, state, frozen, batch)
     history = []
     with jax.set_mesh(student):
         for step in range(STEPS):
@@ -89,6 +91,22 @@ def run(stage: str, split: bool) -> list[dict[str, float]]:
         held = {d for x in jax.tree.leaves(state.generator) for d in x.devices()}
         assert held == set(student.devices.flat), "the generator has left its devices"
     return history
+
+
+def check_lowered(dmd: SplitDMD, state, frozen: SplitFrozen, batch) -> None:
+    """Every program can be made for shapes alone."""
+
+    def shapes(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+        )
+
+    there = shapes(move(batch, dmd.scores))
+    programs = dmd.lowered(shapes(state), shapes(frozen), shapes(batch), there)
+    assert len(programs) == 5
+    compiled = {"simulate": programs.pop("simulate")({}).compile()}
+    for lower in programs.values():
+        assert lower(compiled).cost_analysis()["flops"] > 0
 
 
 def check_move() -> None:

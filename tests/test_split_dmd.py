@@ -32,7 +32,8 @@ def test_three_steps_equal_those_on_one_device(stage):
         [sys.executable, "-m", "tests.split_program", stage],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=os.environ
+        | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
     together, split = json.loads(result.stdout.splitlines()[-1])
