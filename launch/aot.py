@@ -37,6 +37,7 @@ CASES = (
     ("v6e:4x8", "stage2", "fsdp=16,sequence=2", {"microbatches": 2}),
     ("tpu7x:2x2x4", "stage2", "fsdp=16,sequence=2", {}),
     ("tpu7x:2x2x4", "stage3", "fsdp=16,sequence=2", {"microbatches": 2}),
+    ("h100:8", "stage2", "fsdp=8", {"microbatches": 4}),
     ("h100:32", "stage1", "fsdp=8,tensor=4", {}),
     ("h100:32", "stage2", "fsdp=16,sequence=2", {"microbatches": 2}),
     ("h100:32", "stage3", "fsdp=8,tensor=4", {}),
