@@ -17,12 +17,12 @@ from omniforcing_jax.experiment import ConfigError, Experiment
 from omniforcing_jax.hardware import DEVICES, GPUS_PER_NODE, TPUS, Device, device_count, parse
 
 # Bytes of temporaries per video token on a device and unit of the video's width, at the worst
-# moment of a layer's backward pass; copies of a layer's gathered weights that live at a time; and,
-# in a rollout, of the cache (its keys are rotated in float32, beside the text's keys and values).
+# moment of a layer's backward pass; copies of a layer's gathered weights that live at a time; and
+# what a rollout takes, in caches (keys are rotated in float32, beside the text's keys and values).
 # Fitted to the programs of docs/scaling.md, which also says how far off the sums are.
 TEMPORARIES = 60.0
 GATHERED_LAYERS = 4.0
-CACHES = 2.0
+CACHES = 3.0
 # Dimensions of the torus along which a gather over all devices runs.
 TORUS_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 # Products with a weight in a layer, each with a gather of its own, and the time of a hop.
@@ -136,22 +136,35 @@ def evaluate(e: Experiment, kind: str, device: Device, devices: int) -> Proposal
         mesh=dict(e.mesh_shape),
         microbatches=e.config.microbatches,
         gather_weights=e.config.compute.get("gather_weights", False),
-        memory={**plan.bytes_per_device, "temporaries": temporaries(e, weights)},
+        memory=peak_memory(e, plan),
         seconds=(times.overlapped, times.summed),
         mfu=cost.model_flops_utilisation(work, times.summed, device, devices),
         parts={"compute": times.compute, "communication": times.communication},
     )
 
 
-def temporaries(e: Experiment, weights: int) -> int:
-    """Bytes of a layer's backward pass, of a few layers' gathered weights, and of a rollout."""
-    rows = planning.samples_per_device(e)
-    tokens = rows * e.clip.video_tokens / e.mesh_shape["sequence"]
-    size = jnp.dtype(e.dtype).itemsize
-    layer = weights * size / e.student.num_layers / e.mesh_shape["tensor"]
-    cache = planning.rollout_bytes(e) if e.config.stage == "stage3" else 0
-    activations = TEMPORARIES * tokens * e.student.video_dim
-    return int(activations + GATHERED_LAYERS * layer + CACHES * cache)
+def peak_memory(e: Experiment, plan: planning.Plan) -> dict[str, int]:
+    """{what: bytes on a device} at the worst moment: in a rollout, or in a pass over whole clips.
+
+    The two do not meet. Both have a few layers' gathered weights beside them, and gradients of one
+    microbatch where those of others are added up.
+    """
+    memory = dict(plan.bytes_per_device)
+    cache = memory.pop("rollout: cache of keys and values", 0)
+    kept = memory.pop("activations between layers", 0)
+    tokens = planning.samples_per_device(e) * e.clip.video_tokens / e.mesh_shape["sequence"]
+    layer = int(TEMPORARIES * tokens * e.student.video_dim)
+    if CACHES * cache > kept + layer:
+        memory["rollout: cache of keys and values"] = cache
+        temporaries = (CACHES - 1) * cache
+    else:
+        memory["activations between layers"] = kept
+        temporaries = layer
+    weights = plan.parameters["generator"] / e.student.num_layers / e.mesh_shape["tensor"]
+    temporaries += GATHERED_LAYERS * weights * jnp.dtype(e.dtype).itemsize
+    if e.config.microbatches > 1:
+        temporaries += memory["generator: gradients"]
+    return memory | {"temporaries": int(temporaries)}
 
 
 def communication_seconds(

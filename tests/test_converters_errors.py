@@ -225,8 +225,10 @@ def test_signals_clean_up(source, tmp_path, number):
     """The conversion is held after its third tensor, then gets the signal."""
     script = textwrap.dedent(
         """
-        import sys, threading, time
+        import signal, sys, threading, time
         from checkpoint_converters import ltx2, orbax_writer
+        # what a suite in the background of a shell starts would ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         read, count = orbax_writer.read_tensor, []
         def slow(info):
             count.append(info)
