@@ -16,9 +16,10 @@ from launch.plot_run import Curves, read_run
 from launch.report_world import cell, files_of_row
 from omniforcing_jax.metrics import JSONL
 
-WHOLE, HALF = (0.9, 1.0), (0.45, 0.55)  # shares of the run
+FIRST, HALF, WHOLE = (0.0, 0.01), (0.45, 0.55), (0.9, 1.0)  # shares of the run
 # heading: (scalar, share of the run or None for the largest value)
 COLUMNS = {
+    "first loss": ("generator/loss", FIRST),
     "video loss": ("generator/loss_video", WHOLE),
     "audio loss": ("generator/loss_audio", WHOLE),
     "half way": ("generator/loss_audio", HALF),
