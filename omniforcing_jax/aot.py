@@ -107,8 +107,6 @@ def stage_programs(
         frozen, batch = assembly.abstract_frozen(e, mesh), assembly.abstract_batch(e, mesh)
     module = experiment.make_stage(e, state_shardings(state))
     work = cost.updates(e)
-    steps = len(e.sigmas) - 1
-    exits = steps - 1 if stage == "stage1" else (steps + 1) / 2
     if stage == "stage2":
         parts = {"step": (module.noisy_step, "generator", 1.0)}
     else:
@@ -129,7 +127,7 @@ def stage_programs(
         {name: functools.partial(lower, step) for name, (step, _, _) in parts.items()},
         {name: work[network] for name, (_, network, _) in parts.items()},
         {name: share for name, (_, _, share) in parts.items()},
-        dict.fromkeys(parts, exits),
+        dict.fromkeys(parts, _steps_to_exit(e)),
         2 * params / e.mesh_shape["tensor"],
         2 * held,
     )
@@ -156,10 +154,14 @@ def _split_programs(target: Target, e: experiment.Experiment) -> Programs:
         name: functools.partial(lower, compiled)
         for name, lower in stage.lowered(state, SplitFrozen(*held), *batches).items()
     }
-    steps = len(e.sigmas) - 1
-    exits = steps - 1 if e.config.stage == "stage1" else (steps + 1) / 2
-    loops = dict.fromkeys(lowered, float(exits))
+    loops = dict.fromkeys(lowered, _steps_to_exit(e))
     return Programs(target, student, lowered, {}, {}, loops, 0.0, 0.0, compiled)
+
+
+def _steps_to_exit(e: experiment.Experiment) -> float:
+    """Of the loops that end at a drawn step: the average, or stage I's last sample's."""
+    steps = len(e.sigmas) - 1
+    return steps - 1.0 if e.config.stage == "stage1" else (steps + 1) / 2
 
 
 def stage_config(
@@ -289,9 +291,10 @@ def compile_part(
       jax.errors.JaxRuntimeError: it does not fit.
     """
     target = programs.target
-    options = {} if target.is_tpu or target.device is None else GPU
-    if target.is_tpu and not thorough:
-        options = QUICK
+    if target.is_tpu:
+        options = {} if thorough else QUICK
+    else:
+        options = {} if target.device is None else GPU
     if target.name.startswith("tpu7x"):
         options = options | V7X
     compiled = lowered.compile(compiler_options=options or None)
