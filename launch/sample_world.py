@@ -85,6 +85,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--every", type=float, help="also measure every so many seconds, for drift")
     add("--steps", type=int, default=40, help="teacher: denoising steps (default 40)")
     add("--cfg", type=float, default=2.0, help="teacher: guidance, 1 is off (default 2)")
+    add("--stg", type=float, default=0.0, help="teacher: spatio-temporal guidance (default 0)")
+    add("--stg-block", type=int, nargs="+", default=[], help="teacher: blocks that it perturbs")
     add("--timesteps", type=float, nargs="+", help="of a student (default: the checkpoint's)")
     add("--layout", choices=LAYOUT_NAMES, help="stream: default: the checkpoint's")
     add("--window", type=int, help="stream: recent blocks in the cache (default: as trained)")
@@ -114,7 +116,12 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
         height=WORLD.height,
         width=WORLD.width,
         num_steps=args.steps,
-        guidance=NO_GUIDANCE.changed(cfg_video=args.cfg, cfg_audio=args.cfg),
+        guidance=NO_GUIDANCE.changed(
+            cfg_video=args.cfg,
+            cfg_audio=args.cfg,
+            stg=args.stg,
+            stg_blocks=tuple(args.stg_block),
+        ),
         spatial_compression=config.video_vae.spatial_compression,
     )
     model, weights = pipeline.transformer(), pipeline.params["transformer"]

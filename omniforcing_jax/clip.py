@@ -13,7 +13,7 @@ import numpy as np
 
 from omniforcing_jax import flow
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.models.inputs import ClipMask, Modality
+from omniforcing_jax.models.inputs import ClipMask, Modality, Pathways
 from omniforcing_jax.models.rope import ClipRope, clip_rope
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.rollout import AVLatents
@@ -111,6 +111,7 @@ def clip_velocity(
     sigma: AVLatents | jax.Array,
     contexts: tuple[jax.Array, jax.Array],
     clip: Clip,
+    keep: Pathways | None = None,
 ) -> AVLatents:
     """Velocity of a noisy clip in one forward pass.
 
@@ -119,12 +120,13 @@ def clip_velocity(
       x: [B, T, C] noisy tokens.
       sigma: [B] of the samples, or AVLatents [B, G] of equal groups of each stream's tokens.
       contexts: (video, audio) text contexts [B, S, text_dim].
+      keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
 
     Returns:
       AVLatents [B, T, C] float32.
     """
     streams = _modalities(model, x, sigma, contexts, clip)
-    (video, audio), _ = model.apply({"params": params}, *streams)
+    (video, audio), _ = model.apply({"params": params}, *streams, keep=keep)
     return AVLatents(video, audio)
 
 

@@ -91,8 +91,8 @@ def updates(e: Experiment) -> dict[str, Work]:
             1,
             tuple((tokens, (3 + remat) * count) for tokens, count in scored.passes),
         )
-    # teacher with and without the prompt are one pass of twice the rows: one gather
-    scores = score * (2 + e.settings.score.guided)
+    # all passes of the teacher are one of as many times the rows: one gather
+    scores = score * (1 + len(e.settings.score.passes()))
     scores = dataclasses.replace(scores, gathers=2 * score.gathers)
     critic = _gradient(e, clip, e.clip.video_tokens, remat)
     per_microbatch = {"generator": sample + last + scores, "critic": sample + critic}

@@ -16,6 +16,7 @@ import ml_collections
 from omniforcing_jax import checkpoints, flow
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.clip import Clip
+from omniforcing_jax.guidance import check_stg_blocks
 from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.losses import LossWeights
 from omniforcing_jax.models.config import TransformerConfig
@@ -165,6 +166,8 @@ def check(
     size = attempt("clip", lambda: pipeline.check_size(c.clip.height, c.clip.width))
     layout = attempt("clip.layout", lambda: _layout(c))
     _check_source(c, content, problems)
+    if isinstance(settings, DMDConfig):
+        attempt("score", lambda: check_stg_blocks(settings.score.stg_blocks, teacher.num_layers))
     rollout = None
     if size and layout and sigmas:
         rollout = attempt("student", lambda: _rollout(c, layout, sigmas, size))
@@ -248,6 +251,7 @@ def _settings(c) -> DMDConfig | RegressionConfig:
         **c.score,
         "video_cfg": tuple(c.score.video_cfg),
         "audio_cfg": tuple(c.score.audio_cfg),
+        "stg_blocks": tuple(c.score.stg_blocks),
     }
     return DMDConfig(
         score=ScoreConfig(**score),

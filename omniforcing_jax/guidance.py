@@ -9,10 +9,14 @@ Up to four predictions of x0 are combined, each from its own pass of the network
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from omniforcing_jax.models.inputs import Pathways
 
 PASSES = ("cond", "uncond", "perturbed", "isolated")
 
@@ -125,29 +129,88 @@ def guide(
     Raises:
       ValueError: a prediction that a scale needs is None or has another shape than `cond`.
     """
-    cond = jnp.asarray(cond, jnp.float32)
-    pred = cond
     terms = {
         "uncond": (guidance.cfg - 1.0, uncond),
         "perturbed": (guidance.stg, perturbed),
         "isolated": (guidance.modality - 1.0, isolated),
     }
-    for name in guidance.passes()[1:]:
-        scale, other = terms[name]
+    needed = {name: terms[name] for name in guidance.passes()[1:]}
+    for name, (_, other) in needed.items():
         if other is None:
             raise ValueError(f"{guidance} needs the {name!r} prediction, which is None")
         if other.shape != cond.shape:
             raise ValueError(
                 f"the {name!r} prediction has shape {list(other.shape)}, cond {list(cond.shape)}"
             )
+    axes = tuple(range(1, cond.ndim)) if per_sample_std else None
+    return combine(cond, needed.values(), guidance.rescale, axes)
+
+
+def combine(
+    cond: jax.Array,
+    terms: Iterable[tuple[jax.typing.ArrayLike, jax.Array]],
+    rescale: float,
+    axes: tuple[int, ...] | None,
+) -> jax.Array:
+    """cond + sum of scale (cond - other), its deviation over `axes` pulled back to that of cond.
+
+    Args:
+      cond: [B, T, C].
+      terms: (scale, other) of other predictions; a scale is a number or [B, 1, 1].
+      rescale: see `Guidance`.
+      axes: None takes deviations over the whole batch.
+
+    Returns:
+      [B, T, C] float32.
+    """
+    cond = jnp.asarray(cond, jnp.float32)
+    pred = cond
+    for scale, other in terms:
         pred = pred + scale * (cond - other.astype(jnp.float32))
-    if guidance.rescale > 0.0:
-        axes = tuple(range(1, cond.ndim)) if per_sample_std else None
+    if rescale > 0.0:
         ratio = _std(cond, axes) / _std(pred, axes)
-        pred = pred * (guidance.rescale * ratio + (1.0 - guidance.rescale))
+        pred = pred * (rescale * ratio + (1.0 - rescale))
     return pred
 
 
 def _std(x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     """Unbiased standard deviation, axes kept."""
     return jnp.std(x, axis=axes, ddof=1, keepdims=True)
+
+
+def check_stg_blocks(blocks: Sequence[int], num_layers: int) -> None:
+    """Raises ValueError for blocks that a model of so many layers does not have."""
+    if any(not 0 <= block < num_layers for block in blocks):
+        raise ValueError(
+            f"stg_blocks {tuple(blocks)} are for a larger model, this one has the blocks 0 to "
+            f"{num_layers - 1}; name blocks among these or set stg to 0"
+        )
+
+
+def keep_pathways(
+    passes: Sequence[str],
+    stg_blocks: tuple[Sequence[int], Sequence[int]],
+    num_layers: int,
+    batch: int,
+) -> Pathways | None:
+    """Zeros where a pass skips an attention: [L, B * P] per pathway, a sample's passes in a row.
+
+    Args:
+      passes: P names of `PASSES`.
+      stg_blocks: of video and audio, for the perturbed pass.
+
+    Returns:
+      None where no pass skips anything.
+    """
+    if not {"perturbed", "isolated"} & set(passes):
+        return None
+
+    def rows(skipped_by: str, blocks: Sequence[int]) -> jax.Array:
+        keep = np.ones((num_layers, len(passes)), np.float32)
+        if skipped_by in passes:
+            keep[list(blocks), passes.index(skipped_by)] = 0.0
+        return jnp.tile(keep, (1, batch))
+
+    video, audio = stg_blocks
+    cross = rows("isolated", range(num_layers))
+    return Pathways(rows("perturbed", video), rows("perturbed", audio), cross, cross)

@@ -170,6 +170,7 @@ class BlockForward:
     params: dict
     history: Pathways | None
     ropes: tuple[Rope, Rope, Rope, Rope]
+    keep: Pathways | None = None
 
     def with_params(self, params) -> "BlockForward":
         """The same forward pass with other parameters (those to differentiate by)."""
@@ -182,7 +183,7 @@ class BlockForward:
         video = Modality(x.video, sigmas, video_rope, video_cross)
         audio = Modality(x.audio, sigmas, audio_rope, audio_cross)
         (video, audio), kv = self.model.clone(return_kv=return_kv).apply(
-            {"params": self.params}, video, audio, history=self.history, text=text
+            {"params": self.params}, video, audio, history=self.history, text=text, keep=self.keep
         )
         velocity = AVLatents(video, audio)
         x0 = jax.tree.map(lambda x, v: flow.velocity_to_x0(x, v, sigma), x, velocity)
@@ -313,8 +314,12 @@ def bind(
     config: RolloutConfig,
     *,
     first: bool,
+    keep: Pathways | None = None,
 ) -> BlockForward:
     """Reads the cache and places the next block: all its forward passes share the result.
+
+    Args:
+      keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
 
     Raises:
       ValueError: the layout's sinks are not the model's.
@@ -339,7 +344,7 @@ def bind(
         rope.audio_rope(audio_frames, sinks),
         rope.audio_cross_rope(audio_frames, sinks),
     )
-    return BlockForward(model, params, history, ropes)
+    return BlockForward(model, params, history, ropes, keep)
 
 
 def new_cache(model: Transformer, config: RolloutConfig, batch: int) -> RollingCache:

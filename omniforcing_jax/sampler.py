@@ -21,7 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax import flow
-from omniforcing_jax.guidance import LTX20_GUIDANCE, PASSES, AVGuidance, guide
+from omniforcing_jax.guidance import (
+    LTX20_GUIDANCE,
+    PASSES,
+    AVGuidance,
+    check_stg_blocks,
+    guide,
+    keep_pathways,
+)
 from omniforcing_jax.models.rope import (
     AUDIO_LATENTS_PER_SECOND,
     VIDEO_SPATIAL_COMPRESSION,
@@ -127,14 +134,12 @@ class SampleConfig:
 
     def check_model(self, model: Transformer) -> None:
         """Raises ValueError when the guidance names blocks that the model does not have."""
-        last = model.config.num_layers - 1
         for stream, guidance in zip(AVGuidance._fields, self.guidance):
-            outside = [block for block in guidance.stg_blocks if not 0 <= block <= last]
-            if guidance.stg != 0.0 and outside:
-                raise ValueError(
-                    f"{stream} guidance: stg_blocks {guidance.stg_blocks} are for a larger model, "
-                    f"this one has the blocks 0 to {last}; name blocks among these or set stg to 0"
-                )
+            blocks = guidance.stg_blocks if guidance.stg else ()
+            try:
+                check_stg_blocks(blocks, model.config.num_layers)
+            except ValueError as error:
+                raise ValueError(f"{stream} guidance: {error}") from None
 
 
 def audio_frames_for(frames: int, frame_rate: float) -> int:
@@ -197,7 +202,8 @@ def prepare_passes(
         )
     by_pass = [negative if name == "uncond" else prompt for name in passes]
     context = jax.tree.map(lambda *x: _side_by_side(x, 0), *by_pass)
-    keep = _keep(model, guidance, batch)
+    blocks = tuple(g.stg_blocks if g.stg != 0.0 else () for g in guidance)
+    keep = keep_pathways(passes, blocks, model.config.num_layers, batch)
     if model.config.text_adaln:
         return PassInputs(context, None, keep)
 
@@ -211,24 +217,6 @@ def prepare_passes(
     by_pass = [texts.get(name, texts["prompt"]) for name in passes]
     text = jax.tree.map(lambda *x: _side_by_side(x, 1), *by_pass)
     return PassInputs(Prompt(None, None, context.mask), text, keep)
-
-
-def _keep(model: Transformer, guidance: AVGuidance, batch: int) -> Pathways | None:
-    """Zeros where a pass skips an attention: [L, B * P] per pathway."""
-    passes = guidance.passes()
-    if not {"perturbed", "isolated"} & set(passes):
-        return None
-    layers = model.config.num_layers
-
-    def rows(skipped_by: str, blocks: Sequence[int]) -> jax.Array:
-        keep = np.ones((layers, len(passes)), np.float32)
-        if skipped_by in passes:
-            keep[list(blocks), passes.index(skipped_by)] = 0.0
-        return jnp.tile(keep, (1, batch))
-
-    video, audio = (g.stg_blocks if g.stg != 0.0 else () for g in guidance)
-    cross = rows("isolated", range(layers))
-    return Pathways(rows("perturbed", video), rows("perturbed", audio), cross, cross)
 
 
 def guided_x0(

@@ -1,7 +1,8 @@
 """Score networks of distribution matching distillation: where teacher and critic look at a sample.
 
 A generated clip is noised to a random level; the frozen teacher (real score, with classifier-free
-guidance) and the critic (fake score) each predict the clean clip from it. They see it either
+and spatio-temporal guidance) and the critic (fake score) each predict the clean clip from it. They
+see it either
 
   * bidirectionally, one pass over the whole clip (the paper), or
   * block-causally: every noisy block with the clean blocks before it as history, which is what the
@@ -10,15 +11,17 @@ guidance) and the critic (fake score) each predict the clean clip from it. They 
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax import flow, kv_cache
+from omniforcing_jax import flow, guidance, kv_cache
 from omniforcing_jax.clip import Clip, clip_velocity
+from omniforcing_jax.guidance import Guidance
 from omniforcing_jax.kv_cache import RollingCache
-from omniforcing_jax.models.inputs import TextKV
+from omniforcing_jax.models.inputs import Pathways, TextKV
 from omniforcing_jax.models.rope import ClipRope
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.rollout import (
@@ -42,6 +45,8 @@ class ScoreConfig:
     Attributes:
       video_cfg, audio_cfg: the teacher's guidance scales w: a number, or a range (low, high) from
         which every sample draws its own.
+      stg, stg_blocks, rescale: its spatio-temporal guidance, of both streams, and how far it is
+        pulled back, as in `guidance.Guidance`.
       min_timestep, max_timestep: timesteps are drawn from 0..999 and clipped to these.
       context: "bidirectional" or "block_causal".
     """
@@ -51,8 +56,12 @@ class ScoreConfig:
     min_timestep: int = 20
     max_timestep: int = 980
     context: str = "bidirectional"
+    stg: float = 0.0
+    stg_blocks: tuple[int, ...] = ()
+    rescale: float = 0.0
 
     def __post_init__(self):
+        Guidance(stg=self.stg, stg_blocks=self.stg_blocks, rescale=self.rescale)
         if not 0 < self.min_timestep <= self.max_timestep <= _TABLE_STEPS:
             raise ValueError(
                 f"timesteps must satisfy 0 < min <= max <= {_TABLE_STEPS}, not "
@@ -67,10 +76,11 @@ class ScoreConfig:
                     f"{name} must be a scale >= 0 or a range (low, high), not {getattr(self, name)}"
                 )
 
-    @property
-    def guided(self) -> bool:
-        """Whether the teacher needs a pass with the negative prompt."""
-        return any(_range(cfg) != (1.0, 1.0) for cfg in (self.video_cfg, self.audio_cfg))
+    def passes(self) -> tuple[str, ...]:
+        """Names of the teacher's passes, in the order of `guidance.PASSES`."""
+        cfg = any(_range(cfg) != (1.0, 1.0) for cfg in (self.video_cfg, self.audio_cfg))
+        needed = {"cond": True, "uncond": cfg, "perturbed": self.stg != 0.0}
+        return tuple(name for name, need in needed.items() if need)
 
 
 def _range(scale: float | tuple[float, float]) -> tuple[float, float]:
@@ -109,9 +119,16 @@ def draw_guidance(keys: jax.Array, config: ScoreConfig) -> AVLatents:
     return AVLatents(draw(0, config.video_cfg), draw(1, config.audio_cfg))
 
 
-def guide_cfg(cond: jax.Array, uncond: jax.Array, scale: jax.Array) -> jax.Array:
-    """Classifier-free guidance c + (w - 1)(c - u) with a scale per sample [B]."""
-    return cond + (scale[:, None, None] - 1.0) * (cond - uncond)
+def guide(predictions: Mapping[str, jax.Array], cfg: jax.Array, config: ScoreConfig) -> jax.Array:
+    """The teacher's guided prediction of one stream, as `guidance.guide` but of each sample.
+
+    Args:
+      predictions: {pass: clean prediction [B, T, C]} of `config.passes()`.
+      cfg: [B] classifier-free guidance scales.
+    """
+    scales = {"uncond": cfg[:, None, None] - 1.0, "perturbed": config.stg}
+    terms = [(scales[name], x0) for name, x0 in predictions.items() if name != "cond"]
+    return guidance.combine(predictions["cond"], terms, config.rescale, axes=(1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +153,7 @@ def predict_x0(
     contexts: Contexts,
     clip: Clip,
     blocks: BlockContext | None = None,
+    keep: Pathways | None = None,
 ) -> AVLatents:
     """Clean prediction of a noisy clip.
 
@@ -144,11 +162,12 @@ def predict_x0(
       noisy: [B, T, C], x0 with noise at level `sigma` [B].
       contexts: (video, audio) [B, S, text_dim].
       blocks: None is the bidirectional context.
+      keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
     """
     if blocks is None:
-        velocity = clip_velocity(model, params, noisy, sigma, contexts, clip)
+        velocity = clip_velocity(model, params, noisy, sigma, contexts, clip, keep)
     else:
-        velocity = block_causal_velocity(model, params, x0, noisy, sigma, contexts, blocks)
+        velocity = block_causal_velocity(model, params, x0, noisy, sigma, contexts, blocks, keep)
     return jax.tree.map(lambda x, v: flow.velocity_to_x0(x, v, sigma), noisy, velocity)
 
 
@@ -160,6 +179,7 @@ def block_causal_velocity(
     sigma: jax.Array,
     contexts: Contexts,
     blocks: BlockContext,
+    keep: Pathways | None = None,
 ) -> AVLatents:
     """Velocities of the noisy blocks [B, T, C], each with the clean blocks before it as history.
 
@@ -174,7 +194,17 @@ def block_causal_velocity(
 
     def step(cache: RollingCache, clean: AVLatents, noisy: AVLatents, first: bool):
         return teacher_forced_block(
-            model, params, cache, clean, noisy, sigma, (text, clean_text), rope, config, first=first
+            model,
+            params,
+            cache,
+            clean,
+            noisy,
+            sigma,
+            (text, clean_text),
+            rope,
+            config,
+            first=first,
+            keep=keep,
         )
 
     first_clean, clean = split_blocks(x0, layout, patches)
@@ -199,13 +229,14 @@ def teacher_forced_block(
     config: RolloutConfig,
     *,
     first: bool,
+    keep: Pathways | None = None,
 ) -> tuple[RollingCache, AVLatents]:
     """Velocity of a noisy block given the clean ones before it; its clean version joins them.
 
     Args:
       texts: text K/V at `sigma` and at the context's noise level.
     """
-    forward = bind(model, params, cache, rope, config, first=first)
+    forward = bind(model, params, cache, rope, config, first=first, keep=keep)
     x0, _ = forward(noisy, sigma, texts[0])
     velocity = jax.tree.map(lambda x, x0: flow.x0_to_velocity(x, x0, sigma), noisy, x0)
     level = jnp.full_like(sigma, config.context_noise)

@@ -12,9 +12,11 @@ import pytest
 from omniforcing_jax import flow, losses, scores
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.clip import Clip, clip_x0, draw_noise, sigmas_per_frame
+from omniforcing_jax.guidance import Guidance, guide
 from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.losses import LossWeights
 from omniforcing_jax.models.config import tiny
+from omniforcing_jax.models.inputs import Pathways
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.optimizers import EMAConfig
 from omniforcing_jax.rollout import AVLatents, RolloutConfig
@@ -150,6 +152,50 @@ def test_generator_gradient_is_that_of_the_written_loss(inputs):
     ours, expected = compare(generator)
     for a, e in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, e, atol=1e-4 * float(jnp.abs(e).max() + 1e-9))
+
+
+@pytest.mark.parametrize("context", ["bidirectional", "block_causal"])
+def test_teacher_guided_as_the_sampler_is(context, inputs):
+    """Every pass by itself: the prompt, the negative one, and with self-attention skipped."""
+    dmd = make("III", context)
+    score = dataclasses.replace(dmd.config.score, stg=0.5, stg_blocks=(0,), rescale=0.3)
+    dmd = dataclasses.replace(dmd, config=dataclasses.replace(dmd.config, score=score))
+    frozen, batch = inputs
+    contexts = tuple(batch.values())
+    negative = jax.tree.map(
+        lambda n, c: jnp.broadcast_to(n, c.shape), tuple(frozen.negative.values()), contexts
+    )
+    critic, keys = random_params(MODEL.config, 2), jax.random.split(jax.random.key(4), BATCH)
+    x = draw_noise(jax.random.split(jax.random.key(5), BATCH), CLIP, MODEL)
+    ours, sigma = jit(dmd.score_gradient)(critic, frozen, x, contexts, keys)
+    noisy = dmd._noised(x, keys)[1]
+    ones, zeros = jnp.ones((1, BATCH)), jnp.zeros((1, BATCH))
+
+    @jit
+    def predict(params, contexts, keep):
+        return scores.predict_x0(
+            MODEL, params, x, noisy, sigma, contexts, CLIP, dmd.blocks, Pathways(*keep)
+        )
+
+    everything = (ones, ones, ones, ones)
+    cond = predict(frozen.teacher, contexts, everything)
+    uncond = predict(frozen.teacher, negative, everything)
+    perturbed = predict(frozen.teacher, contexts, (zeros, zeros, ones, ones))
+    fake = predict(critic, contexts, everything)
+    for stream, cfg in (("video", 3.0), ("audio", 5.0)):
+        passes = [getattr(p, stream) for p in (cond, uncond, perturbed)]
+        assert float(jnp.abs(passes[0] - passes[2]).max()) > 1e-3
+        settings = Guidance(cfg=cfg, stg=0.5, stg_blocks=(0,), rescale=0.3)
+        real = guide(*passes, None, settings, per_sample_std=True)
+        expected = losses.dmd_gradient(getattr(x, stream), getattr(fake, stream), real)
+        np.testing.assert_allclose(getattr(ours, stream), expected, atol=2e-5)
+
+
+def test_blocks_that_the_teacher_lacks_are_refused():
+    score = ScoreConfig(stg=1.0, stg_blocks=(29,))
+    dmd = make()
+    with pytest.raises(ValueError, match="this one has the blocks 0 to 0"):
+        dataclasses.replace(dmd, config=dataclasses.replace(dmd.config, score=score))
 
 
 # -- block-causal scores -----------------------------------------------------------------------

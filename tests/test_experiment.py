@@ -162,6 +162,8 @@ def test_all_problems_are_reported_together(full_size):
         ({"generator_weights": "best"}, "must be 'params' or 'ema'"),
         ({"compute.remat": "some"}, "remat"),
         ({"keep_every": 7}, "keep_every must be a multiple"),
+        ({"score.stg": 1.0}, "stg_blocks is empty"),
+        ({"score.stg": 1.0, "score.stg_blocks": (48,)}, "has the blocks 0 to 47"),
         ({"score.context": "block_causal", "rollout_blocks": 7}, "scored from its first block"),
     ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from omniforcing_jax import flow, losses, scores
+from omniforcing_jax.guidance import Guidance, guide
 from omniforcing_jax.losses import LossWeights
 from omniforcing_jax.rollout import AVLatents
 from omniforcing_jax.scores import ScoreConfig
@@ -69,7 +70,12 @@ def test_guided_teacher(golden):
     uncond = pair(golden, "dmd_real_uncond_{}_x0")
     keys = jax.random.split(jax.random.key(0), 2)
     scale = scores.draw_guidance(keys, ScoreConfig(video_cfg=3.0, audio_cfg=5.0))
-    real = jax.tree.map(scores.guide_cfg, cond, uncond, scale)
+    real = jax.tree.map(
+        lambda c, u, w: scores.guide({"cond": c, "uncond": u}, w, ScoreConfig()),
+        cond,
+        uncond,
+        scale,
+    )
     expected = pair(golden, "dmd_real_cfg_{}_x0")
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5), real, expected)
 
@@ -136,8 +142,21 @@ def test_guidance_from_a_range():
     assert abs(float(scale.audio.mean()) - 4.5) < 0.1
     assert abs(float(jnp.corrcoef(scale.video, scale.audio)[0, 1])) < 0.1
     np.testing.assert_array_equal(scores.draw_guidance(keys[:3], ScoreConfig()).video, 3.0)
-    assert ScoreConfig(1.0, 1.0).guided is False
-    assert ScoreConfig((1.0, 2.0), 1.0).guided is True
+    assert ScoreConfig(1.0, 1.0).passes() == ("cond",)
+    assert ScoreConfig((1.0, 2.0), 1.0).passes() == ("cond", "uncond")
+
+
+def test_guidance_of_scores_is_that_of_the_sampler():
+    """One sample at a time, with a scale of its own, by the formula of LTX-2's pipelines."""
+    config = ScoreConfig((1.0, 3.0), 1.0, stg=0.7, stg_blocks=(1,), rescale=0.4)
+    assert config.passes() == ("cond", "uncond", "perturbed")
+    x = jax.random.normal(jax.random.key(0), (3, 2, 5, 4))
+    cfg = jnp.array([1.5, 2.5])
+    ours = scores.guide(dict(zip(config.passes(), x)), cfg, config)
+    for i in range(2):
+        settings = Guidance(cfg=float(cfg[i]), stg=0.7, stg_blocks=(1,), rescale=0.4)
+        expected = guide(*x[:, i : i + 1], None, settings)
+        np.testing.assert_allclose(ours[i : i + 1], expected, atol=1e-6)
 
 
 def test_nan_is_not_hidden():
@@ -162,6 +181,8 @@ def test_bands():
         ({"min_timestep": 500, "max_timestep": 400}, "not 500 and 400"),
         ({"context": "causal"}, "one of"),
         ({"video_cfg": (3.0, 1.0)}, "a range"),
+        ({"stg": 1.0}, "stg_blocks is empty"),
+        ({"rescale": 2.0}, r"must lie in \[0, 1\]"),
     ],
 )
 def test_bad_score_settings_are_refused(changes, message):

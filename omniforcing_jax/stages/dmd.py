@@ -12,6 +12,7 @@ The stages differ in the generator alone; see `bidirectional` and `unrolled`.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import optax
 
 from omniforcing_jax import flow, losses, scores
 from omniforcing_jax.clip import clip_velocity, draw_noise
+from omniforcing_jax.guidance import check_stg_blocks, keep_pathways
 from omniforcing_jax.losses import LossWeights
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.optimizers import EMAConfig
@@ -99,6 +101,7 @@ class DMD:
     shardings: TrainState | None = None
 
     def __post_init__(self):
+        check_stg_blocks(self.config.score.stg_blocks, self.teacher.config.num_layers)
         causal = self.config.score.context == "block_causal"
         if causal != (self.blocks is not None):
             raise ValueError(
@@ -235,33 +238,54 @@ class DMD:
         self, critic: Any, frozen: Frozen, x: AVLatents, contexts, keys: jax.Array
     ) -> tuple[AVLatents, jax.Array]:
         """Normalised DMD gradient [B, T, C] at the samples x, and their noise levels [B]."""
-        score = self.config.score
         sigma, noisy, _ = self._noised(x, keys)
-
-        def x0_from(model, params, x, noisy, sigma, contexts) -> AVLatents:
-            return scores.predict_x0(
-                model, params, x, noisy, sigma, contexts, self.generator.clip, self.blocks
-            )
-
-        fake = x0_from(self.critic, critic, x, noisy, sigma, contexts)
-        if score.guided:
-            # Both passes of the teacher as one of twice the rows: its weights are gathered once.
-            # A sample's two rows are neighbours, so that nothing moves between devices.
-            negative = self.text.contexts(frozen.connectors, frozen.negative)
-            both = jax.tree.map(
-                lambda c, n: _interleave(c, jnp.broadcast_to(n, c.shape)), contexts, negative
-            )
-            twice = jax.tree.map(lambda x: _interleave(x, x), (x, noisy, sigma))
-            predictions = x0_from(self.teacher, frozen.teacher, *twice, both)
-            real, uncond = (
-                jax.tree.map(lambda p, i=i: p.reshape(-1, 2, *p.shape[1:])[:, i], predictions)
-                for i in (0, 1)
-            )
-            scale = scores.draw_guidance(fold(keys, _GUIDANCE), score)
-            real = jax.tree.map(scores.guide_cfg, real, uncond, scale)
-        else:
-            real = x0_from(self.teacher, frozen.teacher, x, noisy, sigma, contexts)
+        fake = self._x0(self.critic, critic, x, noisy, sigma, contexts)
+        real = self._real_x0(frozen, x, noisy, sigma, contexts, keys)
         return jax.tree.map(losses.dmd_gradient, x, fake, real), sigma
+
+    def _x0(self, model: Transformer, params, x, noisy, sigma, contexts, keep=None) -> AVLatents:
+        """Clean prediction of a score network."""
+        clip = self.generator.clip
+        return scores.predict_x0(
+            model, params, x, noisy, sigma, contexts, clip, self.blocks, keep=keep
+        )
+
+    def _real_x0(self, frozen: Frozen, x, noisy, sigma, contexts, keys) -> AVLatents:
+        """The guided teacher's clean prediction.
+
+        All its passes are one of more rows: its weights are gathered once. A sample's rows are
+        neighbours, so that nothing moves between devices.
+        """
+        score = self.config.score
+        passes = score.passes()
+        if passes == ("cond",):
+            return self._x0(self.teacher, frozen.teacher, x, noisy, sigma, contexts)
+        texts = {}
+        if "uncond" in passes:
+            negative = self.text.contexts(frozen.connectors, frozen.negative)
+            texts["uncond"] = jax.tree.map(
+                lambda n, c: jnp.broadcast_to(n, c.shape), negative, contexts
+            )
+        by_pass = [texts.get(name, contexts) for name in passes]
+        rows = jax.tree.map(lambda x: _interleave([x] * len(passes)), (x, noisy, sigma))
+        predictions = self._x0(
+            self.teacher,
+            frozen.teacher,
+            *rows,
+            jax.tree.map(lambda *c: _interleave(c), *by_pass),
+            keep_pathways(
+                passes, (score.stg_blocks,) * 2, self.teacher.config.num_layers, sigma.size
+            ),
+        )
+        cfg = scores.draw_guidance(fold(keys, _GUIDANCE), score)
+
+        def guide(predictions: jax.Array, cfg: jax.Array) -> jax.Array:
+            """[B * passes, T, C] -> [B, T, C]."""
+            apart = predictions.reshape(-1, len(passes), *predictions.shape[1:])
+            by_name = {name: apart[:, i] for i, name in enumerate(passes)}
+            return scores.guide(by_name, cfg, score)
+
+        return jax.tree.map(guide, predictions, cfg)
 
     def critic_gradient(
         self,
@@ -331,7 +355,7 @@ class DMD:
         return sigma, jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), x, noise), noise
 
 
-def _interleave(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Rows a0, b0, a1, b1, ...: [B, ...] and [B, ...] -> [2 B, ...]."""
-    both = jnp.stack([a, b], axis=1)
-    return constrain(both.reshape(-1, *a.shape[1:]), "batch")
+def _interleave(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Rows a0, b0, ..., a1, b1, ...: n arrays [B, ...] -> [n B, ...]."""
+    rows = jnp.stack(arrays, axis=1)
+    return constrain(rows.reshape(-1, *rows.shape[2:]), "batch")
