@@ -5,8 +5,9 @@
 
 That is launch.stream and launch.measure in one: OUTPUT/clip.mp4, OUTPUT/clip.png (frames, waveform
 and spectrogram, with the impacts seen and the tones heard), and a line with the time to the first
-chunk, frames per second and synchrony. A prompt that is not of the world of balls is streamed as
-well; what comes of it is not compared with it then.
+chunk, frames per second and synchrony. Where the prompt does not say how the balls sound, that is
+added, since the model has learnt from captions that say. A prompt that is not of the world of balls
+is streamed as it is; what comes of it is not compared with it then.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from rich.console import Console
 from launch import stream
 from launch.measure import Result, measure_file
 from omniforcing_jax.data.bounce import WorldConfig
-from omniforcing_jax.data.bounce_captions import scene_from_caption
+from omniforcing_jax.data.bounce_captions import scene_from_caption, with_sound
 
 ENLARGE = 8  # 64 x 48 pixels are a stamp on a screen
 
@@ -74,6 +75,14 @@ def describe(result: Result) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        args.prompt = with_sound(args.prompt)
+        console.print(f"prompt: {args.prompt}", markup=False)
+        scene = scene_from_caption(args.prompt)
+    except ValueError as error:
+        console.print(f"The prompt is none of this world: {error}", markup=False)
+        scene = None
     try:
         options = stream_arguments(args)
         config, plan = stream.prepare(options)
@@ -81,12 +90,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report = stream.stream(options, config, plan)
-    console = Console(soft_wrap=True, highlight=False)
-    try:
-        scene = scene_from_caption(args.prompt)
-    except ValueError as error:
-        console.print(f"The prompt is none of this world: {error}", markup=False)
-        scene = None
     clip = args.output / "clip.mp4"
     result = measure_file(clip, scene, None, None, config.layout_name, clip.with_suffix(".png"))
     console.print(

@@ -20,7 +20,13 @@ from omniforcing_jax.data.bounce import (
     draw_scene,
     simulate,
 )
-from omniforcing_jax.data.bounce_captions import VOCABULARY, caption, scene_from_caption, words_of
+from omniforcing_jax.data.bounce_captions import (
+    VOCABULARY,
+    caption,
+    scene_from_caption,
+    with_sound,
+    words_of,
+)
 from omniforcing_jax.data.bounce_dataset import make_clip
 from omniforcing_jax.data.bounce_render import background, render, synthesize, tone
 
@@ -205,6 +211,18 @@ def test_prompts_in_free_words_can_be_read():
     for text in ("a ball", "two balls, one is red", "red green blue cyan balls"):
         with pytest.raises(ValueError, match="cannot tell the balls"):
             scene_from_caption(text)
+
+
+def test_prompts_get_the_sound_that_they_do_not_mention():
+    assert with_sound("A red ball and a green one hop.") == (
+        "A red ball and a green one hop, you hear low and middle tones"
+    )
+    assert with_sound("a red and a yellow ball") == "a red and a yellow ball, you hear low tones"
+    for seed in range(100):
+        text = caption(draw_scene(seed, WorldConfig()), np.random.default_rng(seed))
+        assert with_sound(text) == text
+    with pytest.raises(ValueError, match="cannot tell the balls"):
+        with_sound("a ball")
 
 
 def test_what_the_world_cannot_show_is_refused():

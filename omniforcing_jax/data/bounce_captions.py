@@ -145,3 +145,19 @@ def scene_from_caption(text: str) -> Scene:
             f"({', '.join(SIZES)}); colours found: {named}"
         )
     return tuple(Ball(colour, size) for colour, size in found.items())
+
+
+def with_sound(text: str) -> str:
+    """The prompt, and how its balls sound if it does not say, which captions always do.
+
+    A model that has only met captions with both halves plays the tones of one ball alone, and may
+    forget the other, where the prompt is silent about them.
+
+    Raises:
+      ValueError: as `scene_from_caption`.
+    """
+    registers = [REGISTER_WORDS[COLOURS.index(b.colour)][0] for b in scene_from_caption(text)]
+    tones = {f"{tone}{ending}" for tone in TONES for ending in ("", "s")}
+    if tones & set(words_of(text)):
+        return text
+    return f"{text.rstrip(' .!')}, you hear {_join(list(dict.fromkeys(registers)))} {TONES[0]}s"
