@@ -34,8 +34,13 @@ COLUMNS = {
     "fps": ("FPS", "{:.0f}"),
     "first_frames_after": ("first frames, s", "{:.2f}"),
 }
-CURVES = ("abs_offset_ms", "unmatched_rate", "colour_right", "prompt_pitch_right", "motion",
-          "sound_level_db")  # fmt: skip
+CURVES = {
+    **{
+        name: COLUMNS[name][0]
+        for name in ("abs_offset_ms", "unmatched_rate", "colour_right", "gravity", "motion")
+    },
+    "sound_level_db": "sound level, dB",
+}
 MOMENTS = (5, 30, 60, 120)  # s; stretches that end there are in the table, else the last one
 COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d", "#2a9d8f", "#b5838d")
 
@@ -131,7 +136,7 @@ def plot_drift(rows: Rows, path: pathlib.Path) -> None:
     figure = Figure(figsize=(14, 7), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
-    for panel, scalar in zip(axes.flat, CURVES):
+    for panel, (scalar, heading) in zip(axes.flat, CURVES.items()):
         for (name, seeds), color in zip(rows.items(), COLORS):
             length = seeds[0]["arguments"]["every"]
             values = np.array(
@@ -144,7 +149,7 @@ def plot_drift(rows: Rows, path: pathlib.Path) -> None:
             if len(values) > 1:
                 low, high = known.min(0), known.max(0)
                 panel.fill_between(seconds, low, high, color=color, alpha=0.2, linewidth=0)
-        panel.set_title(scalar, loc="left", fontsize=10)
+        panel.set_title(heading, loc="left", fontsize=10)
         panel.set_xlabel("s")
         panel.spines[["top", "right"]].set_visible(False)
     axes.flat[0].legend(frameon=False, fontsize=8)
