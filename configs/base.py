@@ -89,7 +89,6 @@ def training(stage: str) -> ml_collections.ConfigDict:
                 "audio_cfg": (5.0, 5.0),
                 "stg": 0.0,  # its spatio-temporal guidance, and the blocks this perturbs
                 "stg_blocks": (),
-                "rescale": 0.0,
                 "min_timestep": 20,
                 "max_timestep": 980,
                 "context": "bidirectional",  # or "block_causal": what the student sees

@@ -125,6 +125,7 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
         spatial_compression=config.video_vae.spatial_compression,
     )
     model, weights = pipeline.transformer(), pipeline.params["transformer"]
+    whole.check_model(model)
     if args.sampler == "teacher":
         negative = None if args.cfg == 1 else _encoder(args).encode([""])[0]
 

@@ -16,7 +16,6 @@ import ml_collections
 from omniforcing_jax import checkpoints, flow
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.clip import Clip
-from omniforcing_jax.guidance import check_stg_blocks
 from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.losses import LossWeights
 from omniforcing_jax.models.config import TransformerConfig
@@ -167,7 +166,7 @@ def check(
     layout = attempt("clip.layout", lambda: _layout(c))
     _check_source(c, content, problems)
     if isinstance(settings, DMDConfig):
-        attempt("score", lambda: check_stg_blocks(settings.score.stg_blocks, teacher.num_layers))
+        attempt("score", lambda: settings.score.perturbation.check_layers(teacher.num_layers))
     rollout = None
     if size and layout and sigmas:
         rollout = attempt("student", lambda: _rollout(c, layout, sigmas, size))

@@ -9,7 +9,7 @@ Up to four predictions of x0 are combined, each from its own pass of the network
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,6 +47,19 @@ class Guidance:
             raise ValueError(
                 f"stg is {self.stg} but stg_blocks is empty: name the blocks to perturb "
                 "(29 for LTX-2.0, 28 for LTX-2.3) or set stg to 0"
+            )
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Blocks whose self-attention a perturbed pass skips; none without STG."""
+        return self.stg_blocks if self.stg != 0.0 else ()
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ValueError for blocks that a model of so many layers does not have."""
+        if any(not 0 <= block < num_layers for block in self.skipped):
+            raise ValueError(
+                f"stg_blocks {self.stg_blocks} are for a larger model, this one has the blocks 0 "
+                f"to {num_layers - 1}; name blocks among these or set stg to 0"
             )
 
     def passes(self) -> tuple[str, ...]:
@@ -129,47 +142,26 @@ def guide(
     Raises:
       ValueError: a prediction that a scale needs is None or has another shape than `cond`.
     """
+    cond = jnp.asarray(cond, jnp.float32)
+    pred = cond
     terms = {
         "uncond": (guidance.cfg - 1.0, uncond),
         "perturbed": (guidance.stg, perturbed),
         "isolated": (guidance.modality - 1.0, isolated),
     }
-    needed = {name: terms[name] for name in guidance.passes()[1:]}
-    for name, (_, other) in needed.items():
+    for name in guidance.passes()[1:]:
+        scale, other = terms[name]
         if other is None:
             raise ValueError(f"{guidance} needs the {name!r} prediction, which is None")
         if other.shape != cond.shape:
             raise ValueError(
                 f"the {name!r} prediction has shape {list(other.shape)}, cond {list(cond.shape)}"
             )
-    axes = tuple(range(1, cond.ndim)) if per_sample_std else None
-    return combine(cond, needed.values(), guidance.rescale, axes)
-
-
-def combine(
-    cond: jax.Array,
-    terms: Iterable[tuple[jax.typing.ArrayLike, jax.Array]],
-    rescale: float,
-    axes: tuple[int, ...] | None,
-) -> jax.Array:
-    """cond + sum of scale (cond - other), its deviation over `axes` pulled back to that of cond.
-
-    Args:
-      cond: [B, T, C].
-      terms: (scale, other) of other predictions; a scale is a number or [B, 1, 1].
-      rescale: see `Guidance`.
-      axes: None takes deviations over the whole batch.
-
-    Returns:
-      [B, T, C] float32.
-    """
-    cond = jnp.asarray(cond, jnp.float32)
-    pred = cond
-    for scale, other in terms:
         pred = pred + scale * (cond - other.astype(jnp.float32))
-    if rescale > 0.0:
+    if guidance.rescale > 0.0:
+        axes = tuple(range(1, cond.ndim)) if per_sample_std else None
         ratio = _std(cond, axes) / _std(pred, axes)
-        pred = pred * (rescale * ratio + (1.0 - rescale))
+        pred = pred * (guidance.rescale * ratio + (1.0 - guidance.rescale))
     return pred
 
 
@@ -178,18 +170,9 @@ def _std(x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     return jnp.std(x, axis=axes, ddof=1, keepdims=True)
 
 
-def check_stg_blocks(blocks: Sequence[int], num_layers: int) -> None:
-    """Raises ValueError for blocks that a model of so many layers does not have."""
-    if any(not 0 <= block < num_layers for block in blocks):
-        raise ValueError(
-            f"stg_blocks {tuple(blocks)} are for a larger model, this one has the blocks 0 to "
-            f"{num_layers - 1}; name blocks among these or set stg to 0"
-        )
-
-
 def keep_pathways(
     passes: Sequence[str],
-    stg_blocks: tuple[Sequence[int], Sequence[int]],
+    skipped: tuple[Sequence[int], Sequence[int]],
     num_layers: int,
     batch: int,
 ) -> Pathways | None:
@@ -197,7 +180,7 @@ def keep_pathways(
 
     Args:
       passes: P names of `PASSES`.
-      stg_blocks: of video and audio, for the perturbed pass.
+      skipped: blocks of video and of audio that the perturbed pass skips.
 
     Returns:
       None where no pass skips anything.
@@ -211,6 +194,6 @@ def keep_pathways(
             keep[list(blocks), passes.index(skipped_by)] = 0.0
         return jnp.tile(keep, (1, batch))
 
-    video, audio = stg_blocks
+    video, audio = skipped
     cross = rows("isolated", range(num_layers))
     return Pathways(rows("perturbed", video), rows("perturbed", audio), cross, cross)

@@ -25,7 +25,6 @@ from omniforcing_jax.guidance import (
     LTX20_GUIDANCE,
     PASSES,
     AVGuidance,
-    check_stg_blocks,
     guide,
     keep_pathways,
 )
@@ -135,9 +134,8 @@ class SampleConfig:
     def check_model(self, model: Transformer) -> None:
         """Raises ValueError when the guidance names blocks that the model does not have."""
         for stream, guidance in zip(AVGuidance._fields, self.guidance):
-            blocks = guidance.stg_blocks if guidance.stg else ()
             try:
-                check_stg_blocks(blocks, model.config.num_layers)
+                guidance.check_layers(model.config.num_layers)
             except ValueError as error:
                 raise ValueError(f"{stream} guidance: {error}") from None
 
@@ -202,8 +200,8 @@ def prepare_passes(
         )
     by_pass = [negative if name == "uncond" else prompt for name in passes]
     context = jax.tree.map(lambda *x: _side_by_side(x, 0), *by_pass)
-    blocks = tuple(g.stg_blocks if g.stg != 0.0 else () for g in guidance)
-    keep = keep_pathways(passes, blocks, model.config.num_layers, batch)
+    skipped = (guidance.video.skipped, guidance.audio.skipped)
+    keep = keep_pathways(passes, skipped, model.config.num_layers, batch)
     if model.config.text_adaln:
         return PassInputs(context, None, keep)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax import flow, guidance, kv_cache
+from omniforcing_jax import flow, kv_cache
 from omniforcing_jax.clip import Clip, clip_velocity
 from omniforcing_jax.guidance import Guidance
 from omniforcing_jax.kv_cache import RollingCache
@@ -45,8 +45,7 @@ class ScoreConfig:
     Attributes:
       video_cfg, audio_cfg: the teacher's guidance scales w: a number, or a range (low, high) from
         which every sample draws its own.
-      stg, stg_blocks, rescale: its spatio-temporal guidance, of both streams, and how far it is
-        pulled back, as in `guidance.Guidance`.
+      stg, stg_blocks: its spatio-temporal guidance, of both streams, as in `guidance.Guidance`.
       min_timestep, max_timestep: timesteps are drawn from 0..999 and clipped to these.
       context: "bidirectional" or "block_causal".
     """
@@ -58,10 +57,9 @@ class ScoreConfig:
     context: str = "bidirectional"
     stg: float = 0.0
     stg_blocks: tuple[int, ...] = ()
-    rescale: float = 0.0
 
     def __post_init__(self):
-        Guidance(stg=self.stg, stg_blocks=self.stg_blocks, rescale=self.rescale)
+        _ = self.perturbation  # is checked
         if not 0 < self.min_timestep <= self.max_timestep <= _TABLE_STEPS:
             raise ValueError(
                 f"timesteps must satisfy 0 < min <= max <= {_TABLE_STEPS}, not "
@@ -75,6 +73,11 @@ class ScoreConfig:
                 raise ValueError(
                     f"{name} must be a scale >= 0 or a range (low, high), not {getattr(self, name)}"
                 )
+
+    @property
+    def perturbation(self) -> Guidance:
+        """The spatio-temporal guidance alone."""
+        return Guidance(stg=self.stg, stg_blocks=self.stg_blocks)
 
     def passes(self) -> tuple[str, ...]:
         """Names of the teacher's passes, in the order of `guidance.PASSES`."""
@@ -126,9 +129,11 @@ def guide(predictions: Mapping[str, jax.Array], cfg: jax.Array, config: ScoreCon
       predictions: {pass: clean prediction [B, T, C]} of `config.passes()`.
       cfg: [B] classifier-free guidance scales.
     """
+    cond = predictions["cond"]
     scales = {"uncond": cfg[:, None, None] - 1.0, "perturbed": config.stg}
-    terms = [(scales[name], x0) for name, x0 in predictions.items() if name != "cond"]
-    return guidance.combine(predictions["cond"], terms, config.rescale, axes=(1, 2))
+    return cond + sum(
+        w * (cond - predictions[name]) for name, w in scales.items() if name in predictions
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +240,7 @@ def teacher_forced_block(
 
     Args:
       texts: text K/V at `sigma` and at the context's noise level.
+      keep: [L, B] arrays per pathway, zero skips it, of the noisy and of the clean block.
     """
     forward = bind(model, params, cache, rope, config, first=first, keep=keep)
     x0, _ = forward(noisy, sigma, texts[0])

@@ -148,13 +148,13 @@ def test_guidance_from_a_range():
 
 def test_guidance_of_scores_is_that_of_the_sampler():
     """One sample at a time, with a scale of its own, by the formula of LTX-2's pipelines."""
-    config = ScoreConfig((1.0, 3.0), 1.0, stg=0.7, stg_blocks=(1,), rescale=0.4)
+    config = ScoreConfig((1.0, 3.0), 1.0, stg=0.7, stg_blocks=(1,))
     assert config.passes() == ("cond", "uncond", "perturbed")
     x = jax.random.normal(jax.random.key(0), (3, 2, 5, 4))
     cfg = jnp.array([1.5, 2.5])
     ours = scores.guide(dict(zip(config.passes(), x)), cfg, config)
     for i in range(2):
-        settings = Guidance(cfg=float(cfg[i]), stg=0.7, stg_blocks=(1,), rescale=0.4)
+        settings = Guidance(cfg=float(cfg[i]), stg=0.7, stg_blocks=(1,))
         expected = guide(*x[:, i : i + 1], None, settings)
         np.testing.assert_allclose(ours[i : i + 1], expected, atol=1e-6)
 
@@ -182,7 +182,6 @@ def test_bands():
         ({"context": "causal"}, "one of"),
         ({"video_cfg": (3.0, 1.0)}, "a range"),
         ({"stg": 1.0}, "stg_blocks is empty"),
-        ({"rescale": 2.0}, r"must lie in \[0, 1\]"),
     ],
 )
 def test_bad_score_settings_are_refused(changes, message):

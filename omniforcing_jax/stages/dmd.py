@@ -21,7 +21,7 @@ import optax
 
 from omniforcing_jax import flow, losses, scores
 from omniforcing_jax.clip import clip_velocity, draw_noise
-from omniforcing_jax.guidance import check_stg_blocks, keep_pathways
+from omniforcing_jax.guidance import keep_pathways
 from omniforcing_jax.losses import LossWeights
 from omniforcing_jax.models.transformer import Transformer
 from omniforcing_jax.optimizers import EMAConfig
@@ -101,7 +101,6 @@ class DMD:
     shardings: TrainState | None = None
 
     def __post_init__(self):
-        check_stg_blocks(self.config.score.stg_blocks, self.teacher.config.num_layers)
         causal = self.config.score.context == "block_causal"
         if causal != (self.blocks is not None):
             raise ValueError(
@@ -268,15 +267,10 @@ class DMD:
             )
         by_pass = [texts.get(name, contexts) for name in passes]
         rows = jax.tree.map(lambda x: _interleave([x] * len(passes)), (x, noisy, sigma))
-        predictions = self._x0(
-            self.teacher,
-            frozen.teacher,
-            *rows,
-            jax.tree.map(lambda *c: _interleave(c), *by_pass),
-            keep_pathways(
-                passes, (score.stg_blocks,) * 2, self.teacher.config.num_layers, sigma.size
-            ),
-        )
+        texts = jax.tree.map(lambda *c: _interleave(c), *by_pass)
+        skipped = (score.perturbation.skipped,) * 2
+        keep = keep_pathways(passes, skipped, self.teacher.config.num_layers, sigma.size)
+        predictions = self._x0(self.teacher, frozen.teacher, *rows, texts, keep)
         cfg = scores.draw_guidance(fold(keys, _GUIDANCE), score)
 
         def guide(predictions: jax.Array, cfg: jax.Array) -> jax.Array:
