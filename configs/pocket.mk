@@ -7,7 +7,9 @@
 POCKET ?= outputs/pocket
 SEED ?= 0
 RUN := $(BIN)/python -m
-PRETRAIN = $(RUN) launch.pretrain --config.folder=$(POCKET) --config.seed=$(SEED)
+# a part's settings, then where it goes
+PRETRAIN = $(RUN) launch.pretrain --config=configs/pretrain.py:$(1) --config.folder=$(POCKET) \
+	--config.seed=$(SEED)
 # what the stages have in common
 STAGE = --config.checkpoint=$(POCKET)/ltx2 --config.seed=$(SEED)
 
@@ -34,16 +36,16 @@ $(POCKET)/gemma/config.json: $(TOWER)/config.json | $(VENV)/.installed-train
 	$(RUN) checkpoint_converters.gemma3 --input $(TOWER) --output $(POCKET)/gemma --overwrite
 
 $(POCKET)/video_vae.safetensors $(POCKET)/audio_vae.safetensors: $(POCKET)/%.safetensors: | $(POCKET)/gemma/config.json
-	$(PRETRAIN) --config=configs/pretrain.py:$*
+	$(call PRETRAIN,$*)
 
 $(POCKET)/vocoder.safetensors: $(POCKET)/audio_vae.safetensors
-	$(PRETRAIN) --config=configs/pretrain.py:vocoder
+	$(call PRETRAIN,vocoder)
 
 $(POCKET)/causal_decoder.safetensors: $(POCKET)/video_vae.safetensors
-	$(PRETRAIN) --config=configs/pretrain.py:causal_decoder
+	$(call PRETRAIN,causal_decoder)
 
 $(POCKET)/teacher.safetensors: $(POCKET)/video_vae.safetensors $(POCKET)/audio_vae.safetensors
-	$(PRETRAIN) --config=configs/pretrain.py:teacher
+	$(call PRETRAIN,teacher)
 
 ifdef TEACHER
 LTX2 := $(addprefix $(TEACHER)/,teacher.safetensors shared.safetensors)
