@@ -4,10 +4,13 @@ import importlib.util
 import json
 import pathlib
 import re
+import shlex
 import subprocess
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from checkpoint_converters import gemma3, ltx2, synthetic, synthetic_gemma
 from launch import demo, report_world, sample_world
@@ -104,13 +107,28 @@ def test_drift_is_shown_at_the_same_moments():
     assert line.startswith("| a | 0–5, 25–30 | 15, 15 | 1500%, 1500% |")
 
 
+def commands(printed: str) -> list[list[str]]:
+    """[MODULE, ARGUMENT, ...] of the programs that make would run."""
+    lines = printed.replace("\\\n", " ").splitlines()
+    return [shlex.split(line.split("-m ", 1)[1]) for line in lines if "/python -m " in line]
+
+
+def read_config(arguments: list[str]):
+    """The config that a command's flags make; as absl does, whatever is wrong with them raises."""
+    argv = ["program", *(word for word in arguments if word.startswith("--config"))]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+
+
 def test_make_pocket_runs_programs_that_exist_in_order():
     """From text tower to student; what a stage reads was made before."""
     result = subprocess.run(
         ["make", "-n", "pocket", "POCKET=nowhere"], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    modules = re.findall(r"-m ((?:launch|checkpoint_converters)\.\w+)", result.stdout)
+    modules = [module for module, *_ in commands(result.stdout)]
     assert all(importlib.util.find_spec(module) for module in modules)
     later = ("launch.ode_pairs", "launch.export_run")
     stages = [m for m in modules if m.startswith("launch.stage") or m in later]
@@ -124,6 +142,10 @@ def test_make_pocket_runs_programs_that_exist_in_order():
     assert "teacher.safetensors weights/pocket/shared.safetensors" in shipped.stdout
     parts = re.findall(r"pretrain.py:(\w+)", result.stdout)
     assert set(parts) == {"video_vae", "audio_vae", "vocoder", "causal_decoder", "teacher"}
+    configured = [c for c in commands(result.stdout) if any("--config=" in word for word in c)]
+    configs = [read_config(command) for command in configured]
+    assert len(configs) == 8
+    assert all(config.folder == "nowhere" for config in configs[:4] if "folder" in config)
     assert parts.index("teacher") > parts.index("video_vae") < parts.index("causal_decoder")
 
 
@@ -142,14 +164,13 @@ def test_make_evaluates_all_rows(target, program, rows):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert not re.search(r"^rm nowhere", result.stdout, re.M)  # as files in between
-    commands = [line.split("-m ")[1].split()
-                for line in result.stdout.replace("\\\n", " ").splitlines()
-                if f"-m {program} " in line]  # fmt: skip
-    assert len(commands) == rows == len({tuple(command) for command in commands})
-    for command in commands:
+    runs = [command for command in commands(result.stdout) if command[0] == program]
+    assert len(runs) == rows == len({tuple(command) for command in runs})
+    for command in runs:
         if program == "launch.sample_world":
             args = sample_world.parse_arguments(command[1:])
             assert str(args.output).endswith(f"/{args.seed}") and args.seed in (3, 4)
         elif "ablations" in command[-1]:
             assert command[-1].rsplit("/", 1)[1] in ("3", "4")
             assert any(word.startswith("--config.student.num_sinks=") for word in command)
+            assert read_config(command).seed in (3, 4)
