@@ -247,13 +247,17 @@ def test_nothing_goes_by_the_clock_that_can_be_set(monkeypatch):
 
 
 HANGING = """
-import sys, threading
+import pathlib, sys, threading, time
 from omniforcing_jax.data.text_dataset import grain_batches
 from omniforcing_jax.multihost import Watchdog
 from tests.toy_stage import *
 class Stage(ToyStage):
     def train_step(self, state, frozen, batch, step):
         if step == 3:
+            while not pathlib.Path(sys.argv[1], "checkpoints", "2").is_dir():
+                dog.alive("a checkpoint is written beside the steps", patience=60)
+                time.sleep(0.05)
+            dog.alive("saved")
             threading.Event().wait()  # as in a collective operation that no one else enters
         return super().train_step(state, frozen, batch, step)
 with Watchdog(2, name="process 0 of 1") as dog:
