@@ -7,7 +7,7 @@
 POCKET ?= outputs/pocket
 SEED ?= 0
 RUN := $(BIN)/python -m
-# a part's settings, then where it goes
+# of a part; what is changed in a config must come after it
 PRETRAIN = $(RUN) launch.pretrain --config=configs/pretrain.py:$(1) --config.folder=$(POCKET) \
 	--config.seed=$(SEED)
 # what the stages have in common

@@ -107,6 +107,14 @@ def test_drift_is_shown_at_the_same_moments():
     assert line.startswith("| a | 0–5, 25–30 | 15, 15 | 1500%, 1500% |")
 
 
+def dry_run(*arguments: str) -> str:
+    """What make says that it would do."""
+    command = ["make", "-n", "POCKET=nowhere", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def commands(printed: str) -> list[list[str]]:
     """[MODULE, ARGUMENT, ...] of the programs that make would run."""
     lines = printed.replace("\\\n", " ").splitlines()
@@ -124,29 +132,33 @@ def read_config(arguments: list[str]):
 
 def test_make_pocket_runs_programs_that_exist_in_order():
     """From text tower to student; what a stage reads was made before."""
-    result = subprocess.run(
-        ["make", "-n", "pocket", "POCKET=nowhere"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    modules = [module for module, *_ in commands(result.stdout)]
+    printed = dry_run("pocket")
+    modules = [module for module, *_ in commands(printed)]
     assert all(importlib.util.find_spec(module) for module in modules)
     later = ("launch.ode_pairs", "launch.export_run")
     stages = [m for m in modules if m.startswith("launch.stage") or m in later]
     assert stages == ["launch.stage1", "launch.ode_pairs", "launch.stage2", "launch.stage3",
                       "launch.export_run"]  # fmt: skip
-    shipped = subprocess.run(
-        ["make", "-n", "pocket", "POCKET=nowhere", "TEACHER=weights/pocket"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "launch.stage1" in shipped.stdout and "launch.pretrain" not in shipped.stdout
-    assert "teacher.safetensors weights/pocket/shared.safetensors" in shipped.stdout
-    parts = re.findall(r"pretrain.py:(\w+)", result.stdout)
+    shipped = dry_run("pocket", "TEACHER=weights/pocket")
+    assert "launch.stage1" in shipped and "launch.pretrain" not in shipped
+    assert "teacher.safetensors weights/pocket/shared.safetensors" in shipped
+    parts = re.findall(r"pretrain.py:(\w+)", printed)
     assert set(parts) == {"video_vae", "audio_vae", "vocoder", "causal_decoder", "teacher"}
-    configured = [c for c in commands(result.stdout) if any("--config=" in word for word in c)]
-    configs = [read_config(command) for command in configured]
-    assert len(configs) == 8
-    assert all(config.folder == "nowhere" for config in configs[:4] if "folder" in config)
     assert parts.index("teacher") > parts.index("video_vae") < parts.index("causal_decoder")
+
+
+@pytest.mark.parametrize(
+    "target, stages", [("pocket", 3), ("pocket-report", 7), ("pocket-ablations", 1 + 3 * 24)]
+)
+def test_make_passes_settings_that_programs_have(target, stages):
+    """Each in an order that absl takes; the parts go to the folder, the stages start from it."""
+    configured = [c for c in commands(dry_run(target)) if any("--config=" in word for word in c)]
+    configs = [read_config(command) for command in configured]
+    assert sum("part" in config for config in configs) == (5 if target == "pocket" else 4)
+    assert len([config for config in configs if "stage" in config]) == stages
+    for config in configs:
+        made = config.folder if "part" in config else config.checkpoint
+        assert made == ("nowhere" if "part" in config else "nowhere/ltx2")
 
 
 @pytest.mark.parametrize(
@@ -158,13 +170,9 @@ def test_make_pocket_runs_programs_that_exist_in_order():
 )
 def test_make_evaluates_all_rows(target, program, rows):
     """Every row once per seed, with options that the program has."""
-    result = subprocess.run(
-        ["make", "-n", target, "POCKET=nowhere", "SEEDS=3 4"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert not re.search(r"^rm nowhere", result.stdout, re.M)  # as files in between
-    runs = [command for command in commands(result.stdout) if command[0] == program]
+    printed = dry_run(target, "SEEDS=3 4")
+    assert not re.search(r"^rm nowhere", printed, re.M)  # as files in between
+    runs = [command for command in commands(printed) if command[0] == program]
     assert len(runs) == rows == len({tuple(command) for command in runs})
     for command in runs:
         if program == "launch.sample_world":
