@@ -80,6 +80,7 @@ def get_config(part: str) -> ml_collections.ConfigDict:
         c.batch_size, c.num_steps = 4, 10_000
         c.clip = ml_collections.ConfigDict({"blocks": 3, "layout": "prefix", "frame_rate": 24.0})
         c.num_clips, c.text_length = 4096, 48
+        c.unroll = 6  # layers compiled as one, all here
         c.init = ""  # folder of another teacher run, whose average this one starts from
         c.loss = ml_collections.ConfigDict(
             {"video": 1.0, "audio": 1.0, "shift": 1.0, "uniform": 0.1, "caption_dropout": 0.1}

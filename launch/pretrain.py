@@ -201,7 +201,7 @@ def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) 
     gemma = pathlib.Path(c.folder) / "gemma"
     tower_config, tokenizer = load_gemma_config(gemma), load_tokenizer(gemma)
     loss = TeacherLoss(
-        model=Transformer(pipeline.transformer),
+        model=Transformer(pipeline.transformer, unroll=c.unroll),
         connectors=ConnectorConfig.from_metadata(metadata["transformer"]),
         tower=TextTower(tower_config, jnp.float32),
         clip=clip,

@@ -47,9 +47,9 @@ class Reference:
             global_sigma=jnp.asarray(a[key]) if key in a else None,
         )
 
-    def run(self, video, audio, *, keep=None, **changes):
+    def run(self, video, audio, *, keep=None, unroll=1, **changes):
         config = dataclasses.replace(self.config, **changes) if changes else self.config
-        model = Transformer(config)
+        model = Transformer(config, unroll=unroll)
         apply = jax.jit(lambda p, v, a, k: model.apply({"params": p}, v, a, keep=k)[0])
         return apply(self.params, video, audio, keep)
 
@@ -91,6 +91,13 @@ both = versions("2.0", "2.3")()
 def test_uniform_sigma(reference, per_token):
     video, audio = (reference.modality(s, "a_uniform", per_token) for s in ("video", "audio"))
     reference.check("a_uniform", reference.run(video, audio))
+
+
+def test_layers_compiled_as_one(ltx20_model):
+    video, audio = (ltx20_model.modality(s, "a_uniform") for s in ("video", "audio"))
+    layers = ltx20_model.config.num_layers
+    assert layers > 1
+    ltx20_model.check("a_uniform", ltx20_model.run(video, audio, unroll=layers))
 
 
 @both

@@ -194,6 +194,7 @@ class Transformer(nn.Module):
       causal: the clip's block-causal mask; None attends to everything given.
       return_kv: return the new keys and values of all layers (for the rolling cache).
       remat: "none", "full", or the name of a policy in `jax.checkpoint_policies`.
+      unroll: layers in one step of the scan; more take longer to compile, and may run faster.
     """
 
     config: TransformerConfig
@@ -202,6 +203,7 @@ class Transformer(nn.Module):
     causal: ClipMask | None = None
     return_kv: bool = False
     remat: str = "none"
+    unroll: int = 1
 
     def setup(self):
         c = self.config
@@ -242,6 +244,7 @@ class Transformer(nn.Module):
             "length": self.config.num_layers,
             "metadata_params": {nn.PARTITION_NAME: "layers"},
             "out_axes": 0,
+            "unroll": self.unroll,
         }
         call = {**shared, "in_axes": (0, 0, 0, nn.broadcast, nn.broadcast)}
         text_kv = {**shared, "in_axes": (nn.broadcast, nn.broadcast)}
