@@ -72,7 +72,7 @@ tiny: $(VENV)/.installed-train  ## all three stages with random weights, then st
 
 pocket:  ## the pocket model from nothing, through pre-training and all stages: hours on two cores
 
-pocket-report:  ## samples and measures of docs/pocket.md
+pocket-report:  ## measures of docs/pocket.md; trains what it compares with: hours
 
 pocket-ablations:  ## stage II of the pocket model with other stabilisers: hours
 

@@ -13,6 +13,11 @@ PRETRAIN = $(RUN) launch.pretrain --config=configs/pretrain.py:$(1) --config.fol
 # what the stages have in common
 STAGE = --config.checkpoint=$(POCKET)/ltx2 --config.seed=$(SEED)
 
+# A folder whose teacher was given goes on with that one.
+ifndef TEACHER
+TEACHER := $(shell cat $(POCKET)/teacher.txt 2>/dev/null)
+endif
+
 ifndef TEACHER
 pocket: $(POCKET)/reconstruction.done
 endif
@@ -62,23 +67,26 @@ $(POCKET)/reconstruction.done: $(POCKET)/vocoder.safetensors $(POCKET)/causal_de
 	@touch $@
 
 $(POCKET)/ltx2/config.json: $(LTX2) | $(VENV)/.installed-train
+	@mkdir -p $(POCKET)
+	@$(if $(TEACHER),echo $(TEACHER) > $(POCKET)/teacher.txt)
 	$(RUN) checkpoint_converters.ltx2 --input $(LTX2) --output $(POCKET)/ltx2 --overwrite
 
 # Trajectories take 40 steps each, so stage II has fewer captions than the others.
 CAPTIONS_prompts := 1024
 CAPTIONS_ode_prompts := 160
 
-$(POCKET)/prompts/manifest.json $(POCKET)/ode_prompts/manifest.json: $(POCKET)/%/manifest.json: $(POCKET)/ltx2/config.json | $(POCKET)/gemma/config.json
+$(POCKET)/prompts.done $(POCKET)/ode_prompts.done: $(POCKET)/%.done: $(POCKET)/ltx2/config.json | $(POCKET)/gemma/config.json
 	$(RUN) launch.make_world --format captions --clips $(CAPTIONS_$*) --output $(POCKET)/$*.txt
 	$(RUN) launch.encode_prompts --gemma $(POCKET)/gemma --checkpoint $(POCKET)/ltx2 \
 		--prompts $(POCKET)/$*.txt --length 48 --output $(POCKET)/$*
+	@touch $@
 
-$(POCKET)/stage1.done: $(POCKET)/prompts/manifest.json
+$(POCKET)/stage1.done: $(POCKET)/prompts.done
 	$(RUN) launch.stage1 --config=configs/stage1.py:pocket $(STAGE) \
 		--config.data=$(POCKET)/prompts --workdir=$(POCKET)/stage1
 	@touch $@
 
-$(POCKET)/ode_pairs.done: $(POCKET)/stage1.done $(POCKET)/ode_prompts/manifest.json
+$(POCKET)/ode_pairs.done: $(POCKET)/stage1.done $(POCKET)/ode_prompts.done
 	$(RUN) launch.ode_pairs --text $(POCKET)/ode_prompts --checkpoint $(POCKET)/ltx2 \
 		--generator $(POCKET)/stage1 --frames 49 --layout prefix --height 48 --width 64 \
 		--batch-size 8 --clips-per-shard 64 --output $(POCKET)/ode_pairs
@@ -131,6 +139,10 @@ SEEDS ?= 0 1 2
 CLIPS ?= 64
 SHORT = --seconds 2 --clips $(CLIPS)
 LONG = --seconds 120 --every 5 --clips 4 --batch-size 4 --show 1 --no-speed --sampler stream
+ROW_world = --sampler world $(SHORT)
+ROW_chance = --sampler chance $(SHORT)
+ROW_chance_one_ball = $(ROW_chance) --balls 1
+ROW_chance_two_balls = $(ROW_chance) --balls 2
 ROW_teacher = --checkpoint $(POCKET)/ltx2 --sampler teacher --cfg 1.5 $(SHORT)
 ROW_teacher_4_steps = $(ROW_teacher) --steps 4
 ROW_stage1 = --checkpoint $(POCKET)/stage1_student --sampler few-step $(SHORT)
@@ -150,7 +162,8 @@ ROW_long_stage3 = --checkpoint $(POCKET)/stage3_student $(LONG)
 ROW_long_window_3 = $(ROW_long_stage3) --window 3
 ROW_long_anchor = $(ROW_long_stage3) --anchors 1
 ROW_long_absolute = $(ROW_long_stage3) --positions absolute
-QUALITY := teacher teacher_4_steps stage1 stage1_causal stage2 stage3 stage3_one_ball stage3_two_balls \
+BOUNDS := world chance chance_one_ball chance_two_balls
+QUALITY := $(BOUNDS) teacher teacher_4_steps stage1 stage1_causal stage2 stage3 stage3_one_ball stage3_two_balls \
 	stage2_merged stage3_merged stage3_causal_scores stage3_random_guidance
 DRIFT := long_stage2 long_stage3 long_window_3 long_anchor long_absolute long_stage2_merged \
 	long_stage3_merged
@@ -162,6 +175,9 @@ $(REPORT)/quality.md: $(foreach row,$(QUALITY),$(foreach seed,$(SEEDS),$(REPORT)
 
 $(REPORT)/drift.md: $(foreach row,$(DRIFT),$(foreach seed,$(SEEDS),$(REPORT)/$(row)/$(seed)/measures.json))
 	$(RUN) launch.report_world $(addprefix $(REPORT)/,$(DRIFT)) --output $(basename $@)
+
+$(foreach row,$(BOUNDS),$(foreach seed,$(SEEDS),$(REPORT)/$(row)/$(seed)/measures.json)): $(REPORT)/%/measures.json: | $(VENV)/.installed-train
+	$(RUN) launch.sample_world $(ROW_$(call row_of,$*)) --seed $(notdir $*) --output $(@D)
 
 # stem: ROW/SEED; a row needs the checkpoint that it samples, which is its second word
 row_of = $(firstword $(subst /, ,$(1)))

@@ -26,6 +26,7 @@ COLUMNS = {
     "size_right": ("size", "{:.0%}"),
     "pan_error": ("pan error", "{:.3f}"),
     "gravity": ("gravity", "{:.2f}"),
+    "air_kicks_per_second": ("turns in mid-air/s", "{:.2f}"),
     "vanishings_per_second": ("vanishings/s", "{:.2f}"),
     "motion": ("motion", "{:.1f}"),
     "flicker": ("flicker", "{:.2f}"),

@@ -7,10 +7,13 @@
 
 `teacher` takes guided Euler steps over the whole clip, `few-step` the student's steps over the
 whole clip (stage I), and `stream` generates and decodes block after block (stages II and III) as
-launch.stream does, many prompts side by side. OUTPUT/measures.json holds the measures of
-launch.measure for each clip, for all (with the Fréchet distance to as many clips of the world), and
-with --every for every stretch of all; and the speed of a single clip. The first clips are written
-as MP4s with contact sheets.
+launch.stream does, many prompts side by side. Two need no model: `world` takes true clips, which is
+the best there is, and `chance` their pictures with the sound of another motion of the same balls,
+which is what sound that has nothing to do with the picture gets.
+
+OUTPUT/measures.json holds the measures of launch.measure for each clip, for all (with the Fréchet
+distance to as many clips of the world), and with --every for every stretch of all; and the speed of
+a single clip. The first clips are written as MP4s with contact sheets.
 """
 
 import argparse
@@ -30,7 +33,7 @@ from rich.progress import track
 
 from launch.measure import make_table, marks
 from omniforcing_jax import flow
-from omniforcing_jax.blocks import LAYOUT_NAMES
+from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.clip import Clip
 from omniforcing_jax.data.bounce import WorldConfig, draw_scene
 from omniforcing_jax.data.bounce_dataset import clip_caption, make_clip, split_seeds
@@ -46,7 +49,8 @@ from omniforcing_jax.rollout import AVLatents, RolloutConfig
 from omniforcing_jax.sampler import SampleConfig, sample
 from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
 
-SAMPLERS = ("teacher", "few-step", "stream")
+SAMPLERS = ("teacher", "few-step", "stream", "world", "chance")
+MODEL_FREE = ("world", "chance")
 DEFAULT_TIMESTEPS = (1000, 909, 725, 421)
 WORLD = WorldConfig()
 
@@ -75,8 +79,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m launch.sample_world", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="converted pocket model")
-    add("--text-encoder", required=True, help="its converted Gemma")
+    add("--checkpoint", help="converted pocket model")
+    add("--text-encoder", help="its converted Gemma")
     add("--text-length", type=int, default=48, help="tokens per prompt (default 48)")
     add("--sampler", choices=SAMPLERS, required=True)
     add("--clips", type=int, default=16, help="captions of the test split (default 16)")
@@ -97,7 +101,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--show", type=int, default=8, help="clips written as MP4 and PNG (default 8)")
     add("--no-speed", action="store_true", help="do not time a single clip")
     add("--output", type=pathlib.Path, required=True, help="folder for clips and measures")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.sampler not in MODEL_FREE and not (args.checkpoint and args.text_encoder):
+        parser.error(f"--sampler {args.sampler} needs --checkpoint and --text-encoder")
+    return args
 
 
 def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
@@ -110,9 +117,8 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     size = config.check_size(WORLD.height, WORLD.width)
     if args.sampler == "stream":
         return _stream_sampler(args, pipeline, size)
-    frames = round(args.seconds * WORLD.frame_rate / 8) * 8 + 1
     whole = SampleConfig.for_clip(
-        frames=frames,
+        frames=num_frames(args),
         height=WORLD.height,
         width=WORLD.width,
         num_steps=args.steps,
@@ -145,6 +151,11 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
         return Clips(*decoded, first=seconds, total=seconds)
 
     return run
+
+
+def num_frames(args: argparse.Namespace) -> int:
+    """Of a clip that is made as a whole: 8 for every latent frame, and the first."""
+    return round(args.seconds * WORLD.frame_rate / 8) * 8 + 1
 
 
 def clip_keys(seed: int, numbers: list[int]) -> jax.Array:
@@ -222,18 +233,33 @@ def sample_all(
         yield from list(zip(clips.frames, clips.waveforms))[: len(numbers)]
 
 
-def choose_seeds(count: int, balls: int | None) -> list[int]:
-    """The first clips of the test split, of those with so many balls.
+def world_clips(
+    args: argparse.Namespace, seeds: list[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """True clips, or their pictures with another motion's sound, as `sample_all` gives others."""
+
+    def clip(seed: int, motion: int):
+        # seeds behind those of the last split
+        number = seed + motion * len(split_seeds("test"))
+        return make_clip(number, num_frames(args), WORLD, draw_scene(seed, WORLD))
+
+    for seed in seeds:
+        sound = clip(seed, args.seed + (args.sampler == "chance"))
+        yield clip(seed, args.seed).frames, sound.waveform
+
+
+def choose_seeds(count: int, balls: int | None, split: str = "test") -> list[int]:
+    """The first clips of a split, of those with so many balls.
 
     Raises:
       ValueError: no such number of clips, or of balls.
     """
-    first = list(split_seeds("test", count))
+    first = list(split_seeds(split, count))
     if balls is None:
         return first
     if not 1 <= balls <= WORLD.max_balls:
         raise ValueError(f"--balls must be 1 to {WORLD.max_balls}, not {balls}")
-    fitting = (seed for seed in split_seeds("test") if len(draw_scene(seed, WORLD)) == balls)
+    fitting = (seed for seed in split_seeds(split) if len(draw_scene(seed, WORLD)) == balls)
     return list(itertools.islice(fitting, count))
 
 
@@ -245,10 +271,10 @@ def measure_speed(args: argparse.Namespace, sampler: Sampler, caption: str) -> d
     return {"first_frames_after": clips.first, "fps": clips.frames.shape[1] / clips.total}
 
 
-def real_features(count: int, num_frames: int) -> list[dict[str, float]]:
-    """Of as many clips of the world, for other captions."""
+def real_features(count: int, balls: int | None, num_frames: int) -> list[dict[str, float]]:
+    """Of as many clips of the world with so many balls, for other captions."""
     features = []
-    for seed in split_seeds("validation", count):
+    for seed in choose_seeds(count, balls, "validation"):
         clip = make_clip(seed, num_frames, WORLD)
         seen = observe(clip.frames, WORLD.frame_rate, clip.waveform, WORLD.sample_rate)
         features.append(clip_features(seen, clip.waveform, WORLD.sample_rate))
@@ -261,20 +287,25 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         seeds = choose_seeds(args.clips, args.balls)
-        pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
-        sampler = make_sampler(args, pipeline)
+        captions = [clip_caption(seed, WORLD) for seed in seeds]
+        if args.sampler in MODEL_FREE:
+            sampler, rate, clips = None, WORLD.sample_rate, world_clips(args, seeds)
+            layout = BlockLayout.from_name(args.layout or "prefix", frame_rate=WORLD.frame_rate)
+        else:
+            pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
+            sampler = make_sampler(args, pipeline)
+            rate = pipeline.config.vocoder.sample_rate
+            layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
+            clips = sample_all(args, sampler, captions, console)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
-    rate = pipeline.config.vocoder.sample_rate
-    captions = [clip_caption(seed, WORLD) for seed in seeds]
     (args.output / "captions.txt").write_text("".join(f"{text}\n" for text in captions))
-    layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
     parts: list[Measures] = []
     features: list[dict[str, float]] = []
     stretches: list[list[Measures]] = []
-    for number, (frames, waveform) in enumerate(sample_all(args, sampler, captions, console)):
+    for number, (frames, waveform) in enumerate(clips):
         seen = observe(frames, WORLD.frame_rate, waveform, rate)
         options = {"scene": draw_scene(seeds[number], WORLD), "layout": layout}
         parts.append(measure(seen, **options))
@@ -290,9 +321,9 @@ def main(argv: list[str] | None = None) -> int:
         "clips": [part.scalars() for part in parts],
     }
     if len(parts) > 1:
-        real = real_features(len(parts), frames.shape[0])
+        real = real_features(len(parts), args.balls, frames.shape[0])
         content["all"]["frechet_distance"] = frechet_distance(real, features)
-    if not args.no_speed:
+    if sampler and not args.no_speed:
         content["speed"] = measure_speed(args, sampler, captions[0])
     (args.output / "measures.json").write_text(json.dumps(content, indent=1) + "\n")
     columns = {f"{i * args.every:g} s": row for i, row in enumerate(content["stretches"])}

@@ -73,6 +73,27 @@ def test_samples_are_measured(pocket, tmp_path, sampler):
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
+def test_the_world_itself_and_chance_bound_the_measures(tmp_path):
+    """True clips are all but perfect; sound of another motion of the same balls is not in step."""
+    measures = {}
+    for sampler in sample_world.MODEL_FREE:
+        output = tmp_path / sampler
+        options = ["--clips", "6", "--seconds", "2", "--show", "0", "--output", str(output)]
+        assert sample_world.main(["--sampler", sampler, *options]) == 0
+        measures[sampler] = json.loads((output / "measures.json").read_text())["all"]
+    world, chance = measures["world"], measures["chance"]
+    assert world["unmatched_rate"] < 0.1 and world["abs_offset_ms"] < 5
+    assert chance["unmatched_rate"] > 0.3 and chance["abs_offset_ms"] > 20
+    assert chance["colour_right"] == world["colour_right"] > 0.95
+    assert chance["prompt_pitch_right"] == pytest.approx(1.0)  # of the same balls
+
+
+def test_a_sampler_needs_a_model(capsys):
+    with pytest.raises(SystemExit):
+        sample_world.parse_arguments(["--sampler", "stream", "--output", "nowhere"])
+    assert "--sampler stream needs --checkpoint and --text-encoder" in capsys.readouterr().err
+
+
 def test_captions_are_chosen_by_their_balls():
     one, two = (sample_world.choose_seeds(5, balls) for balls in (1, 2))
     both = sample_world.choose_seeds(5, None)
@@ -164,7 +185,7 @@ def test_make_passes_settings_that_programs_have(target, stages):
 @pytest.mark.parametrize(
     "target, program, rows",
     [
-        ("pocket-report", "launch.sample_world", 2 * 19),
+        ("pocket-report", "launch.sample_world", 2 * 23),
         ("pocket-ablations", "launch.stage2", 2 * 2 * 12),
     ],
 )

@@ -41,7 +41,7 @@ MEANINGS = {
     "gravity": "median acceleration in flight over the world's",
     "energy_spread": "relative spread (interquartile) of a ball's energy between impacts",
     "air_kicks_per_second": "changes of course in mid-air, per ball",
-    "vanishings_per_second": "balls that disappear, or change colour",
+    "vanishings_per_second": "balls, seen for 6 frames or more, that disappear or change colour",
     "colour_changes_per_second": "balls that change colour",
     "speed": "mean of the balls, heights/s",
     "motion": "mean change between frames, levels of 255",
