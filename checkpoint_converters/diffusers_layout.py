@@ -116,6 +116,36 @@ def official_from_diffusers(component: str, keys: list[str]) -> dict[str, str]:
 
 # -- configs -------------------------------------------------------------------------------------
 
+# Settings that diffusers got with LTX-2.3 and later: the configs of LTX-2.0 were written before and
+# lack them. Absent ones are the defaults of diffusers' classes, as they are for diffusers itself.
+_ADDED_LATER: dict[str, dict] = {
+    "transformer": {
+        "gated_attn": False,
+        "cross_attn_mod": False,
+        "audio_gated_attn": False,
+        "audio_cross_attn_mod": False,
+        "use_prompt_embeddings": True,
+        "ff_bias": True,
+        "audio_ff_bias": True,
+        "use_prompt_adaln_single": True,
+        "use_keyframes_abs_pos_embedding": False,
+    },
+    "connectors": {
+        "video_gated_attn": False,
+        "audio_gated_attn": False,
+        "per_modality_projections": False,
+        "proj_bias": False,
+    },
+    "vae": {"upsample_type": ["spatiotemporal"] * 3},
+    # of the vocoder without bandwidth extension; the one with it came with all of its settings
+    "vocoder": {
+        "act_fn": "leaky_relu",
+        "antialias": False,
+        "final_act_fn": "tanh",
+        "final_bias": True,
+    },
+}
+
 
 def metadata_of_folder(path: pathlib.Path) -> tuple[dict, str]:
     """(config, model_version) in the official schema, derived from the sub-folders' configs.
@@ -185,15 +215,16 @@ def _require(config: dict, **values) -> None:
 def _transformer_section(t: dict | None, c: dict | None) -> dict:
     section = {"_class_name": "AVTransformer3DModel"}
     if t is not None:
+        t = _ADDED_LATER["transformer"] | t
         _require(
             t, patch_size=1, patch_size_t=1, audio_patch_size=1, audio_patch_size_t=1,
             qk_norm="rms_norm_across_heads", norm_elementwise_affine=False, attention_bias=True,
             attention_out_bias=True, audio_ff_bias=True, causal_offset=1,
             activation_fn="gelu-approximate", use_prompt_adaln_single=True,
         )  # fmt: skip
-        if t.get("gated_attn", False) != t.get("audio_gated_attn", False):
+        if t["gated_attn"] != t["audio_gated_attn"]:
             raise ValueError("gated_attn and audio_gated_attn differ")
-        if t.get("cross_attn_mod", False) != t.get("audio_cross_attn_mod", False):
+        if t["cross_attn_mod"] != t["audio_cross_attn_mod"]:
             raise ValueError("cross_attn_mod and audio_cross_attn_mod differ")
         section |= {
             "activation_fn": t["activation_fn"],
@@ -230,11 +261,11 @@ def _transformer_section(t: dict | None, c: dict | None) -> dict:
             "av_ca_timestep_scale_multiplier": t["cross_attn_timestep_scale_multiplier"],
             "av_cross_ada_norm": True,
             "use_audio_video_cross_attention": True,
-            "apply_gated_attention": t.get("gated_attn", False),
-            "cross_attention_adaln": t.get("cross_attn_mod", False),
-            "caption_proj_before_connector": not t.get("use_prompt_embeddings", True),
-            "ff_bias": t.get("ff_bias", True),
-            "use_keyframes_abs_pos_embedding": t.get("use_keyframes_abs_pos_embedding", False),
+            "apply_gated_attention": t["gated_attn"],
+            "cross_attention_adaln": t["cross_attn_mod"],
+            "caption_proj_before_connector": not t["use_prompt_embeddings"],
+            "ff_bias": t["ff_bias"],
+            "use_keyframes_abs_pos_embedding": t["use_keyframes_abs_pos_embedding"],
         }
     if c is not None:
         connectors = _connector_fields(c)
@@ -246,6 +277,7 @@ def _transformer_section(t: dict | None, c: dict | None) -> dict:
 
 
 def _connector_fields(c: dict) -> dict:
+    c = _ADDED_LATER["connectors"] | c
     _require(c, proj_bias=c["per_modality_projections"])
     for name in ("num_layers", "num_learnable_registers"):
         if c[f"video_connector_{name}"] != c[f"audio_connector_{name}"]:
@@ -293,6 +325,7 @@ _UP = {
 
 
 def _video_vae_section(v: dict) -> dict:
+    v = _ADDED_LATER["vae"] | v
     _require(
         v, patch_size_t=1, timestep_conditioning=False, encoder_causal=True,
         encoder_spatial_padding_mode="zeros", scaling_factor=1.0,
@@ -407,6 +440,7 @@ def _generator(v: dict, prefix: str = "") -> dict:
 
 def _vocoder_section(v: dict) -> dict:
     if "bwe_hidden_channels" not in v:
+        v = _ADDED_LATER["vocoder"] | v
         _require(v, final_act_fn="tanh", final_bias=True, antialias=False)
         return _generator(v) | {"output_sampling_rate": v["output_sampling_rate"]}
     _require(v, antialias_ratio=2, antialias_kernel_size=12, final_act_fn=None)

@@ -2,10 +2,14 @@
 
     python -m checkpoint_converters.ltx2 --input ltx-2-19b-dev.safetensors --output ltx2
 
-Reads the official single file (2.0, 2.3, or 2.5's conv parts), shards with an index, or a
-diffusers folder, and writes OUTPUT/config.json and one Orbax checkpoint per component. Several
-inputs of one release may be given, each with some of the components. Students that were trained
-here and exported by checkpoint_converters.export come back as what they were.
+Reads the official single file (2.0, 2.3), shards with an index, or a diffusers folder, and writes
+OUTPUT/config.json and one Orbax checkpoint per component. Several inputs of one release may be
+given, each with some of the components. Students that were trained here and exported by
+checkpoint_converters.export come back as what they were.
+
+Of LTX-2.5, which is published in parts, the transformer (with `--components transformer`), the
+convolutional video VAE and the audio VAE convert. Its text projections are in the file of its text
+encoder, a Gemma 4, which is not implemented here.
 """
 
 import argparse
@@ -144,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         "--components",
         nargs="+",
         choices=key_map.COMPONENTS,
-        help="convert only these (default: all that the input holds)",
+        help="convert only these (default: all that the input holds); of LTX-2.5's transformer "
+        "file: transformer, for its text projections are in another file, with a Gemma 4",
     )
     parser.add_argument(
         "--model-version", metavar="X.Y.Z", help="for files whose metadata does not say, e.g. 2.0.0"

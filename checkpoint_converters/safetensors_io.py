@@ -118,7 +118,8 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
                 raise ConversionError([f"{info.file}: ends inside a tensor; download it again"])
             done += count
         # the page cache of a 40 GB file would push everything else out of memory
-        os.posix_fadvise(file.fileno(), info.offset, info.num_bytes, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(file.fileno(), info.offset, info.num_bytes, os.POSIX_FADV_DONTNEED)
     return array
 
 

@@ -168,9 +168,11 @@ def _connectors(t: dict) -> Shapes:
 _STRIDES = {"compress_space": 4, "compress_time": 2, "compress_all": 8}
 
 
-def _vae_block(block: list) -> tuple[str, dict]:
+def _vae_block(block: list, multiplier: int) -> tuple[str, dict]:
+    """(kind, settings), with the multiplier that a sampler has where it names none."""
     name, settings = block
-    return name, {"num_layers": settings} if isinstance(settings, int) else settings
+    settings = {"num_layers": settings} if isinstance(settings, int) else settings
+    return name, {"multiplier": multiplier} | settings
 
 
 def _res_blocks(key: str, count: int, width: int) -> Shapes:
@@ -194,7 +196,7 @@ def _video_vae(v: dict) -> Shapes:
     width = latent
     shapes |= _conv("vae.encoder.conv_in.conv", width, v.get("in_channels", 3) * pixels, 3, 3, 3)
     for i, block in enumerate(v["encoder_blocks"]):
-        name, settings = _vae_block(block)
+        name, settings = _vae_block(block, multiplier=2)
         key = f"vae.encoder.down_blocks.{i}"
         if name == "res_x":
             shapes |= _res_blocks(key, settings["num_layers"], width)
@@ -207,7 +209,7 @@ def _video_vae(v: dict) -> Shapes:
         width = out
     shapes |= _conv("vae.encoder.conv_out.conv", latent + 1, width, 3, 3, 3)
 
-    blocks = [_vae_block(block) for block in reversed(v["decoder_blocks"])]
+    blocks = [_vae_block(block, multiplier=1) for block in reversed(v["decoder_blocks"])]
     width = v.get("decoder_base_channels", 128)
     for name, settings in blocks:
         width *= 1 if name == "res_x" else settings["multiplier"]

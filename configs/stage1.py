@@ -13,9 +13,9 @@ prints parameters, memory and arithmetic, and exits):
           a normalised direction and does not go to zero), and a critic loss that falls quickly at
           first. docs/training.md shows what curves look like.
   19b-v2  The schedule of the public code: three steps at 1000, 757, 522, gradients clipped at 3.
-  tiny    Random weights on a laptop, about a minute:
+  tiny    Random weights on a laptop, about a minute. `make tiny` makes in outputs/tiny what the
+          stages need (weights, prompts, trajectories), and runs one after the other; this one by
 
-            make tiny-data
             python -m launch.stage1 --config=configs/stage1.py:tiny --workdir=outputs/tiny/stage1
 
           Expect finite losses and a sample clip of noise: the weights are random.

@@ -71,7 +71,7 @@ state() {
 
 install() {
   require BUCKET "gs://NAME for weights, data and runs"
-  archive=$(mktemp --suffix=.tar.gz)
+  archive=$(mktemp)
   trap 'rm -f "$archive"' EXIT
   run git archive --format=tar.gz --output="$archive" HEAD
   tpu tpu-vm scp "$archive" "$TPU_NAME:omniforcing_jax.tar.gz" --worker=all

@@ -343,6 +343,9 @@ def test_config_of_the_published_models(ltx20, ltx23):
     config = ConnectorConfig.from_metadata(header)
     assert (config.video_dim, config.audio_dim, config.num_layers) == (56, 40, 3)
     assert config.gated_attention and config.separate_projections
+    # as LTX-2.5 writes it
+    shouted = header | {"text_encoder_norm_type": "PER_TOKEN_RMS"}
+    assert ConnectorConfig.from_metadata(shouted) == config
 
 
 @pytest.mark.parametrize(
@@ -351,6 +354,7 @@ def test_config_of_the_published_models(ltx20, ltx23):
         ({"connector_num_layers": None}, "connector_num_layers is missing"),
         ({"connector_norm_output": False}, "connector_norm_output is False; only True"),
         ({"text_encoder_norm_type": "layer"}, "text_encoder_norm_type is 'layer'; only None"),
+        ({"text_encoder_norm_type": 1}, "text_encoder_norm_type is 1; only None"),
         ({"caption_proj_before_connector": True}, "only 'per_token_rms' is supported"),
         ({"connector_num_learnable_registers": None}, "learnable_registers is missing"),
         ({"connector_num_learnable_registers": 0}, "registers is 0; a positive number"),

@@ -1,12 +1,16 @@
 """Converters: official file -> Orbax -> official file, students, shards, chunks, loading."""
 
 import json
+import os
 import pathlib
+import re
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import ml_dtypes
@@ -16,6 +20,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.memory import peak_resident_bytes
 from checkpoint_converters import (
     converting,
     export,
@@ -26,7 +31,12 @@ from checkpoint_converters import (
     reading,
     synthetic,
 )
-from checkpoint_converters.safetensors_io import SafetensorsWriter, read_header, read_tensor
+from checkpoint_converters.safetensors_io import (
+    ConversionError,
+    SafetensorsWriter,
+    read_header,
+    read_tensor,
+)
 from omniforcing_jax import checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -271,6 +281,50 @@ def test_components_in_separate_files(tiny, tmp_path):
         checkpoints.load_params(tmp_path / "out", "audio_vae"),
         reading.load_component(source, "audio_vae"),
     )
+
+
+def test_the_transformer_of_ltx25(tmp_path):
+    """As it is published: with connectors, but the text projections are in another file."""
+    source, bare = tmp_path / "source.safetensors", tmp_path / "bare.safetensors"
+    synthetic.write(source, "tiny", "2.3", components=("transformer", "connectors"))
+    tensors, metadata = read_header(source)
+    config = json.loads(metadata["config"])
+    config["transformer"] |= {
+        "ff_bias": False,
+        "use_keyframes_abs_pos_embedding": True,
+        "text_encoder_norm_type": "PER_TOKEN_RMS",
+    }
+    metadata |= {"config": json.dumps(config), "model_version": "2.5.0"}
+    video_ff_bias = re.compile(r".*transformer_blocks\.\d+\.ff\..*bias")
+    arrays = {
+        key: read_tensor(info)
+        for key, info in tensors.items()
+        if not key.startswith("text_embedding_projection.") and not video_ff_bias.fullmatch(key)
+    }
+    arrays[key_map.DIT + "keyframes_abs_pos_embedding"] = np.ones((1, 64), ml_dtypes.bfloat16)
+    write_file(bare, arrays, metadata)
+    content = ltx2.convert(bare, tmp_path / "out", components=("transformer",))
+    assert (content["model_version"], content["components"]) == ("2.5.0", ["transformer"])
+    with pytest.raises(ConversionError, match=r"video_aggregate_embed.weight: missing"):
+        ltx2.convert(bare, tmp_path / "all")
+
+
+# -- where other systems than Linux differ -------------------------------------------------------
+
+
+def test_systems_without_advice_on_caching(tiny, tmp_path, monkeypatch):
+    source, _ = tiny
+    expected = raw(source)
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert raw(source) == expected
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes(monkeypatch, system, unit):
+    usage = types.SimpleNamespace(ru_maxrss=12345)
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    monkeypatch.setattr(sys, "platform", system)
+    assert peak_resident_bytes() == 12345 * unit
 
 
 # -- chunks and shardings ------------------------------------------------------------------------

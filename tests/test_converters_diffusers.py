@@ -1,5 +1,9 @@
 """diffusers folders: names, layouts and configs against tiny diffusers models."""
 
+import inspect
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoT
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 
-from checkpoint_converters import key_map, ltx2, reading, shapes
+from checkpoint_converters import diffusers_layout, key_map, ltx2, reading, shapes
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import checkpoints
 from omniforcing_jax.models.audio_vae import AudioVAEConfig
@@ -56,6 +60,24 @@ AUDIO_VAE = dict(
     causality_axis="height",
     mel_bins=16,
 )
+# What the folders of LTX-2.0 lack: diffusers had none of it in January 2026.
+ADDED_LATER = {
+    "transformer": (
+        "gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod",
+        "use_prompt_embeddings", "perturbed_attn", "ff_bias", "audio_ff_bias",
+        "use_prompt_adaln_single", "use_keyframes_abs_pos_embedding",
+    ),
+    "connectors": (
+        "video_gated_attn", "audio_gated_attn", "per_modality_projections", "video_hidden_dim",
+        "audio_hidden_dim", "proj_bias",
+    ),
+    "vae": ("upsample_type",),
+    "audio_vae": (),
+    "vocoder": (
+        "act_fn", "antialias", "antialias_ratio", "antialias_kernel_size", "final_act_fn",
+        "final_bias",
+    ),
+}  # fmt: skip
 
 
 def models(version):
@@ -224,6 +246,78 @@ def test_conversion(folder, tmp_path):
     name = "audio_projection" if version == "2.3" else "projection"
     key = "audio_text_proj_in.weight" if version == "2.3" else "text_proj_in.weight"
     np.testing.assert_array_equal(tree[name]["kernel"], state[key].T)
+
+
+def without(path, target, removed):
+    """Copies a diffusers folder; its configs lose the settings {folder: names}."""
+    shutil.copytree(path, target)
+    for folder, names in removed.items():
+        file = target / folder / "config.json"
+        config = json.loads(file.read_text())
+        for name in names:
+            del config[name]
+        file.write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("folder", ["2.0"], indirect=True)
+def test_configs_of_january_2026(folder, tmp_path):
+    """As LTX-2.0 is published: settings that diffusers got later are absent."""
+    _, path, _ = folder
+    old = without(path, tmp_path / "old", ADDED_LATER)
+    content = ltx2.convert(path, tmp_path / "new_out")
+    old_content = ltx2.convert(old, tmp_path / "old_out")
+    assert content["components"] == list(key_map.COMPONENTS)
+    assert old_content == content  # with fingerprints of every component
+
+
+@pytest.mark.parametrize("folder", ["2.0"], indirect=True)
+@pytest.mark.parametrize(
+    ("component", "name"),
+    [
+        ("transformer", "num_layers"),
+        ("connectors", "rope_type"),
+        ("vae", "upsample_factor"),
+        ("audio_vae", "mel_bins"),
+        ("vocoder", "upsample_factors"),
+    ],
+)
+def test_settings_that_were_always_there_must_be(folder, tmp_path, component, name):
+    _, path, _ = folder
+    broken = without(path, tmp_path / "broken", {component: [name]})
+    with pytest.raises(ConversionError, match=f"lacks '{name}'"):
+        ltx2.convert(broken, tmp_path / "out")
+
+
+@pytest.mark.parametrize("folder", ["2.3"], indirect=True)
+@pytest.mark.parametrize(
+    ("component", "name", "message"),
+    [
+        ("connectors", "proj_bias", "proj_bias is False, only True is supported"),
+        ("vocoder", "act_fn", "lacks 'act_fn'"),  # a class of its own, whose default is another
+    ],
+)
+def test_defaults_of_ltx20_are_not_taken_for_others(folder, tmp_path, component, name, message):
+    _, path, _ = folder
+    broken = without(path, tmp_path / "broken", {component: [name]})
+    with pytest.raises(ConversionError, match=message):
+        ltx2.convert(broken, tmp_path / "out")
+
+
+def test_defaults_are_those_of_diffusers():
+    classes = {
+        "transformer": LTX2VideoTransformer3DModel,
+        "connectors": LTX2TextConnectors,
+        "vae": AutoencoderKLLTX2Video,
+        "vocoder": LTX2Vocoder,
+    }
+    assert set(diffusers_layout._ADDED_LATER) == set(classes)
+    for folder, settings in diffusers_layout._ADDED_LATER.items():
+        parameters = inspect.signature(classes[folder].__init__).parameters
+        for name, value in settings.items():
+            default = parameters[name].default
+            assert value == (list(default) if isinstance(default, tuple) else default), name
+        assert set(settings) <= set(ADDED_LATER[folder])
 
 
 def test_what_the_official_schema_cannot_say_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The key table against every tensor of the published LTX-2.0 and 2.3 checkpoints."""
 
 import ast
+import copy
 import csv
 import gzip
 import pathlib
@@ -11,6 +12,7 @@ import pytest
 from checkpoint_converters import key_map, shapes, synthetic
 from checkpoint_converters.checks import owner
 from checkpoint_converters.diffusers_layout import official_from_diffusers
+from omniforcing_jax.models.video_vae import VideoVAEConfig
 
 DATA = pathlib.Path(__file__).parent / "data"
 COMPONENT = {"vae": "video_vae"}
@@ -69,6 +71,24 @@ def test_expected_shapes_equal_the_published_ones(published):
         found = expected[key]
         assert len(found) == len(shape)
         assert all(f in (n, shapes.ANY) for f, n in zip(found, shape)), (key, found, shape)
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+def test_absent_multipliers_are_those_of_the_reference(version):
+    """2 in the encoder, 1 in the decoder; the model reads the same."""
+    config = synthetic.metadata("tiny", version)
+    bare = copy.deepcopy(config)
+    removed = 0
+    for side, default in (("encoder", 2), ("decoder", 1)):
+        for name, settings in bare["vae"][f"{side}_blocks"]:
+            if name != "res_x" and settings["multiplier"] == default:
+                del settings["multiplier"]
+                removed += 1
+    assert removed == {"2.0": 4, "2.3": 4}[version]
+    expected = shapes.expected_shapes(config, "video_vae")
+    assert shapes.expected_shapes(bare, "video_vae") == expected
+    model = VideoVAEConfig.from_metadata(config["vae"])
+    assert VideoVAEConfig.from_metadata(bare["vae"]) == model
 
 
 @pytest.mark.parametrize(

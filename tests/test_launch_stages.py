@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pytest
 from checkpoint_converters import gemma3, synthetic_gemma
 from launch import encode_prompts, export_run, ode_pairs, plot_run
 
+ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = [f"a clip of {n} small bells that ring" for n in ("one", "two", "three", "four")]
 SETTINGS = {
     "clip.blocks": 2,
@@ -23,6 +26,19 @@ SETTINGS = {
     "ema.start_step": 1,
     "student.timesteps": "(1000.0,725.0)",
 }
+
+
+def test_targets_of_make_that_configs_name_exist():
+    makefiles = [ROOT / "Makefile", *(ROOT / "configs").glob("*.mk")]
+    rules = "\n".join(file.read_text() for file in makefiles)
+    targets = set(re.findall(r"^([a-z-]+):", rules, re.MULTILINE))
+    named = {
+        file.name: re.findall(r"(?:^ +|`)make ([\w-]+)", file.read_text(), re.MULTILINE)
+        for file in (ROOT / "configs").glob("*.py")
+    }
+    assert named["stage1.py"] == ["tiny"]
+    for name, found in named.items():
+        assert set(found) <= targets, name
 
 
 @pytest.fixture(scope="module")

@@ -149,6 +149,9 @@ def test_a_pod_that_was_taken_away_is_asked_for_anew(tmp_path):
     gcloud.chmod(0o755)
     (tmp_path / "git").write_text("#!/usr/bin/env bash\n")
     (tmp_path / "git").chmod(0o755)
+    mktemp = tmp_path / "mktemp"  # macOS's knows no long options
+    mktemp.write_text(f'#!/usr/bin/env bash\n[[ "$*" != *--* ]] && echo {tmp_path}/archive\n')
+    mktemp.chmod(0o755)
     done = launch(
         "tpu_pod.sh",
         *("run", "stage3", "--workdir=gs://bucket/run"),

@@ -147,7 +147,8 @@ def _check_metadata(t: Mapping[str, Any]) -> None:
         )
     separate = bool(t.get("caption_proj_before_connector", False))
     norm, expected = t.get("text_encoder_norm_type"), "per_token_rms" if separate else None
-    if norm != expected:
+    # LTX-2.5 writes it in upper case
+    if (norm.lower() if isinstance(norm, str) else norm) != expected:
         problems.append(
             f"text_encoder_norm_type is {norm!r}; only {expected!r} is supported when "
             f"caption_proj_before_connector is {separate}"
