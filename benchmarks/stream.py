@@ -22,7 +22,6 @@ import functools
 import json
 import pathlib
 import platform
-import resource
 import time
 
 import jax
@@ -30,17 +29,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from benchmarks.memory import peak_resident_bytes
 from checkpoint_converters import synthetic
 from omniforcing_jax import flops, flow, rollout, text_features
 from omniforcing_jax.kv_cache import CacheConfig, cache_bytes
 from omniforcing_jax.models import video_vae, vocoder
 from omniforcing_jax.models.audio_vae import AudioDecoder
 from omniforcing_jax.models.connectors import ConnectorConfig, TextConnectors
-from omniforcing_jax.models.transformer import Transformer, init_params
+from omniforcing_jax.models.transformer import TextKV, Transformer, init_params
+from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig
 from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.streaming import StreamingSession, Timings, encode_prompt
-from omniforcing_jax.streaming_video import seam_error
+from omniforcing_jax.streaming_video import StreamingVideoDecoder, seam_error, to_uint8
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Dense bf16 peak of one device, TFLOP/s, by a part of `device_kind` (vendors' data sheets).
@@ -70,7 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--look-ahead", type=int, default=1)
     add("--blend", type=int, default=1)
     add("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    add("--attention", default="auto")
+    add("--attention", choices=IMPLEMENTATIONS, default="auto")
     add("--seam-blocks", type=int, default=3, help="blocks of the seam measurement; 0 skips it")
     add("--peak-tflops", type=float, help="peak of the device, for MFU")
     add("--output", type=pathlib.Path, help="folder for result.json and row.md")
@@ -140,14 +141,29 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
     return dataclasses.replace(pipeline, params=params)
 
 
-def make_session(pipeline: Pipeline, args, config: RolloutConfig, prompt: str) -> StreamingSession:
-    """A session at its very beginning."""
+def contexts(pipeline: Pipeline, args, prompt: str) -> tuple[jax.Array, jax.Array]:
+    """Random text contexts of video and audio."""
     dims = pipeline.config.transformer.text_dims
     key = text_features.prompt_key(prompt)
     features = text_features.random_text_features(key, 1, args.text_tokens, dims)
+    return features.video_context, features.audio_context
+
+
+def text_kv(pipeline: Pipeline, args, config: RolloutConfig, prompt: str) -> TextKV:
+    """Their keys and values, as a session has them."""
+    return encode_prompt(
+        pipeline.transformer(args.attention),
+        pipeline.params["transformer"],
+        *contexts(pipeline, args, prompt),
+        levels=config.sigma_levels,
+    )
+
+
+def make_session(pipeline: Pipeline, args, config: RolloutConfig, prompt: str) -> StreamingSession:
+    """A session at its very beginning."""
     return pipeline.session(
         config,
-        (features.video_context, features.audio_context),
+        contexts(pipeline, args, prompt),
         implementation=args.attention,
         max_blocks=None if args.positions == "relative" else 10 * args.blocks,
         decode_mode=args.decode,
@@ -213,13 +229,10 @@ def deadline_attainment(counts: list[int], seconds: np.ndarray, frame_rate: floa
 def refresh_seconds(pipeline: Pipeline, args, config: RolloutConfig, repeats: int = 5) -> float:
     """Median wall seconds of the refresh pass alone, on a full cache."""
     model = pipeline.transformer(args.attention)
-    session = make_session(pipeline, args, config, "refresh")
     held = 2 + config.cache.anchor_blocks + config.cache.window
     cache = rollout.new_cache(model, config, 1).replace(num_blocks=jnp.int32(held))
     rope = config.rope(model, None if args.positions == "relative" else held + 1)
-    text = encode_prompt(
-        model, pipeline.params["transformer"], *session.contexts, levels=config.sigma_levels
-    )
+    text = text_kv(pipeline, args, config, "refresh")
     noise = rollout.block_noise(jax.random.key(0), held, config, model, 1, first=False)
 
     @jax.jit
@@ -237,36 +250,46 @@ def refresh_seconds(pipeline: Pipeline, args, config: RolloutConfig, repeats: in
 
 
 def measure_seams(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, float]:
-    """Error of the streamed decode at chunk borders over its median error, on one clip."""
-    model = pipeline.transformer(args.attention)
-    session = make_session(pipeline, args, config, "seams")
-    layout = config.cache.layout
+    """Error of the streamed decode at chunk borders over its median error, on the same latents."""
+    model, layout = pipeline.transformer(args.attention), config.cache.layout
     latents = rollout.rollout(
         model,
         pipeline.params["transformer"],
-        encode_prompt(
-            model, pipeline.params["transformer"], *session.contexts, levels=config.sigma_levels
-        ),
+        text_kv(pipeline, args, config, "seams"),
         config.rope(model, args.seam_blocks),
         jax.random.key(0),
         config=config,
         num_blocks=args.seam_blocks,
         batch=1,
-    )
-    video = latents.video.reshape(1, -1, config.height, config.width, latents.video.shape[-1])
-    full = video_vae.decode(
-        pipeline.config.video_vae,
-        pipeline.params["video_vae"],
-        video,
-        causal=args.decode == "causal",
+    ).video
+    video = latents.reshape(1, -1, config.height, config.width, latents.shape[-1])
+    vae, params = pipeline.config.video_vae, pipeline.params["video_vae"]
+
+    @jax.jit
+    def decode(params, video):
+        causal = args.decode == "causal"
+        return to_uint8(video_vae.decode(vae, params, video, causal, pipeline.dtype))
+
+    full = np.asarray(decode(params, video))[0]
+    decoder = StreamingVideoDecoder(
+        vae,
+        params,
+        mode=args.decode,
+        look_back=args.look_back,
+        look_ahead=args.look_ahead,
+        blend=args.blend,
         dtype=pipeline.dtype,
     )
-    full = np.asarray(jnp.round(jnp.clip((full.astype(jnp.float32) + 1) * 127.5, 0, 255)))[0]
-    chunks = list(session.stream(args.seam_blocks))
-    streamed = np.concatenate([c.frames[0] for c in chunks])
-    borders = [c.first_frame for c in chunks if 0 < c.first_frame < len(full)]
-    assert len(streamed) == layout.pixel_frames(args.seam_blocks)
-    return seam_error(full.astype(np.float32), streamed.astype(np.float32), sorted(set(borders)))
+    state = decoder.init(1, args.height, args.width)
+    ends = [layout.num_video_frames(1 + block) for block in range(args.seam_blocks)]
+    chunks = []
+    for start, end in zip([0, *ends], ends):
+        state, frames = decoder.push(state, video[:, start:end])
+        chunks.append(np.asarray(frames)[0])
+    chunks.append(np.asarray(decoder.flush(state)[1])[0])
+    borders = np.cumsum([len(chunk) for chunk in chunks[:-1]]).tolist()
+    borders = sorted({border for border in borders if 0 < border < len(full)})
+    return seam_error(full, np.concatenate(chunks), borders)
 
 
 def peak_memory_bytes() -> tuple[int, str]:
@@ -274,7 +297,7 @@ def peak_memory_bytes() -> tuple[int, str]:
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], "device"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"
+    return peak_resident_bytes(), "process"
 
 
 def peak_tflops(args) -> float | None:
@@ -286,16 +309,16 @@ def peak_tflops(args) -> float | None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """All measurements of one configuration."""
+    """All measurements of one configuration.
+
+    A session's cache is freed before the next one is made: peak memory is that of one stream.
+    """
     pipeline = random_pipeline(args)
     config = rollout_config(args, pipeline.config)
     layout = config.cache.layout
     fill = 1 + config.cache.anchor_blocks + config.cache.window + 1
-    warm = make_session(pipeline, args, config, "warm-up")
-    measure_stream(warm, 4)  # compiles every shape
+    measure_stream(make_session(pipeline, args, config, "warm-up"), 4)  # compiles every shape
     first = time_to_first_chunk(make_session(pipeline, args, config, "first chunk"))
-    connectors = connector_seconds(args)
-    first |= {part: first[part] + connectors for part in ("total", "text")}
     session = make_session(pipeline, args, config, "steady state")
     measure_stream(session, fill)
     memory_early = peak_memory_bytes()[0]
@@ -304,6 +327,9 @@ def run(args: argparse.Namespace) -> dict:
     model_flops = flops.block_flops(
         pipeline.config.transformer, config, session.num_blocks, args.text_tokens
     )
+    del session
+    connectors = connector_seconds(args)  # only now: a stream has none of their weights in memory
+    first |= {part: first[part] + connectors for part in ("total", "text")}
     decode_frames = (
         8 * (args.look_back + layout.video_frames + args.look_ahead + args.blend - 1) + 1
     )

@@ -229,7 +229,9 @@ class Encoded:
 
 def accuracy(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """How much bfloat16 and int8 change the result."""
-    exact, half = Encoded.of(args, "float32", "none"), Encoded.of(args, "bfloat16", "none")
+    with jax.default_matmul_precision("highest"):  # or GPUs and TPUs round what they multiply
+        exact = Encoded.of(args, "float32", "none")
+    half = Encoded.of(args, "bfloat16", "none")
     rounded = Encoded.of(args, "bfloat16", "int8")
     return {
         "bfloat16 against float32": half.against(exact),

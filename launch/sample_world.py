@@ -185,6 +185,7 @@ def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline, size) -> Sampl
         sigmas=tuple(_sigmas(args, pipeline.config)),
         height=size[0],
         width=size[1],
+        context_noise=pipeline.config.context_noise,
     )
     count = layout.blocks_for_seconds(args.seconds)
     rollout.cache.blocks_in_positions(count)

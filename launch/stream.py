@@ -8,25 +8,32 @@
         --text-encoder checkpoints/gemma3 --prompt "A calm sea" "A storm comes up@9" \\
         --endless --output - | ffplay -
 
-The second prompt takes over after 9 s; Ctrl-C ends the stream after the current block. Prompts are
-encoded and the encoder is unloaded before the sampler is loaded, unless --keep-encoder is given:
-then prompts but the first are encoded when they are due. Encoded prompts are kept on disk.
+The second prompt takes over after 9 s; Ctrl-C ends the stream after the current block, and so does
+closing the player. Prompts are encoded and the encoder is unloaded before the sampler is loaded,
+unless --keep-encoder is given: then prompts but the first are encoded when they are due. Encoded
+prompts are kept on disk.
 
 `--features FILE[@SECOND]` are text contexts made beforehand (see `omniforcing_jax.text_features`).
 For a checkpoint with random weights, `--random-features` derives them from the prompt's text.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
+import io
 import math
+import os
 import queue
 import signal
 import statistics
 import sys
 import threading
 import time
+from typing import Any, BinaryIO
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -34,10 +41,12 @@ from launch import prompt_options
 from omniforcing_jax import flow, media, text_features
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.kv_cache import POSITIONS
+from omniforcing_jax.ops.attention import IMPLEMENTATIONS, attention
 from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
 from omniforcing_jax.prompts import Contexts, PromptEncoder, TextTimes
 from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.streaming import Chunk, StreamingSession
+from omniforcing_jax.streaming_video import StreamingVideoDecoder
 
 DEFAULT_TIMESTEPS = (1000, 909, 725, 421)
 RANDOM_FEATURE_TOKENS = 128
@@ -89,7 +98,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--look-ahead", type=int, default=1, help="latent frames, window mode (default 1)")
     add("--blend", type=int, default=1, help="latent frames, window mode (default 1)")
     prompt_options.add_dtype(parser)
-    add("--attention", default="auto", help="attention backend (see omniforcing_jax.ops.attention)")
+    add("--attention", choices=IMPLEMENTATIONS, default="auto", help="backend (default auto)")
     return parser.parse_args(argv)
 
 
@@ -115,6 +124,8 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
       ValueError: what is wrong, and what would be right.
     """
     height, width = config.check_size(args.height, args.width)
+    _check_decoder(args, config)
+    _check_attention(args, config)
     layout = config.layout(args.layout, args.fps)
     timesteps = args.timesteps or config.timesteps or DEFAULT_TIMESTEPS
     sigmas = args.sigmas or flow.student_sigmas(timesteps)
@@ -123,6 +134,7 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
         sigmas=tuple(float(s) for s in flow.check_sigmas(sigmas)),
         height=height,
         width=width,
+        context_noise=config.context_noise,
     )
     num_blocks = None if args.endless else layout.blocks_for_seconds(args.seconds)
     rollout.cache.blocks_in_positions(num_blocks)
@@ -137,6 +149,30 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
         encoder = prompt_options.make_encoder(args, keep=args.keep_encoder)
         encoder.check(list(prompts.values()))
     return Plan(rollout, num_blocks, prompts, encoder)
+
+
+def _check_decoder(args: argparse.Namespace, config: PipelineConfig) -> None:
+    """Raises what making the session's decoder would raise."""
+    StreamingVideoDecoder(
+        config.video_vae,
+        {"decoder": {}, "per_channel_statistics": {}},
+        mode=args.decode or "causal",  # the mode that every decoder can run in
+        look_back=args.look_back,
+        look_ahead=args.look_ahead,
+        blend=args.blend,
+    )
+
+
+def _check_attention(args: argparse.Namespace, config: PipelineConfig) -> None:
+    """Raises ValueError where the backend cannot run the model's heads on this platform."""
+    model, dtype = config.transformer, prompt_options.compute_dtype(args)
+    attend = functools.partial(attention, implementation=args.attention)
+    for heads in (
+        (model.video_heads, model.video_head_dim),
+        (model.audio_heads, model.audio_head_dim),
+    ):
+        tokens = jax.ShapeDtypeStruct((1, 1, *heads), dtype)
+        jax.eval_shape(attend, tokens, tokens, tokens)
 
 
 def _by_block(specs: list[str], layout: BlockLayout, num_blocks: int | None) -> dict[int, str]:
@@ -166,13 +202,23 @@ def _split_start(spec: str) -> tuple[str, float]:
 
 
 def _contexts(args: argparse.Namespace, text: str, dims: tuple[int, int]) -> Contexts:
-    """Those in a file, or random ones derived from a prompt."""
-    if args.features:
-        features = text_features.load_text_features(text, dims)
-    else:
+    """Those in a file without its padding, or random ones derived from a prompt."""
+    if not args.features:
         key = text_features.prompt_key(text)
         features = text_features.random_text_features(key, 1, RANDOM_FEATURE_TOKENS, dims)
-    return features.video_context, features.audio_context
+        return features.video_context, features.audio_context
+    features = text_features.load_text_features(text, dims)
+    video, audio, mask = features.video_context, features.audio_context, features.mask
+    if len(video) != 1:
+        raise ValueError(f"{text} holds {len(video)} prompts; a stream takes a file for each")
+    if mask is None:
+        return video, audio
+    # The text's keys have no positions: without the padding is the same as not attending to it. A
+    # prompt of another length than the one before has the block compiled again.
+    attended = np.asarray(mask[0])
+    if not attended.any():
+        raise ValueError(f"{text}: its mask leaves no token to attend to; encode the prompt again")
+    return video[:, attended], audio[:, attended]
 
 
 class Report:
@@ -339,6 +385,28 @@ def run(session: StreamingSession, plan: Plan, writer: BackgroundWriter, report:
             writer.put(tail)
 
 
+def open_clip(path: str | BinaryIO, **settings: Any) -> media.ClipWriter:
+    """A `media.ClipWriter` of these settings.
+
+    Raises:
+      ValueError: also where PyAV is missing.
+    """
+    try:
+        return media.ClipWriter(path, **settings)
+    except ImportError as error:
+        raise ValueError(f"writing clips needs PyAV (pip install av): {error}") from error
+
+
+def clip_settings(args: argparse.Namespace, config: PipelineConfig) -> dict[str, Any]:
+    """Of the clip's writer."""
+    return {
+        "width": args.width * args.enlarge,
+        "height": args.height * args.enlarge,
+        "frame_rate": args.fps,
+        "sample_rate": config.vocoder.sample_rate,
+    }
+
+
 def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, Plan]:
     """Checks everything that can be checked before weights are read.
 
@@ -349,14 +417,17 @@ def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, Plan]:
     if args.enlarge < 1:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
-    return config, make_plan(args, config)
+    plan = make_plan(args, config)
+    open_clip(io.BytesIO(), **clip_settings(args, config)).close()  # it checks its settings
+    return config, plan
 
 
 def stream(args: argparse.Namespace, config: PipelineConfig, plan: Plan) -> Report:
-    """Streams the clip; what it cost.
+    """Streams the clip; what it cost. A closed pipe ends it as Ctrl-C does.
 
     Raises:
       FloatingPointError: the text encoder made values that are not finite.
+      OSError: the clip could not be written; a note says where what there is of it lies.
     """
     dtype = prompt_options.compute_dtype(args)
     report = Report(args.fps)
@@ -375,20 +446,21 @@ def stream(args: argparse.Namespace, config: PipelineConfig, plan: Plan) -> Repo
         look_ahead=args.look_ahead,
         blend=args.blend,
     )
-    with media.ClipWriter(
-        args.output,
-        width=args.width * args.enlarge,
-        height=args.height * args.enlarge,
-        frame_rate=args.fps,
-        sample_rate=config.vocoder.sample_rate,
-        overwrite=args.overwrite,
-    ) as clip:
+    settings = clip_settings(args, config)
+    with (
+        contextlib.suppress(BrokenPipeError),
+        open_clip(args.output, overwrite=args.overwrite, **settings) as clip,
+    ):
         writer = BackgroundWriter(clip, args.enlarge)
         report.start = time.perf_counter()
         try:
             run(session, plan, writer, report)
-        finally:
-            writer.close()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first exception is the one to report
+                writer.close()
+            raise
+        writer.close()
+        clip.close()  # not left to the end of the block, where an error would get no note
     report.summary(args.output)
     return report
 
@@ -403,10 +475,28 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         stream(args, config, plan)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (FloatingPointError, OSError) as error:
+        print(f"error: {_with_notes(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(_with_notes(error) or "interrupted", file=sys.stderr)
+        return 130  # as a shell reports an end by SIGINT
+    finally:
+        if args.output == media.STDOUT:
+            _flush_stdout()
     return 0
+
+
+def _with_notes(error: BaseException) -> str:
+    return "\n".join(filter(None, [str(error), *getattr(error, "__notes__", ())]))
+
+
+def _flush_stdout() -> None:
+    """Flushes now what Python would flush at its exit, where errors cannot be handled."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # the reader is gone, or the error was reported: nobody waits for the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

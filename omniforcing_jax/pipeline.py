@@ -34,6 +34,7 @@ class PipelineConfig:
       layout_name, timesteps: what a student was trained with; None for LTX-2 itself, and where the
         checkpoint does not say.
       trained_cache: the same of its cache.
+      context_noise: noise level at which its finished blocks write their keys and values.
     """
 
     transformer: TransformerConfig
@@ -44,6 +45,7 @@ class PipelineConfig:
     layout_name: str | None = None
     timesteps: tuple[float, ...] | None = None
     trained_cache: TrainedCache = dataclasses.field(default_factory=TrainedCache)
+    context_noise: float = 0.0
 
     @classmethod
     def from_checkpoint(cls, directory: str | pathlib.Path) -> "PipelineConfig":
@@ -67,8 +69,8 @@ class PipelineConfig:
         """Parses the `config` object of an LTX-2 safetensors header.
 
         Args:
-          student: {"layout", "timesteps", "window", "anchors", "positions"} of a block-causal
-            student; those it has.
+          student: {"layout", "timesteps", "window", "anchors", "positions", "context_noise"} of a
+            block-causal student; those it has.
 
         Raises:
           ValueError: a component's configuration is missing, or a setting is not supported.
@@ -99,6 +101,7 @@ class PipelineConfig:
             layout_name=student.get("layout"),
             timesteps=tuple(student.get("timesteps") or ()) or None,
             trained_cache=TrainedCache.read(student),
+            context_noise=student.get("context_noise", 0.0),
         )
 
     def layout(self, name: str | None = None, frame_rate: float = 24.0) -> BlockLayout:

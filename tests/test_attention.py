@@ -129,6 +129,16 @@ def test_prefix_equals_xla(name):
     assert_close(actual, expected, 2e-5)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"kv_end": ENDS.a2v}, {"kv_length": jnp.array([20, 90])}])
+def test_chunked_equals_xla(monkeypatch, kwargs):
+    """Several chunks, the last one padded; a head dim that no flash kernel takes."""
+    monkeypatch.setattr(attention_module, "CHUNK", 64)
+    inputs = make_inputs(LENGTHS["video"], LENGTHS["audio"], 160)
+    expected = run_with_gradients(*inputs, **kwargs, implementation="xla")
+    actual = run_with_gradients(*inputs, **kwargs, implementation="chunked")
+    assert_close(actual, expected, 2e-5)
+
+
 @pytest.mark.parametrize(
     "name, head_dim, dtype",
     [
@@ -246,7 +256,7 @@ def cudnn_stand_in(monkeypatch):
 
 @pytest.mark.parametrize(
     "name, implementation",
-    [("video", "cudnn"), ("a2v", "cudnn"), ("v2a", "prefix"), ("audio", "auto")],
+    [("video", "cudnn"), ("a2v", "cudnn"), ("video", "prefix"), ("a2v", "auto"), ("v2a", "auto")],
 )
 def test_cudnn_decomposition(cudnn_stand_in, name, implementation):
     queries, keys = PAIRS[name]
@@ -258,19 +268,30 @@ def test_cudnn_decomposition(cudnn_stand_in, name, implementation):
     np.testing.assert_allclose(
         actual.astype(jnp.float32), expected.astype(jnp.float32), rtol=2e-2, atol=2e-2
     )
-    # One call per block, on ever longer keys, with neither mask nor bias.
-    assert [call[1] for call in cudnn_stand_in] == sorted(set(kv_end.tolist()))
-    assert sum(call[0] for call in cudnn_stand_in) == LENGTHS[queries]
+    # One call per block that is long enough, on ever longer keys, with neither mask nor bias.
+    blocks = zip(*np.unique(kv_end, return_counts=True))
+    long = [(rows, end) for end, rows in blocks if min(rows, end) >= 64]
+    assert [call[:2] for call in cudnn_stand_in] == long
+    assert len(long) == {"video": 3, "a2v": 2, "v2a": 0}[name]
     assert all(call[2] <= {"scale", "key_value_seq_lengths"} for call in cudnn_stand_in)
 
 
-@pytest.mark.parametrize("kv_length", [37, np.int32(50), jnp.int32(37), jnp.array([1, 50])])
+@pytest.mark.parametrize("kv_length", [70, np.int32(100), jnp.int32(37), jnp.array([1, 100])])
 def test_cudnn_kv_length(cudnn_stand_in, kv_length):
-    inputs = make_inputs(64, 50, 64, jnp.bfloat16)
+    inputs = make_inputs(64, 100, 64, jnp.bfloat16)
     expected = run_with_gradients(*inputs, kv_length=kv_length, implementation="xla")
     actual = run_with_gradients(*inputs, kv_length=kv_length, implementation="auto")
     assert_close(actual, expected, 2e-2)
     assert len(cudnn_stand_in) == 1
+
+
+@pytest.mark.parametrize("lengths", [(384, 1), (25, 384)])
+def test_few_queries_or_keys_are_not_for_cudnn(cudnn_stand_in, lengths):
+    inputs = make_inputs(*lengths, 64, jnp.bfloat16)
+    expected = run_with_gradients(*inputs, implementation="xla")
+    for implementation in ("auto", "prefix", "cudnn"):
+        assert_close(run_with_gradients(*inputs, implementation=implementation), expected, 2e-2)
+    assert not cudnn_stand_in
 
 
 def test_cudnn_refusals(cudnn_stand_in, monkeypatch):
@@ -297,13 +318,14 @@ def test_auto_choice(monkeypatch):
     chosen = []
     monkeypatch.setattr(attention_module, "_masked_xla", lambda *a: chosen.append("xla"))
     monkeypatch.setattr(attention_module, "_prefix", lambda *a: chosen.append(f"prefix/{a[-1]}"))
+    monkeypatch.setattr(attention_module, "_chunked", lambda *a: chosen.append("chunked"))
     monkeypatch.setattr(
         attention_module.splash, "splash_attention", lambda *a, **kw: chosen.append("splash")
     )
 
-    def choice(platform, dtype=jnp.bfloat16, head_dim=128, length=128, **kwargs):
+    def choice(platform, dtype=jnp.bfloat16, head_dim=128, length=128, keys=128, **kwargs):
         monkeypatch.setattr(attention_module, "platform", lambda: platform)
-        attention(*make_inputs(length, length, head_dim, dtype)[:3], **kwargs)
+        attention(*make_inputs(length, keys, head_dim, dtype)[:3], **kwargs)
         return chosen.pop()
 
     kv_end = np.full(128, 7)
@@ -311,15 +333,20 @@ def test_auto_choice(monkeypatch):
     assert choice("cpu") == "xla"
     assert choice("cpu", kv_end=kv_end) == "prefix/xla"
     assert choice("gpu") == "prefix/cudnn"
-    assert choice("gpu", length=25) == "xla"
     assert choice("gpu", kv_end=kv_end) == "prefix/cudnn"
-    assert choice("gpu", jnp.float32, kv_end=kv_end) == "prefix/xla"
+    # dense logits would be large, and these have no flash kernel
+    for refused in ({"dtype": jnp.float32}, {"head_dim": 256}):
+        assert choice("gpu", **refused) == choice("gpu", kv_end=kv_end, **refused) == "chunked"
+    assert choice("absent gpu") == choice("absent gpu", kv_end=kv_end) == "chunked"
+    for platform in ("gpu", "absent gpu"):
+        for short in ({"length": 25}, {"keys": 1}):
+            assert choice(platform, **short) == choice(platform, jnp.float32, **short) == "xla"
     assert choice("tpu", kv_end=kv_end) == "splash"
     assert choice("tpu", kv_length=jnp.int32(5)) == "splash"
     assert choice("tpu", head_dim=32, kv_end=kv_end) == "prefix/xla"
     assert choice("tpu", length=25) == "xla"
     for platform in ("cpu", "gpu", "tpu"):
-        assert choice(platform, mask=mask) == "xla"
+        assert choice(platform, mask=mask) == choice(platform, head_dim=256, mask=mask) == "xla"
 
 
 def tpu_mesh(sizes, names):

@@ -1,7 +1,10 @@
 """`launch/stream.py` as a person runs it: clips, prompts, pipes, Ctrl-C, and refused input."""
 
+import dataclasses
+import errno
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -20,6 +23,7 @@ from checkpoint_converters import omniforcing
 from launch import stream
 from omniforcing_jax import media, text_features
 from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.streaming import StreamingSession
 from omniforcing_jax.text_encoder import TextEncoder
 
 SIZE = ["--height", "64", "--width", "64", "--decode", "causal", "--sigmas", "1", "0.7", "0"]
@@ -41,6 +45,11 @@ def write_features(path, prompt, width=32):
         path, features.video_context, features.audio_context, prompt, "2.0.0"
     )
     return str(path)
+
+
+def make_plan(checkpoint, *more, **changes):
+    config = dataclasses.replace(PipelineConfig.from_checkpoint(checkpoint), **changes)
+    return stream.make_plan(stream.parse_arguments(arguments(checkpoint, "-", *more)), config)
 
 
 def test_clip_with_two_prompts(checkpoint, tmp_path, capsys):
@@ -145,14 +154,20 @@ def test_released_student(checkpoint, tmp_path):
     assert frames.shape == (25, 64, 64, 3)
 
 
-def test_ctrl_c_ends_an_endless_stream_properly(checkpoint):
+def endless_stream(checkpoint):
+    """A process that writes a clip to a pipe, and what it has written until it was under way."""
     command = [sys.executable, "-m", "launch.stream", *arguments(checkpoint, "-"), "--endless"]
     process = subprocess.Popen(
         [*command, "--random-features"], bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     head = b""
-    while len(head) < 20000:  # until the clip is under way
+    while len(head) < 20000:
         head += process.stdout.read(4096)
+    return process, head
+
+
+def test_ctrl_c_ends_an_endless_stream_properly(checkpoint):
+    process, head = endless_stream(checkpoint)
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
     rest, errors = process.communicate(timeout=120)
@@ -163,10 +178,79 @@ def test_ctrl_c_ends_an_endless_stream_properly(checkpoint):
     assert b"ending after this block" in errors
 
 
+def test_a_player_that_is_closed_ends_the_stream_quietly(checkpoint):
+    process, _ = endless_stream(checkpoint)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(timeout=120) == 0, errors[-2000:]
+    assert "first chunk after" in errors
+    assert "Traceback" not in errors and "Broken" not in errors
+
+
+def test_nothing_is_left_to_be_flushed_into_a_closed_pipe(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        stdout.write("the end of a clip")
+        stream._flush_stdout()
+        stdout.flush()  # as Python does when it exits
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (
+            OSError(errno.ENOSPC, "no space left"),
+            1,
+            "error: [Errno 28] no space left\nthe unfinish",
+        ),
+        (BrokenPipeError(errno.EPIPE, "no reader"), 0, "first chunk after"),
+    ],
+)
+@pytest.mark.parametrize("method", ["_encode_chunk", "_finish"])
+def test_errors_of_writing(
+    checkpoint, tmp_path, monkeypatch, capsys, error, status, message, method
+):
+    """While the clip is being written, and when its end is."""
+    write = getattr(media.ClipWriter, method)
+
+    def fail(clip, *args, **options):
+        if clip.frame_count:  # there is an unfinished clip
+            raise error
+        return write(clip, *args, **options)
+
+    monkeypatch.setattr(media.ClipWriter, method, fail)
+    more = ["--random-features", "--seconds", "2"]
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == status
+    assert message in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_the_stream_at_once(checkpoint, tmp_path, monkeypatch, capsys):
+    step = StreamingSession.step
+
+    def interrupted(session):
+        for _ in range(2 * session.num_blocks):
+            signal.raise_signal(signal.SIGINT)
+        return step(session)
+
+    monkeypatch.setattr(StreamingSession, "step", interrupted)
+    more = ["--random-features", "--seconds", "2"]
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 130
+    report = capsys.readouterr().err
+    assert "ending after this block" in report and "the unfinished clip is in" in report
+    assert media.read_clip(tmp_path / "clip.mp4")[0].shape == (1, 64, 64, 3)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (["--height", "100"], "multiples of 32"),
+        (["--look-back", "0"], "look_back must be an integer >= 1"),
+        (["--look-ahead", "-1"], "look_ahead must be an integer >= 0"),
+        (["--blend", "-1"], "blend must be an integer >= 0"),
+        (["--attention", "cudnn"], "needs an NVIDIA GPU"),
+        (["--fps", "300"], "frame_rate must be from 1 to 240"),
         (["--height", "32"], "at least"),
         (["--seconds", "-1"], "seconds"),
         (["--fps", "23"], "frame rate"),
@@ -205,6 +289,50 @@ def test_bad_input_is_refused_before_anything_is_loaded(
     assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_pyav_is_found_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "load_pipeline", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", "--random-features")) == 2
+    assert "needs PyAV (pip install av)" in capsys.readouterr().err
+
+
+def test_unknown_attention_is_refused(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        stream.parse_arguments(arguments(checkpoint, "-", "--attention", "flash"))
+    assert "invalid choice: 'flash'" in capsys.readouterr().err
+
+
+def test_window_decode_is_refused_for_a_causal_decoder(checkpoint):
+    causal = dataclasses.replace(
+        PipelineConfig.from_checkpoint(checkpoint).video_vae, causal_decoder=True
+    )
+    make_plan(checkpoint, "--random-features", video_vae=causal)
+    with pytest.raises(ValueError, match="trained causal"):
+        make_plan(checkpoint, "--random-features", "--decode", "window", video_vae=causal)
+
+
+def test_padding_of_stored_features_is_left_out(checkpoint, tmp_path):
+    """The tokens that the mask hides would be attended to otherwise."""
+    path, rng = tmp_path / "padded.safetensors", np.random.default_rng(0)
+    video, audio = rng.normal(size=(2, 1, 6, 32)).astype(np.float32)
+    mask = np.array([[True, True, False, True, False, False]])
+    text_features.save_text_features(path, video, audio, "a calm sea", "2.0.0", mask)
+    plan = make_plan(checkpoint, "--features", str(path))
+    for context, stored in zip(plan.prompts[0], (video, audio)):
+        np.testing.assert_array_equal(context, stored[:, [0, 1, 3]])
+
+
+@pytest.mark.parametrize(
+    "batch, mask, message",
+    [(2, None, "holds 2 prompts"), (1, np.zeros((1, 6), bool), "leaves no token to attend to")],
+)
+def test_features_that_are_no_prompt_are_refused(checkpoint, tmp_path, batch, mask, message):
+    path, contexts = tmp_path / "odd.safetensors", np.ones((batch, 6, 32), np.float32)
+    text_features.save_text_features(path, contexts, contexts, "a calm sea", "2.0.0", mask)
+    with pytest.raises(ValueError, match=message):
+        make_plan(checkpoint, "--features", str(path))
 
 
 def test_features_of_another_model_are_refused(checkpoint, tmp_path, capsys):

@@ -21,9 +21,10 @@ IMPLEMENTATIONS = ("auto", "xla", "chunked", "prefix", "cudnn", "splash")
 # Queries of a chunk of `chunked` attention.
 CHUNK = 512
 
-# A flash kernel's tile has at least this many query rows. With fewer, such as the 25 audio tokens
-# of a block, the logits are small and plain matrix products do.
-MIN_FLASH_QUERIES = 64
+# A flash kernel's tile has at least this many queries and keys. With fewer of either, such as the
+# 25 audio tokens of a block or the single one of block 0, most of it would be padding, and some
+# versions of cuDNN refuse a length of 1. The logits are small there: plain matrix products do.
+MIN_FLASH_LENGTH = 64
 
 # Each group of equal kv_end is one kernel call in the program; a mask that changes on every row
 # would unroll into thousands.
@@ -54,13 +55,14 @@ def attention(
         [B, N, 512, S]. What a flash kernel needs in memory, on any hardware.
       * `prefix`: rows with equal `kv_end` attend, unmasked, to a static slice of the keys. No mask
         and no wasted multiplication; every group runs on the platform's best dense kernel.
-      * `cudnn`: as `prefix`, always on cuDNN flash attention (NVIDIA GPU, 16-bit dtypes).
+      * `cudnn`: as `prefix`, on cuDNN flash attention (NVIDIA GPU, 16-bit dtypes) except for what
+        has too few queries or keys for a flash kernel.
       * `splash`: TPU Pallas kernel that computes the mask block by block. On CPU it is interpreted,
         which is slow and meant for tests.
-      * `auto`: TPU: splash where shapes allow; GPU: cudnn for 16-bit dtypes where shapes allow and
-        there are queries enough for a flash kernel (`chunked` when compiling for a GPU that is not
-        here). Otherwise `prefix` for `kv_end` and `xla` for
-        the rest. Dense masks always go to `xla`.
+      * `auto`: TPU: splash where shapes allow; GPU: where queries and keys are enough for a flash
+        kernel, cudnn for 16-bit dtypes and head dims that it takes and `chunked` for others and
+        when compiling for a GPU that is not here. Otherwise `prefix` for `kv_end` and `xla` for the
+        rest. Dense masks always go to `xla`.
 
     Args:
       q: [B, T, N, H].
@@ -154,12 +156,13 @@ def _choose(q, k, kv_end, mask) -> str:
         return "xla"
     if platform() == "tpu" and splash.supports(q.shape[1], k.shape[1], q.shape[-1]):
         return "splash"
-    short = kv_end is None and q.shape[1] < MIN_FLASH_QUERIES
-    if platform() == "absent gpu" and not short:
-        return "chunked"
-    if _cudnn_refusal(q) is None and not short:
-        return "cudnn"
+    if platform() in ("gpu", "absent gpu") and not _is_short(q, k):
+        return "cudnn" if _cudnn_refusal(q) is None else "chunked"
     return "xla" if kv_end is None else "prefix"
+
+
+def _is_short(q, k) -> bool:
+    return min(q.shape[1], k.shape[1]) < MIN_FLASH_LENGTH
 
 
 def _cudnn_refusal(q) -> str | None:
@@ -214,8 +217,11 @@ def _chunked(q, k, v, kv_end, kv_length, scale):
 
 
 def _dense(q, k, v, kv_length, scale, kernel):
-    """All queries attend to keys [0, kv_length), or to all keys; `kernel` is `xla` or `cudnn`."""
-    if kernel == "xla":
+    """All queries attend to keys [0, kv_length), or to all keys.
+
+    `kernel` is `xla`, or `cudnn` for what is long enough for it.
+    """
+    if kernel == "xla" or _is_short(q, k):
         return _masked_xla(q, k, v, None, kv_length, None, scale)
     lengths = None if kv_length is None else _per_sample(kv_length, q.shape[0])
     return jax.nn.dot_product_attention(
