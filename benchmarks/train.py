@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.stream import random_transformer
 from checkpoint_converters import synthetic
 from configs import base
-from omniforcing_jax import assembly, experiment, partitioning, planning
+from omniforcing_jax import assembly, experiment, flow, partitioning, planning
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.models.connectors import ConnectorConfig
@@ -93,6 +93,8 @@ def make_experiment(args: argparse.Namespace, folder: pathlib.Path) -> Experimen
             "log_every": args.steps,
             "checkpoint_every": 1000 * args.steps,
             "keep_every": 1000 * args.steps,
+            "sample_every": 0,  # there are no decoders
+            "student.window": max(args.blocks - 2, 1),
             "tensorboard": False,
             "compute.dtype": args.dtype,
             "compute.remat": args.remat,
@@ -125,6 +127,8 @@ class _Data:
             audio_frames=layout.num_audio_frames(args.blocks),
             height=args.height // 32,
             width=args.width // 32,
+            sigmas=flow.student_sigmas(c.student.timesteps).tolist(),
+            autoregression=None,
         )
 
 

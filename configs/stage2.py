@@ -44,6 +44,7 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
     if variant == "19b-v2":
         c.clip.layout = "merged"
         c.clip.blocks = 5
+        c.student.window = 3
         c.student.num_sinks = 0
         c.regression.objective = "x0"
         c.generator_optimizer.learning_rate = 2e-4

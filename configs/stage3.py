@@ -35,6 +35,7 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
     if variant == "19b-v2":
         c.clip.layout = "merged"
         c.clip.blocks = c.rollout_blocks = 5
+        c.student.window = 3
         c.student.num_sinks = 0
         c.generator_optimizer.beta1 = c.critic_optimizer.beta1 = 0.0
     elif variant == "19b-ar":

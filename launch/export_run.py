@@ -43,6 +43,9 @@ _METADATA_KEYS = {
     "tanh_gated_attention": "tanh_gated_attention",
 }
 
+# settings of a causal student that say how its cache was filled in training
+_CACHE_SETTINGS = ("window", "anchors", "positions", "context_noise")
+
 
 def read_run_config(run: pathlib.Path) -> dict[str, Any]:
     """The configuration that a run was started with.
@@ -97,7 +100,7 @@ def student_content(
             "num_audio_sinks": student["num_audio_sinks"],
             "timesteps": list(config["student"]["timesteps"]),
         }
-        | {name: config["student"][name] for name in ("window", "anchors", "positions") if causal},
+        | {name: config["student"][name] for name in _CACHE_SETTINGS if causal},
         "source": [*base["source"], {"name": source, "bytes": 0}],
     }
     return content, described

@@ -208,6 +208,7 @@ def plan_blocks(
         sigmas=clip.sigmas,
         height=clip.height,
         width=clip.width,
+        context_noise=generator.context_noise,
     )
     return rollout, num_blocks
 

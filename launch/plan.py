@@ -52,6 +52,8 @@ def settings(args: argparse.Namespace) -> dict:
     named |= {"clip.blocks": args.blocks}
     if args.stage == "stage3":
         named["rollout_blocks"] = args.blocks
+    if args.blocks is not None:
+        named["student.window"] = max(args.blocks - 2, 1)  # as long as training allows
     changes = {name: value for name, value in named.items() if value is not None}
     for pair in args.set:
         name, _, value = pair.partition("=")

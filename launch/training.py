@@ -34,8 +34,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run in it is resumed.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print parameters, memory and arithmetic, and exit.")
 _DEVICES = flags.DEFINE_integer("devices", None, "With --plan: plan for so many devices.")
-_RESUME_CHANGED = flags.DEFINE_bool(
-    "allow_config_change", False, "Resume although the config is not that of the run."
+_ALLOW_CHANGE = flags.DEFINE_bool(
+    "allow_config_change",
+    False,
+    "Resume, or start from a causal student, although the config is not that of the run.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -135,7 +137,12 @@ def run(stage: str) -> int:
 
 def _checked(stage: str) -> tuple[Experiment, planning.Plan]:
     devices = _DEVICES.value if _PLAN.value and _DEVICES.value else jax.device_count()
-    e = experiment.check(_CONFIG.value, base.training(stage), devices)
+    e = experiment.check(
+        _CONFIG.value,
+        base.training(stage),
+        devices,
+        allow_config_change=_ALLOW_CHANGE.value,
+    )
     plan = planning.make_plan(e)
     if not _PLAN.value and not _WORKDIR.value:
         raise ConfigError(["--workdir: name a folder for the run"])
@@ -190,7 +197,7 @@ def _train(
             state,
             frozen,
             DeviceBatches(e.data, e.config.batch_size, e.config.seed, mesh),
-            dataclasses.replace(e.loop, allow_config_change=_RESUME_CHANGED.value),
+            dataclasses.replace(e.loop, allow_config_change=_ALLOW_CHANGE.value),
             workdir,
             run_config=json.loads(json.dumps(e.run_config())),
             hooks=training_hooks(e, stage, frozen if scores is None else frozen.student, workdir),

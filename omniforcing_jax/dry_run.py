@@ -11,7 +11,7 @@ import ml_collections
 
 from checkpoint_converters import synthetic
 from configs import base
-from omniforcing_jax import experiment
+from omniforcing_jax import experiment, flow
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.models.connectors import ConnectorConfig
@@ -75,4 +75,6 @@ class _Data:
             audio_frames=layout.num_audio_frames(c.clip.blocks),
             height=c.clip.height // compression,
             width=c.clip.width // compression,
+            sigmas=flow.student_sigmas(c.student.timesteps).tolist(),
+            autoregression=None,
         )

@@ -5,25 +5,21 @@ every problem it finds at once. `assembly.assemble` then loads weights onto the 
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 
-from omniforcing_jax import checkpoints, flow
+from omniforcing_jax import checkpoints, config_checks, flow
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.clip import Clip
+from omniforcing_jax.config_checks import Problems
 from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.losses import LossWeights
 from omniforcing_jax.models.config import TransformerConfig
 from omniforcing_jax.models.connectors import ConnectorConfig, TextConnectors
-from omniforcing_jax.models.transformer import (
-    Transformer,
-    check_remat,
-)
+from omniforcing_jax.models.transformer import Transformer, check_remat
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.pipeline import PipelineConfig
@@ -48,18 +44,6 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(f"  - {problem}" for problem in problems))
         self.problems = problems
-
-
-class _Problems(list):
-    """Problems found so far."""
-
-    def attempt(self, what: str, build: Callable[[], Any]) -> Any:
-        """What `build` returns, or None after its error has been noted."""
-        try:
-            return build()
-        except (ValueError, OSError, TypeError, KeyError) as error:
-            self.append(f"{what}: {error}")
-            return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +105,8 @@ def check(
     num_devices: int,
     data: Any = None,
     content: Mapping[str, Any] | None = None,
+    *,
+    allow_config_change: bool = False,
 ) -> Experiment:
     """Checks a config.
 
@@ -130,11 +116,12 @@ def check(
       num_devices: devices of all hosts together.
       data: a dataset with a manifest; None opens the one that the config names.
       content: of the checkpoint's config.json; None reads it.
+      allow_config_change: go on from a causal student whose settings are not those of the config.
 
     Raises:
       ConfigError: lists every problem.
     """
-    problems = _Problems(_unknown(config, reference))
+    problems = Problems(config_checks.unknown_settings(config, reference))
     if problems:
         raise ConfigError(problems)
     c, attempt = config, problems.attempt
@@ -148,8 +135,9 @@ def check(
     ema = attempt("ema", lambda: EMAConfig(**c.ema) if c.ema else None)
     settings = attempt("settings", lambda: _settings(c))
     loop = attempt("loop", lambda: _loop(c))
-    mesh_shape = _mesh_shape(c, _devices_of_a_mesh(c, num_devices, problems), problems)
-    _check_batch(c, mesh_shape, problems)
+    devices = config_checks.devices_of_a_mesh(c, num_devices, problems)
+    mesh_shape = config_checks.mesh_shape(c, devices, problems)
+    config_checks.check_batch(c, mesh_shape, problems)
     attempt("compute", lambda: _check_compute(c.compute))
     if content is None or pipeline is None:
         raise ConfigError(problems)
@@ -164,7 +152,9 @@ def check(
     )
     size = attempt("clip", lambda: pipeline.check_size(c.clip.height, c.clip.width))
     layout = attempt("clip.layout", lambda: _layout(c))
-    _check_source(c, content, problems)
+    config_checks.check_source(c, content, problems, allow_config_change)
+    config_checks.check_previews(c, content, problems)
+    config_checks.check_streaming(c, problems)
     if isinstance(settings, DMDConfig):
         attempt("score", lambda: settings.score.perturbation.check_layers(teacher.num_layers))
     rollout = None
@@ -172,10 +162,10 @@ def check(
         rollout = attempt("student", lambda: _rollout(c, layout, sigmas, size))
     if data is None:
         data = attempt("data", lambda: _open_data(c))
-    _check_data(c, data, content, teacher, connectors, rollout, problems)
+    config_checks.check_data(c, data, content, connectors, rollout, problems)
     if None in (student, connectors, rollout, settings) or problems:
         raise ConfigError(problems)
-    _check_heads(student, mesh_shape, problems)
+    config_checks.check_heads(student, mesh_shape, problems)
     clip = Clip.from_blocks(layout, c.clip.blocks, *size)
     experiment = Experiment(
         config=ml_collections.FrozenConfigDict(c),
@@ -202,27 +192,6 @@ def check(
     return experiment
 
 
-def _unknown(config, reference, prefix: str = "") -> list[str]:
-    """Settings that do not exist, that are missing, or that have another type."""
-    problems = []
-    for name in sorted({*config, *reference}):
-        path = f"{prefix}{name}"
-        if name not in reference:
-            problems.append(f"{path}: there is no such setting; there are {', '.join(reference)}")
-        elif name not in config:
-            problems.append(f"{path}: is missing")
-        elif isinstance(reference[name], ml_collections.ConfigDict):
-            if isinstance(config[name], ml_collections.ConfigDict):
-                problems += _unknown(config[name], reference[name], f"{path}.")
-            elif config[name] is not None:
-                problems.append(f"{path}: must be a group of settings, not {config[name]!r}")
-    if not prefix and config.get("stage") != reference.get("stage"):
-        problems.append(
-            f"stage: this config is for {config.get('stage')!r}, started was {reference.stage!r}"
-        )
-    return problems
-
-
 def _check_compute(compute) -> None:
     if compute.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {tuple(DTYPES)}, not {compute.dtype!r}")
@@ -231,7 +200,7 @@ def _check_compute(compute) -> None:
     check_remat(compute.remat)
 
 
-def _optimizers(c, problems: _Problems) -> dict[str, OptimizerConfig]:
+def _optimizers(c, problems: Problems) -> dict[str, OptimizerConfig]:
     names = ["generator"] if c.stage == "stage2" else ["generator", "critic"]
     return {
         name: problems.attempt(
@@ -263,79 +232,6 @@ def _settings(c) -> DMDConfig | RegressionConfig:
 def _loop(c) -> LoopConfig:
     names = ("num_steps", "log_every", "checkpoint_every", "keep_last", "keep_every", "tensorboard")
     return LoopConfig(**{name: c[name] for name in names})
-
-
-def _devices_of_a_mesh(c, num_devices: int, problems: _Problems) -> int:
-    """All, or half of them where the score networks have their own."""
-    if not c.compute.separate_scores:
-        return num_devices
-    if c.stage == "stage2":
-        problems.append("compute.separate_scores: stage II has no score networks")
-    if c.microbatches != 1:
-        problems.append(
-            "compute.separate_scores: takes a batch in one piece; microbatches must be 1, not "
-            f"{c.microbatches}"
-        )
-    own = num_devices // jax.process_count()
-    if own % 2:
-        problems.append(
-            f"compute.separate_scores: {own} devices of a process cannot be halved; give every "
-            "process an even number"
-        )
-    return max(num_devices // 2, 1)
-
-
-def _mesh_shape(c, num_devices: int, problems: _Problems) -> dict[str, int] | None:
-    shape = dict(c.mesh)
-    bad = [f"{name}={size}" for name, size in shape.items() if size < 1 and size != -1]
-    open_axes = [name for name, size in shape.items() if size == -1]
-    if bad or len(open_axes) > 1:
-        problems.append(
-            f"mesh: axes must be positive, one of them may be -1 (the rest), not {dict(c.mesh)}"
-        )
-        return None
-    known = math.prod(size for size in shape.values() if size != -1)
-    for name in open_axes:
-        shape[name] = max(num_devices // known, 1)
-    if math.prod(shape.values()) != num_devices:
-        divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
-        problems.append(
-            f"mesh: {dict(c.mesh)} does not multiply to the {num_devices} devices; axes can be "
-            f"any of {', '.join(map(str, divisors))} whose product is {num_devices}"
-        )
-        return None
-    return shape
-
-
-def _check_heads(student: TransformerConfig, mesh_shape, problems: _Problems) -> None:
-    if mesh_shape and student.video_heads % mesh_shape["tensor"]:
-        problems.append(
-            f"mesh.tensor: {mesh_shape['tensor']} does not divide the model's "
-            f"{student.video_heads} heads"
-        )
-    elif mesh_shape and student.video_heads % (mesh_shape["tensor"] * mesh_shape["sequence"]):
-        problems.append(
-            f"mesh: tensor {mesh_shape['tensor']} x sequence {mesh_shape['sequence']} does not "
-            f"divide the model's {student.video_heads} heads, which attention is split by"
-        )
-
-
-def _check_batch(c, mesh_shape: dict[str, int] | None, problems: _Problems) -> None:
-    for name in ("batch_size", "microbatches"):
-        if c[name] < 1:
-            problems.append(f"{name}: must be at least 1, not {c[name]}")
-            return
-    ways = mesh_shape["data"] * mesh_shape["fsdp"] if mesh_shape else 1
-    if c.batch_size % (c.microbatches * ways):
-        problems.append(
-            f"batch_size: {c.batch_size} is not a multiple of {c.microbatches} microbatches x "
-            f"{ways} devices of the mesh's data and fsdp axes; the next one is "
-            f"{-(-c.batch_size // (c.microbatches * ways)) * c.microbatches * ways}"
-        )
-    if c.batch_size % jax.process_count():
-        problems.append(
-            f"batch_size: {c.batch_size} cannot be shared by {jax.process_count()} processes"
-        )
 
 
 def _student(c, teacher: TransformerConfig) -> TransformerConfig:
@@ -381,27 +277,6 @@ def _rollout(c, layout: BlockLayout, sigmas, size: tuple[int, int]) -> RolloutCo
     return RolloutConfig(cache, sigmas, *size, context_noise=s.context_noise)
 
 
-def _check_source(c, content, problems: _Problems) -> None:
-    """Where the student starts must exist and be of the teacher's version."""
-    if c.generator_weights not in ("params", "ema"):
-        problems.append(
-            f"generator_weights: must be 'params' or 'ema', not {c.generator_weights!r}"
-        )
-    if not c.generator:
-        return
-    file = locate(c.generator) / "config.json"
-    if not file.is_file():
-        problems.append(f"generator: {c.generator} is neither a run nor a converted checkpoint")
-        return
-    source = checkpoints.read_json(file)
-    version = source.get("model_version") or source.get("config", {}).get("model_version")
-    if version != content["model_version"]:
-        problems.append(
-            f"generator: {c.generator} is of version {version}, the teacher of "
-            f"{content['model_version']}; student and teacher must be of the same model"
-        )
-
-
 def _open_data(c):
     if c.stage == "stage2":
         from omniforcing_jax.data.ode_pairs import open_ode_pairs
@@ -410,42 +285,6 @@ def _open_data(c):
     from omniforcing_jax.data.text_dataset import open_text_dataset
 
     return open_text_dataset(c.data)
-
-
-def _check_data(c, data, content, teacher, connectors, rollout, problems: _Problems) -> None:
-    """The stored features and trajectories must be for this model and this clip."""
-    if data is None or connectors is None:
-        return
-    m = data.manifest
-    if m.model_version != content["model_version"]:
-        problems.append(
-            f"data: {c.data} was made for version {m.model_version}, the checkpoint is "
-            f"{content['model_version']}"
-        )
-    if (m.video_dim, m.audio_dim) != (connectors.video_dim, connectors.audio_dim):
-        problems.append(
-            f"data: features are {m.video_dim} and {m.audio_dim} wide, the checkpoint's connectors "
-            f"take {connectors.video_dim} and {connectors.audio_dim}"
-        )
-    if m.text_length % connectors.num_registers:
-        problems.append(
-            f"data: text length {m.text_length} is not a multiple of the connectors' "
-            f"{connectors.num_registers} registers"
-        )
-    if c.stage == "stage2" and rollout is not None:
-        layout = rollout.cache.layout
-        blocks = max(c.clip.blocks, 1)
-        expected = {
-            "video_frames": layout.num_video_frames(blocks),
-            "audio_frames": layout.num_audio_frames(blocks),
-            "height": rollout.height,
-            "width": rollout.width,
-        }
-        found = {name: getattr(m, name) for name in expected}
-        if found != expected:
-            problems.append(
-                f"data: trajectories are of clips with {found}, the config's clip has {expected}"
-            )
 
 
 def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODERegression:

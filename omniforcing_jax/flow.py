@@ -21,6 +21,7 @@ DISTILLED_STAGE2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
 # sigma is stretched to the terminal value.
 _MU_POINTS = ((1024, 0.95), (4096, 2.05))
 _TERMINAL_SIGMA = 0.1
+SCHEDULE_STEPS = 40  # of the schedule that the student's levels are picked from
 
 
 def ltx2_schedule(num_steps: int, num_tokens: int = 4096) -> np.ndarray:
@@ -53,7 +54,7 @@ def ltx2_schedule(num_steps: int, num_tokens: int = 4096) -> np.ndarray:
 
 
 def student_sigmas(
-    timesteps: Sequence[float] = (1000, 909, 725, 421), num_steps: int = 40
+    timesteps: Sequence[float] = (1000, 909, 725, 421), num_steps: int = SCHEDULE_STEPS
 ) -> np.ndarray:
     """Sigmas of the few-step student: the entries of the teacher's schedule nearest to t / 1000.
 

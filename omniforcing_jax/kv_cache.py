@@ -132,8 +132,10 @@ class CacheConfig:
         return num_blocks <= 1 + self.anchor_blocks + self.window
 
     def for_clip(self, num_blocks: int) -> "CacheConfig":
-        """The same for a clip of known length, without slots that it would leave empty."""
-        window = min(self.window, num_blocks - 1 - self.anchor_blocks)
+        """The same for a clip of known length: without slots that it would leave empty, and with
+        one for its last block where only that one would evict another, for nobody to miss."""
+        whole = num_blocks - 1 - self.anchor_blocks
+        window = self.window if self.window < whole - 1 else whole
         return dataclasses.replace(self, window=max(window, 1))
 
     def evicted(self, block: jax.Array | int) -> jax.Array:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
+import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from jax.experimental import multihost_utils
 from omniforcing_jax import checkpoints, flow, media, partitioning
 from omniforcing_jax.assembly import text_arrays
 from omniforcing_jax.clip import audio_attention_entropy, draw_noise
+from omniforcing_jax.config_checks import DECODERS
 from omniforcing_jax.contact_sheet import contact_sheet
 from omniforcing_jax.experiment import Experiment
 from omniforcing_jax.pipeline import decode_clip
@@ -26,7 +29,6 @@ from omniforcing_jax.stages.unrolled import UnrolledGenerator
 from omniforcing_jax.train import Hook, Scalars
 from omniforcing_jax.train_state import TrainState
 
-_DECODERS = ("video_vae", "audio_vae", "vocoder")
 _ENTROPY_SIGMA = 0.5
 
 
@@ -68,7 +70,11 @@ class Previews:
         self.generator = full_generator(e, self.stage)
 
     def __call__(self, step: int, state: TrainState) -> Scalars:
-        """Samples, measures, decodes, and writes files."""
+        """Samples, measures, decodes, and writes files.
+
+        All processes sample; process 0 decodes and writes. If it cannot, it warns: a picture less
+        is no reason to end a run.
+        """
         network = state.generator
         params = network.params if network.ema is None else network.ema
         latents, scalars = self._sample(
@@ -79,7 +85,14 @@ class Previews:
         if jax.process_index() == 0:
             # a mesh of its own: on that of the run, the other processes would have to decode, too
             with jax.set_mesh(partitioning.make_mesh(devices=jax.local_devices()[:1])):
-                self._write(step, latents)
+                try:
+                    self._write(step, latents)
+                except Exception:
+                    warnings.warn(
+                        f"no sample clips of step {step}, the run goes on:\n"
+                        f"{traceback.format_exc()}",
+                        stacklevel=2,
+                    )
         return scalars
 
     @functools.cached_property
@@ -120,7 +133,7 @@ class Previews:
             name: checkpoints.load_params(
                 e.config.checkpoint, name, dtype=jnp.float32 if name == "vocoder" else e.dtype
             )
-            for name in _DECODERS
+            for name in DECODERS
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as local:  # the folder may be on object storage

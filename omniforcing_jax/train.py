@@ -167,7 +167,8 @@ def train(
         processes must see the same one; all but the checkpoints is written by process 0.
       run_config: everything that determines the run, as JSON. A resumed run must have the same (but
         for `run_config.MAY_DIFFER`).
-      hooks: called after the steps that are multiples of their `every`.
+      hooks: called after the steps that are multiples of their `every`, when a checkpoint that is
+        due has been saved.
       flops_per_step, tokens_per_step: of all devices together, on average, for the records.
       watchdog: told of every step that is done; None: nobody watches.
 
@@ -287,6 +288,9 @@ class _Loop:
         self.pending = (self.done, scalars)
 
     def _after_step(self) -> None:
+        # before the hooks: one that fails loses nothing, and is not met again after a restart
+        if self.done % self.config.checkpoint_every == 0 or self.done == self.config.num_steps:
+            self._save()
         hooks = [hook for hook in self.hooks if self.done % hook.every == 0]
         if hooks:
             self._collect()
@@ -296,8 +300,6 @@ class _Loop:
                 if scalars:
                     self.writer.write(self.done, scalars)
                 self._alive(f"a hook after step {self.done}")
-        if self.done % self.config.checkpoint_every == 0:
-            self._save()
 
     def _collect(self) -> None:
         """Fetches the scalars of the last step that was dispatched, and writes what is due."""

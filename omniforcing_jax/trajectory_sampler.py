@@ -51,6 +51,7 @@ class Generator:
       connectors_folder: converted checkpoint with its connectors.
       layout_name: how it cuts a clip into blocks; None if it is bidirectional or does not say.
       trained_cache: what it says of its cache.
+      context_noise: and of the noise level of its history.
     """
 
     folder: str
@@ -61,6 +62,7 @@ class Generator:
     connectors: ConnectorConfig
     layout_name: str | None
     trained_cache: TrainedCache
+    context_noise: float
 
     @classmethod
     def find(cls, checkpoint: str, generator: str | None, weights: str | None) -> "Generator":
@@ -103,6 +105,7 @@ class Generator:
             connectors=ConnectorConfig.from_metadata(section),
             layout_name=student.get("layout"),
             trained_cache=TrainedCache.read(student),
+            context_noise=student.get("context_noise", 0.0),
         )
 
     def check_text(self, text: text_dataset.Manifest, folder: str) -> None:

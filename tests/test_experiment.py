@@ -11,7 +11,7 @@ import pytest
 
 from checkpoint_converters import synthetic
 from configs import base, stage1, stage2, stage3
-from omniforcing_jax import assembly, experiment, partitioning, planning
+from omniforcing_jax import assembly, experiment, flow, partitioning, planning
 from omniforcing_jax.experiment import ConfigError
 from omniforcing_jax.models.config import TransformerConfig
 
@@ -26,6 +26,7 @@ class Data:
         shape = {"video_frames": 16, "audio_frames": 126, "height": 16, "width": 24}
         text = {"model_version": "2.0.0", "video_dim": 3840, "audio_dim": 3840}
         more = {"text_length": 1024, "shared_features": True}
+        more |= {"sigmas": flow.student_sigmas(), "schedule": [0.0] * 41, "autoregression": None}
         self.manifest = types.SimpleNamespace(**(shape | text | more | changes))
 
 
@@ -165,6 +166,9 @@ def test_all_problems_are_reported_together(full_size):
         ({"score.stg": 1.0}, "stg_blocks is empty"),
         ({"score.stg": 1.0, "score.stg_blocks": (48,)}, "has the blocks 0 to 47"),
         ({"score.context": "block_causal", "rollout_blocks": 7}, "scored from its first block"),
+        ({"sample_clips": 0}, "sample_clips: must be at least 1"),
+        ({"sample_every": -1}, "sample_every: must be 0"),
+        ({"score.context": "block_causal", "student.context_noise": 0.1}, "scores see a history"),
     ],
 )
 def test_single_problems(full_size, changes, message):
@@ -192,11 +196,82 @@ def test_unknown_and_missing_settings(full_size):
         ("stage1", {"video_dim": 4096}, "features are 4096 and 3840 wide"),
         ("stage1", {"text_length": 1000}, "not a multiple of the connectors' 128 registers"),
         ("stage2", {"video_frames": 13}, "trajectories are of clips with"),
+        ("stage2", {"sigmas": (1.0, 0.75, 0.0)}, "--timesteps 1000 909 725 421 --steps 40"),
+        ("stage2", {"autoregression": {"layout": "merged"}}, "in blocks of layout 'merged'"),
     ],
 )
 def test_data_that_does_not_fit(full_size, monkeypatch, stage, changes, message):
     monkeypatch.setattr(experiment, "_open_data", lambda config: Data(**changes))
     assert any(message in problem for problem in problems_of(stage, full_size))
+
+
+def test_flow_matching_reads_clean_clips_of_any_sampler(full_size, monkeypatch):
+    data = Data(sigmas=(1.0, 0.0), autoregression={"layout": "merged"})
+    monkeypatch.setattr(experiment, "_open_data", lambda config: data)
+    checked("stage2", full_size, variant="19b-flow")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compute.gather_weights": True}, "compute.gather_weights: stage II has no rollouts"),
+        ({"regression.clean_history": 0.1, "student.context_noise": 0.1}, "whose history has no"),
+        ({"student.window": 5}, "reaches block position 6, clip.blocks=6 trains positions up to 5"),
+    ],
+)
+def test_problems_of_stage_two(full_size, changes, message):
+    assert any(message in problem for problem in problems_of("stage2", full_size, **changes))
+
+
+def test_exported_windows_stay_within_what_is_trained(full_size):
+    for stage, variant in (("stage2", "19b"), ("stage2", "19b-v2"), ("stage3", "19b"),
+                           ("stage3", "19b-v2"), ("stage3", "19b-ar")):  # fmt: skip
+        e = checked(stage, full_size, variant=variant)
+        cache, blocks = e.rollout.cache, e.config.clip.blocks
+        assert int(cache.position_of(1000)) == blocks - 1
+        assert cache.for_clip(blocks).holds(blocks), "training keeps all blocks in one cache"
+    for module in (stage2, stage3):
+        for variant in ("tiny", "pocket"):
+            c = module.get_config(variant)
+            assert (c.clip.blocks, c.student.window, c.student.anchors) == (3, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "right"),
+    [({"window": 7}, 4), ({"window": 4, "anchors": 1}, 3)],
+)
+def test_a_window_beyond_what_is_trained_is_refused(full_size, changes, right):
+    changes = {f"student.{name}": value for name, value in changes.items()}
+    (problem,) = problems_of("stage3", full_size, **changes)
+    assert "student.window: a stream with" in problem
+    assert f"set it to {right}, or train on more blocks" in problem
+    checked("stage3", full_size, **changes, **{"student.positions": "absolute"})
+    checked("stage3", full_size, **changes, rollout_blocks=9)
+
+
+def test_clips_too_short_for_any_window_warn(full_size, monkeypatch):
+    data = Data(video_frames=4, audio_frames=26)
+    monkeypatch.setattr(experiment, "_open_data", lambda config: data)
+    with pytest.warns(UserWarning, match="Train on 3 blocks or more"):
+        checked("stage2", full_size, **{"clip.blocks": 2})
+
+
+def test_sample_clips_need_decoders(full_size):
+    content = json.loads((full_size / "config.json").read_text())
+    content["components"] = ["transformer", "connectors", "video_vae"]
+    (full_size / "config.json").write_text(json.dumps(content))
+    (problem,) = problems_of("stage3", full_size)
+    assert "has no audio_vae, vocoder to decode sample clips with" in problem
+    checked("stage3", full_size, sample_every=0, sample_clips=0)
+
+
+def test_rows_may_be_fewer_than_processes(full_size, monkeypatch):
+    """Where tensor and sequence axes span processes, several of them hold the same rows."""
+    monkeypatch.setattr(jax, "process_count", lambda: 32)
+    checked("stage3", full_size, batch_size=8, **{"mesh.tensor": 2, "mesh.sequence": 2})
+    (problem,) = problems_of("stage3", full_size, **{"compute.separate_scores": True})
+    assert "1 devices of a process cannot be halved" in problem
+    assert "one process per node" in problem and "JAX_LOCAL_DEVICE_IDS" in problem
 
 
 def test_missing_checkpoint_and_data(tmp_path, full_size, monkeypatch):
@@ -233,6 +308,31 @@ def test_student_is_built_like_its_source(full_size, tmp_path):
     (run / "config.json").write_text(json.dumps({"format": 1, "config": config}))
     problems = problems_of("stage2", full_size, generator=str(run))
     assert any("student and teacher must be of the same model" in p for p in problems)
+
+
+def test_a_student_goes_on_as_it_was_trained(full_size, tmp_path):
+    """From a causal student, whose new parameters would start anew; not from one of stage I."""
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def write(stage, **changes):
+        e = checked(stage, full_size, **changes)
+        config = json.loads(json.dumps(e.run_config()))
+        (run / "config.json").write_text(json.dumps({"format": 1, "config": config}))
+
+    other = {"student.num_sinks": 4, "student.sink_rope": "incremental"}
+    write("stage2")
+    e = checked("stage3", full_size, generator=str(run))
+    assert e.student.num_audio_sinks == 16
+    write("stage2", **other)
+    (problem,) = problems_of("stage3", full_size, generator=str(run))
+    assert "student.num_sinks (4 there, 16 here)" in problem
+    assert "student.sink_rope (incremental there, identity here)" in problem
+    assert "timesteps" not in problem and "layout" not in problem
+    changed = config_of("stage3", full_size, generator=str(run))
+    experiment.check(changed, base.training("stage3"), 32, allow_config_change=True)
+    write("stage1")
+    checked("stage2", full_size, generator=str(run), **other)
 
 
 def test_state_is_described_without_memory(full_size):

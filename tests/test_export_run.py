@@ -44,6 +44,7 @@ def run(random_checkpoint, tmp_path_factory):
             "window": 2,
             "anchors": 1,
             "positions": "absolute",
+            "context_noise": 0.125,
         },
         "student_config": dataclasses.asdict(student),
     }
@@ -74,9 +75,11 @@ def test_export_of_the_average(run, random_checkpoint, tmp_path):
     assert (parsed.layout_name, parsed.timesteps) == ("prefix", (1000, 757, 522))
     cache = parsed.cache(parsed.layout())
     assert (cache.window, cache.anchor_blocks, cache.positions) == (2, 1, "absolute")
+    assert parsed.context_noise == 0.125
     other = parsed.cache(parsed.layout(), window=3, anchors=0, positions="relative")
     assert (other.window, other.anchor_blocks, other.positions) == (3, 0, "relative")
     plain = PipelineConfig.from_checkpoint(base)
+    assert plain.context_noise == 0.0
     assert plain.cache(parsed.layout()) == CacheConfig(parsed.layout(), window=7)
     content, before = checkpoints.load_config(student), checkpoints.load_config(base)
     assert content["family"] == "omniforcing" and content["components"] == before["components"]

@@ -358,6 +358,17 @@ def test_many_writes():
     np.testing.assert_array_equal(cache.kv.audio.k[:, :, : first_two.shape[2]], first_two)
 
 
+@pytest.mark.parametrize("window, holds", [(2, False), (3, True), (4, True), (7, True)])
+def test_for_clip(window, holds):
+    """All slots, if no block of the clip misses another; the blocks see the same either way."""
+    config = CacheConfig(BlockLayout.prefix(), window, 1)
+    short = config.for_clip(6)
+    assert short.window == (4 if holds else window) and short.holds(6) == holds
+    for block in range(6):
+        assert int(short.evicted(block)) == int(config.evicted(block))
+        assert int(short.position_of(block)) == int(config.position_of(block))
+
+
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 @pytest.mark.parametrize("window, anchors", [(1, 0), (2, 1), (3, 0), (3, 1), (7, 2)])
 def test_slot_positions(window, anchors, positions):

@@ -179,6 +179,8 @@ for axes in (dict(data=2, fsdp=2), dict(fsdp=4), dict(data=2, tensor=2), dict(te
         found.append(multihost_utils.process_allgather(batch["x"], tiled=True)[:, 0])
     batches.append(np.stack(found))
     assert iterator.get_state() == {"next_index": 3}
+alone = np.asarray(next(DeviceBatches(Source(), 1, 3, mesh))["x"])  # one row, which both read
+assert alone.shape == (1, 2) and len(np.unique(multihost_utils.process_allgather(alone))) == 1
 for other in batches[1:]:
     np.testing.assert_array_equal(batches[0], other)
 print(batches[0].astype(int).tolist())

@@ -257,7 +257,7 @@ def run(random_checkpoint, tmp_path_factory):
     config = {
         "stage": "stage2",
         "clip": {"layout": "prefix"},
-        "student": {"window": 1, "anchors": 0, "positions": "relative"},
+        "student": {"window": 1, "anchors": 0, "positions": "relative", "context_noise": 0.0},
         "model_version": "2.0.0",
         "student_config": dataclasses.asdict(student),
     }
@@ -278,6 +278,11 @@ def test_of_an_autoregressive_run(run, random_checkpoint, text, stored, tmp_path
     (copy / "config.json").write_text(json.dumps({"config": {"stage": "stage2"}}))
     assert ode_pairs.main([*arguments, "--generator", str(copy)]) == 2
     assert "lacks clip, model_version, student, student_config" in capsys.readouterr().err
+    noisy = json.loads((run / "config.json").read_text())
+    noisy["config"]["student"]["context_noise"] = 0.1
+    (copy / "config.json").write_text(json.dumps(noisy))
+    assert ode_pairs.main([*arguments, "--autoregressive", "--generator", str(copy)]) == 2
+    assert "context_noise must be 0, not 0.1" in capsys.readouterr().err
     arguments += ["--autoregressive", "--cfg-video", "2", "--clips-per-shard", "1"]
     assert ode_pairs.main([*arguments, "--batch-size", "1", "--previews", "0"]) == 0
     assert "sampled in 2 blocks in 4 steps of cond, uncond" in capsys.readouterr().err

@@ -108,6 +108,27 @@ def test_one_level_for_the_clip_and_no_clean_state():
     assert {int(i) for states in drawn for i in states.ravel()} == set(range(STATES - 1))
 
 
+def test_levels_of_flow_matching():
+    """All levels that a sampler visits: pure noise, and the clean history, which has no loss."""
+    sigma, weight = [], []
+    for include_clean in (True, False):
+        stage = make(objective="flow", include_clean=include_clean)
+        keys = jax.random.split(jax.random.key(0), 4000)
+        batch = {name: jnp.zeros((4000, 1, tokens, channels)) for name, tokens, channels in (
+            ("video", stage.clip.video_tokens, stage.model.config.video_channels),
+            ("audio", stage.clip.audio_frames, stage.model.config.audio_channels),
+        )}  # fmt: skip
+        problem = jax.jit(stage.problem)(batch, keys)
+        sigma.append(np.asarray(problem.sigma))
+        weight.append(np.asarray(problem.weight))
+    clean = sigma[0] == 0.0
+    assert np.mean(clean) == pytest.approx(1 / 3, abs=0.02)  # of two steps and the clean state
+    np.testing.assert_allclose(weight[0], np.where(clean, 0.0, 1.5))
+    assert weight[0].mean() == pytest.approx(1.0, abs=0.03)
+    assert (weight[1] == 1.0).all() and sigma[1].min() == pytest.approx(0.1, abs=1e-3)
+    assert sigma[0].max() == sigma[1].max() == 1.0
+
+
 def test_masked_loss_by_hand():
     """Weighted mean over frames, and its split over blocks, from the network's own outputs."""
     stage = make(weights=LossWeights(0.5, 2.0))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 
 import flax.linen as nn
 import jax
@@ -421,6 +422,9 @@ def test_script_refuses(checkpoint, random_gemma, tmp_path, capsys, monkeypatch)
     output.write_bytes(b"x")
     assert run_script(checkpoint, output, *random) == 2
     assert "exists already" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert run_script(checkpoint, tmp_path / "other.mp4", *random) == 2
+    assert "needs PyAV (pip install av)" in capsys.readouterr().err
 
 
 def test_script_defaults_follow_the_version(checkpoint):

@@ -110,6 +110,16 @@ def check_same(found: list[dict], expected: list[dict]) -> None:
 
 
 @pytest.mark.slow
+def test_a_clip_that_two_processes_share(world, tmp_path):
+    """Fewer rows than processes: both read the row, and each computes half of the heads."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    few = {"batch_size": 2, "microbatches": 2, "num_steps": 2}
+    finish(world, alone, 1, **few)
+    finish(world, shared, 2, **few, **{"mesh.fsdp": 1, "mesh.tensor": 2})
+    check_same(losses(shared), losses(alone))
+
+
+@pytest.mark.slow
 def test_losses_of_two_processes_of_which_one_is_killed_and_of_four_that_go_on(world, tmp_path):
     one, several = tmp_path / "one", tmp_path / "several"
     finish(world, one, 1)

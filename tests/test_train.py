@@ -181,6 +181,20 @@ def test_hooks_and_the_end_of_the_data(stage, tmp_path):
     assert curve(tmp_path) == [{"step": 2, "sample/mean": 0.5}]
 
 
+@pytest.mark.parametrize("at", [5, 7])
+def test_a_hook_that_fails_loses_nothing_and_is_not_met_again(stage, tmp_path, reference, at):
+    """After a regular checkpoint, and after the last step."""
+
+    def fail(step, state):
+        raise RuntimeError(f"no picture of step {step}")
+
+    with pytest.raises(RuntimeError, match=f"no picture of step {at}"):
+        train_toy(tmp_path, 7, stage, hooks=[Hook(at, fail)])
+    assert str(at) in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    outcome = train_toy(tmp_path, stage=stage, hooks=[Hook(at, lambda step, state: None)])
+    assert_same_run(tmp_path, outcome, reference)
+
+
 def test_a_stage_whose_counter_is_wrong_is_not_saved(stage, tmp_path):
     class Forgetful:
         def train_step(self, state, frozen, batch, step):

@@ -45,7 +45,11 @@ from omniforcing_jax.stages.common import (
 from omniforcing_jax.train_state import TrainState, cast_params, update_network
 
 OBJECTIVES = ("velocity", "x0", "flow")
-_LEVEL, _NOISE = 21, 22  # uses of a sample's key
+_LEVEL, _NOISE, _CLEAN = 21, 22, 23  # uses of a sample's key
+
+
+def _all_levels() -> ScoreConfig:
+    return ScoreConfig(min_timestep=1, max_timestep=1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class RegressionConfig:
       include_clean: the clean state is among those drawn. It has no loss of its own (and the loss
         is scaled so that its expectation does not change), but is history to later blocks.
       clean_history: probability with which a training step shows clean instead of noisy history.
-      score: noise levels of the "flow" objective.
+      score: noise levels of the "flow" objective; all that a sampler may visit by default.
       microbatches, seed: as in `DMDConfig`.
     """
 
@@ -69,7 +73,7 @@ class RegressionConfig:
     level_per_block: bool = True
     include_clean: bool = True
     clean_history: float = 0.0
-    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+    score: ScoreConfig = dataclasses.field(default_factory=_all_levels)
     microbatches: int = 1
     seed: int = 0
 
@@ -224,16 +228,23 @@ class ODERegression:
         return int(self.config.include_clean)
 
     def _flow_problem(self, clean: AVLatents, keys: jax.Array) -> Problem:
-        timesteps = self._per_block(
-            keys,
-            lambda key, shape: jax.random.randint(key, shape, 0, len(scores.sigma_table()) - 1),
-        )
-        level = scores.sigma_of(timesteps, self.config.score)
+        def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jax.random.randint(key, shape, 1, len(scores.sigma_table()))
+
+        level = scores.sigma_of(self._per_block(keys, draw), self.config.score)
+        weight = jnp.ones_like(level)
+        if self.config.include_clean:  # as often as among the student's levels
+            last = self.rollout.num_steps
+            drawn = self._per_block(
+                fold(keys, _CLEAN), lambda key, shape: jax.random.randint(key, shape, 0, last + 1)
+            )
+            level = jnp.where(drawn < last, level, 0.0)
+            weight = (drawn < last) * ((last + 1) / last)
         sigma = sigmas_per_frame(level, self.layout, self.clip)
         noise = draw_noise(fold(keys, _NOISE), self.clip, self.model)
         noisy = jax.tree.map(flow.add_noise, clean, noise, sigma)
         target = jax.tree.map(jnp.subtract, noise, clean)
-        return Problem(clean, noisy, target, jnp.ones_like(level), level)
+        return Problem(clean, noisy, target, weight, level)
 
     def _per_block(self, keys: jax.Array, draw) -> jax.Array:
         """[B, K] draws, independent or one for all blocks of a sample."""
