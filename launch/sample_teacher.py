@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from launch import prompt_options
-from launch.stream import open_clip
 from omniforcing_jax import media, text_features
 from omniforcing_jax.guidance import LTX23_GUIDANCE, default_guidance
 from omniforcing_jax.models import video_vae
@@ -260,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         media.check_output_path(args.output, args.overwrite)
         config = PipelineConfig.from_checkpoint(args.checkpoint)
         plan = make_plan(args, config)
-        writer = open_clip(  # before the weights are read: it checks its settings, too
+        writer = media.ClipWriter(  # before the weights are read: it checks its settings, too
             args.output,
             width=args.width,
             height=args.height,

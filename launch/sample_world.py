@@ -272,11 +272,11 @@ def measure_speed(args: argparse.Namespace, sampler: Sampler, caption: str) -> d
     return {"first_frames_after": clips.first, "fps": clips.frames.shape[1] / clips.total}
 
 
-def real_features(count: int, balls: int | None, num_frames: int) -> list[dict[str, float]]:
+def real_features(count: int, balls: int | None, length: int) -> list[dict[str, float]]:
     """Of as many clips of the world with so many balls, for other captions."""
     features = []
     for seed in choose_seeds(count, balls, "validation"):
-        clip = make_clip(seed, num_frames, WORLD)
+        clip = make_clip(seed, length, WORLD)
         seen = observe(clip.frames, WORLD.frame_rate, clip.waveform, WORLD.sample_rate)
         features.append(clip_features(seen, clip.waveform, WORLD.sample_rate))
     return features

@@ -30,7 +30,7 @@ import statistics
 import sys
 import threading
 import time
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -385,18 +385,6 @@ def run(session: StreamingSession, plan: Plan, writer: BackgroundWriter, report:
             writer.put(tail)
 
 
-def open_clip(path: str | BinaryIO, **settings: Any) -> media.ClipWriter:
-    """A `media.ClipWriter` of these settings.
-
-    Raises:
-      ValueError: also where PyAV is missing.
-    """
-    try:
-        return media.ClipWriter(path, **settings)
-    except ImportError as error:
-        raise ValueError(f"writing clips needs PyAV (pip install av): {error}") from error
-
-
 def clip_settings(args: argparse.Namespace, config: PipelineConfig) -> dict[str, Any]:
     """Of the clip's writer."""
     return {
@@ -418,7 +406,7 @@ def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, Plan]:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     plan = make_plan(args, config)
-    open_clip(io.BytesIO(), **clip_settings(args, config)).close()  # it checks its settings
+    media.ClipWriter(io.BytesIO(), **clip_settings(args, config)).close()  # it checks its settings
     return config, plan
 
 
@@ -449,7 +437,7 @@ def stream(args: argparse.Namespace, config: PipelineConfig, plan: Plan) -> Repo
     settings = clip_settings(args, config)
     with (
         contextlib.suppress(BrokenPipeError),
-        open_clip(args.output, overwrite=args.overwrite, **settings) as clip,
+        media.ClipWriter(args.output, overwrite=args.overwrite, **settings) as clip,
     ):
         writer = BackgroundWriter(clip, args.enlarge)
         report.start = time.perf_counter()

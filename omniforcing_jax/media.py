@@ -158,10 +158,13 @@ class ClipWriter:
           overwrite: whether an existing file may be replaced (see the class).
 
         Raises:
-          ValueError: a setting or path that cannot work (see `check_output_path`).
+          ValueError: a setting or path that cannot work (see `check_output_path`), or no PyAV.
           FileExistsError: the file exists and `overwrite` is False.
         """
-        import av
+        try:
+            import av
+        except ImportError as error:
+            raise ValueError(f"writing clips needs PyAV (pip install av): {error}") from error
 
         _check_settings(width, height, frame_rate, sample_rate, crf, preset, fragment_seconds)
         self.width, self.height = int(width), int(height)
