@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--window", type=int, default=7)
     add("--anchors", type=int, default=0)
     add("--positions", choices=("relative", "absolute"), default="relative")
-    add("--timesteps", type=float, nargs="+", default=[1000, 909, 725, 421])
+    add("--timesteps", type=float, nargs="+", default=list(flow.STUDENT_TIMESTEPS))
     add("--text-tokens", type=int, default=1024)
     add("--blocks", type=int, default=20, help="blocks timed after the cache is full")
     add("--decode", choices=("window", "causal"), default="window")

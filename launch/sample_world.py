@@ -32,7 +32,6 @@ from rich.console import Console
 from rich.progress import track
 
 from launch.measure import make_table, marks
-from omniforcing_jax import flow
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.clip import Clip
 from omniforcing_jax.data.bounce import WorldConfig, draw_scene
@@ -42,16 +41,15 @@ from omniforcing_jax.kv_cache import POSITIONS
 from omniforcing_jax.measures.frechet import clip_features, frechet_distance
 from omniforcing_jax.measures.observation import observe
 from omniforcing_jax.measures.report import Measures, measure, pool, windows
-from omniforcing_jax.pipeline import Pipeline, PipelineConfig, decode_clip, load_pipeline
+from omniforcing_jax.pipeline import Pipeline, decode_clip, load_pipeline
 from omniforcing_jax.previews import write_clip
 from omniforcing_jax.prompts import Contexts, PromptEncoder
-from omniforcing_jax.rollout import AVLatents, RolloutConfig
+from omniforcing_jax.rollout import AVLatents
 from omniforcing_jax.sampler import SampleConfig, sample
 from omniforcing_jax.stages.bidirectional import BidirectionalGenerator
 
 SAMPLERS = ("teacher", "few-step", "stream", "world", "chance")
 MODEL_FREE = ("world", "chance")
-DEFAULT_TIMESTEPS = (1000, 909, 725, 421)
 WORLD = WorldConfig()
 
 
@@ -116,7 +114,7 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     config = pipeline.config
     size = config.check_size(WORLD.height, WORLD.width)
     if args.sampler == "stream":
-        return _stream_sampler(args, pipeline, size)
+        return _stream_sampler(args, pipeline)
     whole = SampleConfig.for_clip(
         frames=num_frames(args),
         height=WORLD.height,
@@ -138,7 +136,7 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
         def generate(contexts, keys):
             return sample(model, weights, contexts, negative, keys, whole)
     else:
-        sigmas = tuple(_sigmas(args, config))
+        sigmas = config.sigmas(args.timesteps)
         clip = Clip(whole.video_frames, whole.audio_frames, *size, WORLD.frame_rate)
         student = BidirectionalGenerator(model, clip, sigmas)
         generate = jax.jit(lambda contexts, keys: student.generate(weights, contexts, keys))
@@ -173,20 +171,11 @@ def _decode(pipeline: Pipeline, latents: AVLatents, size) -> tuple[np.ndarray, n
     return np.stack(frames), np.stack(waveforms)
 
 
-def _sigmas(args: argparse.Namespace, config: PipelineConfig) -> Iterator[float]:
-    timesteps = args.timesteps or config.timesteps or DEFAULT_TIMESTEPS
-    return (float(s) for s in flow.student_sigmas(timesteps))
-
-
-def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline, size) -> Sampler:
+def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
-    rollout = RolloutConfig(
-        cache=pipeline.config.cache(layout, args.window, args.anchors, args.positions),
-        sigmas=tuple(_sigmas(args, pipeline.config)),
-        height=size[0],
-        width=size[1],
-        context_noise=pipeline.config.context_noise,
-    )
+    cache = pipeline.config.cache(layout, args.window, args.anchors, args.positions)
+    sigmas = pipeline.config.sigmas(args.timesteps)
+    rollout = pipeline.config.rollout(WORLD.height, WORLD.width, cache=cache, sigmas=sigmas)
     count = layout.blocks_for_seconds(args.seconds)
     rollout.cache.blocks_in_positions(count)
 

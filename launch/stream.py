@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import prompt_options
-from omniforcing_jax import flow, media, text_features
+from omniforcing_jax import media, text_features
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.kv_cache import POSITIONS
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS, attention
@@ -48,7 +48,6 @@ from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.streaming import Chunk, StreamingSession
 from omniforcing_jax.streaming_video import StreamingVideoDecoder
 
-DEFAULT_TIMESTEPS = (1000, 909, 725, 421)
 RANDOM_FEATURE_TOKENS = 128
 # Parts of a block's time as the report names them.
 PARTS = {
@@ -123,19 +122,12 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
     Raises:
       ValueError: what is wrong, and what would be right.
     """
-    height, width = config.check_size(args.height, args.width)
     _check_decoder(args, config)
     _check_attention(args, config)
     layout = config.layout(args.layout, args.fps)
-    timesteps = args.timesteps or config.timesteps or DEFAULT_TIMESTEPS
-    sigmas = args.sigmas or flow.student_sigmas(timesteps)
-    rollout = RolloutConfig(
-        cache=config.cache(layout, args.window, args.anchors, args.positions),
-        sigmas=tuple(float(s) for s in flow.check_sigmas(sigmas)),
-        height=height,
-        width=width,
-        context_noise=config.context_noise,
-    )
+    cache = config.cache(layout, args.window, args.anchors, args.positions)
+    sigmas = args.sigmas or config.sigmas(args.timesteps)
+    rollout = config.rollout(args.height, args.width, cache=cache, sigmas=sigmas)
     num_blocks = None if args.endless else layout.blocks_for_seconds(args.seconds)
     rollout.cache.blocks_in_positions(num_blocks)
     prompt_options.check_source(args)

@@ -22,6 +22,7 @@ DISTILLED_STAGE2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
 _MU_POINTS = ((1024, 0.95), (4096, 2.05))
 _TERMINAL_SIGMA = 0.1
 SCHEDULE_STEPS = 40  # of the schedule that the student's levels are picked from
+STUDENT_TIMESTEPS = (1000, 909, 725, 421)  # of OmniForcing's four-step students
 
 
 def ltx2_schedule(num_steps: int, num_tokens: int = 4096) -> np.ndarray:
@@ -54,7 +55,7 @@ def ltx2_schedule(num_steps: int, num_tokens: int = 4096) -> np.ndarray:
 
 
 def student_sigmas(
-    timesteps: Sequence[float] = (1000, 909, 725, 421), num_steps: int = SCHEDULE_STEPS
+    timesteps: Sequence[float] = STUDENT_TIMESTEPS, num_steps: int = SCHEDULE_STEPS
 ) -> np.ndarray:
     """Sigmas of the few-step student: the entries of the teacher's schedule nearest to t / 1000.
 

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax import checkpoints
+from omniforcing_jax import checkpoints, flow
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.kv_cache import CacheConfig, TrainedCache
 from omniforcing_jax.models import audio_vae, video_vae, vocoder
@@ -119,6 +119,31 @@ class PipelineConfig:
     ) -> CacheConfig:
         """A rolling cache for this model; see `TrainedCache.config`."""
         return self.trained_cache.config(layout, window, anchors, positions)
+
+    def sigmas(self, timesteps: Sequence[float] | None = None) -> tuple[float, ...]:
+        """Noise levels of a student's steps, with the final 0: those of `timesteps`, else those it
+        was trained with, else OmniForcing's four; see `flow.student_sigmas`."""
+        timesteps = timesteps or self.timesteps or flow.STUDENT_TIMESTEPS
+        return tuple(flow.student_sigmas(timesteps).tolist())
+
+    def rollout(
+        self,
+        height: int,
+        width: int,
+        *,
+        cache: CacheConfig | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> RolloutConfig:
+        """How this checkpoint streams video of `height` x `width` pixels: as it was trained, but
+        for a cache and noise levels that are given.
+
+        Raises:
+          ValueError: see `check_size` and `flow.check_sigmas`.
+        """
+        height, width = self.check_size(height, width)
+        cache = cache or self.cache(self.layout())
+        sigmas = tuple(sigmas or self.sigmas())
+        return RolloutConfig(cache, sigmas, height, width, self.context_noise)
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
         """Pixels to latents.

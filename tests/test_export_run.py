@@ -12,9 +12,11 @@ import pytest
 from checkpoint_converters import ltx2
 from launch import compare_runs, export_run, plot_run
 from omniforcing_jax import checkpoints
+from omniforcing_jax.flow import student_sigmas
 from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.optimizers import OptimizerConfig, make_optimizer
 from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.train_state import create_network, create_state
 from omniforcing_jax.training_checkpoints import TrainingCheckpoints
 from tests.toy_stage import ToyBatches
@@ -76,11 +78,14 @@ def test_export_of_the_average(run, random_checkpoint, tmp_path):
     cache = parsed.cache(parsed.layout())
     assert (cache.window, cache.anchor_blocks, cache.positions) == (2, 1, "absolute")
     assert parsed.context_noise == 0.125
+    sigmas = tuple(student_sigmas((1000, 757, 522)).tolist())
+    assert parsed.rollout(64, 96) == RolloutConfig(cache, sigmas, 2, 3, context_noise=0.125)
     other = parsed.cache(parsed.layout(), window=3, anchors=0, positions="relative")
     assert (other.window, other.anchor_blocks, other.positions) == (3, 0, "relative")
     plain = PipelineConfig.from_checkpoint(base)
     assert plain.context_noise == 0.0
     assert plain.cache(parsed.layout()) == CacheConfig(parsed.layout(), window=7)
+    assert plain.sigmas() == tuple(student_sigmas().tolist())
     content, before = checkpoints.load_config(student), checkpoints.load_config(base)
     assert content["family"] == "omniforcing" and content["components"] == before["components"]
     assert content["source"][-1]["name"] == "stage3, step 7, ema"
