@@ -5,6 +5,11 @@ damaged or unknown file is refused with a complete list of what is wrong with it
 """
 
 from checkpoint_converters.key_map import DIT
+from omniforcing_jax.models.audio_vae import AudioVAEConfig
+from omniforcing_jax.models.config import TransformerConfig
+from omniforcing_jax.models.connectors import ConnectorConfig
+from omniforcing_jax.models.video_vae import VideoVAEConfig
+from omniforcing_jax.models.vocoder import VocoderConfig
 
 # A size that the metadata does not tell: the number of text features, a multiple of the text
 # encoder's width.
@@ -42,14 +47,15 @@ def expected_shapes(config: dict, component: str) -> Shapes:
         section = "connectors"
     if not isinstance(config.get(section), dict):
         raise ValueError(f"config has no section {section!r}")
-    build = {
-        "transformer": _transformer,
-        "connectors": _connectors,
-        "video_vae": _video_vae,
-        "audio_vae": _audio_vae,
-        "vocoder": _vocoder,
+    model, build = {
+        "transformer": (TransformerConfig, _transformer),
+        "connectors": (ConnectorConfig, _connectors),
+        "video_vae": (VideoVAEConfig, _video_vae),
+        "audio_vae": (AudioVAEConfig, _audio_vae),
+        "vocoder": (VocoderConfig, _vocoder),
     }[component]
     try:
+        model.from_metadata(config[section])  # refuses what the converted weights could not be
         return build(config[section])
     except KeyError as error:
         raise ValueError(f"config section {section!r} lacks {error}") from error
@@ -184,8 +190,6 @@ def _res_blocks(key: str, count: int, width: int) -> Shapes:
 
 
 def _video_vae(v: dict) -> Shapes:
-    _only(v, norm_layer="pixel_norm", dims=3, use_quant_conv=False)
-    _only(v, latent_log_var="uniform", timestep_conditioning=False)
     pixels = v.get("patch_size", 4) ** 2
     latent = v.get("latent_channels", 128)
     shapes: Shapes = {
@@ -201,10 +205,8 @@ def _video_vae(v: dict) -> Shapes:
         if name == "res_x":
             shapes |= _res_blocks(key, settings["num_layers"], width)
             continue
-        stride = _STRIDES.get(name.removesuffix("_res"))
-        if stride is None or not name.endswith("_res"):
-            raise ValueError(f"encoder_blocks: {name!r} is not supported")
         out = width * settings["multiplier"]
+        stride = _STRIDES[name.removesuffix("_res")]
         shapes |= _conv(f"{key}.conv.conv", out // stride, width, 3, 3, 3)
         width = out
     shapes |= _conv("vae.encoder.conv_out.conv", latent + 1, width, 3, 3, 3)
@@ -216,24 +218,14 @@ def _video_vae(v: dict) -> Shapes:
     shapes |= _conv("vae.decoder.conv_in.conv", width, latent, 3, 3, 3)
     for i, (name, settings) in enumerate(blocks):
         key = f"vae.decoder.up_blocks.{i}"
-        if settings.get("inject_noise", False):
-            raise ValueError("decoder_blocks: inject_noise is not supported")
         if name == "res_x":
             shapes |= _res_blocks(key, settings["num_layers"], width)
             continue
-        if name not in _STRIDES:
-            raise ValueError(f"decoder_blocks: {name!r} is not supported")
         out = _STRIDES[name] * width // settings["multiplier"]
         shapes |= _conv(f"{key}.conv.conv", out, width, 3, 3, 3)
         width //= settings["multiplier"]
     out = v.get("out_channels", 3) * pixels
     return shapes | _conv("vae.decoder.conv_out.conv", out, width, 3, 3, 3)
-
-
-def _only(section: dict, **values) -> None:
-    for name, value in values.items():
-        if section.get(name, value) != value:
-            raise ValueError(f"{name} is {section[name]!r}, only {value!r} is supported")
 
 
 def _audio_block(key: str, width: int, out: int) -> Shapes:
@@ -246,8 +238,6 @@ def _audio_block(key: str, width: int, out: int) -> Shapes:
 
 def _audio_vae(a: dict) -> Shapes:
     d = a["model"]["params"]["ddconfig"]
-    _only(d, attn_resolutions=[], mid_block_add_attention=False, norm_type="pixel")
-    _only(d, causality_axis="height", double_z=True)
     widths = [d["ch"] * multiplier for multiplier in d["ch_mult"]]
     last = len(widths) - 1
     statistics = (d["z_channels"] * d["mel_bins"] // 2**last,)
@@ -289,12 +279,7 @@ def _snake(key: str, width: int) -> Shapes:
 
 
 def _wave_generator(key: str, g: dict) -> Shapes:
-    resblock = str(g.get("resblock", "1"))
-    snake = resblock == "AMP1"
-    if resblock not in ("1", "AMP1"):
-        raise ValueError(f"resblock is {resblock!r}, only '1' and 'AMP1' are supported")
-    if snake:
-        _only(g, activation="snakebeta")
+    snake = g.get("resblock") == "AMP1"
     channels = 2 if g.get("stereo", True) else 1
     width = g.get("upsample_initial_channel", 1024)
     shapes = _conv(f"{key}.conv_pre", width, channels * g.get("num_mels", 64), 7)

@@ -140,18 +140,27 @@ def test_the_version_can_be_given(source, tmp_path):
 
 
 def test_unsupported_settings_are_named(source, tmp_path):
+    """All that the models refuse is refused before anything is written, also what is no matter of
+    shapes: a rotation, a setting that is not known, one whose absence means another value."""
     _, strings = read_header(source)
     config = json.loads(strings["config"])
-    config["vae"]["timestep_conditioning"] = True
+    del config["vae"]["timestep_conditioning"]
+    config["vocoder"]["harmonics"] = 8
     config["audio_vae"]["model"]["params"]["ddconfig"]["norm_type"] = "group"
     del config["transformer"]["num_layers"]
     bad = rewrite(
         source, tmp_path / "bad.safetensors", metadata=strings | {"config": json.dumps(config)}
     )
     text = refused(bad, tmp_path / "out")
-    assert "timestep_conditioning is True, only False is supported" in text
+    assert "timestep_conditioning=True is not supported (supported: False)" in text
+    assert "unknown settings in vocoder: harmonics" in text
     assert "norm_type is 'group'" in text
-    assert "lacks 'num_layers'" in text
+    assert "num_layers is missing" in text
+    config["transformer"] |= {"num_layers": 2, "rope_type": "spiral"}
+    bad = rewrite(
+        source, tmp_path / "bad.safetensors", metadata=strings | {"config": json.dumps(config)}
+    )
+    assert "rope_type must be one of split, interleaved" in refused(bad, tmp_path / "out")
 
 
 def test_mixed_versions(source, tmp_path):
