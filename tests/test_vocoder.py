@@ -15,10 +15,10 @@ from omniforcing_jax.models.vocoder import (
     BandwidthExtensionConfig,
     GeneratorConfig,
     VocoderConfig,
-    conv_transpose1d,
     vocode,
     vocoder_module,
 )
+from omniforcing_jax.models.wave_layers import conv_transpose1d
 
 PUBLISHED_BIGVGAN = GeneratorConfig(
     resblock="AMP1",
@@ -258,21 +258,31 @@ def test_bandwidth_extension_matches_diffusers():
     np.testing.assert_allclose(ours, wanted, atol=3e-4, rtol=0)
 
 
-def test_transposed_convolution_matches_torch():
+@pytest.mark.parametrize("rate, size", [(5, 11), (6, 16), (4, 8), (2, 2), (4, 2), (1, 3)])
+def test_transposed_convolution_matches_torch(rate, size):
+    """Values, and gradients of input and kernel."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 7, 3)).astype(np.float32)
-    for rate, size in ((5, 11), (6, 16), (2, 2)):
-        kernel = rng.standard_normal((size, 3, 4)).astype(np.float32)
-        bias = rng.standard_normal(4).astype(np.float32)
-        wanted = torch.nn.functional.conv_transpose1d(
-            torch.from_numpy(to_waveform(x).copy()),
-            torch.from_numpy(kernel.transpose(1, 2, 0).copy()),
-            torch.from_numpy(bias),
-            stride=rate,
-            padding=(size - rate) // 2,
-        )
-        ours = conv_transpose1d(jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(bias), rate)
-        np.testing.assert_allclose(ours, to_waveform(wanted.numpy()), atol=1e-5, rtol=0)
+    x, kernel, bias, weight = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((2, 7, 3), (size, 3, 4), (4,), (2, 7 * rate, 4))
+    )
+    theirs = [torch.tensor(a, requires_grad=True) for a in (x, kernel, bias)]
+    wanted = torch.nn.functional.conv_transpose1d(
+        theirs[0].transpose(1, 2),
+        theirs[1].permute(1, 2, 0),
+        theirs[2],
+        stride=rate,
+        padding=max(0, (size - rate) // 2),
+        output_padding=max(0, rate - size),
+    ).transpose(1, 2)
+    if size < rate:  # torch cannot crop less than nothing: its zeros come last
+        wanted = wanted.roll((rate - size) // 2, 1)
+    (wanted * torch.from_numpy(weight)).sum().backward()
+    ours = conv_transpose1d(x, kernel, bias, rate)
+    np.testing.assert_allclose(ours, wanted.detach().numpy(), atol=1e-5, rtol=0)
+    gradients = jax.grad(lambda *args: (conv_transpose1d(*args, rate) * weight).sum(), (0, 1, 2))
+    for ours, tensor in zip(gradients(x, kernel, bias), theirs):
+        np.testing.assert_allclose(ours, tensor.grad.numpy(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("version", ["ltx2", "ltx23"])

@@ -16,9 +16,9 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from omniforcing_jax.models import bigvgan
+from omniforcing_jax.models.wave_layers import ConvTranspose, conv1d
 
 STEREO = 2
 _SLOPE = 0.1
@@ -320,63 +320,6 @@ def _reject_unknown(settings, known, where) -> None:
         )
 
 
-def conv_transpose1d(x: jax.Array, kernel: jax.Array, bias: jax.Array, rate: int) -> jax.Array:
-    """Transposed convolution, y[j] = b + sum_i x[i] kernel[j + (k - rate) / 2 - i rate].
-
-    Args:
-      x: [B, T, C].
-      kernel: (k, in, out), not flipped.
-      bias: (out,).
-      rate: upsampling factor; k - rate is even.
-
-    Returns:
-      [B, T * rate, out].
-    """
-    size = kernel.shape[0]
-    padding = size - 1 - (size - rate) // 2
-    y = lax.conv_general_dilated(
-        x,
-        kernel[::-1],
-        window_strides=(1,),
-        padding=[(padding, padding)],
-        lhs_dilation=(rate,),
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        precision=lax.Precision.HIGHEST,
-    )
-    return y + bias
-
-
-def _conv(features: int, kernel: int, name: str, dilation: int = 1, use_bias: bool = True):
-    """Length-preserving fp32 convolution; TPU and GPU would otherwise round its operands."""
-    reach = dilation * (kernel // 2)
-    return nn.Conv(
-        features,
-        (kernel,),
-        kernel_dilation=(dilation,),
-        padding=[(reach, reach)],
-        use_bias=use_bias,
-        dtype=jnp.float32,
-        precision=lax.Precision.HIGHEST,
-        name=name,
-    )
-
-
-class ConvTranspose(nn.Module):
-    """Parameters of a `conv_transpose1d`."""
-
-    features: int
-    kernel_size: int
-    rate: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        kernel, bias = jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32)
-        return conv_transpose1d(x, kernel, bias, self.rate)
-
-
 class ResBlock(nn.Module):
     """For every dilation: x + conv(act(dilated conv(act(x))))."""
 
@@ -389,9 +332,9 @@ class ResBlock(nn.Module):
         channels = x.shape[-1]
         for i, dilation in enumerate(self.dilations):
             y = _activate(x, self.snake, f"acts1_{i}")
-            y = _conv(channels, self.kernel_size, f"convs1_{i}", dilation)(y)
+            y = conv1d(channels, self.kernel_size, f"convs1_{i}", dilation)(y)
             y = _activate(y, self.snake, f"acts2_{i}")
-            x = x + _conv(channels, self.kernel_size, f"convs2_{i}")(y)
+            x = x + conv1d(channels, self.kernel_size, f"convs2_{i}")(y)
         return x
 
 
@@ -410,7 +353,7 @@ class Generator(nn.Module):
         config = self.config
         snake = config.resblock == "AMP1"
         x = einops.rearrange(log_mel.astype(jnp.float32), "B T M S -> B T (S M)")
-        x = _conv(config.initial_channels, _END_KERNEL, "conv_pre")(x)
+        x = conv1d(config.initial_channels, _END_KERNEL, "conv_pre")(x)
         blocks = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes))
         upsamplings = zip(config.upsample_rates, config.upsample_kernel_sizes)
         for level, (rate, kernel_size) in enumerate(upsamplings):
@@ -423,7 +366,7 @@ class Generator(nn.Module):
             ]
             x = sum(parallel) / len(blocks)  # [B, T, C]
         x = _activate(x, snake, "act_post", _LAST_SLOPE)
-        x = _conv(STEREO, _END_KERNEL, "conv_post", use_bias=config.final_bias)(x)
+        x = conv1d(STEREO, _END_KERNEL, "conv_post", use_bias=config.final_bias)(x)
         if config.final_activation == "tanh":
             return jnp.tanh(x)
         return jnp.clip(x, -1.0, 1.0) if config.final_activation == "clamp" else x
