@@ -79,7 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fps", type=float, default=24.0, help="frames per second (default 24)")
     add("--steps", type=int, default=40, help="Euler steps (default 40)")
     add(
-        "--timesteps", type=float, nargs="+", default=(1000, 909, 725, 421),
+        "--timesteps", type=float, nargs="+", default=flow.STUDENT_TIMESTEPS,
         help="of the stored states, besides the clean one, snapped to the schedule: those of the "
         "student (default 1000 909 725 421)",
     )  # fmt: skip

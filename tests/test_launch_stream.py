@@ -194,7 +194,8 @@ def test_nothing_is_left_to_be_flushed_into_a_closed_pipe(monkeypatch):
         monkeypatch.setattr(sys, "stdout", stdout)
         stdout.write("the end of a clip")
         stream._flush_stdout()
-        stdout.flush()  # as Python does when it exits
+        stdout.flush()  # as Python does when it exits, which would raise
+        assert os.path.samestat(os.fstat(stdout.fileno()), os.stat(os.devnull))
 
 
 @pytest.mark.parametrize(
