@@ -5,6 +5,7 @@ damaged or unknown file is refused with a complete list of what is wrong with it
 """
 
 from checkpoint_converters.key_map import DIT
+from omniforcing_jax.checkpoints import metadata_section
 from omniforcing_jax.models.audio_vae import AudioVAEConfig
 from omniforcing_jax.models.config import TransformerConfig
 from omniforcing_jax.models.connectors import ConnectorConfig
@@ -17,16 +18,6 @@ ANY = -1
 
 # Absent settings take the defaults of LTX-2's own loader.
 Shapes = dict[str, tuple[int, ...]]
-
-# official metadata section that describes a component; a student's config has the connectors,
-# which are its teacher's, in a section of their own
-SECTIONS = {
-    "transformer": "transformer",
-    "connectors": "transformer",
-    "video_vae": "vae",
-    "audio_vae": "audio_vae",
-    "vocoder": "vocoder",
-}
 
 
 def expected_shapes(config: dict, component: str) -> Shapes:
@@ -42,11 +33,7 @@ def expected_shapes(config: dict, component: str) -> Shapes:
     Raises:
       ValueError: a setting is missing or not supported; names it.
     """
-    section = SECTIONS[component]
-    if component == "connectors" and "connectors" in config:
-        section = "connectors"
-    if not isinstance(config.get(section), dict):
-        raise ValueError(f"config has no section {section!r}")
+    section = metadata_section(config, component)
     model, build = {
         "transformer": (TransformerConfig, _transformer),
         "connectors": (ConnectorConfig, _connectors),

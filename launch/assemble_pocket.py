@@ -23,8 +23,8 @@ import numpy as np
 
 from checkpoint_converters import reading
 from checkpoint_converters.safetensors_io import ConversionError
-from checkpoint_converters.shapes import SECTIONS
 from checkpoint_converters.writing import write_components
+from omniforcing_jax.checkpoints import metadata_section
 
 # component: part
 SOURCES = {
@@ -62,7 +62,7 @@ def assemble(
     config, trees = {}, {}
     for name, part in sources.items():
         metadata = reading.read_metadata(files[part])
-        section = SECTIONS[name]
+        section = metadata_section(metadata["config"], name)
         # A student's transformer is described otherwise than the teacher's, so connectors that are
         # to go with either have a section of their own.
         alone = name == "connectors" and "transformer" not in sources

@@ -24,6 +24,14 @@ from omniforcing_jax.storage import locate
 
 FORMAT = 1
 COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
+# The metadata's sections that may describe a component; the last is LTX-2's own.
+_SECTIONS = {
+    "transformer": ("transformer",),
+    "connectors": ("connectors", "transformer"),
+    "video_vae": ("vae",),
+    "audio_vae": ("audio_vae",),
+    "vocoder": ("vocoder",),
+}
 _HOW_TO_CREATE = (
     "python -m checkpoint_converters.ltx2 --input LTX2.safetensors --output {folder} creates it "
     "(checkpoint_converters.omniforcing for a released OmniForcing student)"
@@ -86,18 +94,20 @@ def component_metadata(content: Mapping[str, Any], component: str) -> dict[str, 
     Raises:
       ValueError: the checkpoint does not describe this component.
     """
-    sections = {
-        "transformer": ("transformer",),
-        "connectors": ("connectors", "transformer"),
-        "video_vae": ("vae",),
-        "audio_vae": ("audio_vae",),
-        "vocoder": ("vocoder",),
-    }
+    return content["config"][metadata_section(content["config"], component)]
+
+
+def metadata_section(config: Mapping[str, Any], component: str) -> str:
+    """Name of the metadata's section that describes a component; `component_metadata` returns it.
+
+    Raises:
+      ValueError: unknown component, or there is no such section.
+    """
     _check_component(component)
-    for section in sections[component]:
-        if section in content["config"]:
-            return content["config"][section]
-    raise ValueError(f"the checkpoint's config has no section {sections[component][0]!r}")
+    for section in _SECTIONS[component]:
+        if isinstance(config.get(section), Mapping):
+            return section
+    raise ValueError(f"config has no section {_SECTIONS[component][-1]!r}")
 
 
 def load_params(
