@@ -116,11 +116,12 @@ $(POCKET)/stage2_merged.done: $(POCKET)/ode_pairs.done
 	$(STAGE2) $(MERGED)
 	@touch $@
 
-$(foreach name,merged causal_scores random_guidance,$(POCKET)/stage3_$(name).done): $(POCKET)/stage3_%.done: $(POCKET)/stage2.done
+$(POCKET)/stage3_merged.done: $(POCKET)/stage2_merged.done
+$(POCKET)/stage3_causal_scores.done $(POCKET)/stage3_random_guidance.done: $(POCKET)/stage2.done
+
+$(foreach name,merged causal_scores random_guidance,$(POCKET)/stage3_$(name).done): $(POCKET)/stage3_%.done:
 	$(STAGE3) $(stage3_$*)
 	@touch $@
-
-$(POCKET)/stage3_merged.done: $(POCKET)/stage2_merged.done
 
 $(POCKET)/stage%_student/config.json: $(POCKET)/stage%.done
 	$(RUN) launch.export_run --run $(POCKET)/stage$* --output $(@D) --overwrite
