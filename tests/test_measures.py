@@ -241,6 +241,30 @@ def test_balls_that_vanish_or_change_colour_show(clips):
     assert gone["count_right"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_turns_in_mid_air_uneven_pace_and_wrong_sizes_show(clips):
+    few = clips[:4]
+    there_and_back = 30 + np.abs((np.arange(121) + 30) % 60 - 30)  # time turns round every 1.25 s
+    kicked = score(few, lambda frames, x: (frames[there_and_back], x))
+    assert kicked["air_kicks_per_second"] > 0.3
+    assert kicked["gravity"] == pytest.approx(1, abs=0.05)  # parabolas look alike both ways
+
+    pace = np.concatenate([np.arange(0, 80, 2), 80 + np.arange(81) // 2])[:121]
+    uneven = score(few, lambda frames, x: (frames[pace], x))
+    true = score(few, lambda frames, x: (frames, x))
+    assert uneven["energy_spread"] > 3 * true["energy_spread"]
+
+    middle = np.s_[:, 12:36, 16:48]
+    near = score(few, lambda frames, x: (frames[middle].repeat(2, 1).repeat(2, 2), x))
+    assert near["size_right"] < 0.5
+
+    def far(frames, waveform):
+        picture = np.full_like(frames, 18)
+        picture[middle] = frames[:, ::2, ::2]
+        return picture, waveform
+
+    assert score(few, far)["size_right"] < 0.1
+
+
 def test_a_long_clip_is_measured_by_stretches():
     clip = make_clip(SPLITS["test"][77], 20 * 24)
     frames = clip.frames.copy()
