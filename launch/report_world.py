@@ -3,9 +3,9 @@
     python -m launch.report_world outputs/pocket/evaluation/* --output outputs/pocket/report
 
 A folder is a row, or several that differ by /SEED behind the same name are one: then a cell is the
-mean over seeds, with the largest difference from it. OUTPUT.md is the table. For rows that were
-measured by stretches it has another one, of the stretches that end after 5, 30, 60 and 120 s,
-and OUTPUT.png has their curves.
+mean over seeds, with the largest difference from it. OUTPUT.md has two tables, of what matters most
+and of all other measures. For rows that were measured by stretches it has another one, of the
+stretches that end after 5, 30, 60 and 120 s, and OUTPUT.png has their curves.
 """
 
 import argparse
@@ -24,16 +24,30 @@ COLUMNS = {
     "prompt_pitch_right": ("tones of the prompt", "{:.0%}"),
     "colour_right": ("colour", "{:.0%}"),
     "size_right": ("size", "{:.0%}"),
-    "pan_error": ("pan error", "{:.3f}"),
     "gravity": ("gravity", "{:.2f}"),
     "air_kicks_per_second": ("turns in mid-air/s", "{:.2f}"),
     "vanishings_per_second": ("vanishings/s", "{:.2f}"),
     "motion": ("motion", "{:.1f}"),
-    "flicker": ("flicker", "{:.2f}"),
     "seam_ratio": ("seam", "{:.2f}"),
     "frechet_distance": ("Fréchet", "{:.1f}"),
     "fps": ("FPS", "{:.0f}"),
     "first_frames_after": ("first frames, s", "{:.2f}"),
+}
+OTHERS = {
+    "offset_ms": ("sound late by, ms", "{:.0f}"),
+    "miss_rate": ("misses", "{:.0%}"),
+    "phantom_rate": ("phantoms", "{:.0%}"),
+    "seen_per_second": ("impacts/s", "{:.1f}"),
+    "heard_per_second": ("tones/s", "{:.1f}"),
+    "pan_error": ("pan error, widths", "{:.3f}"),
+    "count_right": ("number of balls", "{:.0%}"),
+    "colour_changes_per_second": ("changes of colour/s", "{:.2f}"),
+    "parabola_error": ("off a parabola, heights", "{:.3f}"),
+    "energy_spread": ("spread of energy", "{:.2f}"),
+    "speed": ("speed, heights/s", "{:.2f}"),
+    "flicker": ("flicker", "{:.2f}"),
+    "seam_flicker_ratio": ("flicker at seams", "{:.2f}"),
+    "sound_level_db": ("sound level, dB", "{:.1f}"),
 }
 CURVES = {
     **{
@@ -84,19 +98,26 @@ def cell(values: list[float | None], form: str) -> str:
     return text
 
 
-def table(rows: Rows) -> str:
-    """All rows in Markdown."""
+def table(rows: Rows, columns: dict[str, tuple[str, str]]) -> str:
+    """All rows in Markdown, with the columns that at least one of them has."""
+    scalars = {
+        name: [content["all"] | content.get("speed", {}) for content in seeds]
+        for name, seeds in rows.items()
+    }
+    known = {
+        column: rule for column, rule in columns.items()
+        if any(values.get(column) is not None for seeds in scalars.values() for values in seeds)
+    }  # fmt: skip
     lines = [
-        "| | clips | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |",
-        "|---" * (len(COLUMNS) + 2) + "|",
+        "| | clips | " + " | ".join(heading for heading, _ in known.values()) + " |",
+        "|---" * (len(known) + 2) + "|",
     ]
-    for name, seeds in rows.items():
-        scalars = [content["all"] | content.get("speed", {}) for content in seeds]
+    for name, seeds in scalars.items():
         cells = [
-            cell([values.get(column) for values in scalars], form)
-            for column, (_, form) in COLUMNS.items()
+            cell([values.get(column) for values in seeds], form)
+            for column, (_, form) in known.items()
         ]
-        count = " + ".join(str(len(content["clips"])) for content in seeds)
+        count = " + ".join(str(len(content["clips"])) for content in rows[name])
         lines.append(f"| {name} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -149,11 +170,12 @@ def plot_drift(rows: Rows, path: pathlib.Path) -> None:
             panel.plot(seconds, known.mean(0), color=color, label=name)
             if len(values) > 1:
                 low, high = known.min(0), known.max(0)
-                panel.fill_between(seconds, low, high, color=color, alpha=0.2, linewidth=0)
+                panel.fill_between(seconds, low, high, color=color, alpha=0.15, linewidth=0)
         panel.set_title(heading, loc="left", fontsize=10)
         panel.set_xlabel("s")
         panel.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(frameon=False, fontsize=8)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=len(names))
     figure.savefig(path)
 
 
@@ -171,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    text = table(rows)
+    text = table(rows, COLUMNS) + "\n" + table(rows, OTHERS)
     if drifting := with_stretches(rows):
         text += "\n" + drift_table(drifting)
         plot_drift(drifting, args.output.with_suffix(".png"))
