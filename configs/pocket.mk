@@ -152,6 +152,7 @@ ROW_stage2 = --checkpoint $(POCKET)/stage2_student --sampler stream $(SHORT)
 ROW_stage3 = --checkpoint $(POCKET)/stage3_student --sampler stream $(SHORT)
 ROW_stage3_one_ball = $(ROW_stage3) --balls 1
 ROW_stage3_two_balls = $(ROW_stage3) --balls 2
+ROW_stage3_other_sound = $(ROW_stage3) --other-sound
 ROW_stage2_merged = --checkpoint $(POCKET)/stage2_merged_student --sampler stream $(SHORT)
 ROW_stage3_merged = --checkpoint $(POCKET)/stage3_merged_student --sampler stream $(SHORT)
 ROW_stage3_causal_scores = --checkpoint $(POCKET)/stage3_causal_scores_student --sampler stream $(SHORT)
@@ -164,8 +165,8 @@ ROW_long_window_3 = $(ROW_long_stage3) --window 3
 ROW_long_anchor = $(ROW_long_stage3) --anchors 1
 ROW_long_absolute = $(ROW_long_stage3) --positions absolute
 BOUNDS := world chance chance_one_ball chance_two_balls
-QUALITY := $(BOUNDS) teacher teacher_4_steps stage1 stage1_causal stage2 stage3 stage3_one_ball stage3_two_balls \
-	stage2_merged stage3_merged stage3_causal_scores stage3_random_guidance
+QUALITY := $(BOUNDS) teacher teacher_4_steps stage1 stage1_causal stage2 stage3 stage3_other_sound \
+	stage3_one_ball stage3_two_balls stage2_merged stage3_merged stage3_causal_scores stage3_random_guidance
 DRIFT := long_stage2 long_stage3 long_window_3 long_anchor long_absolute long_stage2_merged \
 	long_stage3_merged
 

@@ -9,7 +9,7 @@
 whole clip (stage I), and `stream` generates and decodes block after block (stages II and III) as
 launch.stream does, many prompts side by side. Two need no model: `world` takes true clips, which is
 the best there is, and `chance` their pictures with the sound of another motion of the same balls,
-which is what sound that has nothing to do with the picture gets.
+which is what sound that has nothing to do with the picture gets; --other-sound is that of a model.
 
 OUTPUT/measures.json holds the measures of launch.measure for each clip, for all (with the Fréchet
 distance to as many clips of the world), and with --every for every stretch of all; and the speed of
@@ -94,6 +94,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--window", type=int, help="stream: recent blocks in the cache (default: as trained)")
     add("--anchors", type=int, help="stream: first blocks never evicted (default: as trained)")
     add("--positions", choices=POSITIONS, help="stream (default: as trained)")
+    add(
+        "--other-sound",
+        action="store_true",
+        help="of a model: pictures with the sound of another clip that it makes of the caption",
+    )
     add("--batch-size", type=int, default=8, help="clips side by side (default 8)")
     add("--seed", type=int, default=0)
     add("--show", type=int, default=8, help="clips written as MP4 and PNG (default 8)")
@@ -102,6 +107,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.sampler not in MODEL_FREE and not (args.checkpoint and args.text_encoder):
         parser.error(f"--sampler {args.sampler} needs --checkpoint and --text-encoder")
+    if args.sampler in MODEL_FREE and args.other_sound:
+        parser.error("--other-sound is for a model's clips; of true ones it is --sampler chance")
     return args
 
 
@@ -147,6 +154,17 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
         decoded = _decode(pipeline, latents, (whole.video_frames, *size))
         seconds = time.perf_counter() - start
         return Clips(*decoded, first=seconds, total=seconds)
+
+    return run
+
+
+def with_other_sound(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
+    """Pictures of one clip with the sound of another of the same caption: a model's chance."""
+    seen = make_sampler(args, pipeline)
+    heard = make_sampler(argparse.Namespace(**vars(args) | {"seed": args.seed + 1}), pipeline)
+
+    def run(contexts: Contexts, numbers: list[int]) -> Clips:
+        return seen(contexts, numbers)._replace(waveforms=heard(contexts, numbers).waveforms)
 
     return run
 
@@ -283,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
             layout = BlockLayout.from_name(args.layout or "prefix", frame_rate=WORLD.frame_rate)
         else:
             pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
-            sampler = make_sampler(args, pipeline)
+            sampler = (with_other_sound if args.other_sound else make_sampler)(args, pipeline)
             rate = pipeline.config.vocoder.sample_rate
             layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
             clips = sample_all(args, sampler, captions, console)

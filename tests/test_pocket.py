@@ -7,16 +7,21 @@ import re
 import shlex
 import subprocess
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from rich.console import Console
 
 from checkpoint_converters import gemma3, ltx2
 from launch import demo, report_world, sample_world
 from launch.measure import shrink
 from omniforcing_jax import media
+from omniforcing_jax.data.bounce import WorldConfig
+from omniforcing_jax.data.bounce_dataset import clip_caption
 from omniforcing_jax.measures.report import MEANINGS
+from omniforcing_jax.pipeline import load_pipeline
 
 ROOT = pathlib.Path(__file__).parent.parent
 WEIGHTS = ROOT / "weights" / "pocket"
@@ -99,6 +104,28 @@ def test_a_sampler_needs_a_model(capsys):
     with pytest.raises(SystemExit):
         sample_world.parse_arguments(["--sampler", "stream", "--output", "nowhere"])
     assert "--sampler stream needs --checkpoint and --text-encoder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sample_world.parse_arguments(["--sampler", "world", "--other-sound", "--output", "nowhere"])
+    assert "it is --sampler chance" in capsys.readouterr().err
+
+
+def test_the_sound_of_another_clip_of_the_caption(pocket, tmp_path):
+    """Its picture is the clip's own, its sound that of the clip with the next seed."""
+    options = [*pocket, "--sampler", "stream", "--clips", "2", "--batch-size", "2"]
+    options += ["--seconds", "1", "--timesteps", "1000"]
+
+    def sample(*more: str):
+        args = sample_world.parse_arguments([*options, *more, "--output", str(tmp_path)])
+        pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
+        make = sample_world.with_other_sound if args.other_sound else sample_world.make_sampler
+        captions = [clip_caption(seed, WorldConfig()) for seed in (1, 2)]
+        sampler = make(args, pipeline)
+        return zip(*sample_world.sample_all(args, sampler, captions, Console(quiet=True)))
+
+    (frames, _), (_, waveforms) = [tuple(sample("--seed", seed)) for seed in ("3", "4")]
+    mixed_frames, mixed_waveforms = sample("--seed", "3", "--other-sound")
+    np.testing.assert_array_equal(mixed_frames, frames)
+    np.testing.assert_array_equal(mixed_waveforms, waveforms)
 
 
 def test_captions_are_chosen_by_their_balls():
