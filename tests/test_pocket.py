@@ -7,21 +7,16 @@ import re
 import shlex
 import subprocess
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
-from rich.console import Console
 
 from checkpoint_converters import gemma3, ltx2
 from launch import demo, report_world, sample_world
 from launch.measure import shrink
 from omniforcing_jax import media
-from omniforcing_jax.data.bounce import WorldConfig
-from omniforcing_jax.data.bounce_dataset import clip_caption
 from omniforcing_jax.measures.report import MEANINGS
-from omniforcing_jax.pipeline import load_pipeline
 
 ROOT = pathlib.Path(__file__).parent.parent
 WEIGHTS = ROOT / "weights" / "pocket"
@@ -109,23 +104,19 @@ def test_a_sampler_needs_a_model(capsys):
     assert "it is --sampler chance" in capsys.readouterr().err
 
 
-def test_the_sound_of_another_clip_of_the_caption(pocket, tmp_path):
-    """Its picture is the clip's own, its sound that of the clip with the next seed."""
-    options = [*pocket, "--sampler", "stream", "--clips", "2", "--batch-size", "2"]
-    options += ["--seconds", "1", "--timesteps", "1000"]
+def test_the_sound_of_another_clip_of_the_caption(monkeypatch):
+    """The picture is the clip's own, the sound that of the clip with the next seed."""
 
-    def sample(*more: str):
-        args = sample_world.parse_arguments([*options, *more, "--output", str(tmp_path)])
-        pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
-        make = sample_world.with_other_sound if args.other_sound else sample_world.make_sampler
-        captions = [clip_caption(seed, WorldConfig()) for seed in (1, 2)]
-        sampler = make(args, pipeline)
-        return zip(*sample_world.sample_all(args, sampler, captions, Console(quiet=True)))
+    def make_sampler(args, pipeline):
+        return lambda contexts, numbers: sample_world.Clips(
+            np.full((len(numbers), 1), args.seed), np.full((len(numbers), 1), args.seed), 0.1, 0.2
+        )
 
-    (frames, _), (_, waveforms) = [tuple(sample("--seed", seed)) for seed in ("3", "4")]
-    mixed_frames, mixed_waveforms = sample("--seed", "3", "--other-sound")
-    np.testing.assert_array_equal(mixed_frames, frames)
-    np.testing.assert_array_equal(mixed_waveforms, waveforms)
+    monkeypatch.setattr(sample_world, "make_sampler", make_sampler)
+    args = ["--sampler", "stream", "--checkpoint", "a", "--text-encoder", "b", "--output", "c"]
+    args = sample_world.parse_arguments([*args, "--other-sound", "--seed", "3"])
+    clips = sample_world.with_other_sound(args, None)(None, [0, 1])
+    assert clips.frames.tolist() == [[3], [3]] and clips.waveforms.tolist() == [[4], [4]]
 
 
 def test_captions_are_chosen_by_their_balls():
