@@ -153,6 +153,8 @@ ROW_stage3 = --checkpoint $(POCKET)/stage3_student --sampler stream $(SHORT)
 ROW_stage3_one_ball = $(ROW_stage3) --balls 1
 ROW_stage3_two_balls = $(ROW_stage3) --balls 2
 ROW_stage3_other_sound = $(ROW_stage3) --other-sound
+ROW_stage3_one_ball_other_sound = $(ROW_stage3_one_ball) --other-sound
+ROW_stage3_two_balls_other_sound = $(ROW_stage3_two_balls) --other-sound
 ROW_stage2_merged = --checkpoint $(POCKET)/stage2_merged_student --sampler stream $(SHORT)
 ROW_stage3_merged = --checkpoint $(POCKET)/stage3_merged_student --sampler stream $(SHORT)
 ROW_stage3_causal_scores = --checkpoint $(POCKET)/stage3_causal_scores_student --sampler stream $(SHORT)
@@ -166,7 +168,8 @@ ROW_long_anchor = $(ROW_long_stage3) --anchors 1
 ROW_long_absolute = $(ROW_long_stage3) --positions absolute
 BOUNDS := world chance chance_one_ball chance_two_balls
 QUALITY := $(BOUNDS) teacher teacher_4_steps stage1 stage1_causal stage2 stage3 stage3_other_sound \
-	stage3_one_ball stage3_two_balls stage2_merged stage3_merged stage3_causal_scores stage3_random_guidance
+	stage3_one_ball stage3_one_ball_other_sound stage3_two_balls stage3_two_balls_other_sound \
+	stage2_merged stage3_merged stage3_causal_scores stage3_random_guidance
 DRIFT := long_stage2 long_stage3 long_window_3 long_anchor long_absolute long_stage2_merged \
 	long_stage3_merged
 

@@ -80,7 +80,6 @@ def records(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_three_stages(world, tmp_path):
     """Each starts from the one before, trains, saves; the last one samples a clip."""
     folder, checkpoint = world

@@ -38,9 +38,6 @@ from omniforcing_jax.pretraining.teacher import TeacherLoss, init_teacher
 from omniforcing_jax.tokenizer import load_tokenizer
 from omniforcing_jax.train_state import create_network, create_state
 
-# Networks that learn something, however small, take minutes together.
-pytestmark = pytest.mark.slow
-
 WORLD = WorldConfig(width=32, height=16)
 VIDEO = VideoVAEConfig(
     encoder_blocks=(VAEStage("compress_time", multiplier=2),),
@@ -142,6 +139,7 @@ def trained(loss, params, frozen, draw, steps=12, learning_rate=3e-3):
     return records, state.generator
 
 
+@pytest.mark.slow
 def test_the_video_vae_learns():
     loss, params = video_part()
     start = jax.tree.map(np.asarray, params)
@@ -153,6 +151,7 @@ def test_the_video_vae_learns():
     assert min(jax.tree.leaves(distance)) > 0, "an average of all parameters is kept"
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing():
     loss, params = video_part()
     optimizer = make_optimizer(OptimizerConfig(1e-3))
@@ -169,6 +168,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, after.generator.params, params)
 
 
+@pytest.mark.slow
 def test_the_causal_decoder_learns_from_the_pixels():
     _, params = video_part()
     loss = autoencoders.CausalDecoderLoss(VIDEO, LatentNoise(0.05, 0.0), ErrorLoss(0.3, 10.0))
@@ -178,6 +178,7 @@ def test_the_causal_decoder_learns_from_the_pixels():
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
 
 
+@pytest.mark.slow
 def test_the_audio_vae_and_the_vocoder_learn():
     def draw(rng):  # a tone that begins somewhere
         time = np.arange(1600) / 16000
@@ -326,6 +327,7 @@ def tiny_config(folder, part, **changes):
     return c
 
 
+@pytest.mark.slow
 def test_a_part_is_trained_resumed_and_written(tmp_path, monkeypatch, capfd):
     """The launch program, at the smallest size that the pocket's audio VAE can be trained with."""
     monkeypatch.setattr(pretrain, "STATISTICS_BATCHES", 2)
@@ -369,6 +371,7 @@ def test_a_part_says_what_it_needs(tmp_path, capfd):
         configs.get_config("critic")
 
 
+@pytest.mark.slow
 def test_parts_become_one_checkpoint(tmp_path):
     """Written from our trees, read and converted like a published file."""
     source = tmp_path / "random.safetensors"
@@ -392,6 +395,7 @@ def test_parts_become_one_checkpoint(tmp_path):
         assemble_pocket.assemble(tmp_path, output)
 
 
+@pytest.mark.slow
 def test_files_with_some_components_each_convert_together(tmp_path):
     """As the pocket model is shipped: one transformer can be replaced by another."""
     source = tmp_path / "random.safetensors"
