@@ -216,7 +216,7 @@ def test_make_passes_settings_that_programs_have(target, stages):
 @pytest.mark.parametrize(
     "target, program, rows",
     [
-        ("pocket-report", "launch.sample_world", 2 * 23),
+        ("pocket-report", "launch.sample_world", 2 * 26),
         ("pocket-ablations", "launch.stage2", 2 * 2 * 12),
     ],
 )
