@@ -44,7 +44,7 @@ def params():
 
 
 def forward(model, params, layout, x, keep=None):
-    """Velocities (video, audio) of a whole clip whose blocks have different noise levels."""
+    """Velocities (video, audio) of a clip; its blocks have different noise levels if they can."""
     frames = layout.num_video_frames(NUM_BLOCKS), layout.num_audio_frames(NUM_BLOCKS)
     config = model.config
     rope = clip_rope(
@@ -53,6 +53,8 @@ def forward(model, params, layout, x, keep=None):
     levels = np.array([0.3, 0.9, 0.6])
     video_blocks, audio_blocks = token_blocks(layout)
     sigmas = levels[video_blocks][None], levels[audio_blocks][None]
+    if config.text_adaln:  # its text takes one noise level a sample
+        sigmas = (np.full((1, 1), levels[0]),) * 2
     streams = modalities(
         config, rope, x, sigmas, tuple(map(np.arange, frames)), random_contexts(config), sinks=True
     )
@@ -164,13 +166,12 @@ def test_later_latents_do_not_change_earlier_velocities(params):
         assert not np.allclose(before[:, blocks == last], after[:, blocks == last], atol=1e-3)
 
 
-def test_student_under_a_full_mask_is_the_teacher(params):
+def assert_student_is_teacher(config, params):
     """One block that covers the clip: the causal model must compute what the teacher computes."""
-    clip = LAYOUTS["prefix with sinks"]
+    clip = BlockLayout.prefix(num_sinks=config.num_audio_sinks)
     frames = clip.num_video_frames(NUM_BLOCKS), clip.num_audio_frames(NUM_BLOCKS)
-    one_block = BlockLayout(frames[0], 3, frames[1], 25, num_sinks=SINKS)
+    one_block = BlockLayout(frames[0], 3, frames[1], 25, num_sinks=config.num_audio_sinks)
     mask = ClipMask(one_block, *frames, PATCHES)
-    config = tiny(num_audio_sinks=SINKS)
     x = random_latents(config, frames[0] * PATCHES, frames[1])
     models = [Transformer(config, implementation="xla")] + [
         Transformer(config, implementation=implementation, causal=mask)
@@ -178,8 +179,7 @@ def test_student_under_a_full_mask_is_the_teacher(params):
     ]
     teacher, *students = (
         jax.jit(
-            lambda x, model=model: forward(model, params[SINKS], clip, x),
-            compiler_options=QUICK_COMPILE,
+            lambda x, model=model: forward(model, params, clip, x), compiler_options=QUICK_COMPILE
         )(x)
         for model in models
     )
@@ -187,3 +187,14 @@ def test_student_under_a_full_mask_is_the_teacher(params):
         for actual, expected in zip(student, teacher):
             assert np.std(expected) > 0.1
             np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+def test_student_under_a_full_mask_is_the_teacher(params):
+    assert_student_is_teacher(tiny(num_audio_sinks=SINKS), params[SINKS])
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+def test_so_it_is_right_after_conversion(random_pipeline, version):
+    """With the conventions and the weights that are in the checkpoint."""
+    pipeline = random_pipeline(version)
+    assert_student_is_teacher(pipeline.config.transformer, pipeline.params["transformer"])

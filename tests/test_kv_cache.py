@@ -16,6 +16,7 @@ from omniforcing_jax.models.rope import clip_rope
 from omniforcing_jax.models.transformer import ClipMask, Pathways, Transformer
 from omniforcing_jax.rollout import AVLatents
 from tests.tiny_model import (
+    LTX23_CHANGES,
     QUICK_COMPILE,
     modalities,
     random_contexts,
@@ -27,6 +28,7 @@ HEIGHT, WIDTH = 2, 2
 PATCHES = HEIGHT * WIDTH
 TOLERANCE = 2e-5
 PATHWAYS = ("video", "audio", "a2v", "v2a")
+NUM_BLOCKS = 4  # of a clip without eviction
 MANY = 24  # blocks for which the tests' RoPE tables are long enough
 
 jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
@@ -100,13 +102,15 @@ def _forward_block(model, params, cache, rope, x, sigma, frames, keep):
 @functools.partial(jit, static_argnames="model")
 def forward_clip(model, params, rope, blocks, sigmas, frames, keep=None):
     """Velocities of all blocks in one pass without a cache; one sigma and position per block."""
+    config = model.config
     x = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *blocks)
     levels = [
         jnp.concatenate([jnp.full((1, f[stream].size), s) for s, f in zip(sigmas, frames)], axis=1)
         for stream in (0, 1)
     ]
+    if config.text_adaln:  # one for the whole sample
+        levels = [level[:, :1] for level in levels]
     joined = tuple(jnp.concatenate([f[stream] for f in frames]) for stream in (0, 1))
-    config = model.config
     streams = modalities(config, rope, x, levels, joined, random_contexts(config), sinks=True)
     return model.apply({"params": params}, *streams, keep=keep)[0]
 
@@ -143,42 +147,59 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("layout, changes", CASES.values(), ids=CASES)
-def test_block_by_block_is_the_masked_forward(layout, changes):
-    """With a different sigma for each block, noisy and clean histories alike."""
-    config = tiny(**changes)
-    params, rope = random_params(config), tables(config, layout)
-    num_blocks = 4
-    blocks = random_blocks(config, layout, num_blocks)
-    frames = [frames_at(layout, b) for b in range(num_blocks)]
-    # The last block finds the cache exactly full: block 0, one anchor, a window of one.
-    cache_config = CacheConfig(layout, window=1, anchor_blocks=1)
-    model = Transformer(config)
-    clip_frames = layout.num_video_frames(num_blocks), layout.num_audio_frames(num_blocks)
-    masked = Transformer(config, causal=ClipMask(layout, *clip_frames, PATCHES))
+class Clip:
+    """Random blocks of a model, by one masked pass and with an empty cache to go through them."""
 
-    def whole(sigmas):
-        return split_blocks(forward_clip(masked, params, rope, blocks, sigmas, frames), blocks)
+    def __init__(self, layout: BlockLayout, changes: dict):
+        self.model = Transformer(tiny(**changes))
+        config = self.model.config
+        self.params, self.rope = random_params(config), tables(config, layout)
+        self.blocks = random_blocks(config, layout, NUM_BLOCKS)
+        self.frames = [frames_at(layout, b) for b in range(NUM_BLOCKS)]
+        clip_frames = layout.num_video_frames(NUM_BLOCKS), layout.num_audio_frames(NUM_BLOCKS)
+        self.masked = self.model.clone(causal=ClipMask(layout, *clip_frames, PATCHES))
+        # The last block finds the cache exactly full: block 0, one anchor, a window of one.
+        cache_config = CacheConfig(layout, window=1, anchor_blocks=1)
+        self.empty = kv_cache.init_cache(cache_config, config, batch=1, patches=PATCHES)
 
-    def empty():
-        return kv_cache.init_cache(cache_config, config, batch=1, patches=PATCHES)
+    def whole(self, sigmas):
+        """Velocities of all blocks from one pass, without a cache."""
+        x = forward_clip(self.masked, self.params, self.rope, self.blocks, sigmas, self.frames)
+        return split_blocks(x, self.blocks)
 
-    # Every block writes the K/V of its own noise level: one pass gives all the answers.
-    sigmas = [0.9, 0.3, 0.7, 0.5]
-    expected, cache = whole(sigmas), empty()
-    for b in range(num_blocks):
-        velocity, kv = forward_block(model, params, cache, rope, blocks[b], sigmas[b], frames[b])
-        assert_close(velocity, expected[b], f"noisy history, block {b}")
+    def block(self, b, cache, sigma):
+        """Velocities and K/V of one block, from what the cache holds."""
+        x, frames = self.blocks[b], self.frames[b]
+        return forward_block(self.model, self.params, cache, self.rope, x, sigma, frames)
+
+
+@pytest.mark.parametrize(
+    "layout, changes, sigmas",
+    [(*case, [0.9, 0.3, 0.7, 0.5]) for case in CASES.values()]
+    # LTX-2.3's text takes one noise level a sample, so blocks of several cannot share a pass
+    + [(BlockLayout.merged(), LTX23_CHANGES, [0.6] * 4)],
+    ids=[*CASES, "merged, LTX-2.3"],
+)
+def test_block_by_block_is_the_masked_forward(layout, changes, sigmas):
+    """Every block writes the K/V of its own noise level: one pass gives all the answers."""
+    clip = Clip(layout, changes)
+    expected, cache = clip.whole(sigmas), clip.empty
+    for b, sigma in enumerate(sigmas):
+        velocity, kv = clip.block(b, cache, sigma)
+        assert_close(velocity, expected[b], f"block {b}")
         cache = write(cache, kv, PATCHES, first=b == 0)
 
-    # As in sampling: the history is clean, written by a refresh pass at sigma 0.
-    cache = empty()
-    for b in range(num_blocks):
-        run = functools.partial(forward_block, model, params, cache, rope, blocks[b])
-        velocity, _ = run(sigmas[b], frames[b])
-        levels = [0.0] * b + [sigmas[b]] + [1.0] * (num_blocks - 1 - b)
-        assert_close(velocity, whole(levels)[b], f"clean history, block {b}")
-        _, kv = run(0.0, frames[b])
+
+@pytest.mark.parametrize("layout, changes", CASES.values(), ids=CASES)
+def test_over_a_clean_history_as_well(layout, changes):
+    """As in sampling: the history is written by a refresh pass at sigma 0."""
+    clip = Clip(layout, changes)
+    cache = clip.empty
+    for b, sigma in enumerate([0.9, 0.3, 0.7, 0.5]):
+        velocity, _ = clip.block(b, cache, sigma)
+        levels = [0.0] * b + [sigma] + [1.0] * (NUM_BLOCKS - 1 - b)
+        assert_close(velocity, clip.whole(levels)[b], f"block {b}")
+        _, kv = clip.block(b, cache, 0.0)
         cache = write(cache, kv, PATCHES, first=b == 0)
 
 

@@ -196,7 +196,7 @@ def test_any_block_can_be_redrawn(sinks, ltx23):
 # -- scan and host loop ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sinks", pytest.param("ltx23", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sinks", "ltx23"])
 def test_scan_is_the_host_loop(name, request):
     s = request.getfixturevalue(name)
     clip = s.scan()

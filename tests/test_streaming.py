@@ -11,7 +11,7 @@ import pytest
 from checkpoint_converters import synthetic
 from omniforcing_jax import rollout
 from omniforcing_jax.kv_cache import CacheConfig
-from omniforcing_jax.models import video_vae
+from omniforcing_jax.models import audio_vae, video_vae, vocoder
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.rollout import RolloutConfig
 from omniforcing_jax.streaming import generate_block
@@ -80,9 +80,9 @@ def test_clocks_are_exact(pipeline, layout, decode_mode):
 
 
 def test_equals_offline_rollout_and_full_decode(pipeline):
-    """Frames of a causal stream are those of the scan's latents, decoded at once."""
+    """Frames and sound of a causal stream are those of the scan's latents, decoded at once."""
     config = make_config(pipeline)
-    frames, _ = join(session(pipeline, config, seed=3).stream(4))
+    frames, waveform = join(session(pipeline, config, seed=3).stream(4))
     model = pipeline.transformer()
     text = rollout.encode_prompt(
         model, pipeline.params["transformer"], *contexts(pipeline), config.sigma_levels
@@ -103,6 +103,12 @@ def test_equals_offline_rollout_and_full_decode(pipeline):
     )
     expected = np.asarray((full + 1) * 127.5)
     assert np.abs(frames - np.clip(expected, 0, 255)).max() < 0.6  # half a grey level of rounding
+    log_mel = audio_vae.decode_audio(
+        pipeline.params["audio_vae"], pipeline.config.audio_vae, latents.audio
+    )
+    expected = vocoder.vocode(pipeline.params["vocoder"], pipeline.config.vocoder, log_mel)
+    assert np.std(expected) > 0.01
+    np.testing.assert_allclose(waveform, expected, atol=1e-4)
 
 
 def test_replays_from_its_seed(pipeline):
@@ -198,7 +204,6 @@ def test_clocks_after_two_hundred_seconds(pipeline):
     assert jax.tree.map(np.shape, live.snapshot()["cache"]) == shape
 
 
-@pytest.mark.slow
 def test_modulated_text_attention(random_pipeline):
     """LTX-2.3: text keys depend on the noise level; 48 kHz sound."""
     pipeline = random_pipeline("2.3")
