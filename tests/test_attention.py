@@ -235,7 +235,7 @@ def test_splash_inside_remat_and_scan():
     np.testing.assert_allclose(gradient(q, "splash"), gradient(q, "xla"), atol=1e-6)
 
 
-# cuDNN cannot run without an NVIDIA GPU: everything around the kernel call can
+# cuDNN needs an NVIDIA GPU; everything around the kernel call does not
 
 
 @pytest.fixture
@@ -283,6 +283,20 @@ def test_cudnn_kv_length(cudnn_stand_in, kv_length):
     actual = run_with_gradients(*inputs, kv_length=kv_length, implementation="auto")
     assert_close(actual, expected, 2e-2)
     assert len(cudnn_stand_in) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_end": ENDS.video}, {"kv_length": np.int32(100)}, {"kv_length": np.array([70, 300])}],
+    ids=["blocks", "length", "lengths"],
+)
+def test_cudnn_itself(options):
+    """The kernel that the tests above stand in for: JAX_PLATFORMS=cuda pytest -k cudnn_itself."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs an NVIDIA GPU")
+    inputs = make_inputs(LENGTHS["video"], LENGTHS["video"], 64, jnp.bfloat16)
+    expected = run_with_gradients(*inputs, implementation="xla", **options)
+    assert_close(run_with_gradients(*inputs, implementation="cudnn", **options), expected, 2e-2)
 
 
 @pytest.mark.parametrize("lengths", [(384, 1), (25, 384)])

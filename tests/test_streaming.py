@@ -22,9 +22,9 @@ def pipeline(random_pipeline):
     return random_pipeline("2.0")
 
 
-def make_config(pipeline, layout="prefix", **cache) -> RolloutConfig:
+def make_config(pipeline, layout="prefix", rate=24.0, **cache) -> RolloutConfig:
     return RolloutConfig(
-        cache=CacheConfig(pipeline.config.layout(layout), **{"window": 2, **cache}),
+        cache=CacheConfig(pipeline.config.layout(layout, rate), **{"window": 2, **cache}),
         sigmas=(1.0, 0.7, 0.0),
         height=2,
         width=2,
@@ -51,17 +51,17 @@ def join(chunks):
 
 
 @pytest.mark.parametrize(
-    "layout, decode_mode",
+    "layout, rate, decode_mode",
     [
-        ("prefix", "causal"),
-        ("merged", "window"),
-        pytest.param("merged", "causal", marks=pytest.mark.slow),
-        pytest.param("prefix", "window", marks=pytest.mark.slow),
+        ("prefix", 30.0, "causal"),
+        ("merged", 24.0, "window"),
+        pytest.param("merged", 24.0, "causal", marks=pytest.mark.slow),
+        pytest.param("prefix", 24.0, "window", marks=pytest.mark.slow),
     ],
 )
-def test_clocks_are_exact(pipeline, layout, decode_mode):
+def test_clocks_are_exact(pipeline, layout, rate, decode_mode):
     """After every block the stream holds the frames and samples that the arithmetic says."""
-    config = make_config(pipeline, layout)
+    config = make_config(pipeline, layout, rate)
     live = session(pipeline, config, decode_mode=decode_mode)
     held_back = 0 if decode_mode == "causal" else 2  # look-ahead and blend, in latents
     for block in range(5):
@@ -77,6 +77,8 @@ def test_clocks_are_exact(pipeline, layout, decode_mode):
     live.finish()
     assert live.num_frames == config.cache.layout.pixel_frames(5)
     assert live.num_samples == mel * 240
+    # pictures and sound end together, but for the first latents' lengths: 1 frame, 10 ms
+    assert abs((live.num_frames - 1) / rate - (live.num_samples / 240 - 1) / 100) < 1e-9
 
 
 def test_equals_offline_rollout_and_full_decode(pipeline):
