@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 
 from checkpoint_converters import key_map
-from checkpoint_converters.reading import Checkpoint
+from checkpoint_converters.reading import Checkpoint, add_sections, mixed_versions
 from checkpoint_converters.safetensors_io import TensorInfo
 from checkpoint_converters.shapes import ANY, expected_shapes
 
@@ -50,29 +50,22 @@ def merge(checkpoints: list[Checkpoint]) -> tuple[Checkpoint, list[str]]:
         problems += [f"{checkpoint.path}: {key} is in another input as well; drop one"
                      for key in checkpoint.tensors if key in tensors]  # fmt: skip
         tensors |= checkpoint.tensors
-        for section, value in (checkpoint.config or {}).items():
-            if config.setdefault(section, value) != value:
-                problems.append(
-                    f"{checkpoint.path}: config section {section!r} differs from the other "
-                    "inputs'; convert files of one release together"
-                )
+        problems += add_sections(config, checkpoint.config or {}, checkpoint.path)
         if checkpoint.config is None:
             problems.append(
                 f"{checkpoint.path}: no `config` in the file's metadata, so its architecture is "
                 "unknown; use the original file (re-saved ones often lose it), or "
                 "checkpoint_converters.omniforcing for an OmniForcing student"
             )
-    versions = {c.model_version for c in checkpoints if c.model_version is not None}
-    if len(versions) > 1:
-        listing = ", ".join(f"{c.path} is {c.model_version}" for c in checkpoints)
-        problems.append(f"mixed model versions ({listing}); use files of one version")
+    versions = {c.path: c.model_version for c in checkpoints}
+    problems += mixed_versions(versions)
     for checkpoint in checkpoints:
         problems += version_problems(checkpoint)
     merged = Checkpoint(
         path=checkpoints[0].path,
         tensors=tensors,
         config=config,
-        model_version=next(iter(versions), None),
+        model_version=next(filter(None, versions.values()), None),
         files=tuple(file for c in checkpoints for file in c.files),
     )
     return merged, problems
@@ -201,9 +194,7 @@ def output_problems(
             f"{partial}: left by an interrupted conversion, or another one is running; "
             "delete it or pass --overwrite"
         )
-    parent = output.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         problems.append(f"{parent}: cannot be written to; choose another --output")
         return problems
@@ -214,3 +205,9 @@ def output_problems(
             "free some space, choose another --output, or convert fewer --components"
         )
     return problems
+
+
+def existing_parent(output: pathlib.Path) -> pathlib.Path:
+    """The folder that holds `output`, or the nearest above it that is there."""
+    folder = output.parent
+    return next(path for path in (folder, *folder.parents) if path.exists())

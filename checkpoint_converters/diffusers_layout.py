@@ -145,6 +145,7 @@ _ADDED_LATER: dict[str, dict] = {
         "final_bias": True,
     },
 }
+_VERSIONS = ("2.0", "2.3", "2.5")
 
 
 def metadata_of_folder(path: pathlib.Path) -> tuple[dict, str]:
@@ -186,23 +187,51 @@ def metadata_of_folder(path: pathlib.Path) -> tuple[dict, str]:
             problems.append(f"{path / name / 'config.json'}: lacks {error}")
         except ValueError as error:
             problems.append(f"{path / name / 'config.json'}: {error}")
+    stated = _stated_versions(configs)
+    possible = [v for v in _VERSIONS if all(v in versions for versions, _ in stated.values())]
+    if not possible:
+        listing = ", ".join(
+            f"{folder} is of {' or '.join(versions)} ({reason})"
+            for folder, (versions, reason) in stated.items()
+        )
+        problems.append(
+            f"{path}: components of different LTX-2 versions: {listing}. Their latents are "
+            "different spaces; take all sub-folders from one version"
+        )
     if problems:
         raise ConversionError(problems)
-    return config, _version(configs)
+    return config, f"{possible[0]}.0"
 
 
-def _version(configs: dict) -> str:
-    """diffusers does not store a version; the architecture tells."""
-    transformer = configs.get("transformer", {})
-    if transformer.get("use_keyframes_abs_pos_embedding", False):
-        return "2.5.0"
-    newer = (
-        transformer.get("gated_attn", False),
-        configs.get("connectors", {}).get("per_modality_projections", False),
-        "bwe_hidden_channels" in configs.get("vocoder", {}),
-        configs.get("vae", {}).get("decoder_spatial_padding_mode", "reflect") == "zeros",
-    )
-    return "2.3.0" if any(newer) else "2.0.0"
+def _stated_versions(configs: dict) -> dict[str, tuple[tuple[str, ...], str]]:
+    """{sub-folder: (versions that it may be of, what tells)}; those that say nothing are absent.
+
+    diffusers does not store a version; the architecture tells. What LTX-2.3 added is off where a
+    config lacks it, as in those of LTX-2.0. The audio VAE is the same in all versions.
+    """
+    older, newer = _VERSIONS[:1], _VERSIONS[1:]
+    stated = {}
+    if (transformer := configs.get("transformer")) is not None:
+        if transformer.get("use_keyframes_abs_pos_embedding", False):
+            stated["transformer"] = _VERSIONS[2:], "has use_keyframes_abs_pos_embedding"
+        elif transformer.get("gated_attn", False):
+            stated["transformer"] = _VERSIONS[1:2], "has gated_attn"
+        else:
+            stated["transformer"] = older, "has no gated_attn"
+    if (connectors := configs.get("connectors")) is not None:
+        if connectors.get("per_modality_projections", False):
+            stated["connectors"] = newer, "has per_modality_projections"
+        else:
+            stated["connectors"] = older, "has no per_modality_projections"
+    padding = configs.get("vae", {}).get("decoder_spatial_padding_mode")
+    if versions := {"reflect": older, "zeros": newer}.get(padding):
+        stated["vae"] = versions, f"decoder_spatial_padding_mode is {padding!r}"
+    if (vocoder := configs.get("vocoder")) is not None:
+        if "bwe_hidden_channels" in vocoder:
+            stated["vocoder"] = newer, "has bwe_hidden_channels"
+        else:
+            stated["vocoder"] = older, "has no bwe_hidden_channels"
+    return stated
 
 
 def _require(config: dict, **values) -> None:

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -71,14 +73,8 @@ def open_checkpoint(path: str | PathLike) -> Checkpoint:
     if path.is_dir() and any(_folder_has_weights(path / folder) for folder in folders):
         return _open_diffusers(path)
     files = weight_files(path)
-    tensors, metadata = _read_headers(files)
-    return Checkpoint(
-        path=path,
-        tensors=canonical_keys(tensors),
-        config=_parse_config(path, metadata),
-        model_version=metadata.get("model_version"),
-        files=files,
-    )
+    tensors, config, version = _read_headers(files)
+    return Checkpoint(path, canonical_keys(tensors), config, version, files)
 
 
 def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
@@ -114,22 +110,33 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
 
 def _read_headers(
     files: tuple[pathlib.Path, ...],
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+) -> tuple[dict[str, TensorInfo], dict | None, str | None]:
+    """(tensors, `config`, `model_version`) of files that are one checkpoint.
+
+    A file may say nothing, or describe only the components it holds; what several say must agree.
+    Other metadata (a format, a licence, a hash) may differ, as nobody reads it.
+    """
     tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
+    config: dict | None = None
+    versions: dict[pathlib.Path, str | None] = {}
     problems = []
     for file in files:
         try:
             found, strings = read_header(file)
+            sections = _parse_config(file, strings)
         except ConversionError as error:
             problems += error.problems
             continue
         problems += [f"{file}: {key} is also in another shard" for key in found if key in tensors]
         tensors |= found
-        metadata |= strings
+        versions[file] = strings.get("model_version")
+        if sections is not None:
+            config = {} if config is None else config
+            problems += add_sections(config, sections, file)
+    problems += mixed_versions(versions)
     if problems:
         raise ConversionError(problems)
-    return tensors, metadata
+    return tensors, config, next(filter(None, versions.values()), None)
 
 
 def _parse_config(path: pathlib.Path, metadata: dict[str, str]) -> dict | None:
@@ -142,6 +149,28 @@ def _parse_config(path: pathlib.Path, metadata: dict[str, str]) -> dict | None:
     if not isinstance(config, dict):
         raise ConversionError([f"{path}: metadata `config` is not a JSON object"])
     return config
+
+
+def add_sections(config: dict, sections: Mapping[str, Any], path: pathlib.Path) -> list[str]:
+    """Adds the sections of the file at `path` to `config`; the problem of each that contradicts."""
+    return [
+        f"{path}: config section {name!r} differs from the other files'; convert files of one "
+        "release together"
+        for name, section in sections.items()
+        if config.setdefault(name, section) != section
+    ]
+
+
+def mixed_versions(versions: Mapping[pathlib.Path, str | None]) -> list[str]:
+    """The problem of files that say they are of different versions; None says nothing."""
+    stated = {path: version for path, version in versions.items() if version is not None}
+    if len(set(stated.values())) < 2:
+        return []
+    listing = ", ".join(f"{path} is {version}" for path, version in stated.items())
+    return [
+        f"mixed model versions ({listing}), whose latents are different spaces; use files of one "
+        "version"
+    ]
 
 
 def canonical_keys(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -184,7 +213,7 @@ def _open_diffusers(path: pathlib.Path) -> Checkpoint:
             continue
         try:
             shards = weight_files(path / folder)
-            found, _ = _read_headers(shards)
+            found, *_ = _read_headers(shards)
         except ConversionError as error:
             problems += error.problems
             continue

@@ -154,6 +154,8 @@ def make_plan(args: argparse.Namespace, text: TextDataset) -> Plan:
         )
     if args.previews < 0:
         raise ValueError(f"--previews must be 0 or more, not {args.previews}")
+    if args.previews:
+        pipeline.check_complete()
     return Plan(
         generator=generator,
         pipeline=pipeline,

@@ -95,6 +95,7 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
       ValueError: what is wrong, and what would be right.
       OSError: a file that cannot be read.
     """
+    config.check_complete()
     if config.layout_name is not None:
         raise ValueError(
             f"{args.checkpoint} is a block-causal student (layout {config.layout_name!r}): sample "
@@ -273,8 +274,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with writer:
             run(args, plan, writer, console)
-    except FloatingPointError as error:
+    except (FileNotFoundError, ValueError) as error:  # as reading a checkpoint raises
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 1
     return 0
 

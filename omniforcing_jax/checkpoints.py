@@ -12,7 +12,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -108,6 +108,17 @@ def metadata_section(config: Mapping[str, Any], component: str) -> str:
         if isinstance(config.get(section), Mapping):
             return section
     raise ValueError(f"config has no section {_SECTIONS[component][-1]!r}")
+
+
+def missing_components(folder: str | os.PathLike, components: Iterable[str]) -> tuple[str, ...]:
+    """Those of `components` that a converted checkpoint lacks; no weights are read.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_config`.
+    """
+    folder = locate(folder)
+    there = load_config(folder)["components"]
+    return tuple(c for c in components if c not in there or not (folder / c).is_dir())
 
 
 def load_params(

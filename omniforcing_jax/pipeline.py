@@ -25,6 +25,9 @@ from omniforcing_jax.streaming import StreamingSession
 from omniforcing_jax.streaming_audio import StreamingAudioDecoder
 from omniforcing_jax.streaming_video import StreamingVideoDecoder, to_uint8
 
+# What is sampled and decoded with; the text connectors are the prompt encoder's.
+COMPONENTS = ("transformer", "video_vae", "audio_vae", "vocoder")
+
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
@@ -35,6 +38,7 @@ class PipelineConfig:
         checkpoint does not say.
       trained_cache: the same of its cache.
       context_noise: noise level at which its finished blocks write their keys and values.
+      missing: components that are described but were not converted; see `check_complete`.
     """
 
     transformer: TransformerConfig
@@ -46,15 +50,30 @@ class PipelineConfig:
     timesteps: tuple[float, ...] | None = None
     trained_cache: TrainedCache = dataclasses.field(default_factory=TrainedCache)
     context_noise: float = 0.0
+    missing: tuple[str, ...] = ()
 
     @classmethod
     def from_checkpoint(cls, directory: str | pathlib.Path) -> "PipelineConfig":
         """Reads and checks `config.json`; no weights are touched.
 
+        Components may be missing, as training and encoding read some of them only.
+
         Raises:
-          ValueError: no such checkpoint, another format, or a setting that is not supported.
+          FileNotFoundError: no such checkpoint.
+          ValueError: another format, or a setting that is not supported.
         """
-        return cls.from_content(checkpoints.load_config(directory))
+        config = cls.from_content(checkpoints.load_config(directory))
+        missing = checkpoints.missing_components(directory, COMPONENTS)
+        return dataclasses.replace(config, missing=missing)
+
+    def check_complete(self) -> None:
+        """Raises ValueError unless all that sampling and decoding read was converted."""
+        if self.missing:
+            raise ValueError(
+                f"the checkpoint has no {', '.join(self.missing)}, so nothing can be sampled from "
+                "it; convert again with all components, which is what the converters do without "
+                "--components"
+            )
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> "PipelineConfig":
@@ -91,6 +110,7 @@ class PipelineConfig:
                 f"take {(video_vae.latent_channels, audio_vae.latent_width)}: they belong to "
                 "different models; convert both from the same release"
             )
+        _check_versions(model_version, transformer, video_vae)
         student = student or {}
         return cls(
             transformer=transformer,
@@ -138,8 +158,9 @@ class PipelineConfig:
         for a cache and noise levels that are given.
 
         Raises:
-          ValueError: see `check_size` and `flow.check_sigmas`.
+          ValueError: see `check_complete`, `check_size` and `flow.check_sigmas`.
         """
+        self.check_complete()
         height, width = self.check_size(height, width)
         cache = cache or self.cache(self.layout())
         sigmas = tuple(sigmas or self.sigmas())
@@ -154,6 +175,25 @@ class PipelineConfig:
         size = self.video_vae.latent_size(height, width)
         check_latents(self.video_vae, (1, 1, *size, self.video_vae.latent_channels))
         return size
+
+
+def _check_versions(version: str, transformer: TransformerConfig, vae: VideoVAEConfig) -> None:
+    """Raises ValueError where a network is not of the checkpoint's version, as far as it shows.
+
+    The channels do not tell LTX-2.0 from 2.3, whose latents are different spaces. Gated attention
+    came with 2.3, and all its decoders pad with zeros; smaller ones of 2.0 may do so as well.
+    """
+    newer = not version.startswith("2.0")
+    wrong = []
+    if transformer.gated_attention != newer:
+        wrong.append(f"the transformer is of LTX-{'2.0' if newer else '2.3 or later'}")
+    if newer and vae.decoder_padding_mode == "reflect":
+        wrong.append("the video VAE is of LTX-2.0")
+    if wrong:
+        raise ValueError(
+            f"the checkpoint is of LTX-{version}, but {' and '.join(wrong)}: latents of 2.0 and "
+            "later versions are different spaces; convert all components from the same release"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +261,11 @@ def load_pipeline(directory: str | pathlib.Path, *, dtype: jnp.dtype) -> Pipelin
     """Restores the components a sampler needs; the vocoder stays fp32, as it is always run.
 
     Raises:
-      ValueError: see `PipelineConfig.from_checkpoint`.
+      FileNotFoundError, ValueError: see `PipelineConfig.from_checkpoint` and `check_complete`;
+        before any weights are read.
     """
     config = PipelineConfig.from_checkpoint(directory)
+    config.check_complete()
     dtypes = {"transformer": dtype, "video_vae": dtype, "audio_vae": dtype, "vocoder": jnp.float32}
     params = {
         name: checkpoints.load_params(directory, name, dtype=component_dtype)

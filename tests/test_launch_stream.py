@@ -19,12 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_converters import omniforcing
-from launch import stream
-from omniforcing_jax import media, text_features
-from omniforcing_jax.pipeline import PipelineConfig
+from checkpoint_converters import ltx2, omniforcing
+from launch import sample_teacher, stream
+from omniforcing_jax import checkpoints, encoder_files, media, text_features
+from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
 from omniforcing_jax.streaming import StreamingSession
 from omniforcing_jax.text_encoder import TextEncoder
+from omniforcing_jax.trajectory_sampler import Generator
 
 SIZE = ["--height", "64", "--width", "64", "--decode", "causal", "--sigmas", "1", "0.7", "0"]
 
@@ -289,6 +290,76 @@ def test_bad_input_is_refused_before_anything_is_loaded(
         more = change if "--features" in change else ["--random-features", *change]
     assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def partial_checkpoint(checkpoint, tmp_path_factory):
+    """Made with --components transformer connectors."""
+    folder = tmp_path_factory.mktemp("partial") / "checkpoint"
+    source = next(pathlib.Path(checkpoint).parent.glob("*.safetensors"))
+    ltx2.convert(source, folder, components=("transformer", "connectors"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("program", [stream, sample_teacher])
+def test_a_checkpoint_that_lacks_components_is_refused(
+    checkpoint, partial_checkpoint, tmp_path, monkeypatch, capsys, program
+):
+    monkeypatch.setattr(
+        checkpoints, "load_params", lambda *a, **k: pytest.fail("weights were read")
+    )
+    options = ["--output", str(tmp_path / "clip.mp4"), "--random-features"]
+    options += ["--height", "64", "--width", "64"]
+    assert program.main(["--checkpoint", partial_checkpoint, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: the checkpoint has no video_vae, audio_vae, vocoder, so nothing"
+    )
+    assert "convert again with all components" in error and error.count("\n") == 1
+    with pytest.raises(ValueError, match="has no video_vae, audio_vae, vocoder, so nothing"):
+        load_pipeline(partial_checkpoint, dtype=jnp.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_component_whose_folder_is_gone_is_missing_as_well(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    assert PipelineConfig.from_checkpoint(tmp_path / "checkpoint").missing == ()
+    shutil.rmtree(tmp_path / "checkpoint" / "vocoder")
+    with pytest.raises(
+        ValueError, match="the checkpoint has no vocoder, so nothing can be sampled"
+    ):
+        load_pipeline(tmp_path / "checkpoint", dtype=jnp.float32)
+
+
+def test_who_samples_nothing_takes_fewer_components(checkpoint, partial_checkpoint, random_gemma):
+    """Training reads the description and the transformer, the prompt encoder the connectors."""
+    whole = PipelineConfig.from_checkpoint(checkpoint)
+    part = PipelineConfig.from_checkpoint(partial_checkpoint)
+    assert dataclasses.replace(part, missing=()) == whole
+    encoder_files.check_encoder(random_gemma, partial_checkpoint)
+    assert Generator.find(partial_checkpoint, None, None).transformer == whole.transformer
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (FileNotFoundError("checkpoint has no transformer"), 2),
+        (ValueError("checkpoint: format 2"), 2),
+        (OSError(errno.ENOSPC, "no space left"), 1),
+    ],
+)
+def test_errors_of_the_teacher_after_its_checks(
+    checkpoint, tmp_path, monkeypatch, capsys, error, status
+):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(sample_teacher, "load_pipeline", fail)
+    options = ["--output", str(tmp_path / "clip.mp4"), "--random-features", "--stg-block", "1"]
+    options += ["--height", "64", "--width", "64"]
+    assert sample_teacher.main(["--checkpoint", checkpoint, *options]) == status
+    assert f"error: {error}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
