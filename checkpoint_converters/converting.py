@@ -1,10 +1,12 @@
 """What all converters share: check everything, then stream into a folder that appears at once."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -17,7 +19,7 @@ import numpy as np
 from rich import progress as rich_progress
 
 from checkpoint_converters import orbax_writer
-from checkpoint_converters.checks import output_problems
+from checkpoint_converters.checks import SPARE_BYTES, existing_parent, output_problems
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_middle
 
 FORMAT = 1
@@ -28,6 +30,14 @@ DTYPE_CHOICES = {
 }
 MESH_AXES = ("fsdp", "tensor")
 _SAMPLE_BYTES = 4096  # of each tensor that goes into a component's fingerprint
+
+
+class DiskFullError(ConversionError):
+    """No room for the output: a single line, as nothing is wrong with the inputs."""
+
+    def __init__(self, line: str):
+        super().__init__([line])
+        self.args = (line,)
 
 
 class Plan(NamedTuple):
@@ -112,6 +122,7 @@ def run(
 
     Raises:
       ConversionError: all problems at once.
+      DiskFullError: a `ConversionError` as well; the disk was full, and nothing is left behind.
     """
     output = pathlib.Path(output).absolute()
     index, count, barrier = _processes()
@@ -135,7 +146,7 @@ def run(
     read_bytes = sum(source.info.num_bytes for leaf in every for source in leaf.sources)
     barrier("checked")
     show = show_progress and index == 0
-    with appearing(output, partial, owner=index == 0, barrier=barrier):
+    with appearing(output, partial, owner=index == 0, barrier=barrier, num_bytes=num_bytes):
         with progress_bar(show, "converting", read_bytes // count) as advance:
             for component, group in leaves.items():
                 orbax_writer.write_component(
@@ -179,13 +190,17 @@ def appearing(
     *,
     owner: bool = True,
     barrier: Callable[[str], None] = lambda name: None,
+    num_bytes: int | None = None,
 ) -> Iterator[None]:
     """Creates `partial`, and renames it to `output` when the block ends without an exception.
 
     On an exception, SIGINT or SIGTERM, `partial` is removed; an older `output` stays as it was
     until the new one is complete and on disk.
+
+    Raises:
+      DiskFullError: there was no room for `partial`, whose size is `num_bytes` if it is known.
     """
-    with sigterm_as_exit():
+    with sigterm_as_exit(), explaining_a_full_disk(output, partial, num_bytes):
         try:
             if owner:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -220,6 +235,44 @@ def _rename(partial: pathlib.Path, output: pathlib.Path) -> None:
     finally:
         os.close(descriptor)
     shutil.rmtree(old, ignore_errors=True)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# TensorStore, and with it Orbax, raises ValueError, shutil.copytree an error that lists others, and
+# what is written in Rust a plain Exception
+_NUMBER_IN_TEXT = re.compile(r"(?:os_error_code='|\[Errno |\(os error )(\d+)")
+
+
+@contextlib.contextmanager
+def explaining_a_full_disk(
+    output: pathlib.Path, partial: pathlib.Path, num_bytes: int | None = None
+) -> Iterator[None]:
+    """Raises `DiskFullError` for any error of a full disk; what removes `partial` goes inside."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (match := _NUMBER_IN_TEXT.search(str(error))):
+            number = int(match[1])
+        if number not in _NO_ROOM:
+            raise
+        raise DiskFullError(_full_disk(output, partial, number, num_bytes)) from error
+
+
+def _full_disk(
+    output: pathlib.Path, partial: pathlib.Path, number: int, num_bytes: int | None
+) -> str:
+    folder = existing_parent(output)
+    space = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free in {folder}"
+    if num_bytes is not None:
+        space = f"{(num_bytes + SPARE_BYTES) / 1e9:.1f} GB are needed, {space}"
+    left = "nothing was left behind"
+    if partial.exists():
+        left = f"what there is of it is in {partial}, which can be deleted"
+    return (
+        f"{output}: {os.strerror(number)} while it was being written; {space}; {left}; make room, "
+        "or choose another --output"
+    )
 
 
 @contextlib.contextmanager

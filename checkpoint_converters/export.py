@@ -2,8 +2,13 @@
 
     python -m checkpoint_converters.export --input ltx2 --output ltx2.safetensors
 
-The result loads in ltx-core, ComfyUI and diffusers' converter. Tensors are copied one at a time;
-exporting what was converted gives back the same bytes.
+The result has the keys, shapes and metadata of the official file, for whatever reads that one.
+Tensors are copied one at a time; exporting what was converted gives back the same bytes.
+
+What was tried: the single-file converters of diffusers 0.42 take transformer and VAEs of LTX-2.0,
+and the transformer computes the same there (`tests/test_export_diffusers.py`). They do not rename
+2.3's `prompt_adaln_single`, be the file exported or official. ltx-core and ComfyUI were not tried.
+A causal student needs a reader that knows its sink tokens and its masks.
 """
 
 import argparse
@@ -178,7 +183,10 @@ def _write(
     partial = converting.partial_path(output)
     table = {key: (piece.dtype, piece.shape) for key, piece in pieces.items()}
     total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in table.values())
-    with converting.sigterm_as_exit():
+    with (
+        converting.sigterm_as_exit(),
+        converting.explaining_a_full_disk(output, partial, total),
+    ):
         try:
             with (
                 SafetensorsWriter(partial, table, strings) as writer,

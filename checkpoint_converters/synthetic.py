@@ -12,14 +12,16 @@ import json
 import math
 import os
 import pathlib
+import sys
 import zlib
 
 import ml_dtypes
 import numpy as np
 
 from checkpoint_converters import shapes
+from checkpoint_converters.converting import explaining_a_full_disk
 from checkpoint_converters.key_map import COMPONENTS
-from checkpoint_converters.safetensors_io import SafetensorsWriter
+from checkpoint_converters.safetensors_io import ConversionError, SafetensorsWriter
 
 VERSIONS = {"2.0": "2.0.0", "2.3": "2.3.0"}
 
@@ -336,6 +338,9 @@ def write(
 
     Returns:
       The metadata's `config` object.
+
+    Raises:
+      ConversionError: there is no room for the file.
     """
     if size not in SIZES or version not in VERSIONS:
         raise ValueError(f"size must be one of {list(SIZES)}, version one of {list(VERSIONS)}")
@@ -354,13 +359,16 @@ def write(
         "model_version": VERSIONS[version],
         "license": "random weights",
     }
-    try:
-        with SafetensorsWriter(path, tensors, strings) as writer:
-            for key, (_, shape) in tensors.items():
-                writer.write(key, _values(key, shape, seed, numpy_dtype))
-    except BaseException:
-        pathlib.Path(path).unlink(missing_ok=True)
-        raise
+    path = pathlib.Path(path).absolute()
+    num_bytes = sum(math.prod(shape) for _, shape in tensors.values()) * numpy_dtype.itemsize
+    with explaining_a_full_disk(path, path, num_bytes):
+        try:
+            with SafetensorsWriter(path, tensors, strings) as writer:
+                for key, (_, shape) in tensors.items():
+                    writer.write(key, _values(key, shape, seed, numpy_dtype))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
     return config
 
 
@@ -432,7 +440,7 @@ def _stft_basis(shape: tuple[int, ...]) -> np.ndarray:
     return basis[:, None].astype(np.float32)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint_converters.synthetic",
         description="Writes a random LTX-2 checkpoint in the official single-file layout.",
@@ -444,16 +452,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="transformer layers (default: the size's)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    write(
-        args.output,
-        args.size,
-        args.version,
-        seed=args.seed,
-        dtype=args.dtype,
-        num_layers=args.layers,
-    )
+    try:
+        write(
+            args.output,
+            args.size,
+            args.version,
+            seed=args.seed,
+            dtype=args.dtype,
+            num_layers=args.layers,
+        )
+    except ConversionError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

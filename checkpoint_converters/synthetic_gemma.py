@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -20,7 +21,7 @@ import numpy as np
 from checkpoint_converters import gemma3, synthetic
 from checkpoint_converters.converting import appearing, partial_path
 from checkpoint_converters.key_map import GEMMA
-from checkpoint_converters.safetensors_io import SafetensorsWriter
+from checkpoint_converters.safetensors_io import ConversionError, SafetensorsWriter
 from omniforcing_jax.data.bounce_captions import VOCABULARY
 from omniforcing_jax.models.gemma_config import GemmaConfig
 
@@ -83,6 +84,7 @@ def write(
 
     Raises:
       ValueError: unknown size, or the folder exists.
+      ConversionError: there is no room for the folder.
     """
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
@@ -191,7 +193,7 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint_converters.synthetic_gemma",
         description="Writes a random Gemma 3 folder in the Hugging Face layout.",
@@ -205,9 +207,13 @@ def main(argv: list[str] | None = None) -> None:
         write(args.output, args.size, seed=args.seed, dtype=args.dtype)
     except ValueError as error:
         parser.error(str(error))
+    except ConversionError as error:
+        print(error, file=sys.stderr)
+        return 1
     num_bytes = sum(file.stat().st_size for file in args.output.iterdir())
     print(f"{args.output}: {num_bytes / 1e6:.1f} MB")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

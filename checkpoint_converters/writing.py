@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint_converters import key_map
-from checkpoint_converters.converting import partial_path
+from checkpoint_converters.converting import explaining_a_full_disk, partial_path
 from checkpoint_converters.safetensors_io import ConversionError, SafetensorsWriter
 from checkpoint_converters.shapes import ANY, expected_shapes
 
@@ -32,7 +32,8 @@ def write_components(
       dtype: of all tensors.
 
     Raises:
-      ConversionError: tensors that the config does not have, lacks, or that have other shapes.
+      ConversionError: tensors that the config does not have, lacks, or that have other shapes; or
+        there is no room for the file.
     """
     path = pathlib.Path(path).absolute()
     tensors: dict[str, np.ndarray] = {}
@@ -54,15 +55,17 @@ def write_components(
     dtype = np.dtype(dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
-    try:
-        table = {key: (dtype, array.shape) for key, array in tensors.items()}
-        with SafetensorsWriter(partial, table, strings) as writer:
-            for key, array in tensors.items():
-                writer.write(key, array.astype(dtype))
-        partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    table = {key: (dtype, array.shape) for key, array in tensors.items()}
+    num_bytes = sum(array.size for array in tensors.values()) * dtype.itemsize
+    with explaining_a_full_disk(path, partial, num_bytes):
+        try:
+            with SafetensorsWriter(partial, table, strings) as writer:
+                for key, array in tensors.items():
+                    writer.write(key, array.astype(dtype))
+            partial.rename(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def _official(
