@@ -1,51 +1,79 @@
 """How fast the streaming sampler is, at any size, with random weights.
 
-    python -m benchmarks.stream --size full --version 2.0 --dtype bfloat16 --output outputs/bench
+    JAX_COMPILATION_CACHE_DIR=outputs/bench/xla python -m benchmarks.stream --size full \\
+        --output outputs/bench
 
-prints time to first chunk with its parts, inter-chunk percentiles, FPS, real-time factor, deadline
-attainment, peak memory, arithmetic and MFU, and where the time goes; writes `result.json` and
-`row.md`. Sizes are those of `checkpoint_converters.synthetic` ("full" is the published 19B).
+times the published 19B model as it streams by default (version 2.0, 512x768, four steps and the
+refresh, window of 7 blocks, bfloat16); other sizes and settings likewise. It prints time to first
+chunk with its parts, inter-chunk percentiles, FPS, real-time factor, deadline attainment, memory,
+arithmetic and MFU, and where the time goes, and writes `result.json` and `row.md` to the folder:
+first when the steady state is known, then again with whatever was measured after it, so that a run
+that is cut off keeps the main row. Its programs are in the compilation cache for the next run, and
+stderr says what it was doing. Sizes are those of `checkpoint_converters.synthetic`.
 
-The rolling cache is filled before anything is timed, so the numbers are those of a long stream.
-The text part of the time to first chunk is that of the connectors and of the text's keys and
-values; how long Gemma takes is what `benchmarks.text` measures.
+* The rolling cache is filled before any block is timed: chunks, parts and memory are those of a
+  long stream. Memory in use is read after each block: of the device, or of this process where the
+  device does not say. Its peak is that of the run so far, with compilation.
+* Time to first chunk is that of a new stream, on an empty cache, with all programs compiled: from
+  the prompt's text features to the first chunk that has frames and sound. It has the connectors and
+  the text's keys and values (text), and the RoPE tables and the allocation of the cache (setup). It
+  does not have Gemma, whose time `benchmarks.text` measures.
+* A block's time in the transformer is split in the rotation of the history's keys, once for all
+  passes; the refresh, with the write to the cache; and denoising, which is the rest. The first two
+  are timed as programs of their own.
+* Error at seams is measured up to size "small" unless it is asked for: it decodes a clip at once,
+  which is long to compile for a large decoder and says little of random weights.
 
     python -m benchmarks.stream --size tiny --blocks 200 --height 128 --width 128
 
-also compares the last blocks of a long stream with the first ones after the cache was filled.
+compares the last tenth of a long stream's blocks with the first one after the cache was filled
+(blocks 189 to 208 with 9 to 28), in time and in memory in use. Beside the ratio stands the range of
+the tenths in between, over the same first one: what stretches of this stream differ by anyway.
+`result.json` has all of them in order, where a trend would show.
 """
 
 import argparse
 import dataclasses
 import datetime
 import functools
-import json
+import math
 import pathlib
 import platform
+import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from benchmarks.memory import peak_resident_bytes
+from benchmarks import stream_report
+from benchmarks.memory import peak_bytes
+from benchmarks.stream_report import measure_stream
 from checkpoint_converters import synthetic
-from omniforcing_jax import flops, flow, rollout, text_features
-from omniforcing_jax.kv_cache import CacheConfig, cache_bytes
-from omniforcing_jax.models import video_vae, vocoder
+from omniforcing_jax import flops, flow, kv_cache, rollout, text_features
+from omniforcing_jax.kv_cache import CacheConfig, RollingCache, cache_bytes
+from omniforcing_jax.models import bigvgan, video_vae, vocoder
 from omniforcing_jax.models.audio_vae import AudioDecoder
 from omniforcing_jax.models.connectors import ConnectorConfig, TextConnectors
+from omniforcing_jax.models.inputs import Pathways
+from omniforcing_jax.models.layers import History
+from omniforcing_jax.models.rope import ClipRope
 from omniforcing_jax.models.transformer import TextKV, Transformer, init_params
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig
-from omniforcing_jax.rollout import RolloutConfig
-from omniforcing_jax.streaming import StreamingSession, Timings, encode_prompt
+from omniforcing_jax.rollout import AVLatents, RolloutConfig
+from omniforcing_jax.streaming import StreamingSession, encode_prompt
 from omniforcing_jax.streaming_video import StreamingVideoDecoder, seam_error, to_uint8
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Dense bf16 peak of one device, TFLOP/s, by a part of `device_kind` (vendors' data sheets).
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "v6": 918, "v5p": 459, "v5 lite": 197}
+# All weights are cut from so many random numbers: to compile a generator for each of their shapes
+# takes a minute or more, and to draw 3e9 numbers at once more memory than a stream, which would be
+# the peak. It is a prime, so that no two rows of a kernel are the same.
+POOL = 1_048_573
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,7 +100,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--blend", type=int, default=1)
     add("--dtype", choices=tuple(DTYPES), default="bfloat16")
     add("--attention", choices=IMPLEMENTATIONS, default="auto")
-    add("--seam-blocks", type=int, default=3, help="blocks of the seam measurement; 0 skips it")
+    seams = "blocks of the seam measurement; 0 skips it (default: 3, and 0 at size full)"
+    add("--seam-blocks", type=int, help=seams)
     add("--peak-tflops", type=float, help="peak of the device, for MFU")
     add("--output", type=pathlib.Path, help="folder for result.json and row.md")
     return parser.parse_args(argv)
@@ -87,23 +116,47 @@ def random_transformer(model: Transformer, key: jax.Array) -> dict:
 
 
 def random_params(shapes: dict, key: jax.Array, dtype: jnp.dtype) -> dict:
-    """Random weights of the given shapes, one array at a time."""
+    """Random weights of the given shapes, one array at a time.
+
+    Kernels are N(0, 1 / fan_in), with their extent in space and time part of the fan-in, and tables
+    start small as well: activations stay finite. The rest is what the modules start with.
+    """
+    pool = jax.random.normal(key, (POOL,))
     leaves, tree = jax.tree.flatten_with_path(shapes)
-
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def draw(key, shape, scale):
-        return scale * jax.random.normal(key, shape, dtype)
-
-    arrays = []
-    for i, (path, leaf) in enumerate(leaves):
-        name = path[-1].key
-        if name in ("bias", "scale"):
-            fill = jnp.zeros if name == "bias" else jnp.ones
-            arrays.append(fill(leaf.shape, dtype))
-        else:
-            # [in, out], or [layers, in, out]; tables [rows, width] start small as well
-            arrays.append(draw(jax.random.fold_in(key, i), leaf.shape, leaf.shape[-2] ** -0.5))
+    arrays, offset = [], 0
+    for path, leaf in leaves:
+        array = _constant(path[-1].key, leaf.shape, dtype)
+        if array is None:
+            # [..., in, out], or [layers, in, out]
+            layers = leaf.shape[0] if any(entry.key == "blocks" for entry in path) else 1
+            fan_in = leaf.size // layers // leaf.shape[-1]
+            array = _cut(pool, offset % POOL, fan_in**-0.5, leaf.shape, dtype)
+            offset += leaf.size
+        arrays.append(array)
     return jax.tree.unflatten(tree, arrays)
+
+
+def _constant(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array | None:
+    """What a module's own `init` gives a parameter of this name; None where that is random."""
+    match name:
+        case "bias" | "alpha" | "beta" | "mean":
+            return jnp.zeros(shape, dtype)
+        case "scale" | "std":
+            return jnp.ones(shape, dtype)
+        case "filter":
+            return bigvgan.kaiser_lowpass(None, shape, dtype)
+        case "forward_basis":
+            return bigvgan.fourier_basis(None, shape, dtype)
+        case "mel_basis":  # all bins alike: the mean of the spectrum
+            return jnp.full(shape, 1 / shape[-1], dtype)
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _cut(pool: jax.Array, offset: int, scale: float, shape: tuple[int, ...], dtype) -> jax.Array:
+    """The pool's numbers from `offset` on, over and over, times `scale`."""
+    index = jax.lax.iota(jnp.uint32, math.prod(shape)) + jnp.asarray(offset, jnp.uint32)
+    return (scale * pool[index % POOL]).astype(dtype).reshape(shape)
 
 
 def random_pipeline(args: argparse.Namespace) -> Pipeline:
@@ -115,30 +168,26 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
         transformer = dataclasses.replace(config.transformer, num_audio_sinks=args.sinks)
         config = dataclasses.replace(config, transformer=transformer)
     pipeline = Pipeline(config, {}, dtype)
-
-    def cast(tree, dtype=dtype):
-        return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-    model = pipeline.transformer(args.attention)
-    params = {
-        "transformer": random_transformer(model, jax.random.key(0)),
-        "video_vae": jax.jit(lambda k: cast(video_vae.init_params(config.video_vae, k)))(
-            jax.random.key(1)
-        ),
-    }
+    keys = jax.random.split(jax.random.key(0), 4)
     latents = jnp.zeros((1, 2, config.audio_vae.latent_bins, config.audio_vae.latent_channels))
-    audio = jax.jit(AudioDecoder(config.audio_vae).init)(jax.random.key(2), latents)
+    mel = jnp.zeros((1, 8, config.vocoder.mel_bins, vocoder.STEREO))
+    vae = jax.eval_shape(functools.partial(video_vae.init_params, config.video_vae), keys[1])
+    audio = jax.eval_shape(AudioDecoder(config.audio_vae).init, keys[2], latents)
+    sound = jax.eval_shape(vocoder.vocoder_module(config.vocoder).init, keys[3], mel)
     width = config.transformer.audio_channels
-    params["audio_vae"] = cast(
-        {
-            "decoder": nn.unbox(audio["params"]),
-            "per_channel_statistics": {"mean": jnp.zeros(width), "std": jnp.ones(width)},
-        }
-    )
-    mel = jnp.zeros((1, 8, config.vocoder.mel_bins, 2))
-    module = vocoder.vocoder_module(config.vocoder)
-    params["vocoder"] = nn.unbox(jax.jit(module.init)(jax.random.key(3), mel)["params"])
-    return dataclasses.replace(pipeline, params=params)
+    params = {
+        "transformer": random_transformer(pipeline.transformer(args.attention), keys[0]),
+        "video_vae": random_params(vae, keys[1], dtype),
+        "audio_vae": {
+            "decoder": random_params(nn.unbox(audio["params"]), keys[2], dtype),
+            "per_channel_statistics": {
+                "mean": jnp.zeros(width, dtype),
+                "std": jnp.ones(width, dtype),
+            },
+        },
+        "vocoder": random_params(nn.unbox(sound["params"]), keys[3], jnp.float32),
+    }
+    return dataclasses.replace(pipeline, params=jax.block_until_ready(params))
 
 
 def contexts(pipeline: Pipeline, args, prompt: str) -> tuple[jax.Array, jax.Array]:
@@ -159,11 +208,13 @@ def text_kv(pipeline: Pipeline, args, config: RolloutConfig, prompt: str) -> Tex
     )
 
 
-def make_session(pipeline: Pipeline, args, config: RolloutConfig, prompt: str) -> StreamingSession:
+def make_session(
+    pipeline: Pipeline, args, config: RolloutConfig, prompt: tuple[jax.Array, jax.Array]
+) -> StreamingSession:
     """A session at its very beginning."""
     return pipeline.session(
         config,
-        contexts(pipeline, args, prompt),
+        prompt,
         implementation=args.attention,
         max_blocks=None if args.positions == "relative" else 10 * args.blocks,
         decode_mode=args.decode,
@@ -173,16 +224,23 @@ def make_session(pipeline: Pipeline, args, config: RolloutConfig, prompt: str) -
     )
 
 
-def time_to_first_chunk(session: StreamingSession) -> dict[str, float]:
-    """Seconds from the prompt to the first chunk with frames and sound, and its parts."""
-    parts = dict.fromkeys(("text", "generate", "decode_video", "decode_audio", "host"), 0.0)
+def time_to_first_chunk(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, float]:
+    """Seconds from a prompt's contexts to the first chunk with frames and sound, and its parts.
+
+    What the device still does for the setup when the host is through is in the part that follows.
+    """
+    prompt = jax.block_until_ready(contexts(pipeline, args, "first chunk"))
     start = time.perf_counter()
+    session = make_session(pipeline, args, config, prompt)
+    setup = time.perf_counter() - start
+    parts = dict.fromkeys(("text", "generate", "decode_video", "decode_audio", "host"), 0.0)
     while True:
         chunk = session.step()
         for name in parts:
             parts[name] += getattr(chunk.timings, name)
         if chunk.frames.shape[1] > 1 and chunk.waveform.shape[1]:
-            return {"total": time.perf_counter() - start, **parts, "blocks": session.num_blocks}
+            total = time.perf_counter() - start
+            return {"total": total, "setup": setup, **parts, "blocks": session.num_blocks}
 
 
 def connector_seconds(args: argparse.Namespace, repeats: int = 5) -> float:
@@ -205,61 +263,79 @@ def connector_seconds(args: argparse.Namespace, repeats: int = 5) -> float:
     return float(np.median(seconds[1:]))
 
 
-def measure_stream(
-    session: StreamingSession, num_blocks: int
-) -> tuple[list[int], list[Timings], np.ndarray]:
-    """Runs blocks; returns frames, timings and wall seconds of each. Keeps no picture."""
-    counts, timings, seconds = [], [], []
-    for _ in range(num_blocks):
-        start = time.perf_counter()
-        chunk = session.step()
-        seconds.append(time.perf_counter() - start)
-        counts.append(chunk.frames.shape[1])
-        timings.append(chunk.timings)
-    return counts, timings, np.asarray(seconds)
+@functools.partial(jax.jit, static_argnames=("model", "config"))
+def rotated_keys(
+    model: Transformer, cache: RollingCache, rope: ClipRope, *, config: RolloutConfig
+) -> Pathways:
+    """The history's keys at their positions, which all passes of a block share."""
+    history = rollout.bind(model, None, cache, rope, config, first=False).history
+    return jax.tree.map(lambda h: h.kv.k, history, is_leaf=lambda h: isinstance(h, History))
 
 
-def deadline_attainment(counts: list[int], seconds: np.ndarray, frame_rate: float) -> float:
-    """Share of chunks ready before a player that starts with the first chunk runs dry."""
-    ready = np.cumsum(seconds) - seconds[0]
-    due = np.cumsum([0, *counts[:-1]]) / frame_rate
-    return float(np.mean(ready <= due + 1e-9))
+@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("cache",))
+def refresh_block(
+    model: Transformer,
+    params,
+    cache: RollingCache,
+    keys: Pathways,
+    text: TextKV,
+    rope: ClipRope,
+    x0: AVLatents,
+    noise: AVLatents,
+    *,
+    config: RolloutConfig,
+) -> RollingCache:
+    """The end of a block that has `rotated_keys` at hand: refresh pass, and write of its K/V."""
+
+    def with_keys(history, k):
+        return history.replace(kv=history.kv.replace(k=k))
+
+    forward = rollout.bind(model, params, cache, rope, config, first=False)
+    history = jax.tree.map(
+        with_keys, forward.history, keys, is_leaf=lambda h: isinstance(h, History)
+    )
+    forward = dataclasses.replace(forward, history=history)
+    kv = rollout.refresh(forward, text, x0, noise, config)
+    return kv_cache.write(cache, kv, config.patches, first=False)
 
 
-def refresh_seconds(pipeline: Pipeline, args, config: RolloutConfig, repeats: int = 5) -> float:
-    """Median wall seconds of the refresh pass alone, on a full cache."""
-    model = pipeline.transformer(args.attention)
+def block_parts(
+    pipeline: Pipeline, args, config: RolloutConfig, repeats: int = 5
+) -> dict[str, float]:
+    """Median wall seconds of `rotated_keys` and of `refresh_block`, on a full cache."""
+    model, params = pipeline.transformer(args.attention), pipeline.params["transformer"]
     held = 2 + config.cache.anchor_blocks + config.cache.window
     cache = rollout.new_cache(model, config, 1).replace(num_blocks=jnp.int32(held))
-    rope = config.rope(model, None if args.positions == "relative" else held + 1)
+    rope = config.rope(model, None if args.positions == "relative" else held + repeats + 1)
     text = text_kv(pipeline, args, config, "refresh")
     noise = rollout.block_noise(jax.random.key(0), held, config, model, 1, first=False)
-
-    @jax.jit
-    def refresh(params, cache, text, noise):
-        forward = rollout.bind(model, params, cache, rope, config, first=False)
-        x0 = jax.tree.map(lambda n: n[0], noise)
-        return rollout.refresh(forward, text, x0, noise, config).audio
-
+    x0 = jax.tree.map(lambda n: n[0], noise)
     seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(refresh(pipeline.params["transformer"], cache, text, noise))
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:]))
+    for _ in range(repeats + 1):  # the first one compiles
+        marks = [time.perf_counter()]
+        keys = jax.block_until_ready(rotated_keys(model, cache, rope, config=config))
+        marks.append(time.perf_counter())
+        cache = refresh_block(model, params, cache, keys, text, rope, x0, noise, config=config)
+        jax.block_until_ready(cache)
+        marks.append(time.perf_counter())
+        seconds.append(np.diff(marks))
+    rotation, refresh = np.median(seconds[1:], axis=0).tolist()
+    return {"rotation": rotation, "refresh": refresh}
 
 
-def measure_seams(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, float]:
+def measure_seams(
+    pipeline: Pipeline, args, config: RolloutConfig, num_blocks: int
+) -> dict[str, float]:
     """Error of the streamed decode at chunk borders over its median error, on the same latents."""
     model, layout = pipeline.transformer(args.attention), config.cache.layout
     latents = rollout.rollout(
         model,
         pipeline.params["transformer"],
         text_kv(pipeline, args, config, "seams"),
-        config.rope(model, args.seam_blocks),
+        config.rope(model, num_blocks),
         jax.random.key(0),
         config=config,
-        num_blocks=args.seam_blocks,
+        num_blocks=num_blocks,
         batch=1,
     ).video
     video = latents.reshape(1, -1, config.height, config.width, latents.shape[-1])
@@ -281,7 +357,7 @@ def measure_seams(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, 
         dtype=pipeline.dtype,
     )
     state = decoder.init(1, args.height, args.width)
-    ends = [layout.num_video_frames(1 + block) for block in range(args.seam_blocks)]
+    ends = [layout.num_video_frames(1 + block) for block in range(num_blocks)]
     chunks = []
     for start, end in zip([0, *ends], ends):
         state, frames = decoder.push(state, video[:, start:end])
@@ -292,14 +368,6 @@ def measure_seams(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, 
     return seam_error(full, np.concatenate(chunks), borders)
 
 
-def peak_memory_bytes() -> tuple[int, str]:
-    """Peak bytes on the device, or of this process where the device does not say."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"], "device"
-    return peak_resident_bytes(), "process"
-
-
 def peak_tflops(args) -> float | None:
     """Given on the command line, or known for this kind of device."""
     if args.peak_tflops:
@@ -308,73 +376,92 @@ def peak_tflops(args) -> float | None:
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in kind), None)
 
 
-def run(args: argparse.Namespace) -> dict:
-    """All measurements of one configuration.
+def run(args: argparse.Namespace, report: Callable[[dict], None] = lambda result: None) -> dict:
+    """All measurements of one configuration; `report` gets what is known whenever it is more.
 
-    A session's cache is freed before the next one is made: peak memory is that of one stream.
+    A session's cache is freed before the next one is made: memory is that of one stream.
     """
+    progress("making the weights")
     pipeline = random_pipeline(args)
     config = rollout_config(args, pipeline.config)
-    layout = config.cache.layout
+    result = steady_state(pipeline, args, config)
+    report(result)
+    progress("timing the connectors")  # only now: a stream has none of their weights in memory
+    connectors, first = connector_seconds(args), result["ttfc_seconds"]
+    first = first | {part: first[part] + connectors for part in ("total", "text")}
+    result = result | {"ttfc_seconds": first, "connector_seconds": connectors}
+    progress("timing the parts of a block")
+    parts = result["part_seconds"] | block_parts(pipeline, args, config)
+    parts["denoise"] = parts["generate"] - parts["rotation"] - parts["refresh"]
+    result = result | {"part_seconds": parts}
+    report(result)
+    seam_blocks = args.seam_blocks
+    if seam_blocks is None:
+        seam_blocks = 0 if args.size == "full" else 3
+    if seam_blocks:
+        progress("decoding a clip at once and in chunks")
+        result = result | {"seams": measure_seams(pipeline, args, config, seam_blocks)}
+        report(result)
+    return result
+
+
+def steady_state(pipeline: Pipeline, args, config: RolloutConfig) -> dict:
+    """Start and long run of a stream, which all other measurements only explain."""
     fill = 1 + config.cache.anchor_blocks + config.cache.window + 1
-    measure_stream(make_session(pipeline, args, config, "warm-up"), 4)  # compiles every shape
-    first = time_to_first_chunk(make_session(pipeline, args, config, "first chunk"))
-    session = make_session(pipeline, args, config, "steady state")
+    prompt = contexts(pipeline, args, "steady state")
+    progress("compiling every shape")
+    measure_stream(make_session(pipeline, args, config, prompt), 4)
+    progress("timing the first chunk")
+    first = time_to_first_chunk(pipeline, args, config)
+    progress(f"filling the cache with {fill} blocks")
+    session = make_session(pipeline, args, config, prompt)
     measure_stream(session, fill)
-    memory_early = peak_memory_bytes()[0]
-    counts, timings, seconds = measure_stream(session, args.blocks)
-    memory, memory_kind = peak_memory_bytes()
-    model_flops = flops.block_flops(
-        pipeline.config.transformer, config, session.num_blocks, args.text_tokens
-    )
-    del session
-    connectors = connector_seconds(args)  # only now: a stream has none of their weights in memory
-    first |= {part: first[part] + connectors for part in ("total", "text")}
-    decode_frames = (
-        8 * (args.look_back + layout.video_frames + args.look_ahead + args.blend - 1) + 1
-    )
-    if args.decode == "causal":
-        decode_frames = 8 * layout.video_frames + 1
-    decode_flops = video_vae.decoder_flops(
-        pipeline.config.video_vae, decode_frames, args.height, args.width
-    )
-    parts = {
-        name: float(np.median([getattr(t, name) for t in timings]))
-        for name in ("generate", "decode_video", "decode_audio", "host")
-    }
-    parts["refresh"] = refresh_seconds(pipeline, args, config)
-    parts["denoise"] = parts["generate"] - parts["refresh"]
-    fps = sum(counts) / seconds.sum()
-    peak = peak_tflops(args)
-    tail = max(1, args.blocks // 10)
+    progress(f"timing {args.blocks} blocks")
+    trace = measure_stream(session, args.blocks)
+    peak_memory, memory_of = peak_bytes(jax.devices()[0])
+    figures, counts = trace.figures(args.fps), arithmetic(pipeline, args, config)
+    peak, generate = peak_tflops(args), figures["part_seconds"]["generate"]
+    mfu = None if peak is None else counts["transformer_flops_per_block"] / generate / peak / 1e12
     return {
         "command": "python -m benchmarks.stream " + " ".join(_shown(args)),
         "date": datetime.date.today().isoformat(),
         "device": f"{jax.devices()[0].device_kind} ({platform.machine()}), jax {jax.__version__}",
+        "ttfc_seconds": first,
+        "connector_seconds": None,
+        **figures,
+        "peak_memory_bytes": peak_memory,
+        "memory_of": memory_of,
+        **counts,
+        "mfu": mfu,
+        "seams": None,
+    }
+
+
+def arithmetic(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, float]:
+    """Sizes of the model and its cache, and operations for a block while the cache is full."""
+    model, layout = pipeline.config.transformer, config.cache.layout
+    late = 2 + config.cache.anchor_blocks + config.cache.window
+    transformer = flops.block_flops(model, config, late, args.text_tokens)
+    latents = layout.video_frames
+    if args.decode == "window":
+        latents += args.look_back + args.look_ahead + args.blend - 1
+    decoder = video_vae.decoder_flops(
+        pipeline.config.video_vae, 8 * latents + 1, args.height, args.width
+    )
+    return {
         "parameters": sum(x.size for x in jax.tree.leaves(pipeline.params["transformer"])),
         "cache_bytes": cache_bytes(
-            config.cache,
-            pipeline.config.transformer,
-            batch=1,
-            patches=config.patches,
-            dtype=pipeline.dtype,
+            config.cache, model, batch=1, patches=config.patches, dtype=pipeline.dtype
         ),
-        "ttfc_seconds": first,
-        "chunk_seconds": {p: float(np.percentile(seconds, p)) for p in (50, 95, 99)},
-        "fps": fps,
-        "real_time_factor": fps / args.fps,
-        "deadline_attainment": deadline_attainment(counts, seconds, args.fps),
-        "part_seconds": parts,
-        "peak_memory_bytes": memory,
-        "peak_memory_of": memory_kind,
-        "flops_per_second_of_video": (model_flops + decode_flops) / layout.block_seconds,
-        "transformer_flops_per_block": model_flops,
-        "decode_flops_per_block": decode_flops,
-        "mfu": None if peak is None else model_flops / parts["generate"] / (peak * 1e12),
-        "late_over_early_seconds": float(np.median(seconds[-tail:]) / np.median(seconds[:tail])),
-        "late_over_early_memory": memory / memory_early,
-        "seams": measure_seams(pipeline, args, config) if args.seam_blocks else None,
+        "flops_per_second_of_video": (transformer + decoder) / layout.block_seconds,
+        "transformer_flops_per_block": transformer,
+        "decode_flops_per_block": decoder,
     }
+
+
+def progress(doing: str) -> None:
+    """Says on stderr what comes next: a run that is cut off shows what took its time."""
+    print(time.strftime("%H:%M:%S"), doing, file=sys.stderr, flush=True)
 
 
 def rollout_config(args: argparse.Namespace, config: PipelineConfig) -> RolloutConfig:
@@ -399,49 +486,10 @@ def _shown(args: argparse.Namespace) -> list[str]:
     return words
 
 
-def markdown(result: dict) -> str:
-    """One table row with its header."""
-    p, t = result["part_seconds"], result["ttfc_seconds"]
-    chunk = result["chunk_seconds"]
-    mfu = "–" if result["mfu"] is None else f"{result['mfu']:.0%}"
-    seams = "–"
-    if result["seams"] is not None:
-        seams = "{seam:.2g} / {median:.2g} = {ratio:.3g}".format(**result["seams"])
-    cells = {
-        "date": result["date"],
-        "device": result["device"],
-        "parameters": f"{result['parameters'] / 1e9:.3g} B",
-        "FPS": f"{result['fps']:.1f}",
-        "× real time": f"{result['real_time_factor']:.2f}",
-        "TTFC (text + generate + video + sound) s": f"{t['total']:.2f} ({t['text']:.2f} + "
-        f"{t['generate']:.2f} + {t['decode_video']:.2f} + {t['decode_audio']:.2f})",
-        "chunk p50 / p95 / p99 s": " / ".join(f"{chunk[q]:.3f}" for q in (50, 95, 99)),
-        "denoise / refresh / video / sound / host s": " / ".join(
-            f"{p[k]:.3f}" for k in ("denoise", "refresh", "decode_video", "decode_audio", "host")
-        ),
-        "deadlines met": f"{result['deadline_attainment']:.0%}",
-        "peak memory GiB": f"{result['peak_memory_bytes'] / 2**30:.1f}",
-        "TFLOP per s of video": f"{result['flops_per_second_of_video'] / 1e12:.3g}",
-        "MFU": mfu,
-        "error at seams / median, grey levels": seams,
-        "late / early time": f"{result['late_over_early_seconds']:.2f}",
-        "late / early memory": f"{result['late_over_early_memory']:.2f}",
-        "command": f"`{result['command']}`",
-    }
-    rows = [cells.keys(), ["---"] * len(cells), cells.values()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    result = run(args)
-    print(json.dumps(result, indent=2))
-    print(markdown(result))
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        (args.output / "row.md").write_text(markdown(result))
+    run(args, functools.partial(stream_report.publish, folder=args.output))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from omniforcing_jax import flops
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.models.config import TransformerConfig, tiny
 from omniforcing_jax.models.inputs import Modality
 from omniforcing_jax.models.rope import clip_rope
 from omniforcing_jax.models.transformer import Transformer, init_params
+from omniforcing_jax.rollout import RolloutConfig
+from tests.tiny_model import abstract_params
 
 
 def test_forward_flops_match_xla():
@@ -56,3 +61,49 @@ def test_published_size():
         text_tokens=1024,
     )
     assert 3.2e13 < one < 4.0e13
+
+
+@pytest.mark.parametrize("block", (0, 1, 3, 4, 9))
+def test_block_flops_count_every_weight_and_every_key(block):
+    """Each weight once per token that meets it, each pair of a query and a key that it sees."""
+    config = tiny(num_audio_sinks=2)
+    layout = BlockLayout.prefix(num_sinks=2)
+    rollout = RolloutConfig(CacheConfig(layout, window=2, anchor_blocks=1), (1.0, 0.5, 0.0), 2, 3)
+    # Blocks that are seen: the first, one anchor, the two before this one, and this one itself.
+    seen = {0, 1, block - 2, block - 1, block} & set(range(block + 1))
+    frames = {b: (1, 1 + 2) if b == 0 else (3, 25) for b in seen}  # with the sinks
+    video, audio, text = 6 * frames[block][0], frames[block][1], 5
+    video_keys, audio_keys = np.sum(list(frames.values()), axis=0).tolist()
+    video_keys *= 6
+
+    def tokens(layer: str, weight: str) -> int:
+        """That are multiplied with a weight; text keys and values are at hand."""
+        keys = weight in ("k", "v")
+        match layer:
+            case "video_text_attn" | "audio_text_attn" if keys:
+                return 0
+            case "a2v_attn" | "v2a_attn":
+                return video if (layer == "a2v_attn") != keys else audio
+        return video if layer.startswith("video") else audio
+
+    weights = 0
+    params = abstract_params(config)
+    for path, leaf in jax.tree.leaves_with_path(params["blocks"]):
+        if path[-1].key == "kernel":  # [layers, in, out]
+            weights += tokens(path[0].key, path[1].key) * leaf.size
+    for name in ("video_in", "video_out", "audio_in", "audio_out"):
+        # the sinks count as if they were embedded, as they are read out
+        weights += tokens(name, name) * params[name]["kernel"].size
+    pairs = 0
+    for queries, keys, width in (
+        (video, video_keys, 32),
+        (audio, audio_keys, 16),
+        (video, text, 32),
+        (audio, text, 16),
+        (video, audio_keys, 16),
+        (audio, video_keys, 16),
+    ):
+        pairs += 2 * queries * keys * width  # logits, and weighted sum
+    passes = 2 + 1  # two denoising steps and the refresh
+    expected = passes * 2 * (weights + config.num_layers * pairs)
+    assert flops.block_flops(config, rollout, block, text) == expected
