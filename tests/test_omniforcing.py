@@ -1,5 +1,7 @@
 """The student against the public OmniForcing code: masked forward passes and the cached rollout."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,13 +154,23 @@ def test_v2_block_causal_forward(v2, tables, atol):
 
 def test_v1_with_sinks(v1):
     arrays, params = v1
-    rope = clip_rope(V1, video_frames=7, audio_frames=51, height=2, width=2)
     causal = ClipMask(BlockLayout.prefix(num_sinks=16), 7, 51, 4)
-    sigmas = arrays["m_sigma_video_per_frame"], arrays["m_sigma_audio_per_frame"]
-    check(run(V1, params, *modalities(arrays, rope, *sigmas), causal), arrays, "m", 3e-3)
+
+    def forward(params, case, *sigmas, config=V1):
+        rope = clip_rope(config, video_frames=7, audio_frames=51, height=2, width=2)
+        return run(config, params, *modalities(arrays, rope, *sigmas), causal), arrays, case, 3e-3
+
+    by_frame = arrays["m_sigma_video_per_frame"], arrays["m_sigma_audio_per_frame"]
+    check(*forward(params, "m", *by_frame))
     sigma = arrays["m_uniform_sigma"][:, None]
-    video, audio = modalities(arrays, rope, sigma, sigma)
-    check(run(V1, params, video, audio, causal), arrays, "m_uniform", 3e-3)
+    check(*forward(params, "m_uniform", sigma, sigma))
+    # the tolerance is not so wide that sinks, or where they stand, would not show
+    incremental = dataclasses.replace(V1, sink_rope="incremental")
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(*forward(params, "m", *by_frame, config=incremental))
+    silent = {**params, "audio_sinks": 0 * params["audio_sinks"]}
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(*forward(silent, "m", *by_frame))
 
 
 def test_v2_recorded_rollout(v2):

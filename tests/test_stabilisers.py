@@ -12,7 +12,7 @@ from omniforcing_jax.models.inputs import Modality
 from omniforcing_jax.models.layers import Attention
 from omniforcing_jax.models.rope import clip_rope
 from omniforcing_jax.models.transformer import Transformer, init_params
-from tests.tiny_model import QUICK_COMPILE, random_params
+from tests.tiny_model import QUICK_COMPILE, abstract_params, random_params
 
 FRAMES, AUDIO_FRAMES = 4, 26
 
@@ -113,7 +113,14 @@ def test_qk_norm_bounds_the_logits():
     variables = attention.init(jax.random.key(1), x, method=lambda m, x: m(x, m.keys_values(x)))
     kv = attention.apply(variables, x, method="keys_values")
     np.testing.assert_allclose(jnp.linalg.norm(kv.k, axis=-1), np.sqrt(8), rtol=1e-3)
-    assert len(velocities(tiny(extra_qk_norm=True))) == 2
+    normed = tiny(extra_qk_norm=True)
+    assert {
+        name
+        for name, weights in abstract_params(normed)["blocks"].items()
+        if isinstance(weights, dict) and {"q_head_norm", "k_head_norm"} <= weights.keys()
+    } == {"video_attn", "audio_attn", "a2v_attn", "v2a_attn"}
+    for a, b in zip(velocities(normed), velocities(tiny()), strict=True):
+        assert np.isfinite(a).all() and np.abs(np.asarray(a) - b).max() > 1e-3
 
 
 def test_keyframes_of_ltx25():
