@@ -118,6 +118,20 @@ class FeedForward(nn.Module):
         return self.down(nn.gelu(self.up(x), approximate=True))
 
 
+class CaptionProjection(nn.Module):
+    """Linear, GELU (tanh), Linear: text features to a stream's width (LTX-2.0)."""
+
+    dim: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.linear_1 = linear(self.dim, (None, "embed"), self.dtype, split_tokens=True)
+        self.linear_2 = linear(self.dim, ("embed", None), self.dtype, split_tokens=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(nn.gelu(self.linear_1(x), approximate=True))
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normalised q and k (over all heads together) and RoPE.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from omniforcing_jax.blocks import KvEnds
 from omniforcing_jax.models.config import TransformerConfig
 from omniforcing_jax.models.inputs import ClipMask, Conditioning, Modality, Pathways, TextKV
-from omniforcing_jax.models.layers import Attention, FeedForward, linear
+from omniforcing_jax.models.layers import Attention, CaptionProjection, FeedForward, linear
 from omniforcing_jax.models.modulation import AdaLN, gated, layer_norm, modulate, rms_norm
 from omniforcing_jax.models.rope import clip_rope
 from omniforcing_jax.partitioning import WHOLE, constrain
@@ -450,20 +450,6 @@ def check_remat(remat: str) -> None:
             f"remat is {remat!r}; it must be 'none', 'full', or the name of a policy in "
             "jax.checkpoint_policies"
         )
-
-
-class CaptionProjection(nn.Module):
-    """Linear, GELU (tanh), Linear: text features to a stream's width (LTX-2.0)."""
-
-    dim: int
-    dtype: jnp.dtype
-
-    def setup(self):
-        self.linear_1 = linear(self.dim, (None, "embed"), self.dtype, split_tokens=True)
-        self.linear_2 = linear(self.dim, ("embed", None), self.dtype, split_tokens=True)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear_2(nn.gelu(self.linear_1(x), approximate=True))
 
 
 def init_params(model: Transformer, key: jax.Array) -> dict:
