@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoint_converters import synthetic
-from omniforcing_jax import rollout
+from omniforcing_jax import rollout, streaming
 from omniforcing_jax.kv_cache import CacheConfig
 from omniforcing_jax.models import audio_vae, video_vae, vocoder
 from omniforcing_jax.pipeline import PipelineConfig
@@ -143,14 +143,22 @@ def test_snapshot_continues_bit_for_bit(pipeline):
     np.testing.assert_allclose(waveform, expected[1], atol=1e-5)
 
 
-def test_new_prompt_at_a_block_border(pipeline):
+def test_new_prompt_at_a_block_border(pipeline, monkeypatch):
     same, changed = session(pipeline), session(pipeline)
     for _ in range(2):
         np.testing.assert_array_equal(same.step().frames, changed.step().frames)
+    encoded, encode = [], streaming.encode_prompt
+    monkeypatch.setattr(
+        streaming,
+        "encode_prompt",
+        lambda *args, **kwargs: encoded.append(0) or encode(*args, **kwargs),
+    )
     changed.set_prompt(contexts(pipeline, seed=1))
     assert not np.array_equal(same.step().frames, changed.step().frames)
     changed.set_prompt(contexts(pipeline, seed=0))
     assert changed.step().frames.shape == same.step().frames.shape
+    changed.step()
+    assert len(encoded) == 2, "text keys and values are made once per prompt"
 
 
 class Sentences:
