@@ -263,6 +263,9 @@ def train_part(c, part: Part, *, allow_config_change: bool = False) -> Outcome:
     ema = EMAConfig(**c.ema)
     stage = Pretraining(part.loss, optimizer, ema, c.seed)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), part.init())
+    # what a step gives back has a device of its own: were it otherwise before the first one, the
+    # second would be compiled again
+    params = jax.device_put(params, jax.devices()[0])
     outcome = train(
         stage,
         create_state(create_network(params, optimizer, ema=True)),

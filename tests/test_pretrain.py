@@ -356,6 +356,29 @@ def test_a_part_is_trained_resumed_and_written(tmp_path, monkeypatch, capfd):
     assert "is there already" in capfd.readouterr().err
 
 
+def test_a_part_is_compiled_once(tmp_path, monkeypatch):
+    def loss(params, frozen, batch, key):
+        del frozen, key
+        return jnp.mean((batch["x"] @ params["w"]) ** 2), {}
+
+    def draw(rng):
+        return {"x": rng.standard_normal(3).astype(np.float32)}
+
+    def components(params):
+        return {"vocoder": params}
+
+    part = pretrain.Part(loss, lambda: {"w": jnp.ones(3)}, None, draw, components, {})
+    stages, train = [], pretrain.train
+    monkeypatch.setattr(
+        pretrain,
+        "train",
+        lambda stage, *rest, **kw: stages.append(stage) or train(stage, *rest, **kw),
+    )
+    monkeypatch.setattr(pretrain, "write_part", lambda *args: None)
+    assert pretrain.train_part(tiny_config(tmp_path, "vocoder"), part).reason == "finished"
+    assert stages[0]._step._cache_size() == 1
+
+
 def stop_early(num_steps, settings):
     from omniforcing_jax.train import LoopConfig
 
