@@ -41,6 +41,7 @@ def forget_programs():
     run out of memory maps, which ends it in the middle of a compilation."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
