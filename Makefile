@@ -31,10 +31,10 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## the pocket model: from a sentence to 10 s of balls that bounce and ring
 	@mkdir -p $(DEMO)
 	$(BIN)/python -m checkpoint_converters.ltx2 --output $(DEMO)/checkpoint --overwrite \
-		--input weights/pocket/student.safetensors weights/pocket/shared.safetensors
-	$(BIN)/python -m checkpoint_converters.gemma3 --input weights/pocket/gemma \
+		--input pocket/weights/student.safetensors pocket/weights/shared.safetensors
+	$(BIN)/python -m checkpoint_converters.gemma3 --input pocket/weights/gemma \
 		--output $(DEMO)/gemma --overwrite
-	$(BIN)/python -m launch.demo --checkpoint $(DEMO)/checkpoint --text-encoder $(DEMO)/gemma \
+	$(BIN)/python -m pocket.demo --checkpoint $(DEMO)/checkpoint --text-encoder $(DEMO)/gemma \
 		--prompt "$$PROMPT" --output $(DEMO)
 	@echo
 	@echo "$(DEMO)/clip.mp4  10 s of video with sound, written while it was generated"
@@ -72,7 +72,7 @@ tiny: $(VENV)/.installed-train  ## all three stages with random weights, then st
 
 pocket:  ## the pocket model from nothing, through pre-training and all stages: hours on two cores
 
-pocket-report:  ## measures of docs/pocket.md; trains what it compares with: hours
+pocket-report:  ## measures of pocket/results.md; trains what it compares with: hours
 
 pocket-ablations:  ## stage II of the pocket model with other stabilisers: hours
 
@@ -135,4 +135,4 @@ $(VENV)/.installed-test: setup.py $(VENV)/.installed
 $(BIN)/ruff: | $(VENV)/.created
 	@$(PIP) install "ruff>=0.12"
 
-include configs/pocket.mk
+include pocket/pocket.mk

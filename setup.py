@@ -55,7 +55,7 @@ EXTRAS_REQUIRE = {
 PACKAGES = find_namespace_packages(
     include=[
         *("omniforcing_jax", "omniforcing_jax.*", "configs", "configs.*"),
-        *("launch", "checkpoint_converters", "benchmarks"),
+        *("launch", "checkpoint_converters", "benchmarks", "pocket", "pocket.*"),
     ]
 )
 

@@ -52,20 +52,24 @@ from benchmarks import stream_report
 from benchmarks.memory import peak_bytes
 from benchmarks.stream_report import measure_stream
 from checkpoint_converters import synthetic
-from omniforcing_jax import flops, flow, kv_cache, rollout, text_features
-from omniforcing_jax.kv_cache import CacheConfig, RollingCache, cache_bytes
-from omniforcing_jax.models import bigvgan, video_vae, vocoder
-from omniforcing_jax.models.audio_vae import AudioDecoder
-from omniforcing_jax.models.connectors import ConnectorConfig, TextConnectors
-from omniforcing_jax.models.inputs import Pathways
-from omniforcing_jax.models.layers import History
-from omniforcing_jax.models.rope import ClipRope
-from omniforcing_jax.models.transformer import TextKV, Transformer, init_params
+from omniforcing_jax.models.audio import bigvgan, vocoder
+from omniforcing_jax.models.audio.vae import AudioDecoder
+from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
+from omniforcing_jax.models.transformer.inputs import Pathways
+from omniforcing_jax.models.transformer.layers import History
+from omniforcing_jax.models.transformer.model import TextKV, Transformer, init_params
+from omniforcing_jax.models.transformer.rope import ClipRope
+from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig
-from omniforcing_jax.rollout import AVLatents, RolloutConfig
-from omniforcing_jax.streaming import StreamingSession, encode_prompt
-from omniforcing_jax.streaming_video import StreamingVideoDecoder, seam_error, to_uint8
+from omniforcing_jax.sampling import flow, kv_cache
+from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_bytes
+from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.scaling import flops
+from omniforcing_jax.streaming.session import StreamingSession, encode_prompt
+from omniforcing_jax.streaming.video import StreamingVideoDecoder, seam_error, to_uint8
+from omniforcing_jax.text import features as text_features
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Dense bf16 peak of one device, TFLOP/s, by a part of `device_kind` (vendors' data sheets).

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from benchmarks.memory import bytes_in_use
-from omniforcing_jax.streaming import StreamingSession, Timings
+from omniforcing_jax.streaming.session import StreamingSession, Timings
 
 PARTS = ("generate", "decode_video", "decode_audio", "host")
 

@@ -32,11 +32,11 @@ import numpy as np
 
 from checkpoint_converters import synthetic, synthetic_gemma
 from omniforcing_jax.models import quantization
-from omniforcing_jax.models.connectors import ConnectorConfig, TextConnectors
-from omniforcing_jax.models.gemma import TextTower, init_boxed_params
-from omniforcing_jax.models.gemma_config import GemmaConfig
-from omniforcing_jax.text_encoder import TextEncoder, layer_projections
-from omniforcing_jax.tokenizer import load_tokenizer
+from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
+from omniforcing_jax.models.text.gemma import TextTower, init_boxed_params
+from omniforcing_jax.models.text.gemma_config import GemmaConfig
+from omniforcing_jax.text.text_encoder import TextEncoder, layer_projections
+from omniforcing_jax.text.tokenizer import load_tokenizer
 
 TRAINED_LENGTH = 1024  # tokens of a prompt, padding included
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}

@@ -27,15 +27,19 @@ import numpy as np
 from benchmarks.stream import random_transformer
 from checkpoint_converters import synthetic
 from configs import base
-from omniforcing_jax import assembly, experiment, flow, partitioning, planning
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.experiment import Experiment
-from omniforcing_jax.models.connectors import ConnectorConfig
-from omniforcing_jax.models.transformer import Transformer
-from omniforcing_jax.optimizers import make_optimizer
-from omniforcing_jax.stages.common import Frozen, TextInput
-from omniforcing_jax.train import train
-from omniforcing_jax.train_state import create_network, create_state, state_shardings
+from omniforcing_jax.distributed import partitioning
+from omniforcing_jax.models.text.connectors import ConnectorConfig
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.scaling import planning
+from omniforcing_jax.training import assembly
+from omniforcing_jax.training.config import experiment
+from omniforcing_jax.training.config.experiment import Experiment
+from omniforcing_jax.training.loop import train
+from omniforcing_jax.training.objectives.common import Frozen, TextInput
+from omniforcing_jax.training.optimizers import make_optimizer
+from omniforcing_jax.training.state import create_network, create_state, state_shardings
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -6,8 +6,8 @@ The result has the keys, shapes and metadata of the official file, for whatever 
 Tensors are copied one at a time; exporting what was converted gives back the same bytes.
 
 What was tried: the single-file converters of diffusers 0.42 take transformer and VAEs of LTX-2.0,
-and the transformer computes the same there (`tests/test_export_diffusers.py`). They do not rename
-2.3's `prompt_adaln_single`, be the file exported or official. ltx-core and ComfyUI were not tried.
+and the transformer computes the same there (`test_export_diffusers.py`). They do not rename 2.3's
+`prompt_adaln_single`, be the file exported or official. ltx-core and ComfyUI were not tried.
 A causal student needs a reader that knows its sink tokens and its masks.
 """
 

@@ -18,7 +18,7 @@ from checkpoint_converters import checks, converting, ltx2
 from checkpoint_converters.key_map import GEMMA, TEXT_TOWER
 from checkpoint_converters.reading import open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
-from omniforcing_jax.models.gemma_config import GemmaConfig
+from omniforcing_jax.models.text.gemma_config import GemmaConfig
 
 FAMILY = "gemma3"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")

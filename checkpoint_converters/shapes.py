@@ -5,12 +5,12 @@ damaged or unknown file is refused with a complete list of what is wrong with it
 """
 
 from checkpoint_converters.key_map import DIT
-from omniforcing_jax.checkpoints import metadata_section
-from omniforcing_jax.models.audio_vae import AudioVAEConfig
-from omniforcing_jax.models.config import TransformerConfig
-from omniforcing_jax.models.connectors import ConnectorConfig
-from omniforcing_jax.models.video_vae import VideoVAEConfig
-from omniforcing_jax.models.vocoder import VocoderConfig
+from omniforcing_jax.io.checkpoints import metadata_section
+from omniforcing_jax.models.audio.vae import AudioVAEConfig
+from omniforcing_jax.models.audio.vocoder import VocoderConfig
+from omniforcing_jax.models.text.connectors import ConnectorConfig
+from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.models.video_vae.model import VideoVAEConfig
 
 # A size that the metadata does not tell: the number of text features, a multiple of the text
 # encoder's width.

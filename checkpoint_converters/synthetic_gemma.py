@@ -22,8 +22,8 @@ from checkpoint_converters import gemma3, synthetic
 from checkpoint_converters.converting import appearing, partial_path
 from checkpoint_converters.key_map import GEMMA
 from checkpoint_converters.safetensors_io import ConversionError, SafetensorsWriter
-from omniforcing_jax.data.bounce_captions import VOCABULARY
-from omniforcing_jax.models.gemma_config import GemmaConfig
+from omniforcing_jax.models.text.gemma_config import GemmaConfig
+from pocket.world.captions import VOCABULARY
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 

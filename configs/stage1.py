@@ -19,7 +19,7 @@ prints parameters, memory and arithmetic, and exits):
             python -m launch.stage1 --config=configs/stage1.py:tiny --workdir=outputs/tiny/stage1
 
           Expect finite losses and a sample clip of noise: the weights are random.
-  pocket  The pocket model, from its teacher (configs/pretrain.py) on two cores:
+  pocket  The pocket model, from its teacher (pocket/pretrain_config.py) on two cores:
 
             python -m launch.stage1 --config=configs/stage1.py:pocket \\
                 --workdir=outputs/pocket/stage1

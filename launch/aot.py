@@ -24,8 +24,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-from omniforcing_jax import aot, cost, dry_run, hardware
-from omniforcing_jax.experiment import ConfigError
+from omniforcing_jax.scaling import aot, cost, devices, dry_run
+from omniforcing_jax.training.config.experiment import ConfigError
 
 # What docs/scaling.md shows: (target, program, mesh, settings).
 CASES = (
@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m launch.aot", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
-    add("--target", default="cpu", help=f"machine: {hardware.EXAMPLES}")
+    add("--target", default="cpu", help=f"machine: {devices.EXAMPLES}")
     add("--program", choices=aot.PROGRAMS, default="stage3")
     add("--mesh", default="fsdp=-1", help="axes, such as fsdp=32,sequence=2; -1 is the rest")
     add("--variant", default="19b", help="of the stage's config file (default 19b)")
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
       ValueError: the target is unknown or its compiler is missing.
       ConfigError: the mesh or a setting is wrong.
     """
-    target = hardware.load(args.target)
+    target = devices.load(args.target)
     mesh_shape = parse_mesh(args.mesh)
     changes = dict(pair.split("=", 1) for pair in args.set)
     changes = {name: json.loads(value) for name, value in changes.items()}
@@ -136,7 +136,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     Raises:
       ValueError: not of this form, or an axis that there is not.
     """
-    from omniforcing_jax.partitioning import MESH_AXES
+    from omniforcing_jax.distributed.partitioning import MESH_AXES
 
     axes = {}
     for pair in text.split(","):
@@ -153,7 +153,7 @@ def describe_part(name: str, part: dict[str, Any]) -> str:
     """A part's measurements as lines of text."""
     if "refused" in part:
         return f"  {name}: refused after {part['seconds']} s: {part['refused']}"
-    gib = hardware.GIB
+    gib = devices.GIB
     sizes = {key: part[key] / gib for key in ("arguments", "temporaries", "peak")}
     share = f" ({part['peak'] / part['hbm']:.0%} of the device)" if part.get("hbm") else ""
     moved = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in part["moved"].items())
@@ -238,7 +238,7 @@ def _table_rows(r: dict[str, Any]) -> list[str]:
             lines.append(f"| {' | '.join(cells)} | {name} | refused | | | | | |")
             continue
         gib = "{:.1f} / {:.1f} / {:.1f}".format(
-            *(part[k] / hardware.GIB for k in ("arguments", "temporaries", "peak"))
+            *(part[k] / devices.GIB for k in ("arguments", "temporaries", "peak"))
         )
         moved = part["moved"]
         reduced = moved.get("all-reduce", 0) + moved.get("reduce-scatter", 0)

@@ -30,11 +30,11 @@ from launch.shard_job import (
     share,
     termination_interrupts,
 )
-from omniforcing_jax.data.prompt_files import PromptList, read_prompts
 from omniforcing_jax.data.text_dataset import Manifest, PromptFeatures, TextDatasetWriter
-from omniforcing_jax.encoder_files import EncoderFiles, check_encoder
-from omniforcing_jax.text_encoder import TextEncoder
-from omniforcing_jax.tokenizer import Tokenizer
+from omniforcing_jax.text.encoder_files import EncoderFiles, check_encoder
+from omniforcing_jax.text.prompt_files import PromptList, read_prompts
+from omniforcing_jax.text.text_encoder import TextEncoder
+from omniforcing_jax.text.tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 SHORTEST = 128  # tokens; prompts are encoded at this length times 1, 2, 4, …

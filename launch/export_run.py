@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from checkpoint_converters import converting
 from checkpoint_converters.export import export
 from checkpoint_converters.safetensors_io import ConversionError
-from omniforcing_jax import checkpoints
-from omniforcing_jax.models.config import TransformerConfig
-from omniforcing_jax.models.transformer import Transformer, init_params
-from omniforcing_jax.training_checkpoints import FOLDER, latest_step, load_generator
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.models.transformer.model import Transformer, init_params
+from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 

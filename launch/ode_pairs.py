@@ -38,20 +38,21 @@ from launch.shard_job import (
     share,
     termination_interrupts,
 )
-from omniforcing_jax import flops, flow
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.data import shards
 from omniforcing_jax.data.ode_pairs import ODE_PAIRS, Manifest, ODEPairsWriter, Pair
 from omniforcing_jax.data.text_dataset import TEXT_ARRAYS, TextDataset, open_text_dataset
-from omniforcing_jax.guidance import NO_GUIDANCE, AVGuidance, default_guidance
-from omniforcing_jax.kv_cache import POSITIONS
-from omniforcing_jax.models.transformer import Transformer
+from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import PipelineConfig
-from omniforcing_jax.rollout import RolloutConfig
-from omniforcing_jax.sampler import SampleConfig
-from omniforcing_jax.trajectories import check_autoregressive, schedule_indices
-from omniforcing_jax.trajectory_sampler import Generator, Previews, Recipe, TrajectorySampler
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.guidance import NO_GUIDANCE, AVGuidance, default_guidance
+from omniforcing_jax.sampling.kv_cache import POSITIONS
+from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.teacher import SampleConfig
+from omniforcing_jax.sampling.trajectories import check_autoregressive, schedule_indices
+from omniforcing_jax.scaling import flops
+from omniforcing_jax.training.ode_pair_sampler import Generator, Previews, Recipe, TrajectorySampler
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 NOT_KNOWN_YET = ("generator",)  # field of the manifest that needs the weights

@@ -14,8 +14,9 @@ import json
 import pathlib
 import sys
 
-from omniforcing_jax import aot, cost, dry_run, hardware, planning, proposals
-from omniforcing_jax.experiment import STAGES
+from omniforcing_jax.scaling import aot, cost, dry_run, planning, proposals
+from omniforcing_jax.scaling import devices as hardware
+from omniforcing_jax.training.config.experiment import STAGES
 
 # Sizes that can be rented, for --smallest.
 MACHINES = {

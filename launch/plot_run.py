@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from omniforcing_jax.metrics import JSONL, is_band, read_records
+from omniforcing_jax.training.metrics import JSONL, is_band, read_records
 
 COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d")
 STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1)))

@@ -11,7 +11,8 @@ import argparse
 import pathlib
 import sys
 
-from omniforcing_jax import hardware, proposals
+from omniforcing_jax.scaling import devices as hardware
+from omniforcing_jax.scaling import proposals
 
 SIZES = (16, 64, 256, 1024, 4096)
 SLICES = {"v5p": 4096, "v6e": 256, "h100": 512}  # devices that weights are spread over at most

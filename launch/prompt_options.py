@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from omniforcing_jax.models import quantization
-from omniforcing_jax.prompts import PromptEncoder, TextTimes, default_cache
+from omniforcing_jax.text.prompts import PromptEncoder, TextTimes, default_cache
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 NO_CACHE = "none"

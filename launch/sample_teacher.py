@@ -6,7 +6,7 @@
 
 The prompts are encoded and the encoder is unloaded before the model is loaded; encoded prompts are
 kept on disk. `--features` and `--negative-features` are text contexts made beforehand (see
-`omniforcing_jax.text_features`). For a checkpoint with random weights, `--random-features` derives
+`omniforcing_jax.text.features`). For a checkpoint with random weights, `--random-features` derives
 them from the prompt's text instead:
 
     python -m launch.sample_teacher --checkpoint checkpoints/tiny --random-features \\
@@ -28,15 +28,16 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from launch import prompt_options
-from omniforcing_jax import media, text_features
-from omniforcing_jax.guidance import LTX23_GUIDANCE, default_guidance
-from omniforcing_jax.models import video_vae
-from omniforcing_jax.models.rope import VIDEO_TEMPORAL_COMPRESSION
-from omniforcing_jax.models.transformer import Transformer
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION
+from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import PipelineConfig, decode_clip, load_pipeline
-from omniforcing_jax.prompts import PromptEncoder
-from omniforcing_jax.sampler import Prompt, SampleConfig, check_prompts, sample
+from omniforcing_jax.sampling.guidance import LTX23_GUIDANCE, default_guidance
+from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, check_prompts, sample
+from omniforcing_jax.streaming import media
+from omniforcing_jax.text import features as text_features
+from omniforcing_jax.text.prompts import PromptEncoder
 
 RANDOM_FEATURE_TOKENS = 128
 

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from omniforcing_jax import multihost, partitioning
+from omniforcing_jax.distributed import multihost, partitioning
 
 
 class RateColumn(ProgressColumn):

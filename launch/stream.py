@@ -13,7 +13,7 @@ closing the player. Prompts are encoded and the encoder is unloaded before the s
 unless --keep-encoder is given: then prompts but the first are encoded when they are due. Encoded
 prompts are kept on disk.
 
-`--features FILE[@SECOND]` are text contexts made beforehand (see `omniforcing_jax.text_features`).
+`--features FILE[@SECOND]` are text contexts made beforehand (see `omniforcing_jax.text.features`).
 For a checkpoint with random weights, `--random-features` derives them from the prompt's text.
 """
 
@@ -38,15 +38,16 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import prompt_options
-from omniforcing_jax import media, text_features
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.kv_cache import POSITIONS
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS, attention
 from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
-from omniforcing_jax.prompts import Contexts, PromptEncoder, TextTimes
-from omniforcing_jax.rollout import RolloutConfig
-from omniforcing_jax.streaming import Chunk, StreamingSession
-from omniforcing_jax.streaming_video import StreamingVideoDecoder
+from omniforcing_jax.sampling.kv_cache import POSITIONS
+from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.streaming import media
+from omniforcing_jax.streaming.session import Chunk, StreamingSession
+from omniforcing_jax.streaming.video import StreamingVideoDecoder
+from omniforcing_jax.text import features as text_features
+from omniforcing_jax.text.prompts import Contexts, PromptEncoder, TextTimes
 
 RANDOM_FEATURE_TOKENS = 128
 # Parts of a block's time as the report names them.

@@ -21,12 +21,15 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from configs import base
-from omniforcing_jax import assembly, experiment, multihost, partitioning, planning
-from omniforcing_jax.experiment import ConfigError, Experiment
-from omniforcing_jax.multihost import Watchdog
-from omniforcing_jax.storage import locate
-from omniforcing_jax.train import FIRST_STEPS_PATIENCE, Outcome, TrainingDiverged, train
-from omniforcing_jax.training_checkpoints import latest_step
+from omniforcing_jax.distributed import multihost, partitioning
+from omniforcing_jax.distributed.multihost import Watchdog
+from omniforcing_jax.io.paths import locate
+from omniforcing_jax.scaling import planning
+from omniforcing_jax.training import assembly
+from omniforcing_jax.training.config import experiment
+from omniforcing_jax.training.config.experiment import ConfigError, Experiment
+from omniforcing_jax.training.loop import FIRST_STEPS_PATIENCE, Outcome, TrainingDiverged, train
+from omniforcing_jax.training.training_checkpoints import latest_step
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file and variant, such as configs/stage3.py:19b.", lock_config=True
@@ -178,7 +181,7 @@ def _guarded(e: Experiment, plan: planning.Plan, console: Console, watchdog: Wat
 def _train(
     e: Experiment, plan: planning.Plan, workdir: epath.Path, console: Console, watchdog: Watchdog
 ) -> Outcome:
-    from omniforcing_jax.previews import training_hooks
+    from omniforcing_jax.training.previews import training_hooks
 
     multihost.check_shared(workdir)  # or some would find a checkpoint, and others none
     manifest = json.dumps(dataclasses.asdict(e.data.manifest), sort_keys=True)

@@ -10,20 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax import checkpoints, flow
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.kv_cache import CacheConfig, TrainedCache
-from omniforcing_jax.models import audio_vae, video_vae, vocoder
-from omniforcing_jax.models.audio_vae import AudioVAEConfig
-from omniforcing_jax.models.config import TransformerConfig
-from omniforcing_jax.models.transformer import Transformer
-from omniforcing_jax.models.video_vae import VideoVAEConfig, check_latents
-from omniforcing_jax.models.vocoder import VocoderConfig
-from omniforcing_jax.prompts import PromptEncoder
-from omniforcing_jax.rollout import AVLatents, RolloutConfig
-from omniforcing_jax.streaming import StreamingSession
-from omniforcing_jax.streaming_audio import StreamingAudioDecoder
-from omniforcing_jax.streaming_video import StreamingVideoDecoder, to_uint8
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.models.audio import vae as audio_vae
+from omniforcing_jax.models.audio import vocoder
+from omniforcing_jax.models.audio.vae import AudioVAEConfig
+from omniforcing_jax.models.audio.vocoder import VocoderConfig
+from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.models.video_vae import model as video_vae
+from omniforcing_jax.models.video_vae.model import VideoVAEConfig, check_latents
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.kv_cache import CacheConfig, TrainedCache
+from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.streaming.audio import StreamingAudioDecoder
+from omniforcing_jax.streaming.session import StreamingSession
+from omniforcing_jax.streaming.video import StreamingVideoDecoder, to_uint8
+from omniforcing_jax.text.prompts import PromptEncoder
 
 # What is sampled and decoded with; the text connectors are the prompt encoder's.
 COMPONENTS = ("transformer", "video_vae", "audio_vae", "vocoder")

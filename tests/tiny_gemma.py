@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
 from checkpoint_converters import gemma3
-from omniforcing_jax.encoder_files import load_gemma_config
-from omniforcing_jax.models.gemma import TextTower
-from omniforcing_jax.models.gemma_config import GemmaConfig
-from omniforcing_jax.text_encoder import load_text_tower
+from omniforcing_jax.models.text.gemma import TextTower
+from omniforcing_jax.models.text.gemma_config import GemmaConfig
+from omniforcing_jax.text.encoder_files import load_gemma_config
+from omniforcing_jax.text.text_encoder import load_text_tower
 
 
 def write_word_tokenizer(folder: pathlib.Path) -> None:

@@ -23,8 +23,8 @@ import ml_dtypes
 import numpy as np
 
 from omniforcing_jax.data import shards
-from omniforcing_jax.data.prompt_files import prompt_hash
 from omniforcing_jax.data.text_dataset import pad_features, record_features
+from omniforcing_jax.text.prompt_files import prompt_hash
 
 STREAMS = ("video", "audio")
 

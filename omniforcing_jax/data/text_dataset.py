@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from omniforcing_jax.data import shards
-from omniforcing_jax.data.prompt_files import prompt_hash
+from omniforcing_jax.text.prompt_files import prompt_hash
 
 if TYPE_CHECKING:
     import grain

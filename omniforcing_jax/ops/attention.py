@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from omniforcing_jax.distributed.partitioning import WHOLE, constrain
 from omniforcing_jax.ops import splash
-from omniforcing_jax.partitioning import WHOLE, constrain
 
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "prefix", "cudnn", "splash")
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from omniforcing_jax.partitioning import BATCH_AXES, HEAD_AXES
+from omniforcing_jax.distributed.partitioning import BATCH_AXES, HEAD_AXES
 
 # Largest first: the kernel wants blocks in multiples of its 128 lanes, and big ones.
 BLOCK_SIZES = (512, 256, 128)

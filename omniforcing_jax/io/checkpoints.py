@@ -1,0 +1,269 @@
+"""Converted checkpoints: a folder with config.json and one Orbax checkpoint per component.
+
+    ltx2/config.json            what the weights are (`load_config`)
+    ltx2/transformer/           Orbax
+    ltx2/video_vae/ ...
+
+`checkpoint_converters` writes such folders; `save_params` adds or replaces a component.
+"""
+
+import json
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from omniforcing_jax.io.paths import locate
+
+FORMAT = 1
+COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
+# The metadata's sections that may describe a component; the last is LTX-2's own.
+_SECTIONS = {
+    "transformer": ("transformer",),
+    "connectors": ("connectors", "transformer"),
+    "video_vae": ("vae",),
+    "audio_vae": ("audio_vae",),
+    "vocoder": ("vocoder",),
+}
+_HOW_TO_CREATE = (
+    "python -m checkpoint_converters.ltx2 --input LTX2.safetensors --output {folder} creates it "
+    "(checkpoint_converters.omniforcing for a released OmniForcing student)"
+)
+
+Sharding = jax.sharding.Sharding
+# (path of a leaf, shape of a leaf) -> sharding
+ShardingRule = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
+
+
+def load_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """Reads config.json of a converted checkpoint.
+
+    Returns:
+      {"format", "family": "ltx2" | "omniforcing", "model_version", "config": the checkpoint's
+      metadata by section, "student": None or its layout and sinks, "components", "fingerprints":
+      what tells a component's weights from others, "source"}.
+
+    Raises:
+      FileNotFoundError: no such folder, or it holds no converted checkpoint.
+      ValueError: written by another version of the converter.
+    """
+    folder = locate(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        what = "holds no config.json" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}; {_HOW_TO_CREATE.format(folder=folder)}")
+    content = read_json(file)
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{file}: format {content.get('format')!r}, this version reads {FORMAT}; convert the "
+            f"weights again: {_HOW_TO_CREATE.format(folder=folder)}"
+        )
+    return content
+
+
+def read_json(file: epath.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: it is not JSON, or not an object; names the file.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def component_metadata(content: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """The metadata section from which a component's config is built.
+
+    Args:
+      content: from `load_config`.
+      component: one of `COMPONENTS`. LTX-2 describes its connectors in the transformer's section;
+        those of an OmniForcing student have their own, as its transformer rotates differently.
+
+    Raises:
+      ValueError: the checkpoint does not describe this component.
+    """
+    return content["config"][metadata_section(content["config"], component)]
+
+
+def metadata_section(config: Mapping[str, Any], component: str) -> str:
+    """Name of the metadata's section that describes a component; `component_metadata` returns it.
+
+    Raises:
+      ValueError: unknown component, or there is no such section.
+    """
+    _check_component(component)
+    for section in _SECTIONS[component]:
+        if isinstance(config.get(section), Mapping):
+            return section
+    raise ValueError(f"config has no section {_SECTIONS[component][-1]!r}")
+
+
+def missing_components(folder: str | os.PathLike, components: Iterable[str]) -> tuple[str, ...]:
+    """Those of `components` that a converted checkpoint lacks; no weights are read.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_config`.
+    """
+    folder = locate(folder)
+    there = load_config(folder)["components"]
+    return tuple(c for c in components if c not in there or not (folder / c).is_dir())
+
+
+def load_params(
+    folder: str | os.PathLike,
+    component: str,
+    *,
+    dtype: Any = None,
+    sharding: Sharding | ShardingRule | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Restores the parameters of one component.
+
+    Each process reads only the chunks that its shards need.
+
+    Args:
+      folder: converted checkpoint.
+      component: one of `COMPONENTS`.
+      dtype: dtype of the result, cast while loading; None keeps that on disk.
+      sharding: one sharding for all leaves, a function (path, shape) -> sharding, or a tree of
+        shardings with the structure of the parameters; None puts everything on the first device.
+
+    Returns:
+      Nested dict of jax.Arrays.
+
+    Raises:
+      FileNotFoundError: the folder or the component is not there.
+      ValueError: unknown component, other format, or a tree of shardings of other structure.
+    """
+    path = _component_path(folder, component)
+    arrays = _arrays(path)
+    shardings = _shardings(arrays, sharding)
+    restore_args = jax.tree.map(
+        lambda _, s: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=s),
+        arrays,
+        shardings,
+    )
+    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    # without a Checkpointer, which waits for all processes: one may read by itself
+    return ocp.PyTreeCheckpointHandler().restore(path, args=args)
+
+
+def _arrays(path: epath.Path) -> dict[str, Any]:
+    """Tree of jax.ShapeDtypeStruct of what is on disk."""
+    metadata = ocp.PyTreeCheckpointHandler().metadata(path)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
+
+
+def _shardings(arrays: dict[str, Any], sharding: Any) -> Any:
+    """One sharding per leaf."""
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(sharding, Sharding):
+        return jax.tree.map(lambda _: sharding, arrays)
+    if callable(sharding):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: sharding(tuple(key.key for key in path), leaf.shape), arrays
+        )
+    is_sharding = lambda leaf: isinstance(leaf, Sharding)  # noqa: E731
+    given = jax.tree.structure(sharding, is_leaf=is_sharding)
+    if given != jax.tree.structure(arrays):
+        raise ValueError(
+            f"the tree of shardings has another structure ({given.num_leaves} leaves) than the "
+            f"parameters ({len(jax.tree.leaves(arrays))} leaves)"
+        )
+    return sharding
+
+
+def param_shapes(folder: str | os.PathLike, component: str) -> dict[str, Any]:
+    """Tree of jax.ShapeDtypeStruct of a component, without reading the weights.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_params`.
+    """
+    return _arrays(_component_path(folder, component))
+
+
+def save_params(
+    folder: str | os.PathLike,
+    component: str,
+    params: Mapping[str, Any],
+    content: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes one component, replacing an earlier one only when the new one is complete.
+
+    Args:
+      folder: converted checkpoint, or a new folder if `content` is given.
+      component: one of `COMPONENTS`.
+      params: nested dict of arrays, sharded or not.
+      content: what config.json shall say (`components` and the component's fingerprint, which is a
+        new one every time, are filled in); None keeps the folder's.
+
+    Raises:
+      FileNotFoundError: the folder has no config.json and `content` is None.
+      ValueError: unknown component, or a leaf that is not finite.
+    """
+    _check_component(component)
+    folder = pathlib.Path(folder).absolute()
+    content = dict(load_config(folder) if content is None else content)
+    bad = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not bool(jnp.isfinite(leaf).all())
+    ]
+    if bad:
+        raise ValueError(f"{component}: not finite, nothing was saved: {', '.join(bad[:5])}")
+    main = jax.process_index() == 0
+    folder.mkdir(parents=True, exist_ok=True)
+    new, old = folder / f".{component}.new", folder / f".{component}.old"
+    # uncompressed: weights hardly shrink, and zstd would be the bottleneck
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(new, args=ocp.args.PyTreeSave(dict(params)), force=True)
+    if main:
+        if (folder / component).exists():
+            shutil.rmtree(old, ignore_errors=True)
+            (folder / component).rename(old)
+        new.rename(folder / component)
+        shutil.rmtree(old, ignore_errors=True)
+        there = {name for name in COMPONENTS if (folder / name).is_dir()}
+        content["components"] = [name for name in COMPONENTS if name in there]
+        # other weights than what was converted, even if they are the same again
+        fingerprint = {component: secrets.token_hex(16)}
+        content["fingerprints"] = content.get("fingerprints", {}) | fingerprint
+        content["format"] = FORMAT
+        temporary = folder / ".config.json.new"
+        temporary.write_text(json.dumps(content, indent=1))
+        temporary.replace(folder / "config.json")
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"saved {component}")
+
+
+def _check_component(component: str) -> None:
+    if component not in COMPONENTS:
+        raise ValueError(f"component is {component!r}, must be one of {', '.join(COMPONENTS)}")
+
+
+def _component_path(folder: str | os.PathLike, component: str) -> epath.Path:
+    _check_component(component)
+    folder = locate(folder)
+    content = load_config(folder)
+    path = folder / component
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{folder} has no {component} (it has {', '.join(content['components'])}); "
+            f"{_HOW_TO_CREATE.format(folder=folder)}"
+        )
+    return path

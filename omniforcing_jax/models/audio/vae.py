@@ -1,0 +1,464 @@
+"""Audio VAE of LTX-2: log-mel spectrogram <-> latents, 25 per second.
+
+2-D convolutions over (time, mel bin) that are causal in time: each pads two zero rows before its
+input and none after. The decoder is therefore exactly causal, and decoding a clip in chunks is
+exact once every convolution remembers the last two rows it saw (`decode_audio_chunk`).
+Axis letters: B batch, T time rows, W frequency columns, C channels.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from omniforcing_jax.models.audio.mel import MelConfig
+
+NORM_EPS = 1e-6
+
+# Settings of `ddconfig` this implementation has one behaviour for, with the values that mean it
+_SUPPORTED = {
+    "double_z": (True,),
+    "in_channels": (2,),
+    "out_ch": (2,),
+    "attn_resolutions": ([], None),
+    "mid_block_add_attention": (False,),
+    "norm_type": ("pixel",),
+    "causality_axis": ("height",),
+}
+_READ = ("ch", "ch_mult", "num_res_blocks", "z_channels", "mel_bins")
+# No effect on the network: attention would use `resolution`, and `downsample_time` is not read
+# by the reference either
+_WITHOUT_EFFECT = ("resolution", "dropout", "downsample_time")
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioVAEConfig:
+    """Architecture of the audio VAE.
+
+    Attributes:
+      base_channels: width of the outermost level.
+      channel_multipliers: width of each level, outermost first, in units of `base_channels`.
+      num_res_blocks: residual blocks per encoder level; the decoder has one more.
+      latent_channels: channels per latent mel bin.
+      mel: the spectrogram it works on.
+    """
+
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 8
+    mel: MelConfig = dataclasses.field(default_factory=MelConfig)
+
+    def __post_init__(self):
+        if len(self.channel_multipliers) != 3:
+            raise ValueError(
+                f"ch_mult has {len(self.channel_multipliers)} levels; LTX-2 audio latents are "
+                "4 mel frames by 4 mel bins, which takes exactly 3"
+            )
+        if self.mel.mel_bins % self.downsampling:
+            raise ValueError(
+                f"mel_bins must be a multiple of {self.downsampling}, not {self.mel.mel_bins}"
+            )
+
+    @classmethod
+    def from_metadata(cls, audio_vae: Mapping[str, Any]) -> "AudioVAEConfig":
+        """Reads `config["audio_vae"]` of an LTX-2 checkpoint.
+
+        Raises:
+          ValueError: an unknown or unsupported setting in `model.params.ddconfig`, or mel settings
+            that contradict each other.
+        """
+        ddconfig = audio_vae["model"]["params"]["ddconfig"]
+        unknown = sorted(set(ddconfig) - {*_SUPPORTED, *_READ, *_WITHOUT_EFFECT})
+        if unknown:
+            raise ValueError(f"unknown audio_vae settings in ddconfig: {', '.join(unknown)}")
+        missing = sorted({*_SUPPORTED, *_READ} - set(ddconfig))
+        if missing:
+            raise ValueError(f"audio_vae ddconfig lacks {', '.join(missing)}")
+        for field, supported in _SUPPORTED.items():
+            if ddconfig[field] not in supported:
+                raise ValueError(
+                    f"audio_vae ddconfig.{field} is {ddconfig[field]!r}; "
+                    f"only {supported[0]!r} is supported"
+                )
+        mel = MelConfig.from_metadata(audio_vae.get("preprocessing", {}))
+        if ddconfig["mel_bins"] != mel.mel_bins:
+            raise ValueError(
+                f"audio_vae ddconfig.mel_bins is {ddconfig['mel_bins']} but "
+                f"preprocessing.mel.n_mel_channels is {mel.mel_bins}"
+            )
+        return cls(
+            base_channels=ddconfig["ch"],
+            channel_multipliers=tuple(ddconfig["ch_mult"]),
+            num_res_blocks=ddconfig["num_res_blocks"],
+            latent_channels=ddconfig["z_channels"],
+            mel=mel,
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Mel frames per latent (after the first) and mel bins per latent bin."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def latent_bins(self) -> int:
+        """Frequency bins of a latent."""
+        return self.mel.mel_bins // self.downsampling
+
+    @property
+    def latent_width(self) -> int:
+        """Features of a latent as the transformer sees it, index c * latent_bins + f."""
+        return self.latent_channels * self.latent_bins
+
+    def num_latents(self, num_mel_frames: int) -> int:
+        """Latents that `encode_audio` makes of so many mel frames: ceil(frames / 4)."""
+        return -(-num_mel_frames // self.downsampling)
+
+    def num_mel_frames(self, num_latents: int) -> int:
+        """Mel frames that `decode_audio` makes of so many latents: 4 T - 3."""
+        return max(0, self.downsampling * num_latents - (self.downsampling - 1))
+
+
+def pixel_norm(x: jax.Array) -> jax.Array:
+    """x / sqrt(mean_c x^2 + 1e-6) over the channels, in fp32; returns x's dtype."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * lax.rsqrt(mean_square + NORM_EPS)).astype(x.dtype)
+
+
+def causal_conv2d(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    history: jax.Array | None,
+    *,
+    stride: int = 1,
+    width_padding: tuple[int, int] = (1, 1),
+) -> tuple[jax.Array, jax.Array]:
+    """3x3 convolution of [B, T, W, C], causal in time and zero padded in frequency.
+
+    Args:
+      x: the new rows.
+      kernel: (3, 3, in, out).
+      bias: (out,).
+      history: [B, 2, W, C], the two rows before `x`; None at the start of a clip (zeros).
+      stride: in both axes.
+      width_padding: zero columns before and after.
+
+    Returns:
+      The convolution, and the last two input rows: the history of the next call.
+    """
+    if history is None:
+        history = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
+    rows = jnp.concatenate([history, x], axis=1)  # [B, T + 2, W, C]
+    y = lax.conv_general_dilated(
+        rows,
+        kernel.astype(x.dtype),
+        window_strides=(stride, stride),
+        padding=[(0, 0), width_padding],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=lax.Precision.HIGHEST,
+    )
+    return y + bias.astype(x.dtype), rows[:, -2:]
+
+
+class CausalConv(nn.Module):
+    """Parameters of a `causal_conv2d`."""
+
+    features: int
+    stride: int = 1
+    width_padding: tuple[int, int] = (1, 1)
+
+    @nn.compact
+    def __call__(self, x, history=None):
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return causal_conv2d(
+            x, kernel, bias, history, stride=self.stride, width_padding=self.width_padding
+        )
+
+
+class ResBlock(nn.Module):
+    """x + conv2(silu(norm(conv1(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, history=None):
+        history = history or {}
+        new = {}
+        y = nn.silu(pixel_norm(x))
+        y, new["conv1"] = CausalConv(self.features, name="conv1")(y, history.get("conv1"))
+        y = nn.silu(pixel_norm(y))
+        y, new["conv2"] = CausalConv(self.features, name="conv2")(y, history.get("conv2"))
+        if x.shape[-1] != self.features:
+            shortcut = nn.Conv(
+                self.features,
+                (1, 1),
+                dtype=x.dtype,
+                precision=lax.Precision.HIGHEST,
+                name="nin_shortcut",
+            )
+            x = shortcut(x)
+        return x + y, new
+
+
+class Upsample(nn.Module):
+    """Nearest x2 in time and frequency, then a convolution.
+
+    The first row of the clip is dropped, so T rows become 2 T - 1 and stay aligned with the
+    causal downsampling of the encoder.
+    """
+
+    @nn.compact
+    def __call__(self, x, history, start: bool):
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        y, history = CausalConv(x.shape[-1], name="conv")(x, history)
+        return (y[:, 1:] if start else y), history
+
+
+class MidBlocks(nn.Module):
+    """Two residual blocks at the innermost level."""
+
+    @nn.compact
+    def __call__(self, x, history=None):
+        history = history or {}
+        new = {}
+        for name in ("block_1", "block_2"):
+            x, new[name] = ResBlock(x.shape[-1], name=name)(x, history.get(name))
+        return x, new
+
+
+class EncoderLevel(nn.Module):
+    """Residual blocks, then (except at the innermost level) a stride-2 convolution."""
+
+    features: int
+    num_blocks: int
+    downsample: bool
+
+    @nn.compact
+    def __call__(self, x):
+        for index in range(self.num_blocks):
+            x, _ = ResBlock(self.features, name=f"block_{index}")(x)
+        if self.downsample:
+            conv = CausalConv(self.features, stride=2, width_padding=(0, 1), name="downsample")
+            x, _ = conv(x)
+        return x
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks, then (except at the outermost level) an upsampling."""
+
+    features: int
+    num_blocks: int
+    upsample: bool
+
+    @nn.compact
+    def __call__(self, x, history, start: bool):
+        history = history or {}
+        new = {}
+        for index in range(self.num_blocks):
+            name = f"block_{index}"
+            x, new[name] = ResBlock(self.features, name=name)(x, history.get(name))
+        if self.upsample:
+            x, new["upsample"] = Upsample(name="upsample")(x, history.get("upsample"), start)
+        return x, new
+
+
+class AudioEncoder(nn.Module):
+    """Log-mel [B, T, M, 2] -> mean of the latent distribution [B, ceil(T / 4), M / 4, c]."""
+
+    config: AudioVAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, log_mel: jax.Array) -> jax.Array:
+        config = self.config
+        x, _ = CausalConv(config.base_channels, name="conv_in")(log_mel.astype(self.dtype))
+        last = len(config.channel_multipliers) - 1
+        for level, multiplier in enumerate(config.channel_multipliers):
+            x = EncoderLevel(
+                features=multiplier * config.base_channels,
+                num_blocks=config.num_res_blocks,
+                downsample=level != last,
+                name=f"down_{level}",
+            )(x)
+        x, _ = MidBlocks(name="mid")(x)
+        # Mean and log-variance; the reference uses the mean only
+        x, _ = CausalConv(2 * config.latent_channels, name="conv_out")(nn.silu(pixel_norm(x)))
+        return x[..., : config.latent_channels]
+
+
+class AudioDecoder(nn.Module):
+    """Latents [B, T, M / 4, c] -> log-mel [B, 4 T - 3, M, 2]; 4 T rows in a continued clip.
+
+    `history` is a tree of the last two input rows of every convolution, None at the start. `start`
+    says whether the first latent is the first of the clip.
+    """
+
+    config: AudioVAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, latents: jax.Array, history: dict | None = None, start: bool = True
+    ) -> tuple[jax.Array, dict]:
+        config = self.config
+        history = history or {}
+        new = {}
+        width = config.channel_multipliers[-1] * config.base_channels
+        x = latents.astype(self.dtype)
+        x, new["conv_in"] = CausalConv(width, name="conv_in")(x, history.get("conv_in"))
+        x, new["mid"] = MidBlocks(name="mid")(x, history.get("mid"))
+        for level in reversed(range(len(config.channel_multipliers))):
+            name = f"up_{level}"
+            x, new[name] = DecoderLevel(
+                features=config.channel_multipliers[level] * config.base_channels,
+                num_blocks=config.num_res_blocks + 1,
+                upsample=level != 0,
+                name=name,
+            )(x, history.get(name), start)
+        x = nn.silu(pixel_norm(x))
+        x, new["conv_out"] = CausalConv(2, name="conv_out")(x, history.get("conv_out"))
+        return x, new
+
+
+def encode_audio(
+    params: Mapping[str, Any],
+    config: AudioVAEConfig,
+    log_mel: jax.Array,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """Encodes a log-mel spectrogram to normalised latents (the distribution's mean).
+
+    Args:
+      params: {encoder, per_channel_statistics: {mean, std}}; a decoder may be there and is ignored.
+      config: architecture.
+      log_mel: [B, T, mel_bins, 2], natural log.
+      dtype: compute dtype; norms, statistics and the result are fp32.
+
+    Returns:
+      [B, ceil(T / 4), C] float32, (mean - mean_of_means) / std_of_means, C index c * bins + f.
+
+    Raises:
+      ValueError: no frames, or other mel bins or channels than the model's.
+    """
+    expected = (config.mel.mel_bins, 2)
+    if log_mel.ndim != 4 or tuple(log_mel.shape[2:]) != expected:
+        raise ValueError(
+            f"log_mel must be [B, T, {expected[0]}, {expected[1]}] (time, mel bin, stereo "
+            f"channel), shape is {tuple(log_mel.shape)}"
+        )
+    if log_mel.shape[1] == 0:
+        raise ValueError("log_mel is empty: it has 0 frames, at least 1 is needed")
+    return _encode(params, config, log_mel, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _encode(params, config, log_mel, dtype):
+    mean = AudioEncoder(config, dtype).apply({"params": params["encoder"]}, log_mel)
+    latents = einops.rearrange(mean.astype(jnp.float32), "B T f c -> B T (c f)")
+    statistics = _statistics(params)
+    return (latents - statistics["mean"]) / statistics["std"]
+
+
+def decode_audio(
+    params: Mapping[str, Any],
+    config: AudioVAEConfig,
+    latents: jax.Array,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """Decodes the normalised latents of a whole clip.
+
+    Args:
+      params: {decoder, per_channel_statistics: {mean, std}}; an encoder is ignored.
+      config: architecture.
+      latents: [B, T, C], feature index c * bins + f.
+      dtype: compute dtype; norms, statistics and the result are fp32.
+
+    Returns:
+      log-mel [B, 4 T - 3, mel_bins, 2] float32.
+
+    Raises:
+      ValueError: no latents, or another latent width than the model's.
+    """
+    check_latents(latents, config)
+    return _decode(params, config, latents, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _decode(params, config, latents, dtype):
+    return decode_audio_chunk(params, config, latents, None, start=True, dtype=dtype)[0]
+
+
+def decode_audio_chunk(
+    params: Mapping[str, Any],
+    config: AudioVAEConfig,
+    latents: jax.Array,
+    history: dict | None,
+    *,
+    start: bool,
+    dtype: jnp.dtype = jnp.float32,
+) -> tuple[jax.Array, dict]:
+    """Decodes the next latents of a clip; concatenated chunks equal `decode_audio`.
+
+    Args:
+      params: as for `decode_audio`.
+      config: architecture.
+      latents: [B, t, C], the latents that follow those already decoded.
+      history: what the previous call returned, or `init_decoder_history` at the start.
+      start: True for the first chunk of a clip (static).
+      dtype: compute dtype, the same for all chunks.
+
+    Returns:
+      log-mel [B, 4 t - 3 (first chunk) or 4 t, mel_bins, 2] float32, and the new history.
+
+    Raises:
+      ValueError: no latents, or another latent width than the model's.
+    """
+    check_latents(latents, config)
+    statistics = _statistics(params)
+    latents = latents.astype(jnp.float32) * statistics["std"] + statistics["mean"]
+    latents = einops.rearrange(latents, "B T (c f) -> B T f c", c=config.latent_channels)
+    decoder = AudioDecoder(config, dtype)
+    log_mel, history = decoder.apply({"params": params["decoder"]}, latents, history, start)
+    return log_mel.astype(jnp.float32), history
+
+
+def init_decoder_history(
+    params: Mapping[str, Any],
+    config: AudioVAEConfig,
+    batch: int,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+) -> dict:
+    """Zero history for `decode_audio_chunk`: a tree of [B, 2, W, C] arrays in `dtype`."""
+    latents = jax.ShapeDtypeStruct((batch, 1, config.latent_width), jnp.float32)
+    decode = functools.partial(decode_audio_chunk, config=config, start=True, dtype=dtype)
+    _, history = jax.eval_shape(lambda p, x: decode(p, latents=x, history=None), params, latents)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), history)
+
+
+def check_latents(latents: jax.Array, config: AudioVAEConfig) -> None:
+    """Raises ValueError unless `latents` is [B, T >= 1, config.latent_width]."""
+    if latents.ndim != 3 or latents.shape[2] != config.latent_width:
+        raise ValueError(
+            f"audio latents must be [B, T, {config.latent_width}] ({config.latent_channels} "
+            f"channels x {config.latent_bins} mel bins), shape is {tuple(latents.shape)}"
+        )
+    if latents.shape[1] == 0:
+        raise ValueError("audio latents are empty: T is 0, at least 1 is needed")
+
+
+def _statistics(params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    statistics = params["per_channel_statistics"]
+    return {name: jnp.asarray(statistics[name], jnp.float32) for name in ("mean", "std")}

@@ -1,0 +1,92 @@
+"""What the transformer is called with, and what its layers pass around."""
+
+import dataclasses
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax.blocks import BlockLayout, KvEnds
+from omniforcing_jax.models.transformer.layers import KV, History
+from omniforcing_jax.models.transformer.rope import Rope
+
+
+@flax.struct.dataclass
+class Modality:
+    """What one stream is called with.
+
+    Attributes:
+      latents: [B, T, channels] noisy tokens; video in the order f, h, w, audio one per latent.
+      sigma: [B, G] noise level in [0, 1] of each of G equal groups of tokens (G divides T).
+      rope, cross_rope: tables of the self-attention and the cross-modal attention. With sinks,
+        the audio tables start with the sinks' rows.
+      context: [B, S, text_dim] text features; None when text keys and values are given instead.
+      context_mask: [B, S] boolean, True = attend; None attends to everything.
+      global_sigma: [B] the sample's own noise level, where it differs from max(sigma): it feeds the
+        prompt AdaLN and the other stream's cross-modal AdaLN in LTX-2.3.
+      keyframes: [B, T] boolean, tokens that get the keyframe embedding (LTX-2.5).
+    """
+
+    latents: jax.Array
+    sigma: jax.Array
+    rope: Rope
+    cross_rope: Rope
+    context: jax.Array | None = None
+    context_mask: jax.Array | None = None
+    global_sigma: jax.Array | None = None
+    keyframes: jax.Array | None = None
+
+    @property
+    def sample_sigma(self) -> jax.Array:
+        """[B, 1]."""
+        sigma = jnp.max(self.sigma, axis=1) if self.global_sigma is None else self.global_sigma
+        return sigma[:, None]
+
+
+@flax.struct.dataclass
+class Pathways:
+    """One value for each of the four causal attentions; None where a stream is absent.
+
+    `a2v` are queries of the video on keys of the audio, `v2a` the reverse.
+    """
+
+    video: KV | History | jax.Array | None = None
+    audio: KV | History | jax.Array | None = None
+    a2v: KV | History | jax.Array | None = None
+    v2a: KV | History | jax.Array | None = None
+
+
+@flax.struct.dataclass
+class TextKV:
+    """Text keys and values of both streams, [B, S, N, H] a layer ([L, B, S, N, H] stacked)."""
+
+    video: KV | None
+    audio: KV | None
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """What every layer reads of one stream, computed once per forward pass."""
+
+    modulation: jax.Array  # [B, G, 6 or 9, width]
+    cross_modulation: jax.Array | None  # [B, G, 4, width] scale, shift to A2V, then to V2A
+    cross_gate: jax.Array | None  # [B, G, 1, width]
+    prompt_modulation: jax.Array | None  # [B, 1, 2, width]
+    context: jax.Array | None  # [B, S, width]
+    context_mask: jax.Array | None  # [B, 1, 1, S]
+    rope: Rope
+    cross_rope: Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipMask:
+    """Block-causal attention over a full clip; hashable, because it shapes the program."""
+
+    layout: BlockLayout
+    video_frames: int
+    audio_frames: int
+    patches: int
+
+    def kv_ends(self) -> KvEnds:
+        """Row ends of the four masks; with sinks, their rows and columns come first."""
+        return self.layout.kv_ends(self.video_frames, self.audio_frames, self.patches)

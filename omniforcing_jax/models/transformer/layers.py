@@ -1,0 +1,245 @@
+"""Linear layers, feed-forward and attention of the LTX-2 transformer.
+
+Axis letters used throughout the model: B batch, F latent frames, P patches per frame, T query
+tokens, S key tokens, N heads, H head dim, D video width, C audio width, L layers, K blocks,
+G groups of tokens that share a noise level.
+"""
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omniforcing_jax.distributed.partitioning import constrain, product
+from omniforcing_jax.models.transformer.rope import Rope
+from omniforcing_jax.ops.attention import attention, attention_entropy
+
+
+@flax.struct.dataclass
+class KV:
+    """Keys (normalised, not rotated unless said otherwise) and values [..., B, S, N, H]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@flax.struct.dataclass
+class History:
+    """Keys and values of earlier blocks, keys already rotated; only [0, length) is valid."""
+
+    kv: KV
+    length: jax.Array
+
+
+def linear(
+    features: int,
+    axes: tuple[str | None, str | None],
+    dtype: jnp.dtype,
+    *,
+    use_bias: bool = True,
+    zero_init: bool = False,
+    split_tokens: bool = False,
+    name: str | None = None,
+) -> nn.Dense:
+    """y = x W + b with logical axis names on the weights; parameters are cast to `dtype` at use.
+
+    `split_tokens`: the input's tokens lie over the mesh's sequence axis. Biases stay whole on every
+    device, unless a product's own split needs them split: gathering thousands of vectors costs more
+    time than they take room.
+    """
+
+    def dot_general(x, kernel, dimensions, **kwargs):
+        del dimensions, kwargs  # nn.Dense contracts the last axis with the first
+        return product(x, kernel, axes, split_tokens=split_tokens)
+
+    bias_axes = tuple(None if axis == "embed" else axis for axis in axes[1:])
+    kernel_init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, bias_axes),
+        dot_general=dot_general,
+        name=name,
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in fp32."""
+
+    dim: int
+    eps: float
+    dtype: jnp.dtype
+
+    def setup(self):
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("heads",))
+        self.scale = self.param("scale", init, (self.dim,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * self.scale).astype(self.dtype)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm without bias over each head's channels (ViT-22B's QK-norm, paper Table 3)."""
+
+    head_dim: int
+    eps: float
+    dtype: jnp.dtype
+
+    def setup(self):
+        init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        self.scale = self.param("scale", init, (self.head_dim,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * self.scale).astype(self.dtype)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh approximation), Linear, with a hidden width of four times `dim`."""
+
+    dim: int
+    dtype: jnp.dtype
+    use_bias: bool = True
+    split_tokens: bool = False
+
+    def setup(self):
+        options = {"use_bias": self.use_bias, "split_tokens": self.split_tokens}
+        self.up = linear(4 * self.dim, ("embed", "mlp"), self.dtype, **options)
+        self.down = linear(self.dim, ("mlp", "embed"), self.dtype, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nn.gelu(self.up(x), approximate=True))
+
+
+class CaptionProjection(nn.Module):
+    """Linear, GELU (tanh), Linear: text features to a stream's width (LTX-2.0)."""
+
+    dim: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.linear_1 = linear(self.dim, (None, "embed"), self.dtype, split_tokens=True)
+        self.linear_2 = linear(self.dim, ("embed", None), self.dtype, split_tokens=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(nn.gelu(self.linear_1(x), approximate=True))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised q and k (over all heads together) and RoPE.
+
+    Attributes:
+      out_dim: width of the output (the query stream's width).
+      gated: per-head output gates 2 * sigmoid(linear(x)) (LTX-2.3).
+      head_norm, tanh_gate: the stabilisers of paper Table 3.
+      value_when_skipped: a skipped self-attention passes its values instead of zero (LTX-2.3).
+      split_tokens: whether the tokens of queries, and of keys, lie over the mesh's sequence axis:
+        those of the video and of the text, which are many.
+      measured: reports its entropy when the collection "diagnostics" is mutable.
+    """
+
+    heads: int
+    head_dim: int
+    out_dim: int
+    eps: float
+    dtype: jnp.dtype
+    rope_type: str
+    gated: bool = False
+    head_norm: bool = False
+    tanh_gate: bool = False
+    value_when_skipped: bool = False
+    split_tokens: tuple[bool, bool] = (False, False)
+    measured: bool = False
+    implementation: str = "auto"
+
+    def setup(self):
+        inner = self.heads * self.head_dim
+        q_split, kv_split = self.split_tokens
+        self.q = linear(inner, ("embed", "heads"), self.dtype, split_tokens=q_split)
+        self.k = linear(inner, ("embed", "heads"), self.dtype, split_tokens=kv_split)
+        self.v = linear(inner, ("embed", "heads"), self.dtype, split_tokens=kv_split)
+        self.out = linear(self.out_dim, ("heads", "embed"), self.dtype, split_tokens=q_split)
+        self.q_norm = RMSNorm(inner, self.eps, self.dtype)
+        self.k_norm = RMSNorm(inner, self.eps, self.dtype)
+        if self.gated:
+            self.gate = linear(self.heads, ("embed", None), self.dtype, zero_init=True)
+        if self.head_norm:
+            self.q_head_norm = HeadNorm(self.head_dim, self.eps, self.dtype)
+            self.k_head_norm = HeadNorm(self.head_dim, self.eps, self.dtype)
+        if self.tanh_gate:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+            self.alpha = self.param("alpha", init, (1,))
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
+
+    def keys_values(self, x: jax.Array) -> KV:
+        """x [B, S, D_kv] -> keys (normalised, not rotated) and values [B, S, N, H]."""
+        k = self._heads(self.k_norm(self.k(x)))
+        if self.head_norm:
+            k = self.k_head_norm(k)
+        return KV(k, self._heads(self.v(x)))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        kv: KV,
+        *,
+        rope: Rope | None = None,
+        k_rope: Rope | None = None,
+        history: History | None = None,
+        kv_end: np.ndarray | None = None,
+        mask: jax.Array | None = None,
+        keep: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends from x to `kv` and, if given, to the history behind it.
+
+        Args:
+          x: [B, T, D] queries' source.
+          kv: from `keys_values`, this call's keys (not rotated) and values [B, S, N, H].
+          rope, k_rope: rotations of q and of kv.k; `k_rope` is `rope` when None.
+          history: keys and values of earlier blocks. They go behind the current ones, so that what
+            is valid is a prefix and needs no mask.
+          kv_end: [T] host integers; row t sees keys [0, kv_end[t]).
+          mask: [B, 1, 1, S] boolean, True = attend.
+          keep: [B] one or zero; zero skips this attention for that sample.
+
+        Returns:
+          [B, T, out_dim].
+        """
+        q = self._heads(self.q_norm(self.q(x)))  # [B, T, N, H]
+        if self.head_norm:
+            q = self.q_head_norm(q)
+        k, v, length = kv.k, kv.v, None
+        if rope is not None:
+            q = rope.rotate(q, self.rope_type)
+            k = (k_rope or rope).rotate(k, self.rope_type)
+        if history is not None:
+            length = k.shape[1] + history.length
+            k = jnp.concatenate([k, history.kv.k], axis=1)
+            v = jnp.concatenate([v, history.kv.v], axis=1)
+        if self.measured and self.is_mutable_collection("diagnostics"):
+            self.sow("diagnostics", "entropy", attention_entropy(q, k, kv_end))
+        y = attention(
+            q, k, v, kv_end=kv_end, kv_length=length, mask=mask, implementation=self.implementation
+        )  # [B, T, N, H]
+        if keep is not None and self.value_when_skipped:
+            y = jnp.where(keep[:, None, None, None] > 0, y, v[:, : y.shape[1]])
+        if self.gated:
+            y = y * (2 * nn.sigmoid(self.gate(x)))[..., None]
+        y = constrain(
+            y.reshape(*x.shape[:2], -1), "batch", "tokens" if self.split_tokens[0] else None
+        )
+        y = self.out(y)
+        if self.tanh_gate:
+            y = y * jnp.tanh(self.alpha).astype(self.dtype)
+        if keep is not None and not self.value_when_skipped:
+            y = jnp.where(keep[:, None, None] > 0, y, 0)
+        return y

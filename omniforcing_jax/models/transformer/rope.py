@@ -1,0 +1,292 @@
+"""Rotary position embedding over seconds and pixels.
+
+Angles reach 1.6e4 rad, where one fp32 ulp is 1e-3 rad: the tables are therefore formed on the host
+in the reference's order of operations (float64 frequencies rounded to fp32, then fp32 products),
+never inside a jitted function whose fusions might reorder them.
+
+A clip's table factorises over its axes. `ClipRope` keeps one small table per axis and assembles the
+rows of any frames on the device by pure data movement, so a stream of an hour costs megabytes.
+"""
+
+import chex
+import einops
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omniforcing_jax.models.transformer.config import TransformerConfig
+
+VIDEO_TEMPORAL_COMPRESSION = 8  # pixel frames per latent frame, after the first
+VIDEO_SPATIAL_COMPRESSION = 32  # pixels per latent, both directions
+AUDIO_LATENTS_PER_SECOND = 25
+_MEL_FRAMES_PER_LATENT = 4
+_MEL_HOP, _MEL_SAMPLE_RATE = np.float32(160), np.float32(16000)
+
+
+@flax.struct.dataclass
+class Rope:
+    """Rotation table: cos and sin [B or 1, T, N, H/2] float32, one band of frequencies per head."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    def rotate(self, x: jax.Array, rope_type: str) -> jax.Array:
+        """Rotates x [..., T, N, H] in fp32 and returns it in its own dtype."""
+        return apply_rope(x, self.cos, self.sin, rope_type)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, rope_type: str) -> jax.Array:
+    """Rotates the channel pairs of x [..., T, N, H] by the angles of cos/sin [..., T, N, H/2].
+
+    "split" pairs channel j with j + H/2, "interleaved" channel 2j with 2j + 1.
+    """
+    half = x.shape[-1] // 2
+    x32 = x.astype(jnp.float32)
+    if rope_type == "split":
+        x1, x2 = x32[..., :half], x32[..., half:]
+        out = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    else:
+        pairs = x32.reshape(*x.shape[:-1], half, 2)
+        x1, x2 = pairs[..., 0], pairs[..., 1]
+        out = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(x.shape)
+    return out.astype(x.dtype)
+
+
+def frequencies(num: int, theta: float, dtype: str = "float64") -> np.ndarray:
+    """f_k = theta^(k / (num - 1)) * pi / 2 for k < num: float32, formed in `dtype`."""
+    exponents = np.linspace(0.0, 1.0, num, dtype=dtype)
+    grid = np.power(np.asarray(theta, dtype), exponents) * np.asarray(np.pi / 2, dtype)
+    return grid.astype(np.float32)
+
+
+def axis_angles(positions: np.ndarray, max_position: float, freqs: np.ndarray) -> np.ndarray:
+    """phi = f * (2 p / max - 1) in fp32: positions [...] -> angles [..., len(freqs)]."""
+    fraction = positions.astype(np.float32) / np.float32(max_position)
+    return freqs * (fraction * np.float32(2) - np.float32(1))[..., None]
+
+
+def rope_from_bounds(
+    bounds: np.ndarray,
+    *,
+    dim: int,
+    heads: int,
+    max_position: tuple[float, ...],
+    theta: float = 10000.0,
+    frequency_dtype: str = "float64",
+) -> Rope:
+    """Table for tokens at arbitrary places.
+
+    Args:
+      bounds: [B, axes, T, 2] start and end of each token on each axis (seconds, pixels, pixels).
+      dim: inner width N * H of the attention.
+      max_position: one divisor per axis.
+
+    Returns:
+      Rope of shape [B, T, N, H/2]; entries run frequency-major, axis-minor, after identity padding.
+    """
+    num_axes = bounds.shape[1]
+    freqs = frequencies(dim // (2 * num_axes), theta, frequency_dtype)
+    bounds = bounds.astype(np.float32)
+    middle = (bounds[..., 0] + bounds[..., 1]) / np.float32(2)  # [B, axes, T]
+    angles = np.stack(
+        [axis_angles(middle[:, a], max_position[a], freqs) for a in range(num_axes)], axis=-1
+    )  # [B, T, n, axes]
+    angles = angles.reshape(*angles.shape[:2], -1)
+    pad = dim // 2 - angles.shape[-1]
+    cos = np.pad(np.cos(angles), ((0, 0), (0, 0), (pad, 0)), constant_values=1.0)
+    sin = np.pad(np.sin(angles), ((0, 0), (0, 0), (pad, 0)))
+    split = "B T (N h) -> B T N h"
+    return Rope(
+        jnp.asarray(einops.rearrange(cos, split, N=heads)),
+        jnp.asarray(einops.rearrange(sin, split, N=heads)),
+    )
+
+
+def video_bounds(num_frames: int, height: int, width: int, frame_rate: float) -> np.ndarray:
+    """[3, T, 2] float32 bounds of all latents of a clip, order f, h, w (seconds, pixels, pixels).
+
+    Args:
+      num_frames, height, width: in latents. The first latent covers one pixel frame only.
+    """
+    time = video_time_bounds(num_frames, frame_rate)
+    rows, columns = _pixel_bounds(height), _pixel_bounds(width)
+    shape = (num_frames, height, width, 2)
+    axes = (
+        np.broadcast_to(time[:, None, None], shape),
+        np.broadcast_to(rows[None, :, None], shape),
+        np.broadcast_to(columns[None, None, :], shape),
+    )
+    return np.stack([a.reshape(-1, 2) for a in axes])
+
+
+def video_time_bounds(num_frames: int, frame_rate: float) -> np.ndarray:
+    """[F, 2] float32 seconds covered by each latent frame: [0, 1/fps], [1/fps, 9/fps], …"""
+    index = np.arange(num_frames, dtype=np.float32)
+    edges = np.stack([index, index + 1], axis=-1) * VIDEO_TEMPORAL_COMPRESSION
+    pixel_frames = np.maximum(edges + 1 - VIDEO_TEMPORAL_COMPRESSION, 0)
+    return pixel_frames / np.float32(frame_rate)
+
+
+def audio_time_bounds(num_frames: int, start: int = 0) -> np.ndarray:
+    """[T, 2] float32 seconds covered by each audio latent: [0, 0.01], [0.01, 0.05], …
+
+    A negative `start` continues the 25 Hz clock before zero (sinks with incremental RoPE).
+    """
+    index = np.arange(start, num_frames, dtype=np.float32)
+    edges = np.stack([index, index + 1], axis=-1) * _MEL_FRAMES_PER_LATENT
+    mel_frames = edges + 1 - _MEL_FRAMES_PER_LATENT
+    if start >= 0:
+        mel_frames = np.maximum(mel_frames, 0)
+    return mel_frames * _MEL_HOP / _MEL_SAMPLE_RATE
+
+
+def _pixel_bounds(size: int) -> np.ndarray:
+    index = np.arange(size, dtype=np.float32)
+    return np.stack([index, index + 1], axis=-1) * VIDEO_SPATIAL_COMPRESSION
+
+
+@flax.struct.dataclass
+class AxisTable:
+    """cos and sin [positions, n] float32 of one axis."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    def rows(self, index: jax.Array) -> "AxisTable":
+        """Rows at integer positions `index` [T]."""
+        return AxisTable(self.cos[index], self.sin[index])
+
+
+@flax.struct.dataclass
+class ClipRope:
+    """All rotation tables of a grid of latents, one small table per axis.
+
+    `video_time` and `video_cross` have a row per latent frame, `audio` and `audio_cross` a row per
+    audio latent; the cross tables serve the cross-modal attention (time only, audio width).
+    """
+
+    video_time: AxisTable
+    video_rows: AxisTable
+    video_columns: AxisTable
+    video_cross: AxisTable
+    audio: AxisTable
+    audio_cross: AxisTable
+    sinks: AxisTable | None
+    sinks_cross: AxisTable | None
+    heads: int = flax.struct.field(pytree_node=False)
+    video_dim: int = flax.struct.field(pytree_node=False)
+
+    def video_rope(self, frames: jax.Array) -> Rope:
+        """Self-attention table [1, F*P, N, H/2] of the latent frames with indices `frames` [F]."""
+        time = self.video_time.rows(frames)
+        return Rope(
+            self._assemble(time.cos, self.video_rows.cos, self.video_columns.cos, 1.0),
+            self._assemble(time.sin, self.video_rows.sin, self.video_columns.sin, 0.0),
+        )
+
+    def _assemble(self, time, rows, columns, padding):
+        shape = (time.shape[0], rows.shape[0], columns.shape[0], time.shape[1])
+        angles = jnp.stack(
+            [
+                jnp.broadcast_to(time[:, None, None], shape),
+                jnp.broadcast_to(rows[None, :, None], shape),
+                jnp.broadcast_to(columns[None, None, :], shape),
+            ],
+            axis=-1,
+        )  # [F, h, w, n, 3]
+        angles = angles.reshape(shape[0] * shape[1] * shape[2], -1)
+        pad = self.video_dim // 2 - angles.shape[-1]
+        angles = jnp.pad(angles, ((0, 0), (pad, 0)), constant_values=padding)
+        return einops.rearrange(angles, "T (N h) -> 1 T N h", N=self.heads)
+
+    def video_cross_rope(self, frames: jax.Array) -> Rope:
+        """Cross-modal table [1, F*P, N, H/2]; the P tokens of a frame share one row."""
+        patches = self.video_rows.cos.shape[0] * self.video_columns.cos.shape[0]
+        return self._heads(self.video_cross.rows(jnp.repeat(frames, patches)))
+
+    def audio_rope(self, frames: jax.Array, sinks: bool = False) -> Rope:
+        """Self-attention table [1, (S +) T, N, H/2] of the audio latents `frames` [T]."""
+        return self._heads(_with_sinks(self.audio.rows(frames), self.sinks if sinks else None))
+
+    def audio_cross_rope(self, frames: jax.Array, sinks: bool = False) -> Rope:
+        """Cross-modal table [1, (S +) T, N, H/2] of the audio latents `frames` [T]."""
+        table = self.audio_cross.rows(frames)
+        return self._heads(_with_sinks(table, self.sinks_cross if sinks else None))
+
+    def _heads(self, table: AxisTable) -> Rope:
+        split = "T (N h) -> 1 T N h"
+        return Rope(
+            einops.rearrange(table.cos, split, N=self.heads),
+            einops.rearrange(table.sin, split, N=self.heads),
+        )
+
+
+def _with_sinks(table: AxisTable, sinks: AxisTable | None) -> AxisTable:
+    if sinks is None:
+        return table
+    return AxisTable(
+        jnp.concatenate([sinks.cos, table.cos]), jnp.concatenate([sinks.sin, table.sin])
+    )
+
+
+def clip_rope(
+    config: TransformerConfig,
+    *,
+    video_frames: int,
+    audio_frames: int,
+    height: int,
+    width: int,
+    frame_rate: float = 24.0,
+) -> ClipRope:
+    """Tables for `video_frames` x `height` x `width` latents and `audio_frames` audio latents.
+
+    Raises:
+      ValueError: a size that is not positive.
+    """
+    sizes = {
+        "video_frames": video_frames,
+        "audio_frames": audio_frames,
+        "height": height,
+        "width": width,
+        "frame_rate": frame_rate,
+    }
+    for name, value in sizes.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, not {value}")
+    theta, dtype = config.rope_theta, config.rope_frequency_dtype
+    video_freqs = frequencies(config.video_dim // 6, theta, dtype)
+    audio_freqs = frequencies(config.audio_dim // 2, theta, dtype)
+    seconds, max_height, max_width = config.video_max_position
+    cross_seconds = max(seconds, config.audio_max_position)
+
+    def table(bounds, max_position, freqs):
+        middle = (bounds[:, 0] + bounds[:, 1]) / np.float32(2)
+        angles = axis_angles(middle, max_position, freqs)
+        return AxisTable(jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles)))
+
+    video_time = video_time_bounds(video_frames, frame_rate)
+    audio_time = audio_time_bounds(audio_frames)
+    sinks = sinks_cross = None
+    if config.num_audio_sinks:
+        if config.sink_rope == "identity":
+            shape = (config.num_audio_sinks, audio_freqs.size)
+            sinks = sinks_cross = AxisTable(jnp.ones(shape), jnp.zeros(shape))
+        else:
+            before = audio_time_bounds(0, start=-config.num_audio_sinks)
+            sinks = table(before, config.audio_max_position, audio_freqs)
+            sinks_cross = table(before, cross_seconds, audio_freqs)
+    rope = ClipRope(
+        video_time=table(video_time, seconds, video_freqs),
+        video_rows=table(_pixel_bounds(height), max_height, video_freqs),
+        video_columns=table(_pixel_bounds(width), max_width, video_freqs),
+        video_cross=table(video_time, cross_seconds, audio_freqs),
+        audio=table(audio_time, config.audio_max_position, audio_freqs),
+        audio_cross=table(audio_time, cross_seconds, audio_freqs),
+        sinks=sinks,
+        sinks_cross=sinks_cross,
+        heads=config.video_heads,
+        video_dim=config.video_dim,
+    )
+    chex.assert_equal_shape([rope.video_cross.cos[:1], rope.audio_cross.cos[:1]])
+    return rope

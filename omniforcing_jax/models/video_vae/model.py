@@ -1,0 +1,479 @@
+"""LTX-2 video VAE: pixels [B, F, H, W, 3] in [-1, 1] <-> normalised latents [B, f, h, w, C].
+
+F = 8 (f - 1) + 1 and H, W = 32 h, 32 w for the published checkpoints; the factors follow from the
+checkpoint's own block lists. The encoder is causal. The decoder was trained non-causal; running it
+causally is possible with the same weights (see `streaming_video`), at a quality to be measured.
+The functions `encode`, `decode` and `decode_chunk` are to be jitted with `config`, `causal` and
+`dtype` static.
+Source: the convolutional video VAE of Lightricks LTX-2 ("CausalVideoAutoencoder").
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from omniforcing_jax.models.video_vae.layers import (
+    KERNEL_SIZE,
+    PADDING_MODES,
+    CausalConv3d,
+    ConvCache,
+    DepthToSpaceUpsample,
+    ResBlocks,
+    SpaceToDepthDownsample,
+    patchify,
+    pixel_norm_silu,
+    unpatchify,
+)
+
+_STRIDES = {
+    "res_x": (1, 1, 1),
+    "compress_space": (1, 2, 2),
+    "compress_time": (2, 1, 1),
+    "compress_all": (2, 2, 2),
+}
+_ENCODER_KINDS = ("res_x", "compress_space_res", "compress_time_res", "compress_all_res")
+_DECODER_KINDS = ("res_x", "compress_space", "compress_time", "compress_all")
+
+# Settings with one supported value, and the value the reference loader assumes when one is absent.
+_FIXED_SETTINGS = {
+    "_class_name": ("CausalVideoAutoencoder", "CausalVideoAutoencoder"),
+    "dims": (3, 3),
+    "in_channels": (3, 3),
+    "out_channels": (3, 3),
+    "scaling_factor": (1.0, 1.0),
+    "norm_layer": ("pixel_norm", "pixel_norm"),
+    "latent_log_var": ("uniform", "uniform"),
+    "use_quant_conv": (False, False),
+    "timestep_conditioning": (False, True),
+    "normalize_latent_channels": (False, False),
+}
+_READ_SETTINGS = (
+    "latent_channels",
+    "encoder_blocks",
+    "decoder_blocks",
+    "patch_size",
+    "causal_decoder",
+    "encoder_base_channels",
+    "decoder_base_channels",
+    "spatial_padding_mode",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEStage:
+    """One entry of a block list: a run of residual blocks, or a change of resolution.
+
+    kind: "res_x", "compress_space", "compress_time" or "compress_all" (the encoder's "_res"
+    suffix is dropped: it has no other form). multiplier: by how much the width grows in the
+    encoder and shrinks in the decoder. residual: the decoder's skip path.
+    """
+
+    kind: str
+    num_layers: int = 0
+    multiplier: int = 1
+    residual: bool = False
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """(time, height, width) factor of this stage."""
+        return _STRIDES[self.kind]
+
+
+def _parse_stage(field: str, entry: Any, is_encoder: bool) -> VAEStage:
+    """One [name, parameters] pair of a checkpoint's block list."""
+    kinds = _ENCODER_KINDS if is_encoder else _DECODER_KINDS
+    try:
+        name, given = entry
+    except (TypeError, ValueError):
+        raise ValueError(f"{field}: expected [name, parameters], got {entry!r}") from None
+    if name not in kinds:
+        raise ValueError(
+            f"{field}: block {name!r} is not supported (supported: {', '.join(kinds)})"
+        )
+    given = {"num_layers": given} if isinstance(given, int) else dict(given)
+    if name == "res_x":
+        num_layers = given.pop("num_layers", None)
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise ValueError(f"{field}: res_x needs num_layers >= 1, got {num_layers!r}")
+        if given.pop("inject_noise", False):
+            raise ValueError(f"{field}: inject_noise=true is not supported (supported: false)")
+        stage = VAEStage("res_x", num_layers=num_layers)
+    else:
+        multiplier = given.pop("multiplier", 2 if is_encoder else 1)
+        if not isinstance(multiplier, int) or multiplier < 1:
+            raise ValueError(f"{field}: {name} needs multiplier >= 1, got {multiplier!r}")
+        residual = given.pop("residual", False)
+        if residual and name != "compress_all":
+            raise ValueError(
+                f"{field}: residual=true is supported for compress_all, not for {name}"
+            )
+        stage = VAEStage(name.removesuffix("_res"), multiplier=multiplier, residual=bool(residual))
+    if given:
+        raise ValueError(f"{field}: {name} has unknown parameters {sorted(given)}")
+    return stage
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoVAEConfig:
+    """Architecture of a video VAE. `decoder_blocks` keeps the file's order (applied in reverse)."""
+
+    encoder_blocks: tuple[VAEStage, ...]
+    decoder_blocks: tuple[VAEStage, ...]
+    latent_channels: int = 128
+    patch_size: int = 4
+    decoder_base_channels: int = 128
+    causal_decoder: bool = False
+    encoder_padding_mode: str = "zeros"
+    decoder_padding_mode: str = "reflect"
+
+    def __post_init__(self):
+        for field in ("latent_channels", "patch_size", "decoder_base_channels"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} must be a positive integer, got {value!r}")
+        for field in ("encoder_padding_mode", "decoder_padding_mode"):
+            mode = getattr(self, field)
+            if mode not in PADDING_MODES:
+                raise ValueError(f"{field}={mode!r} is not supported (supported: {PADDING_MODES})")
+        for field in ("encoder_blocks", "decoder_blocks"):
+            if not getattr(self, field):
+                raise ValueError(f"{field} is missing or empty")
+        encoder, decoder = (
+            [math.prod(s.stride[axis] for s in blocks) for axis in (0, 1)]
+            for blocks in (self.encoder_blocks, self.decoder_blocks)
+        )
+        if encoder != decoder:
+            raise ValueError(
+                f"encoder_blocks compress (time, space) by {encoder}, decoder_blocks by {decoder}"
+            )
+        self._check_widths()
+
+    def _check_widths(self):
+        width = self.latent_channels
+        for i, stage in enumerate(self.encoder_blocks):
+            volume, out = math.prod(stage.stride), width * stage.multiplier
+            if out % volume or (width * volume) % out:
+                raise ValueError(f"encoder_blocks[{i}]: width {width} -> {out} at {stage.stride}")
+            width = out
+        width = self.bottleneck_channels
+        for i, stage in reversed(list(enumerate(self.decoder_blocks))):
+            volume = math.prod(stage.stride)
+            skip_fits = width % volume == 0 and volume % stage.multiplier == 0
+            if stage.residual and not skip_fits:
+                raise ValueError(f"decoder_blocks[{i}]: residual path of width {width}: {stage}")
+            width //= stage.multiplier
+
+    @classmethod
+    def from_metadata(cls, vae: dict[str, Any]) -> "VideoVAEConfig":
+        """Builds the config from the object `vae` of a checkpoint's metadata `config`.
+
+        Absent entries take the reference loader's defaults. ValueError names each entry that is
+        unknown or has a value this implementation does not support.
+        """
+        unknown = set(vae) - set(_FIXED_SETTINGS) - set(_READ_SETTINGS)
+        if unknown:
+            raise ValueError(f"vae: unknown settings {sorted(unknown)}")
+        for field, (supported, default) in _FIXED_SETTINGS.items():
+            value = vae.get(field, default)
+            if value != supported:
+                raise ValueError(
+                    f"vae.{field}={value!r} is not supported (supported: {supported!r})"
+                )
+        latent_channels = vae.get("latent_channels", 128)
+        # The reference ignores this entry: the encoder starts as wide as the latents.
+        if vae.get("encoder_base_channels", latent_channels) != latent_channels:
+            raise ValueError(
+                f"vae.encoder_base_channels={vae['encoder_base_channels']!r} is not supported "
+                f"(supported: latent_channels, {latent_channels})"
+            )
+        return cls(
+            encoder_blocks=tuple(
+                _parse_stage("vae.encoder_blocks", entry, is_encoder=True)
+                for entry in vae.get("encoder_blocks", ())
+            ),
+            decoder_blocks=tuple(
+                _parse_stage("vae.decoder_blocks", entry, is_encoder=False)
+                for entry in vae.get("decoder_blocks", ())
+            ),
+            latent_channels=latent_channels,
+            patch_size=vae.get("patch_size", 4),
+            decoder_base_channels=vae.get("decoder_base_channels", 128),
+            causal_decoder=bool(vae.get("causal_decoder", False)),
+            # 2.0 files do not name the mode: encoder and decoder then differ.
+            encoder_padding_mode=vae.get("spatial_padding_mode", "zeros"),
+            decoder_padding_mode=vae.get("spatial_padding_mode", "reflect"),
+        )
+
+    @property
+    def temporal_compression(self) -> int:
+        """Pixel frames per latent frame (8), the first latent frame excepted: it holds one."""
+        return math.prod(stage.stride[0] for stage in self.encoder_blocks)
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent along height and width (32)."""
+        return self.patch_size * math.prod(stage.stride[1] for stage in self.encoder_blocks)
+
+    @property
+    def bottleneck_channels(self) -> int:
+        """Width after the decoder's first convolution."""
+        return self.decoder_base_channels * math.prod(s.multiplier for s in self.decoder_blocks)
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Pixel frames of the first `latent_frames` latents: 8 (f - 1) + 1, and 0 for 0."""
+        return max(0, self.temporal_compression * (latent_frames - 1) + 1)
+
+    def latent_frames(self, pixel_frames: int) -> int:
+        """Latent frames of a clip. ValueError when `pixel_frames` is not 8 k + 1."""
+        step = self.temporal_compression
+        if pixel_frames < 1 or (pixel_frames - 1) % step:
+            below = max(0, pixel_frames - 1) // step * step + 1
+            raise ValueError(
+                f"a clip needs {step}k+1 frames, got {pixel_frames}; "
+                f"nearest valid: {below} or {below + step}"
+            )
+        return (pixel_frames - 1) // step + 1
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) in latents. ValueError when the pixel size is no positive multiple of 32."""
+        step = self.spatial_compression
+        if height < step or width < step or height % step or width % step:
+            raise ValueError(
+                f"height and width must be positive multiples of {step}, got {height}x{width}"
+            )
+        return height // step, width // step
+
+
+def _check_reflection(mode: str, height: int, width: int, name: str) -> None:
+    if mode == "reflect" and min(height, width) < 2:
+        raise ValueError(
+            f"the {name} pads by reflection and needs at least 2x2 latents, got {height}x{width}"
+        )
+
+
+class VideoEncoder(nn.Module):
+    """Causal encoder; `conv_out` holds the latent means and one shared log-variance."""
+
+    config: VideoVAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, video: jax.Array) -> jax.Array:
+        """[B, F, H, W, 3] in [-1, 1] -> [B, f, h, w, C + 1], not normalised."""
+        config, mode = self.config, self.config.encoder_padding_mode
+        width = config.latent_channels
+        # [B, F, H/4, W/4, 48]
+        x = patchify(video, config.patch_size)
+        x, _ = CausalConv3d(width, mode, self.dtype, name="conv_in")(x, causal=True)
+        for i, stage in enumerate(config.encoder_blocks):
+            name = f"down_blocks_{i}"
+            if stage.kind == "res_x":
+                x, _ = ResBlocks(stage.num_layers, mode, self.dtype, name=name)(x, causal=True)
+            else:
+                width *= stage.multiplier
+                layer = SpaceToDepthDownsample(width, stage.stride, mode, self.dtype, name=name)
+                x = layer(x, causal=True)
+        conv_out = CausalConv3d(config.latent_channels + 1, mode, self.dtype, name="conv_out")
+        return conv_out(pixel_norm_silu(x), causal=True)[0]
+
+
+class VideoDecoder(nn.Module):
+    """Decoder, non-causal as trained or causal."""
+
+    config: VideoVAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, latents: jax.Array, causal: bool, cache: ConvCache | None = None
+    ) -> tuple[jax.Array, ConvCache]:
+        """[B, f, h, w, C], not normalised -> ([B, F, H, W, 3], cache for the next chunk).
+
+        With `cache` None the clip starts here and F = 8 (f - 1) + 1; with the cache of the chunk
+        before (causal only) F = 8 f.
+        """
+        config, mode = self.config, self.config.decoder_padding_mode
+        past, new = cache or {}, {}
+        conv_in = CausalConv3d(config.bottleneck_channels, mode, self.dtype, name="conv_in")
+        x, new["conv_in"] = conv_in(latents, causal, past.get("conv_in"))
+        for i, stage in enumerate(reversed(config.decoder_blocks)):
+            name = f"up_blocks_{i}"
+            if stage.kind == "res_x":
+                layer = ResBlocks(stage.num_layers, mode, self.dtype, name=name)
+            else:
+                layer = DepthToSpaceUpsample(
+                    stage.multiplier, stage.stride, stage.residual, mode, self.dtype, name=name
+                )
+            x, new[name] = layer(x, causal, past.get(name))
+        conv_out = CausalConv3d(3 * config.patch_size**2, mode, self.dtype, name="conv_out")
+        x, new["conv_out"] = conv_out(pixel_norm_silu(x), causal, past.get("conv_out"))
+        return unpatchify(x, config.patch_size), new
+
+
+def init_params(config: VideoVAEConfig, key: jax.Array) -> dict[str, Any]:
+    """Random parameters {encoder, decoder, per_channel_statistics: {mean, std}} in float32.
+
+    Kernels are N(0, 1 / fan_in), everything else is 0 and the latents' std 1. All kernels are cut
+    from one draw: compiling a generator for each takes a CPU half a minute.
+    """
+    channels, side = config.latent_channels, 2 * config.spatial_compression
+    video, latents = jnp.zeros((1, 1, side, side, 3)), jnp.zeros((1, 1, 2, 2, channels))
+    shapes = {
+        "encoder": jax.eval_shape(VideoEncoder(config).init, key, video)["params"],
+        "decoder": jax.eval_shape(
+            lambda k, z: VideoDecoder(config).init(k, z, causal=True), key, latents
+        )["params"],
+    }
+    leaves, structure = jax.tree.flatten(shapes)
+    kernel_sizes = [leaf.size if leaf.ndim > 1 else 0 for leaf in leaves]
+    normal = jax.random.normal(key, (sum(kernel_sizes),))
+    values, offset = [], 0
+    for leaf, size in zip(leaves, kernel_sizes):
+        if size:
+            fan_in = leaf.size // leaf.shape[-1]
+            kernel = normal[offset : offset + size].reshape(leaf.shape)
+            values.append(kernel * fan_in**-0.5)
+        else:
+            values.append(jnp.zeros(leaf.shape))
+        offset += size
+    statistics = {"mean": jnp.zeros(channels), "std": jnp.ones(channels)}
+    return structure.unflatten(values) | {"per_channel_statistics": statistics}
+
+
+def encode(
+    config: VideoVAEConfig, params: dict[str, Any], video: jax.Array, dtype=jnp.float32
+) -> jax.Array:
+    """Latent means of a clip, normalised per channel: (z - mean) / std.
+
+    Args:
+      params: tree {encoder, decoder, per_channel_statistics}; the decoder is not read.
+      video: [B, 8k+1, H, W, 3] in [-1, 1]; H and W multiples of 32.
+      dtype: compute dtype; the result is float32.
+
+    Returns:
+      [B, k+1, H/32, W/32, C] float32.
+
+    Raises:
+      ValueError: on a wrong rank, channel count, frame count or size.
+    """
+    if video.ndim != 5 or video.shape[-1] != 3:
+        raise ValueError(f"video must be [B, F, H, W, 3], got {video.shape}")
+    config.latent_frames(video.shape[1])
+    height, width = config.latent_size(*video.shape[2:4])
+    _check_reflection(config.encoder_padding_mode, height, width, "encoder")
+    # [B, f, h, w, C + 1]
+    moments = VideoEncoder(config, dtype).apply({"params": params["encoder"]}, video.astype(dtype))
+    statistics = params["per_channel_statistics"]
+    mean, std = (statistics[name].astype(jnp.float32) for name in ("mean", "std"))
+    return (moments[..., : config.latent_channels].astype(jnp.float32) - mean) / std
+
+
+def decode(
+    config: VideoVAEConfig,
+    params: dict[str, Any],
+    latents: jax.Array,
+    causal: bool | None = None,
+    dtype=jnp.float32,
+) -> jax.Array:
+    """Pixels of a whole clip.
+
+    Args:
+      params: tree {encoder, decoder, per_channel_statistics}; the encoder is not read.
+      latents: normalised, [B, f, h, w, C]; h and w at least 2 where the decoder reflects.
+      causal: None as the checkpoint was trained (`config.causal_decoder`).
+      dtype: compute dtype and dtype of the result.
+
+    Returns:
+      [B, 8(f-1)+1, 32h, 32w, 3], about [-1, 1], not clipped.
+
+    Raises:
+      ValueError: on a wrong rank or channel count, or too few latents for reflection.
+    """
+    causal = config.causal_decoder if causal is None else causal
+    return decode_chunk(config, params, latents, causal=causal, dtype=dtype)[0]
+
+
+def decode_chunk(
+    config: VideoVAEConfig,
+    params: dict[str, Any],
+    latents: jax.Array,
+    cache: ConvCache | None = None,
+    causal: bool = True,
+    dtype=jnp.float32,
+) -> tuple[jax.Array, ConvCache]:
+    """One chunk of a stream: `decode`, but also takes and returns the convolutions' cache.
+
+    `cache` None starts the clip ([B, 8(f-1)+1, H, W, 3]); else the chunk continues it
+    ([B, 8f, H, W, 3]). Chunks put together equal the causal decode of the whole clip.
+    """
+    check_latents(config, latents.shape)
+    statistics = params["per_channel_statistics"]
+    mean, std = (statistics[name].astype(jnp.float32) for name in ("mean", "std"))
+    latents = (latents.astype(jnp.float32) * std + mean).astype(dtype)
+    return VideoDecoder(config, dtype).apply({"params": params["decoder"]}, latents, causal, cache)
+
+
+def check_latents(config: VideoVAEConfig, shape: tuple[int, ...]) -> None:
+    """ValueError unless `shape` is that of latents [B, f >= 1, h, w, C] the decoder can take."""
+    if len(shape) != 5 or shape[-1] != config.latent_channels or shape[1] < 1:
+        raise ValueError(
+            f"latents must be [B, f >= 1, h, w, {config.latent_channels}], got {shape}"
+        )
+    _check_reflection(config.decoder_padding_mode, *shape[2:4], "decoder")
+
+
+class _DecoderConv(NamedTuple):
+    """One convolution of the decoder: widths, and its resolution relative to the latents."""
+
+    inputs: int
+    outputs: int
+    time_scale: int
+    space_scale: int
+
+
+def _decoder_convs(config: VideoVAEConfig) -> Iterator[_DecoderConv]:
+    time = space = 1
+    width = config.bottleneck_channels
+    yield _DecoderConv(config.latent_channels, width, time, space)
+    for stage in reversed(config.decoder_blocks):
+        if stage.kind == "res_x":
+            yield from [_DecoderConv(width, width, time, space)] * (2 * stage.num_layers)
+            continue
+        outputs = math.prod(stage.stride) * width // stage.multiplier
+        yield _DecoderConv(width, outputs, time, space)
+        width //= stage.multiplier
+        time, space = time * stage.stride[0], space * stage.stride[1]
+    yield _DecoderConv(width, 3 * config.patch_size**2, time, space)
+
+
+def decoder_flops(config: VideoVAEConfig, frames: int, height: int, width: int) -> int:
+    """Floating-point operations (2 per multiply-add) of the convolutions of one decode.
+
+    Args:
+      frames: pixel frames of the clip, 8k+1.
+      height, width: pixels, multiples of 32.
+
+    Raises:
+      ValueError: if the clip's shape is not one the decoder can produce.
+    """
+    latent_frames = config.latent_frames(frames)
+    latent_area = math.prod(config.latent_size(height, width))
+    total = 0
+    for conv in _decoder_convs(config):
+        positions = (conv.time_scale * (latent_frames - 1) + 1) * latent_area * conv.space_scale**2
+        total += 2 * KERNEL_SIZE**3 * conv.inputs * conv.outputs * positions
+    return total
+
+
+def decoder_receptive_field(config: VideoVAEConfig) -> int:
+    """Pixel frames on either side of a frame that the non-causal decoder looks at.
+
+    173 for LTX-2.0 and 108 for LTX-2.3: 21.6 and 13.5 latent frames.
+    """
+    full = config.temporal_compression
+    return sum(full // conv.time_scale for conv in _decoder_convs(config))

@@ -1,0 +1,291 @@
+"""The rolling cache: keys and values of a few anchor blocks and of a window of recent blocks.
+
+The cache is a value of fixed size, so time and memory per block do not depend on how long a stream
+has run. Its slots hold, per pathway,
+
+    [ block 0 (with the sinks) | anchor blocks 1..n | ring of `window` recent blocks ]
+
+A ring slot is a whole block, so a write never straddles the ring's end, and until the ring is full
+the valid slots are a prefix of the buffer: attention needs a length, never a mask. Which block a
+slot holds follows from the number of blocks written, which is the only counter.
+
+Keys are stored unrotated. `history` rotates them once per block for all its forward passes, at
+positions that are absolute or relative to the window: there, evicting e blocks moves everything but
+the anchors back by e blocks on both clocks, so positions stay within the range seen in training.
+
+One type serves the self-attention of both streams and both directions between them: `video` and
+`v2a` hold video tokens, `audio` and `a2v` audio tokens.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.distributed.partitioning import BATCH_AXES, HEAD_AXES
+from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.models.transformer.layers import KV, History
+from omniforcing_jax.models.transformer.model import Pathways
+from omniforcing_jax.models.transformer.rope import ClipRope
+
+POSITIONS = ("absolute", "relative")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedCache:
+    """What a student's own settings say of the cache that it was trained with.
+
+    Attributes:
+      window, anchors, positions: see `CacheConfig`; None where the settings do not say.
+    """
+
+    window: int | None = None
+    anchors: int | None = None
+    positions: str | None = None
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> Self:
+        """Those of the three that `settings` has, under their names."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: settings.get(name) for name in names})
+
+    def config(
+        self,
+        layout: BlockLayout,
+        window: int | None = None,
+        anchors: int | None = None,
+        positions: str | None = None,
+    ) -> "CacheConfig":
+        """A rolling cache: as asked for, else as the student was trained, else of 7 blocks.
+
+        Raises:
+          ValueError: as `CacheConfig`.
+        """
+        chosen = {
+            "window": self.window if window is None else window,
+            "anchor_blocks": self.anchors if anchors is None else anchors,
+            "positions": self.positions if positions is None else positions,
+        }
+        return CacheConfig(layout, **{name: x for name, x in chosen.items() if x is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Shape of a rolling cache.
+
+    Attributes:
+      layout: frames per block; its sinks belong to block 0.
+      window: recent blocks kept besides the anchors; at least 1.
+      anchor_blocks: blocks 1..n that are never evicted (block 0 never is).
+      positions: "absolute" (a token keeps the time at which it was generated) or "relative" (to the
+        window: streams of any length stay inside the trained range).
+    """
+
+    layout: BlockLayout
+    window: int = 7
+    anchor_blocks: int = 0
+    positions: str = "relative"
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 block, not {self.window}")
+        if self.anchor_blocks < 0:
+            raise ValueError(f"anchor_blocks must be 0 or more, not {self.anchor_blocks}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {POSITIONS}, not {self.positions!r}")
+
+    @property
+    def video_capacity(self) -> int:
+        """Video latents the cache holds."""
+        return self.layout.num_video_frames(1 + self.anchor_blocks + self.window)
+
+    @property
+    def audio_capacity(self) -> int:
+        """Audio latents the cache holds, without the sinks."""
+        return self.layout.num_audio_frames(1 + self.anchor_blocks + self.window)
+
+    def blocks_in_positions(self, num_blocks: int | None) -> int:
+        """Blocks for which RoPE tables are needed to stream `num_blocks` (None: without end).
+
+        Raises:
+          ValueError: an endless stream with absolute positions.
+        """
+        bounded = self.anchor_blocks + self.window + 2
+        if self.positions == "relative":
+            return bounded if num_blocks is None else min(bounded, num_blocks)
+        if num_blocks is None:
+            raise ValueError(
+                "absolute positions need a known length; use positions='relative' for a stream "
+                "without end"
+            )
+        return num_blocks
+
+    def holds(self, num_blocks: int) -> bool:
+        """Whether nothing has been evicted after `num_blocks` blocks."""
+        return num_blocks <= 1 + self.anchor_blocks + self.window
+
+    def for_clip(self, num_blocks: int) -> "CacheConfig":
+        """The same for a clip of known length: without slots that it would leave empty, and with
+        one for its last block where only that one would evict another, for nobody to miss."""
+        whole = num_blocks - 1 - self.anchor_blocks
+        window = self.window if self.window < whole - 1 else whole
+        return dataclasses.replace(self, window=max(window, 1))
+
+    def evicted(self, block: jax.Array | int) -> jax.Array:
+        """Blocks that have left the window when block `block` is generated."""
+        return jnp.maximum(0, block - 1 - self.anchor_blocks - self.window)
+
+    def position_of(self, block: jax.Array | int) -> jax.Array:
+        """Block index by which the block being generated is positioned."""
+        return block - self.evicted(block) if self.positions == "relative" else jnp.asarray(block)
+
+    def slot_positions(self, block: jax.Array | int) -> jax.Array:
+        """Position, in blocks, of each slot 1..n+window while block `block` is generated.
+
+        Empty slots get a position inside the tables; they are never attended to.
+        """
+        first = 1 + self.anchor_blocks
+        ring = jnp.arange(self.window)
+        # The youngest block in ring slot r is the largest b < block with (b - first) % window == r.
+        held = block - 1 - (block - 1 - first - ring) % self.window
+        if self.positions == "relative":
+            held = held - self.evicted(block)
+        held = jnp.maximum(held, first + 0 * ring)
+        return jnp.concatenate([jnp.arange(1, first), held])
+
+
+@flax.struct.dataclass
+class RollingCache:
+    """Keys and values [L, B, slots, N, H] per pathway, and the number of blocks written."""
+
+    kv: Pathways
+    num_blocks: jax.Array
+    config: CacheConfig = flax.struct.field(pytree_node=False)
+
+
+def init_cache(
+    config: CacheConfig,
+    model: TransformerConfig,
+    *,
+    batch: int,
+    patches: int,
+    dtype: jnp.dtype = jnp.float32,
+) -> RollingCache:
+    """An empty cache for `patches` tokens per video latent."""
+    video = config.video_capacity * patches
+    audio = config.audio_capacity + config.layout.num_sinks
+
+    def kv(slots, heads, head_dim):
+        shape = (model.num_layers, batch, slots, heads, head_dim)
+        return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return RollingCache(
+        kv=Pathways(
+            video=kv(video, model.video_heads, model.video_head_dim),
+            audio=kv(audio, model.audio_heads, model.audio_head_dim),
+            a2v=kv(audio, model.audio_heads, model.audio_head_dim),
+            v2a=kv(video, model.audio_heads, model.audio_head_dim),
+        ),
+        num_blocks=jnp.zeros((), jnp.int32),
+        config=config,
+    )
+
+
+def cache_bytes(
+    config: CacheConfig, model: TransformerConfig, *, batch: int, patches: int, dtype: jnp.dtype
+) -> int:
+    """Size of the cache in bytes, without allocating it."""
+    cache = jax.eval_shape(
+        lambda: init_cache(config, model, batch=batch, patches=patches, dtype=dtype)
+    )
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.kv))
+
+
+def cache_sharding(cache: RollingCache, mesh: Mesh) -> RollingCache:
+    """Shardings of a rolling cache [L, B, S, N, H]: the batch, and the heads as in attention."""
+
+    def place(leaf):
+        if leaf.ndim != 5:
+            return NamedSharding(mesh, P())
+        batch_axes = tuple(a for a in BATCH_AXES if mesh.shape[a] > 1)
+        batch_size = math.prod(mesh.shape[a] for a in batch_axes)
+        batch = batch_axes if batch_axes and leaf.shape[1] % batch_size == 0 else None
+        ways = math.prod(mesh.shape[a] for a in HEAD_AXES)
+        heads = HEAD_AXES if leaf.shape[3] % ways == 0 else None
+        return NamedSharding(mesh, P(None, batch, None, heads, None))
+
+    return jax.tree.map(place, cache)
+
+
+def write(
+    cache: RollingCache, new: Pathways, patches: int, *, first: bool, detach: bool = True
+) -> RollingCache:
+    """Stores the next block's keys and values (of the refresh pass) in its slot.
+
+    Args:
+      new: Pathways of KV [L, B, S, N, H], keys not rotated.
+      first: whether this is block 0, whose shape differs. It must be the first write.
+      detach: let no gradient through to what made them.
+    """
+    c, layout, block = cache.config, cache.config.layout, cache.num_blocks
+    if first:
+        video_start = audio_start = 0
+    else:
+        anchors = c.anchor_blocks
+        slot = jnp.where(block - 1 < anchors, block - 1, anchors + (block - 1 - anchors) % c.window)
+        video_start = (layout.first_video_frames + slot * layout.video_frames) * patches
+        audio_start = layout.num_sinks + layout.first_audio_frames + slot * layout.audio_frames
+
+    def put(old: KV, kv: KV, start) -> KV:
+        def update(buffer, x):
+            x = (jax.lax.stop_gradient(x) if detach else x).astype(buffer.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=2)
+
+        return jax.tree.map(update, old, kv)
+
+    return cache.replace(
+        kv=Pathways(
+            video=put(cache.kv.video, new.video, video_start),
+            audio=put(cache.kv.audio, new.audio, audio_start),
+            a2v=put(cache.kv.a2v, new.a2v, audio_start),
+            v2a=put(cache.kv.v2a, new.v2a, video_start),
+        ),
+        num_blocks=block + 1,
+    )
+
+
+def history(cache: RollingCache, rope: ClipRope, rope_type: str, patches: int) -> Pathways:
+    """What block `cache.num_blocks` (>= 1) attends to: rotated keys, values, and their lengths."""
+    c, layout, block = cache.config, cache.config.layout, cache.num_blocks
+    positions = c.slot_positions(block)
+    video_frames = _frames(positions, layout.first_video_frames, layout.video_frames)
+    audio_frames = _frames(positions, layout.first_audio_frames, layout.audio_frames)
+    slots = jnp.minimum(block - 1, c.anchor_blocks + c.window)
+    video_length = (layout.first_video_frames + slots * layout.video_frames) * patches
+    audio_length = layout.num_sinks + layout.first_audio_frames + slots * layout.audio_frames
+    sinks = layout.num_sinks > 0
+    num_layers = cache.kv.video.k.shape[0]
+
+    def rotated(kv: KV, table, length) -> History:
+        k = table.rotate(kv.k, rope_type)
+        return History(KV(k, kv.v), jnp.broadcast_to(length, (num_layers,)))
+
+    return Pathways(
+        video=rotated(cache.kv.video, rope.video_rope(video_frames), video_length),
+        audio=rotated(cache.kv.audio, rope.audio_rope(audio_frames, sinks), audio_length),
+        a2v=rotated(cache.kv.a2v, rope.audio_cross_rope(audio_frames, sinks), audio_length),
+        v2a=rotated(cache.kv.v2a, rope.video_cross_rope(video_frames), video_length),
+    )
+
+
+def _frames(block_positions: jax.Array, first: int, later: int) -> jax.Array:
+    """Frame indices of all slots: those of block 0, then `later` for each slot's block position."""
+    starts = first + (block_positions - 1) * later
+    return jnp.concatenate([jnp.arange(first), (starts[:, None] + jnp.arange(later)).reshape(-1)])

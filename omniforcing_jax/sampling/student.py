@@ -1,0 +1,415 @@
+"""Generating blocks one after the other: the one `block_step` that everything streaming calls.
+
+    for each block:   x <- noise
+                      for sigma, next in the few sigmas:         (denoise)
+                          x0 <- x - sigma * velocity(x, sigma | history, prompt)
+                          x  <- (1 - next) * x0 + next * fresh noise
+                      velocity(x0, 0 | history, prompt) writes the block's keys and values (refresh)
+
+`rollout` scans it over the blocks of a clip in one jitted program; `streaming.StreamingSession`
+calls the same step from the host, one block at a time.
+"""
+
+import dataclasses
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.models.transformer.model import Modality, Pathways, TextKV, Transformer
+from omniforcing_jax.models.transformer.rope import ClipRope, Rope, clip_rope
+from omniforcing_jax.sampling import flow, kv_cache
+from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache
+
+
+@flax.struct.dataclass
+class AVLatents:
+    """Tokens of both streams: video [..., T_v, C] in the order f, h, w, audio [..., T_a, C]."""
+
+    video: jax.Array
+    audio: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How a student generates blocks.
+
+    Attributes:
+      cache: layout, window, anchors and positions.
+      sigmas: noise levels of the denoising steps, decreasing, with the final 0.
+      height, width: of the video, in latents (32 pixels each).
+      context_noise: noise level at which a finished block writes its keys and values.
+    """
+
+    cache: CacheConfig
+    sigmas: tuple[float, ...]
+    height: int
+    width: int
+    context_noise: float = 0.0
+
+    def __post_init__(self):
+        flow.check_sigmas(self.sigmas)
+        object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))  # hashable
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"height and width must be positive, not {self.height}x{self.width}")
+        if not 0 <= self.context_noise < 1:
+            raise ValueError(f"context_noise must be in [0, 1), not {self.context_noise}")
+
+    @property
+    def patches(self) -> int:
+        """P, tokens per video latent frame."""
+        return self.height * self.width
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps per block."""
+        return len(self.sigmas) - 1
+
+    @property
+    def sigma_levels(self) -> tuple[float, ...]:
+        """Noise levels at which the network is called, in order; the last is the refresh pass."""
+        return (*self.sigmas[:-1], self.context_noise)
+
+    def rope(self, model: Transformer, num_blocks: int | None = None) -> ClipRope:
+        """RoPE tables for `num_blocks` blocks, or for a stream without end."""
+        layout, blocks = self.cache.layout, self.cache.blocks_in_positions(num_blocks)
+        return clip_rope(
+            model.config,
+            video_frames=layout.num_video_frames(blocks),
+            audio_frames=layout.num_audio_frames(blocks),
+            height=self.height,
+            width=self.width,
+            frame_rate=layout.frame_rate,
+        )
+
+    def check_rope(self, rope: ClipRope, num_blocks: int | None) -> None:
+        """Raises ValueError when the tables are too short for `num_blocks` blocks."""
+        layout, blocks = self.cache.layout, self.cache.blocks_in_positions(num_blocks)
+        have = rope.video_time.cos.shape[0], rope.audio.cos.shape[0]
+        need = layout.num_video_frames(blocks), layout.num_audio_frames(blocks)
+        if have[0] < need[0] or have[1] < need[1]:
+            raise ValueError(
+                f"the RoPE tables cover {have[0]} video and {have[1]} audio latents, but "
+                f"{num_blocks} blocks need {need[0]} and {need[1]}; make them with "
+                f"rope(model, {num_blocks})"
+            )
+
+    def check_model(self, model: Transformer) -> None:
+        """Raises ValueError when the layout's sinks are not the model's."""
+        if self.cache.layout.num_sinks != model.config.num_audio_sinks:
+            raise ValueError(
+                f"the layout has {self.cache.layout.num_sinks} sink tokens, the model "
+                f"{model.config.num_audio_sinks}; make the layout with "
+                f"num_sinks={model.config.num_audio_sinks}"
+            )
+
+
+def encode_prompt(
+    model: Transformer,
+    params,
+    video_context: jax.Array,
+    audio_context: jax.Array,
+    levels: tuple[float, ...],
+) -> TextKV:
+    """Text keys and values for the noise levels `RolloutConfig.sigma_levels`, once per prompt.
+
+    Args:
+      video_context, audio_context: [B, S, text_dim].
+
+    Returns:
+      [L, B, S, N, H] arrays; where the text attention is modulated (LTX-2.3) they depend on the
+      noise level and have a leading axis of len(levels).
+    """
+
+    def encode(sigma):
+        return model.apply(
+            {"params": params}, video_context, audio_context, sigma, method="text_kv"
+        )
+
+    if not model.config.text_adaln:
+        return encode(None)
+    batch = video_context.shape[0]
+    sigmas = jnp.repeat(jnp.asarray(levels, jnp.float32)[:, None], batch, axis=1)
+    return jax.lax.map(encode, sigmas)
+
+
+def block_noise(
+    key: jax.Array,
+    block: jax.Array | int,
+    config: RolloutConfig,
+    model: Transformer,
+    batch: int,
+    *,
+    first: bool,
+) -> AVLatents:
+    """All noise of a block, from the rollout's key and the block's index alone.
+
+    Returns:
+      AVLatents [steps, B, T, C] float32: the initial noise and that of each later step (and of the
+      refresh, when it is noisy). Any block can be redrawn without its predecessors.
+    """
+    layout = config.cache.layout
+    frames = layout.first_video_frames if first else layout.video_frames
+    audio_frames = layout.first_audio_frames if first else layout.audio_frames
+    draws = config.num_steps + (config.context_noise > 0)
+    video_key, audio_key = jax.random.split(jax.random.fold_in(key, block))
+    video_shape = (draws, batch, frames * config.patches, model.config.video_channels)
+    audio_shape = (draws, batch, audio_frames, model.config.audio_channels)
+    return AVLatents(
+        jax.random.normal(video_key, video_shape), jax.random.normal(audio_key, audio_shape)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockForward:
+    """The next block's network with everything but latents, sigma and text bound; see `bind`."""
+
+    model: Transformer
+    params: dict
+    history: Pathways | None
+    ropes: tuple[Rope, Rope, Rope, Rope]
+    keep: Pathways | None = None
+
+    def with_params(self, params) -> "BlockForward":
+        """The same forward pass with other parameters (those to differentiate by)."""
+        return dataclasses.replace(self, params=params)
+
+    def __call__(self, x: AVLatents, sigma: jax.Array, text: TextKV, *, return_kv: bool = False):
+        """Clean prediction of x [B, T, C] at noise level sigma [] or [B], and the block's K/V."""
+        video_rope, video_cross, audio_rope, audio_cross = self.ropes
+        sigmas = jnp.broadcast_to(sigma.reshape(-1, 1), (x.video.shape[0], 1)).astype(jnp.float32)
+        video = Modality(x.video, sigmas, video_rope, video_cross)
+        audio = Modality(x.audio, sigmas, audio_rope, audio_cross)
+        (video, audio), kv = self.model.clone(return_kv=return_kv).apply(
+            {"params": self.params}, video, audio, history=self.history, text=text, keep=self.keep
+        )
+        velocity = AVLatents(video, audio)
+        x0 = jax.tree.map(lambda x, v: flow.velocity_to_x0(x, v, sigma), x, velocity)
+        return x0, kv
+
+
+@flax.struct.dataclass
+class BlockTrace:
+    """How a block came about; training needs more of it than the latents.
+
+    Attributes:
+      x0: the block's clean latents [B, T, C] float32.
+      exit_input: [B, T, C] the noisy input of the forward pass that predicted `x0`.
+      kv: keys and values [L, B, S, N, H] that the refresh wrote, keys not rotated; None where the
+        cache will hold them as long as they are needed.
+    """
+
+    x0: AVLatents
+    exit_input: AVLatents
+    kv: Pathways | None
+
+
+def block_step(
+    model: Transformer,
+    params,
+    cache: RollingCache,
+    text: TextKV,
+    rope: ClipRope,
+    noise: AVLatents,
+    config: RolloutConfig,
+    *,
+    first: bool,
+) -> tuple[AVLatents, RollingCache]:
+    """Generates the next block and writes its keys and values.
+
+    Args:
+      cache: of all blocks so far; its counter says which block this is.
+      text: from `encode_prompt` for `config.sigma_levels`.
+      rope: from `config.rope`.
+      noise: [steps, B, T, C], from `block_noise`.
+      first: whether this is block 0 (another shape, no history, the sinks).
+
+    Returns:
+      The block's clean latents [B, T, C] float32, and the cache with the block in it.
+    """
+    trace, cache = traced_block_step(model, params, cache, text, rope, noise, config, first=first)
+    return trace.x0, cache
+
+
+def traced_block_step(
+    model: Transformer,
+    params,
+    cache: RollingCache,
+    text: TextKV,
+    rope: ClipRope,
+    noise: AVLatents,
+    config: RolloutConfig,
+    *,
+    first: bool,
+    exit_step: jax.Array | None = None,
+) -> tuple[BlockTrace, RollingCache]:
+    """`block_step` as training sees it; the arguments are the same, and
+
+    exit_step: [] int32 the denoising step whose prediction is the block; None is the last one.
+    """
+    forward = bind(model, params, cache, rope, config, first=first)
+    x0, exit_input = denoise(forward, text, noise, config, exit_step)
+    kv = refresh(forward, text, x0, noise, config)
+    cache = kv_cache.write(cache, kv, config.patches, first=first)
+    return BlockTrace(x0, exit_input, kv), cache
+
+
+def denoise(
+    forward: BlockForward,
+    text: TextKV,
+    noise: AVLatents,
+    config: RolloutConfig,
+    exit_step: jax.Array | None = None,
+) -> tuple[AVLatents, AVLatents]:
+    """The few denoising steps: predict x0, add fresh noise of the next level, repeat.
+
+    Returns:
+      The last prediction of x0 [B, T, C], and the input [B, T, C] it was made from.
+    """
+    sigmas = jnp.asarray(config.sigmas, jnp.float32)
+    last = config.num_steps - 1 if exit_step is None else exit_step
+
+    def step(i, carry):
+        x, _, _ = carry
+        x0, _ = forward(x, sigmas[i], text_at(forward.model, text, i))
+        # After the last step sigma is 0: whatever noise stands there is multiplied by zero.
+        fresh = jax.tree.map(lambda n: n[jnp.minimum(i + 1, config.num_steps - 1)], noise)
+        x_next = jax.tree.map(lambda x0, n: flow.add_noise(x0, n, sigmas[i + 1]), x0, fresh)
+        return x_next, x0, x
+
+    x = jax.tree.map(lambda n: n[0], noise)
+    _, x0, exit_input = jax.lax.fori_loop(0, last + 1, step, (x, x, x))
+    return x0, exit_input
+
+
+def text_at(model: Transformer, text: TextKV, level: jax.Array | int) -> TextKV:
+    """Text K/V at one of the noise levels for which `encode_prompt` made them."""
+    if not model.config.text_adaln:
+        return text
+    return jax.tree.map(lambda t: t[level], text)
+
+
+def refresh(
+    forward: BlockForward,
+    text: TextKV,
+    x0: AVLatents,
+    noise: AVLatents,
+    config: RolloutConfig,
+) -> Pathways:
+    """One more pass over the finished block at `context_noise`: its keys and values."""
+    if config.context_noise > 0:
+        x0 = jax.tree.map(lambda x, n: flow.add_noise(x, n[-1], config.context_noise), x0, noise)
+    text = text_at(forward.model, text, config.num_steps)
+    _, kv = forward(x0, jnp.float32(config.context_noise), text, return_kv=True)
+    return kv
+
+
+def bind(
+    model: Transformer,
+    params,
+    cache: RollingCache,
+    rope: ClipRope,
+    config: RolloutConfig,
+    *,
+    first: bool,
+    keep: Pathways | None = None,
+) -> BlockForward:
+    """Reads the cache and places the next block: all its forward passes share the result.
+
+    Args:
+      keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
+
+    Raises:
+      ValueError: the layout's sinks are not the model's.
+    """
+    config.check_model(model)
+    layout, patches = config.cache.layout, config.patches
+    if first:
+        video_frames = jnp.arange(layout.first_video_frames)
+        audio_frames = jnp.arange(layout.first_audio_frames)
+        history = None
+    else:
+        position = config.cache.position_of(cache.num_blocks) - 1
+        video_frames = layout.first_video_frames + position * layout.video_frames
+        video_frames = video_frames + jnp.arange(layout.video_frames)
+        audio_frames = layout.first_audio_frames + position * layout.audio_frames
+        audio_frames = audio_frames + jnp.arange(layout.audio_frames)
+        history = kv_cache.history(cache, rope, model.config.rope_type, patches)
+    sinks = first and layout.num_sinks > 0
+    ropes = (
+        rope.video_rope(video_frames),
+        rope.video_cross_rope(video_frames),
+        rope.audio_rope(audio_frames, sinks),
+        rope.audio_cross_rope(audio_frames, sinks),
+    )
+    return BlockForward(model, params, history, ropes, keep)
+
+
+def new_cache(model: Transformer, config: RolloutConfig, batch: int) -> RollingCache:
+    """An empty cache for this rollout, in the model's dtype."""
+    return kv_cache.init_cache(
+        config.cache, model.config, batch=batch, patches=config.patches, dtype=model.dtype
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config", "num_blocks", "batch"))
+def rollout(
+    model: Transformer,
+    params,
+    text: TextKV,
+    rope: ClipRope,
+    key: jax.Array,
+    *,
+    config: RolloutConfig,
+    num_blocks: int,
+    batch: int,
+) -> AVLatents:
+    """Generates a whole clip: block 0, then a scan over the uniform blocks, in one program.
+
+    Returns:
+      AVLatents of the clip, [B, T, C] float32 (T over all frames).
+
+    Raises:
+      ValueError: no blocks, or tables made for fewer blocks.
+    """
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks must be at least 1, not {num_blocks}")
+    config.check_rope(rope, num_blocks)
+    cache = new_cache(model, config, batch)
+    noise = block_noise(key, 0, config, model, batch, first=True)
+    first, cache = block_step(model, params, cache, text, rope, noise, config, first=True)
+    if num_blocks == 1:
+        return first
+
+    def step(cache, block):
+        noise = block_noise(key, block, config, model, batch, first=False)
+        x0, cache = block_step(model, params, cache, text, rope, noise, config, first=False)
+        return cache, x0
+
+    _, rest = jax.lax.scan(step, cache, jnp.arange(1, num_blocks))  # [K - 1, B, T, C]
+
+    return join_blocks(first, rest)
+
+
+def join_blocks(first: AVLatents, rest: AVLatents) -> AVLatents:
+    """Block 0 [B, T, C] and the later blocks [K - 1, B, T, C] -> a clip [B, T, C]."""
+
+    def join(first, rest):
+        rest = jnp.moveaxis(rest, 0, 1).reshape(rest.shape[1], -1, rest.shape[3])
+        return jnp.concatenate([first, rest], axis=1)
+
+    return jax.tree.map(join, first, rest)
+
+
+def split_blocks(clip: AVLatents, layout: BlockLayout, patches: int) -> tuple[AVLatents, AVLatents]:
+    """A clip [B, T, C] -> block 0 [B, T, C] and the later blocks [K - 1, B, T, C]."""
+
+    def split(x, first, later):
+        rest = x[:, first:].reshape(x.shape[0], -1, later, x.shape[2])
+        return x[:, :first], jnp.moveaxis(rest, 1, 0)
+
+    video = split(clip.video, layout.first_video_frames * patches, layout.video_frames * patches)
+    audio = split(clip.audio, layout.first_audio_frames, layout.audio_frames)
+    return AVLatents(video[0], audio[0]), AVLatents(video[1], audio[1])

@@ -1,0 +1,155 @@
+"""One picture of a whole clip: its frames, its waveform and its spectrogram on one time axis.
+
+python -m omniforcing_jax.streaming.contact_sheet clip.mp4 clip.png
+"""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from omniforcing_jax.streaming import media
+
+SHEET_COLUMNS = 8
+SHEET_FRAMES = 16
+SHEET_INCHES = 16.0
+WINDOW_SAMPLES, HOP_SAMPLES = 1024, 256
+
+
+def contact_sheet(
+    frames: np.ndarray,
+    path: str | os.PathLike,
+    *,
+    frame_rate: float,
+    waveform: np.ndarray | None = None,
+    sample_rate: int | None = None,
+    every: int | None = None,
+    seen: Sequence[tuple[float, str]] = (),
+    heard: Sequence[tuple[float, str]] = (),
+) -> None:
+    """Draws a clip as one picture: frames with their times, waveform and spectrogram below.
+
+    Args:
+      frames: [n, H, W, 3] uint8 RGB, n >= 1.
+      path: where the PNG goes; parent folders are created.
+      frame_rate: frames per second.
+      waveform: [m, 1 or 2] float32 in [-1, 1], or None for frames only.
+      sample_rate: Hz, with `waveform`.
+      every: show every n-th frame; None spreads 16 frames over the clip.
+      seen, heard: (seconds, colour) of events to mark above and below the waveform, if there is
+        one; colours as matplotlib names them.
+
+    Raises:
+      ValueError: wrong shapes or dtypes, no frames, or a waveform without its sample rate.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or not len(frames) or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(
+            f"frames must be uint8 [n, H, W, 3], n >= 1; got {frames.dtype} {list(frames.shape)}"
+        )
+    if waveform is not None and (
+        np.ndim(waveform) != 2 or waveform.shape[1] not in (1, 2) or not sample_rate
+    ):
+        raise ValueError("waveform must be [m, 1 or 2] and come with its sample_rate")
+    if every is not None and every < 1:
+        raise ValueError(f"every must be at least 1 frame, got {every}")
+    if every is None:
+        shown = np.unique(np.linspace(0, len(frames) - 1, SHEET_FRAMES).round().astype(int))
+    else:
+        shown = np.arange(0, len(frames), every)
+    rows = -(-len(shown) // SHEET_COLUMNS)
+    has_sound = waveform is not None and len(waveform) > 0
+
+    cell_height = SHEET_INCHES / SHEET_COLUMNS * frames.shape[1] / frames.shape[2] + 0.25
+    heights = [cell_height] * rows + [1.6, 2.4] * has_sound
+    figure = Figure(figsize=(SHEET_INCHES, sum(heights) + 0.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(heights), SHEET_COLUMNS, height_ratios=heights)
+    for cell, index in enumerate(shown):
+        axes = figure.add_subplot(grid[divmod(cell, SHEET_COLUMNS)])
+        axes.imshow(frames[index])
+        axes.set_title(f"{index / frame_rate:.2f} s", fontsize=9, color="0.35", pad=3)
+        axes.axis("off")
+    if has_sound:
+        duration = max(len(frames) / frame_rate, len(waveform) / sample_rate)
+        axes = _draw_sound(
+            figure, grid, rows, np.asarray(waveform, np.float32), sample_rate, duration
+        )
+        if len(seen) or len(heard):
+            _draw_marks(axes, seen, heard)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def _draw_marks(axes, seen: Sequence[tuple[float, str]], heard: Sequence[tuple[float, str]]):
+    """Marks events on the waveform's axes: seen ones hang from above, heard ones stand below."""
+    low, high = axes.get_ylim()
+    middle, room = (low + high) / 2, 0.12 * (high - low)
+    axes.set_ylim(low - room, high + room)
+    axes.set_facecolor("0.93")  # yellow and cyan can be told from it
+    rows = (("seen", "v", seen, high + room / 2), ("heard", "^", heard, low - room / 2))
+    for name, marker, events, level in rows:
+        for time, color in events:
+            axes.plot([time, time], [middle, level], color=color, linewidth=1.0, zorder=0)
+            axes.plot(time, level, marker, color=color, markersize=7, markeredgecolor="0.2")
+        axes.text(1.003, level, name, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+
+
+def _draw_sound(figure, grid, row: int, waveform: np.ndarray, sample_rate: int, duration: float):
+    """Draws the waveform in grid row `row` and the spectrogram in the next, on one time axis.
+
+    Returns:
+      The waveform's axes.
+    """
+    top = figure.add_subplot(grid[row, :])
+    # Minimum and maximum per pixel column: drawing every sample would only smear.
+    step = max(1, len(waveform) // 1500)
+    usable = len(waveform) // step * step
+    columns = waveform[:usable].reshape(-1, step, waveform.shape[1])  # [column, sample, channel]
+    times = (np.arange(len(columns)) + 0.5) * step / sample_rate
+    channels = waveform.shape[1]
+    for channel, color in zip(range(channels), ("#2f6f9f", "#c8553d")):
+        offset = -2.2 * channel
+        low, high = columns[..., channel].min(1) + offset, columns[..., channel].max(1) + offset
+        top.fill_between(times, low, high, color=color, linewidth=0.4)
+    top.set_ylim(-2.2 * (channels - 1) - 1.1, 1.1)
+    top.set_yticks([-2.2 * channel for channel in range(channels)])
+    top.set_yticklabels(("left", "right") if channels == 2 else range(channels), fontsize=9)
+    top.tick_params(labelbottom=False)
+
+    bottom = figure.add_subplot(grid[row + 1, :], sharex=top)
+    size, hop = WINDOW_SAMPLES, HOP_SAMPLES
+    mono = np.pad(waveform.mean(1), (size // 2, size))  # window i is centred on sample i * hop
+    windows = np.lib.stride_tricks.sliding_window_view(mono, size)[::hop]
+    magnitude = np.abs(np.fft.rfft(windows * np.hanning(size), axis=1)) / (size / 4)
+    decibels = (
+        20 * np.log10(np.maximum(magnitude, 1e-6)).T
+    )  # [frequency, window]; full-scale sine is 0
+    edges = (np.array([0, len(windows)]) - 0.5) * hop / sample_rate  # seconds
+    image = bottom.imshow(decibels, aspect="auto", cmap="magma", vmin=-90, vmax=0, origin="lower")
+    image.set_extent((*edges, 0, sample_rate / 2000))
+    bottom.set_xlim(0, duration)
+    bottom.set_xlabel("seconds")
+    bottom.set_ylabel("kHz")
+    figure.colorbar(image, ax=bottom, label="dB", pad=0.005, fraction=0.02, aspect=12)
+    return top
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draws a clip as one PNG.")
+    parser.add_argument("clip", help="a video file")
+    parser.add_argument("picture", help="the PNG to write")
+    parser.add_argument("--every", type=int, help="show every n-th frame (default: 16 frames)")
+    args = parser.parse_args()
+    frames, frame_rate, waveform, sample_rate = media.read_clip(args.clip)
+    sound = {"waveform": waveform, "sample_rate": sample_rate} if len(waveform) else {}
+    contact_sheet(frames, args.picture, frame_rate=frame_rate, every=args.every, **sound)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""A text encoder on disk: its parts, whether they fit each other, and what tells it from others.
+
+It consists of Gemma 3's text tower and tokenizer in one folder, and of the connectors of a
+converted LTX-2 or student. Nothing here reads weights.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.models.text.connectors import ConnectorConfig
+from omniforcing_jax.models.text.gemma import init_boxed_params
+from omniforcing_jax.models.text.gemma_config import GemmaConfig
+from omniforcing_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+TEXT_TOWER = "text_tower"
+FAMILY = "gemma3"
+_HOW_TO_CREATE = "python -m checkpoint_converters.gemma3 --input HF_FOLDER --output {folder}"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderFiles:
+    """A text encoder on disk that was found to be in order; made by `check_encoder`.
+
+    Attributes:
+      config: of the text tower.
+      connectors: of the projection and the connectors.
+      tokenizer: of the Gemma folder.
+      model_version: of the LTX-2 model the connectors belong to.
+      weights: fingerprints of the text tower's weights and of the connectors'.
+    """
+
+    config: GemmaConfig
+    connectors: ConnectorConfig
+    tokenizer: Tokenizer
+    model_version: str
+    weights: tuple[str, str]
+
+    def fingerprint(self, dtype: jnp.dtype, quantize: str) -> str:
+        """Tells encoders apart whose features differ: 16 hexadecimal digits.
+
+        A hash of configurations, weights, tokenizer, compute dtype and quantisation. The same
+        converted files give the same on any machine and mesh.
+        """
+        parts = [
+            dataclasses.asdict(self.config),
+            dataclasses.asdict(self.connectors),
+            self.weights,
+            self.tokenizer.fingerprint,
+            jnp.dtype(dtype).name,
+            quantize,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def check_encoder(
+    gemma: str | os.PathLike, checkpoint: str | os.PathLike, *, length: int = 1024
+) -> EncoderFiles:
+    """Checks everything about a text encoder that can be checked without reading its weights.
+
+    Args:
+      gemma: folder from `checkpoint_converters.gemma3`.
+      checkpoint: folder from `checkpoint_converters.ltx2` or `.omniforcing`.
+      length: tokens per prompt.
+
+    Raises:
+      FileNotFoundError: a folder, or the weights in it, are not there.
+      ValueError: a folder holds something else, the tower does not fit the connectors or its own
+        config.json, or the length is not a multiple of the connectors' registers.
+    """
+    config = load_gemma_config(gemma)
+    content = checkpoints.load_config(checkpoint)
+    connectors = ConnectorConfig.from_metadata(
+        checkpoints.component_metadata(content, "connectors")
+    )
+    if "connectors" not in content["components"]:
+        raise ValueError(
+            f"{checkpoint} has no connectors (it has {', '.join(content['components'])}); "
+            "convert again without leaving them out"
+        )
+    shapes = checkpoints.param_shapes(checkpoint, "connectors")
+    _check_fit(config, connectors, shapes, length, gemma, checkpoint)
+    tokenizer = load_tokenizer(gemma)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{gemma}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the text "
+            f"tower embeds {config.vocab_size}; they belong to different models"
+        )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        check_tower(checkpointer, tower_path(gemma), boxed_tower(config))
+    weights = (
+        _weights_fingerprint(gemma, TEXT_TOWER, "checkpoint_converters.gemma3"),
+        _weights_fingerprint(
+            checkpoint, "connectors", "checkpoint_converters.ltx2 (or .omniforcing, with --base)"
+        ),
+    )
+    return EncoderFiles(config, connectors, tokenizer, content["model_version"], weights)
+
+
+def _weights_fingerprint(folder: str | os.PathLike, component: str, converter: str) -> str:
+    content = checkpoints.read_json(pathlib.Path(folder) / "config.json")
+    found = content.get("fingerprints", {}).get(component)
+    if not isinstance(found, str):
+        raise ValueError(
+            f"{folder} has no fingerprint of its {component}, by which encoded prompts are known; "
+            f"it was converted by an earlier version: convert again with python -m {converter}"
+        )
+    return found
+
+
+def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
+    """Reads config.json of a converted Gemma 3.
+
+    Raises:
+      FileNotFoundError: no such folder, or it has no config.json.
+      ValueError: not a converted Gemma 3, or a setting that is not supported.
+    """
+    file = pathlib.Path(folder) / "config.json"
+    how = _HOW_TO_CREATE.format(folder=folder)
+    if not file.is_file():
+        what = "holds no config.json" if file.parent.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}; {how} creates it")
+    content = checkpoints.read_json(file)
+    if "model_type" in content:
+        raise ValueError(
+            f"{folder} is a Hugging Face folder; convert it: "
+            f"{_HOW_TO_CREATE.format(folder='gemma').replace('HF_FOLDER', str(folder))}"
+        )
+    if (content.get("family"), content.get("format")) != (FAMILY, checkpoints.FORMAT):
+        raise ValueError(
+            f"{file}: found family {content.get('family')!r}, format {content.get('format')!r}; "
+            f"expected {FAMILY!r}, {checkpoints.FORMAT}. {how} creates it"
+        )
+    return GemmaConfig.from_metadata(content["config"])
+
+
+def _check_fit(
+    config: GemmaConfig,
+    connectors: ConnectorConfig,
+    shapes: Mapping[str, Any],
+    length: int,
+    gemma: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+) -> None:
+    problems = []
+    if config.hidden_size != connectors.text_channels:
+        problems.append(
+            f"the connectors take hidden states of width {connectors.text_channels}, the text "
+            f"tower's have {config.hidden_size}"
+        )
+    name = "video_projection" if connectors.separate_projections else "projection"
+    rows = shapes[name]["kernel"].shape[0]
+    if rows != connectors.text_channels * config.num_states:
+        problems.append(
+            f"the connectors project {rows / connectors.text_channels:g} hidden states, the text "
+            f"tower has {config.num_states} (embeddings and {config.num_layers} layers)"
+        )
+    if length < 1 or length % connectors.num_registers:
+        problems.append(
+            f"the text length must be a multiple of the {connectors.num_registers} registers, not "
+            f"{length}"
+        )
+    if problems:
+        raise ValueError(
+            f"{gemma} cannot be used with {checkpoint}: {'; '.join(problems)}. LTX-2 uses Gemma 3 "
+            "12B and 1024 tokens"
+        )
+
+
+def tower_path(folder: str | os.PathLike) -> pathlib.Path:
+    """Where the text tower's weights are; FileNotFoundError if they are not."""
+    path = pathlib.Path(folder).absolute() / TEXT_TOWER
+    if not path.is_dir():
+        how = _HOW_TO_CREATE.format(folder=folder)
+        raise FileNotFoundError(f"{folder} has no {TEXT_TOWER}; {how} creates it")
+    return path
+
+
+def boxed_tower(config: GemmaConfig) -> Any:
+    """Abstract parameters of `TextTower` with their logical axis names."""
+    return jax.eval_shape(lambda key: init_boxed_params(config, key), jax.random.key(0))
+
+
+def check_tower(checkpointer: ocp.Checkpointer, path: pathlib.Path, boxed: Any) -> list[str]:
+    """Names of the tower's leaves; ValueError unless just these are on disk."""
+    tree = checkpointer.metadata(path).item_metadata.tree
+    found = {leaf_name(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(tree)}
+    expected = {leaf_name(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(nn.unbox(boxed))}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {list(found[name])}, must be {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit its config.json: {'; '.join(problems)}")
+    return sorted(expected)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """A leaf's keys, joined by "/"."""
+    return "/".join(key.key for key in path)

@@ -1,0 +1,180 @@
+"""From a sentence to contexts: looked up on disk, or encoded by a text encoder loaded on demand.
+
+    prompts = PromptEncoder("gemma", "ltx2", cache=default_cache())
+    video_context, audio_context = prompts.contexts("A dog runs through tall grass.")
+
+Gemma 3 12B is as large as the sampler and is needed for a moment per prompt. By default it is
+loaded when a prompt is not in the cache and unloaded afterwards; a live session that changes
+prompts while it plays keeps it (`keep`), as int8 if both shall fit on one device.
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax.models import quantization
+from omniforcing_jax.text.encoder_files import check_encoder
+from omniforcing_jax.text.prompt_cache import PromptCache
+from omniforcing_jax.text.text_encoder import TextEncoder
+
+Contexts = tuple[jax.Array, jax.Array]
+
+
+def default_cache() -> pathlib.Path:
+    """Folder for encoded prompts: `omniforcing_jax/prompts` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "omniforcing_jax" / "prompts"
+
+
+@dataclasses.dataclass
+class TextTimes:
+    """What prompts have cost so far.
+
+    Attributes:
+      lookup, load, encode: wall seconds spent on the cache, on loading weights, and on encoding,
+        compilation included.
+      found, encoded: prompts that were in the cache, and those that were not.
+    """
+
+    lookup: float = 0.0
+    load: float = 0.0
+    encode: float = 0.0
+    found: int = 0
+    encoded: int = 0
+
+    @property
+    def total(self) -> float:
+        """Sum of the seconds."""
+        return self.lookup + self.load + self.encode
+
+
+class PromptEncoder:
+    """Encodes prompts one by one, remembering them on disk.
+
+    Attributes:
+      keep: the encoder stays in memory after a prompt.
+      times: see `TextTimes`.
+    """
+
+    def __init__(
+        self,
+        gemma: str | os.PathLike,
+        checkpoint: str | os.PathLike,
+        *,
+        cache: str | os.PathLike | None,
+        dtype: jnp.dtype = jnp.bfloat16,
+        quantize: str = "none",
+        length: int = 1024,
+        keep: bool = False,
+    ):
+        """Checks the folders; no weights are read yet.
+
+        Args:
+          gemma: folder from `checkpoint_converters.gemma3`.
+          checkpoint: converted LTX-2 or student, for its connectors.
+          cache: folder of encoded prompts; None keeps none on disk.
+          dtype, quantize, length: see `TextEncoder.load`.
+          keep: leave the encoder in memory after a prompt.
+
+        Raises:
+          FileNotFoundError, ValueError: as `TextEncoder.load`, or the cache cannot be written to.
+        """
+        quantization.check_mode(quantize)
+        self._files = check_encoder(gemma, checkpoint, length=length)
+        self._load = lambda: TextEncoder.load(
+            gemma, checkpoint, dtype=dtype, quantize=quantize, length=length
+        )
+        self._encoder: TextEncoder | None = None
+        self._cache = None
+        if cache is not None:
+            connectors = self._files.connectors
+            fingerprint = self._files.fingerprint(dtype, quantize)
+            fingerprint += "" if length == 1024 else f"-{length}"
+            self._cache = _open_cache(
+                cache, fingerprint, (connectors.video_dim, connectors.audio_dim)
+            )
+        self.keep = keep
+        self.times = TextTimes()
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt that cannot be encoded; reads no weights."""
+        self._files.tokenizer.encode(prompts)
+
+    def contexts(self, prompt: str) -> Contexts:
+        """Contexts [1, S, Wv] and [1, S, Wa] of a prompt.
+
+        Raises:
+          ValueError, FloatingPointError: as `encode`.
+        """
+        return self.encode([prompt])[0]
+
+    def encode(self, prompts: Sequence[str]) -> list[Contexts]:
+        """Contexts of several prompts, as `contexts`; the encoder is loaded at most once.
+
+        Raises:
+          ValueError: a prompt is not valid Unicode.
+          FloatingPointError: contexts are not finite.
+        """
+        self.check(prompts)
+        found = {prompt: self._lookup(prompt) for prompt in prompts}
+        try:
+            for prompt in found:
+                if found[prompt] is None:
+                    found[prompt] = self._compute(prompt)
+        finally:
+            if not self.keep:
+                self.close()
+        return [found[prompt] for prompt in prompts]
+
+    def _lookup(self, prompt: str) -> Contexts | None:
+        start = time.perf_counter()
+        features = None if self._cache is None else self._cache.get(prompt)
+        self.times.lookup += time.perf_counter() - start
+        if features is None:
+            return None
+        self.times.found += 1
+        return features.video_context, features.audio_context
+
+    def _compute(self, prompt: str) -> Contexts:
+        start = time.perf_counter()
+        if self._encoder is None:
+            self._encoder = self._load()
+        loaded = time.perf_counter()
+        self.times.load += loaded - start
+        features = self._encoder.encode([prompt])
+        contexts = (features.video_context, features.audio_context)
+        if not all(bool(jnp.isfinite(context).all()) for context in contexts):
+            raise FloatingPointError(
+                f"the contexts of the prompt {prompt[:60]!r} are not finite; the text encoder "
+                "overflows: check its weights, or run it in float32"
+            )
+        if self._cache is not None:
+            try:
+                self._cache.put(prompt, features)
+            except OSError as error:  # the contexts are at hand all the same
+                warnings.warn(f"an encoded prompt was not stored: {error}", stacklevel=3)
+        self.times.encode += time.perf_counter() - loaded
+        self.times.encoded += 1
+        return contexts
+
+    def close(self) -> None:
+        """Unloads the encoder; a later prompt loads it again."""
+        if self._encoder is not None:
+            self._encoder.close()
+            self._encoder = None
+
+
+def _open_cache(folder: str | os.PathLike, fingerprint: str, dims: tuple[int, int]) -> PromptCache:
+    try:
+        cache = PromptCache(folder, fingerprint, dims)
+    except OSError as error:
+        raise ValueError(f"the prompt cache {folder} cannot be created: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"the prompt cache {folder} cannot be written to")
+    return cache

@@ -1,0 +1,215 @@
+"""Putting a checked experiment onto a mesh: parameters, train state, frozen networks."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax.distributed import partitioning
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io.paths import locate
+from omniforcing_jax.models.text.connectors import TextConnectors
+from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.models.transformer.model import (
+    Transformer,
+    init_boxed_params,
+    init_params,
+)
+from omniforcing_jax.training.config.experiment import Experiment, make_stage
+from omniforcing_jax.training.objectives.common import Frozen
+from omniforcing_jax.training.objectives.dmd import DMD
+from omniforcing_jax.training.objectives.ode_regression import ODERegression
+from omniforcing_jax.training.objectives.split_dmd import SplitDMD, SplitFrozen, split_meshes
+from omniforcing_jax.training.optimizers import OptimizerConfig, make_optimizer
+from omniforcing_jax.training.state import (
+    Network,
+    TrainState,
+    create_network,
+    create_state,
+    state_shardings,
+)
+from omniforcing_jax.training.training_checkpoints import load_generator
+
+# Parameters that a student has and its source may lack: they start from their initial values.
+NEW_PARAMETERS = ("audio_sinks", "q_head_norm", "k_head_norm", "alpha")
+
+
+def abstract_params(model: Transformer, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
+    """Shapes of a model's parameters with their places on the mesh."""
+    boxed = _boxed(model)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
+        nn.unbox(boxed),
+        partitioning.shardings(boxed, mesh),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed(model: Transformer) -> Any:
+    return jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
+
+
+def abstract_state(
+    e: Experiment, mesh: jax.sharding.Mesh, scores: jax.sharding.Mesh | None = None
+) -> TrainState:
+    """The train state's shapes and places, the critic's on `scores` if that is given; nothing is
+    allocated."""
+
+    def network(name: str, config: TransformerConfig, ema: bool, mesh):
+        return _abstract_network(e.model(config), mesh, e.optimizers[name], ema)
+
+    generator = network("generator", e.student, e.ema is not None, mesh)
+    critic = None
+    if "critic" in e.optimizers:
+        critic = network("critic", e.teacher, False, scores or mesh)
+    return create_state(generator, critic)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_network(model: Transformer, mesh, optimizer: OptimizerConfig, ema: bool) -> Network:
+    params = abstract_params(model, mesh, jnp.float32)
+    return create_network(params, make_optimizer(optimizer), ema=ema)
+
+
+def make_meshes(e: Experiment) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh | None]:
+    """The mesh, and that of the score networks if they have their own."""
+    if not e.config.compute.separate_scores:
+        return partitioning.make_mesh(**e.mesh_shape), None
+    return split_meshes(e.mesh_shape)
+
+
+def assemble(
+    e: Experiment,
+    mesh: jax.sharding.Mesh,
+    scores: jax.sharding.Mesh | None = None,
+    *,
+    fresh: bool,
+) -> tuple[DMD | SplitDMD | ODERegression, TrainState, Frozen | SplitFrozen]:
+    """Loads weights onto the mesh: the stage, its state, and its frozen parts.
+
+    Args:
+      mesh, scores: from `make_meshes`.
+      fresh: load the networks' starts; otherwise the state is a template for a checkpoint.
+    """
+    c = e.config
+    state = abstract_state(e, mesh, scores)
+    stage = make_stage(e, state_shardings(state))
+    if scores is not None:
+        stage = SplitDMD(stage, mesh, scores)
+    if fresh:
+        source = c.generator or c.checkpoint
+        is_run = (locate(source) / "checkpoints").is_dir()
+        student = e.model(e.student)
+        generator = load_generator(
+            source,
+            state.generator.params,
+            which=c.generator_weights if is_run else "params",
+            allow_new=NEW_PARAMETERS,
+            init=lambda: init_params(student, jax.random.key(c.seed)),
+        )
+        optimizers = {name: make_optimizer(config) for name, config in e.optimizers.items()}
+        generator = create_network(generator, optimizers["generator"], ema=bool(e.ema))
+        critic = None
+        if state.critic is not None:
+            with jax.set_mesh(scores or mesh):
+                critic = load_generator(c.checkpoint, state.critic.params)
+                critic = create_network(critic, optimizers["critic"], ema=False)
+        state = create_state(generator, critic)
+    if scores is None:
+        return stage, state, load_frozen(e, mesh)
+    student = load_frozen(e, mesh, teacher=False)
+    with jax.set_mesh(scores):
+        return stage, state, SplitFrozen(student, load_frozen(e, scores))
+
+
+def abstract_connectors(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes and places of what makes contexts from stored features."""
+    module = TextConnectors(e.connectors, e.dtype)
+    length = e.connectors.num_registers
+
+    def init():
+        video = jnp.zeros((1, length, e.connectors.video_dim))
+        audio = jnp.zeros((1, length, e.connectors.audio_dim))
+        mask = jnp.ones((1, length), bool)
+        return module.init(jax.random.key(0), video, audio, mask, method="contexts")["params"]
+
+    boxed = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, e.dtype, sharding=s),
+        nn.unbox(boxed),
+        partitioning.shardings(boxed, mesh),
+    )
+
+
+def abstract_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
+    """What `load_frozen` will return, as shapes and places."""
+    connectors = abstract_connectors(e, mesh)
+    if e.config.stage == "stage2":
+        return Frozen(None, connectors, None)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
+    return Frozen(teacher, connectors, _abstract_text(e, 1, everywhere))
+
+
+def abstract_batch(e: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of stored features, and of trajectories in stage II, as shapes and places."""
+    rows, size = partitioning.batch_sharding(mesh), e.config.batch_size
+    batch = _abstract_text(e, size, rows)
+    if e.config.stage != "stage2":
+        return batch
+    states = len(e.sigmas)
+    channels = {"video": e.teacher.video_channels, "audio": e.teacher.audio_channels}
+    tokens = {"video": e.clip.video_tokens, "audio": e.clip.audio_frames}
+    shapes = {"sigmas": ((size, states), jnp.float32)}
+    for name in tokens:
+        shape = (tokens[name], channels[name])
+        shapes[name] = ((size, states, *shape), jnp.bfloat16)
+        shapes[f"{name}_velocity"] = ((size, states - 1, *shape), jnp.bfloat16)
+    return batch | {
+        name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in shapes.items()
+    }
+
+
+def _abstract_text(e: Experiment, size: int, sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    m = e.data.manifest
+    widths = {"video_features": m.video_dim, "audio_features": m.audio_dim}
+    if m.shared_features:
+        del widths["audio_features"]
+    text = {
+        name: jax.ShapeDtypeStruct((size, m.text_length, width), jnp.bfloat16, sharding=sharding)
+        for name, width in widths.items()
+    }
+    mask = jax.ShapeDtypeStruct((size, m.text_length), jnp.bool_, sharding=sharding)
+    return text | {"mask": mask}
+
+
+def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True) -> Frozen:
+    """Teacher, connectors and the negative prompt, in the compute dtype."""
+    c = e.config
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    weights = None
+    if c.stage != "stage2" and teacher:
+        weights = load_generator(c.checkpoint, abstract_params(e.model(e.teacher), mesh, e.dtype))
+    places = jax.tree.map(lambda x: x.sharding, abstract_connectors(e, mesh))
+
+    def place(path: tuple[str, ...], shape: tuple[int, ...]):
+        del shape
+        node = places
+        for name in path:  # stored features are projected already: the projection has no place
+            node = node.get(name, everywhere) if isinstance(node, dict) else node
+        return node
+
+    connectors = checkpoints.load_params(c.checkpoint, "connectors", dtype=e.dtype, sharding=place)
+    connectors = {name: connectors[name] for name in places}
+    negative = text_arrays(e.data.negative, e.data.manifest)
+    negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
+    return Frozen(weights, connectors, negative)
+
+
+def text_arrays(element: Mapping[str, Any], manifest: Any) -> dict[str, Any]:
+    """The arrays of a dataset's element that a stage reads; shared features travel once."""
+    drop = {"prompt", "prompt_hash", *(("audio_features",) if manifest.shared_features else ())}
+    return {name: value for name, value in element.items() if name not in drop}

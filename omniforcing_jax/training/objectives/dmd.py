@@ -1,0 +1,356 @@
+"""Distribution matching distillation, for stage I (bidirectional) and stage III (self-forcing).
+
+    every n-th step:  x <- generator's sample                         (generator update)
+                      x_s <- (1 - s) x + s noise, s random
+                      g <- (critic(x_s) - guided teacher(x_s)) / mean |x - teacher(x_s)|
+                      the generator's weights move so that its sample moves along -g
+    every step:       x <- generator's sample                         (critic update)
+                      the critic fits x by flow matching
+
+The stages differ in the generator alone; see `bidirectional` and `unrolled`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from omniforcing_jax.distributed.partitioning import constrain
+from omniforcing_jax.geometry import clip_velocity, draw_noise
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.guidance import keep_pathways
+from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.training.objectives import losses, scores
+from omniforcing_jax.training.objectives.common import (
+    Frozen,
+    TextInput,
+    accumulate,
+    checked_seed,
+    fold,
+    jit_step,
+    numbered,
+    sample_keys,
+    step_key,
+)
+from omniforcing_jax.training.objectives.losses import LossWeights
+from omniforcing_jax.training.objectives.scores import BlockContext, ScoreConfig
+from omniforcing_jax.training.optimizers import EMAConfig
+from omniforcing_jax.training.state import TrainState, cast_params, update_network
+from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
+from omniforcing_jax.training.students.blockwise import NoisyBlock, teacher_forced_gradient
+from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+
+_SIGMA, _NOISE, _GUIDANCE, SAMPLE = 11, 12, 13, 14  # uses of a sample's key
+
+
+@dataclasses.dataclass(frozen=True)
+class DMDConfig:
+    """Settings of both DMD stages.
+
+    Attributes:
+      weights: lambda_v and lambda_a.
+      score: noise levels, guidance and context of the score networks.
+      critic_updates: critic updates per generator update (5 in the paper's recipe).
+      microbatches: parts a batch is cut into.
+      seed: of everything random in training.
+      gather_weights: gather the generator's compute-dtype weights once per update, rather than
+        layer by layer in every pass of a rollout: faster, and they have to fit on a device.
+    """
+
+    weights: LossWeights = dataclasses.field(default_factory=LossWeights)
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+    critic_updates: int = 5
+    microbatches: int = 1
+    seed: int = 0
+    gather_weights: bool = False
+
+    def __post_init__(self):
+        for name in ("critic_updates", "microbatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        checked_seed(self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class DMD:
+    """One of the two DMD stages; `train_step` is what the training loop calls.
+
+    Attributes:
+      generator: student of stage I or III.
+      teacher, critic: bidirectional models of the score networks, in their compute dtype.
+      text: contexts from batches.
+      generator_optimizer, critic_optimizer: from `optimizers.make_optimizer`.
+      ema: of the generator; None keeps none.
+      blocks: for block-causal scores, how the score networks see a clip.
+      shardings: NamedShardings of the train state; None on a single device.
+    """
+
+    generator: BidirectionalGenerator | UnrolledGenerator
+    teacher: Transformer
+    critic: Transformer
+    text: TextInput
+    generator_optimizer: optax.GradientTransformation
+    critic_optimizer: optax.GradientTransformation
+    config: DMDConfig
+    ema: EMAConfig | None = None
+    blocks: BlockContext | None = None
+    shardings: TrainState | None = None
+
+    def __post_init__(self):
+        causal = self.config.score.context == "block_causal"
+        if causal != (self.blocks is not None):
+            raise ValueError(
+                f"score context {self.config.score.context!r} "
+                f"{'needs' if causal else 'does not take'} `blocks`"
+            )
+        if causal and self.blocks.num_blocks != getattr(self.generator, "num_blocks", None):
+            raise ValueError(
+                "block-causal scores need a rollout that is scored from its first block"
+            )
+
+    def train_step(
+        self, state: TrainState, frozen: Frozen, batch: dict[str, jax.Array], step: int
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One training step; `state` is donated.
+
+        Args:
+          batch: text of B samples, see `TextInput.contexts`. Nothing else is needed.
+          step: `state.step` as the host knows it: it decides whether the generator is updated.
+        """
+        metrics, seed = {}, checked_seed(self.config.seed)
+        if step % self.config.critic_updates == 0:
+            state, metrics = self.generator_step(state, frozen, batch, seed)
+        state, more = self.critic_step(state, frozen, batch, seed)
+        return state, metrics | more
+
+    @functools.cached_property
+    def generator_step(self):
+        """Jitted (state, frozen, batch, seed) -> (state, metrics); the state is donated."""
+
+        def step(state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+            network, metrics = self._update("generator", state, frozen, batch, seed)
+            return state.replace(generator=network), metrics
+
+        return jit_step(step, self.shardings)
+
+    @functools.cached_property
+    def critic_step(self):
+        """Jitted (state, frozen, batch, seed) -> (state, metrics); the state is donated."""
+
+        def step(state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+            network, metrics = self._update("critic", state, frozen, batch, seed)
+            return state.replace(critic=network, step=state.step + 1), metrics
+
+        return jit_step(step, self.shardings)
+
+    def _update(self, name: str, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+        """The generator, or the critic, after one update."""
+        is_generator = name == "generator"
+        gradient_of = self.generator_gradient if is_generator else self.critic_gradient
+        generator, critic, whole = self._compute(state)
+        key = self.update_key(name, seed, state.step)
+        shardings = self.shardings and getattr(self.shardings, name).params
+        grads, (loss, sigma) = accumulate(
+            lambda batch: gradient_of(generator, critic, frozen, batch, key, whole),
+            numbered(batch),
+            self.config.microbatches,
+            shardings,
+        )
+        metrics = losses.report(name, loss, self.config.weights, sigma)
+        network, info = update_network(
+            getattr(state, name),
+            grads,
+            self.generator_optimizer if is_generator else self.critic_optimizer,
+            self.ema if is_generator else None,
+            state.step,
+            loss=metrics[f"{name}/loss"],
+        )
+        return network, metrics | {f"{name}/{key}": value for key, value in info.items()}
+
+    def update_key(self, name: str, seed: jax.Array, step: jax.Array) -> jax.Array:
+        """Of the update of "generator" or "critic" in a step."""
+        return jax.random.fold_in(step_key(seed, step), int(name == "critic"))
+
+    def _compute(self, state: TrainState) -> tuple[Any, Any, Any | None]:
+        """Generator and critic in the dtype they compute in, and the generator's weights whole."""
+
+        def compute(name: str, model: Transformer, gather: bool = False):
+            places = self.shardings and getattr(self.shardings, name).params
+            params = getattr(state, name).params
+            return cast_params(params, model.dtype, shardings=places, gather=gather)
+
+        whole = None
+        if self.config.gather_weights and self.shardings is not None:
+            whole = compute("generator", self.generator.model, gather=True)
+        generator = compute("generator", self.generator.model)
+        return generator, compute("critic", self.critic), whole
+
+    def generator_gradient(
+        self,
+        weights: Any,
+        critic: Any,
+        frozen: Frozen,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        whole: Any | None = None,
+    ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
+        """Gradient of the DMD loss with respect to the generator's weights.
+
+        Args:
+          weights, critic: parameters in the compute dtype.
+          batch: with "row" [b], the samples' rows in the global batch.
+          key: of the step.
+          whole: the generator's weights once more, whole on every device: for passes without
+            gradient.
+
+        Returns:
+          Gradients of the mean over samples, and per-sample losses [b] and sigmas [b].
+        """
+        contexts = self.text.contexts(frozen.connectors, batch)
+        of_samples, of_step = jax.random.split(key)
+        keys = sample_keys(of_samples, batch["row"])
+        x, pullback = self.generator.sample_with_pullback(
+            weights, contexts, fold(keys, SAMPLE), of_step, whole
+        )
+        cotangent, values = self.score(critic, frozen, x, contexts, keys)
+        return pullback(cotangent), values
+
+    def score(
+        self, critic: Any, frozen: Frozen, x: AVLatents, contexts, keys: jax.Array
+    ) -> tuple[AVLatents, tuple[AVLatents, jax.Array]]:
+        """dL/dx of the DMD loss at the samples x [B, T, C]; per-sample losses [B], sigmas [B]."""
+        gradient, sigma = self.score_gradient(critic, frozen, x, contexts, keys)
+        loss = jax.tree.map(losses.dmd_loss, gradient)
+        cotangent = AVLatents(
+            *(
+                weight * g / g.size  # the mean over samples, tokens and channels
+                for weight, g in zip(self.config.weights, (gradient.video, gradient.audio))
+            )
+        )
+        return cotangent, (loss, sigma)
+
+    def score_gradient(
+        self, critic: Any, frozen: Frozen, x: AVLatents, contexts, keys: jax.Array
+    ) -> tuple[AVLatents, jax.Array]:
+        """Normalised DMD gradient [B, T, C] at the samples x, and their noise levels [B]."""
+        sigma, noisy, _ = self._noised(x, keys)
+        fake = self._x0(self.critic, critic, x, noisy, sigma, contexts)
+        real = self._real_x0(frozen, x, noisy, sigma, contexts, keys)
+        return jax.tree.map(losses.dmd_gradient, x, fake, real), sigma
+
+    def _x0(self, model: Transformer, params, x, noisy, sigma, contexts, keep=None) -> AVLatents:
+        """Clean prediction of a score network."""
+        clip = self.generator.clip
+        return scores.predict_x0(
+            model, params, x, noisy, sigma, contexts, clip, self.blocks, keep=keep
+        )
+
+    def _real_x0(self, frozen: Frozen, x, noisy, sigma, contexts, keys) -> AVLatents:
+        """The guided teacher's clean prediction.
+
+        All its passes are one of more rows: its weights are gathered once. A sample's rows are
+        neighbours, so that nothing moves between devices.
+        """
+        score = self.config.score
+        passes = score.passes()
+        if passes == ("cond",):
+            return self._x0(self.teacher, frozen.teacher, x, noisy, sigma, contexts)
+        texts = {}
+        if "uncond" in passes:
+            negative = self.text.contexts(frozen.connectors, frozen.negative)
+            texts["uncond"] = jax.tree.map(
+                lambda n, c: jnp.broadcast_to(n, c.shape), negative, contexts
+            )
+        by_pass = [texts.get(name, contexts) for name in passes]
+        rows = jax.tree.map(lambda x: _interleave([x] * len(passes)), (x, noisy, sigma))
+        texts = jax.tree.map(lambda *c: _interleave(c), *by_pass)
+        skipped = (score.perturbation.skipped,) * 2
+        keep = keep_pathways(passes, skipped, self.teacher.config.num_layers, sigma.size)
+        predictions = self._x0(self.teacher, frozen.teacher, *rows, texts, keep)
+        cfg = scores.draw_guidance(fold(keys, _GUIDANCE), score)
+
+        def guide(predictions: jax.Array, cfg: jax.Array) -> jax.Array:
+            """[B * passes, T, C] -> [B, T, C]."""
+            apart = predictions.reshape(-1, len(passes), *predictions.shape[1:])
+            by_name = {name: apart[:, i] for i, name in enumerate(passes)}
+            return scores.guide(by_name, cfg, score)
+
+        return jax.tree.map(guide, predictions, cfg)
+
+    def critic_gradient(
+        self,
+        weights: Any,
+        critic: Any,
+        frozen: Frozen,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        whole: Any | None = None,
+    ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
+        """Gradient of the flow matching loss by the critic's weights; as `generator_gradient`."""
+        contexts = self.text.contexts(frozen.connectors, batch)
+        of_samples, of_step = jax.random.split(key)
+        keys = sample_keys(of_samples, batch["row"])
+        x = self.generator.sample(weights, contexts, fold(keys, SAMPLE), of_step, whole)
+        return self.fit_critic(critic, jax.lax.stop_gradient(x), contexts, keys)
+
+    def fit_critic(
+        self, critic: Any, x: AVLatents, contexts, keys: jax.Array
+    ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
+        """Gradient of the flow matching loss of the samples x [B, T, C] by the critic's weights."""
+        sigma, noisy, noise = self._noised(x, keys)
+
+        if self.blocks is not None:
+            return self._block_causal_critic(critic, contexts, x, noisy, noise, sigma)
+
+        def loss(params):
+            clip = self.generator.clip
+            velocity = clip_velocity(self.critic, params, noisy, sigma, contexts, clip)
+            per_sample = jax.tree.map(losses.flow_matching_loss, velocity, x, noise)
+            return losses.total(per_sample, self.config.weights), per_sample
+
+        grads, per_sample = jax.grad(loss, has_aux=True)(critic)
+        return grads, (per_sample, sigma)
+
+    def _block_causal_critic(self, critic, contexts, x, noisy, noise, sigma):
+        sizes = jax.tree.map(lambda x: x.shape[1] * x.shape[2], x)
+
+        def block_loss(x0: AVLatents, block: NoisyBlock):
+            """The block's share of the mean over the clip's tokens and channels."""
+
+            def share(x0, noisy, clean, noise, size):
+                velocity = flow.x0_to_velocity(noisy, x0, block.sigma)
+                return jnp.sum(jnp.square(velocity - (noise - clean)), axis=(1, 2)) / size
+
+            shares = jax.tree.map(share, x0, block.x, *block.targets, sizes)
+            return losses.total(shares, self.config.weights), shares
+
+        blocks = jnp.broadcast_to(sigma[:, None], (sigma.shape[0], self.blocks.num_blocks))
+        grads, shares = teacher_forced_gradient(
+            self.critic,
+            critic,
+            contexts,
+            x,
+            noisy,
+            blocks,
+            (x, noise),
+            self.blocks.config,
+            block_loss,
+        )
+        return grads, (jax.tree.map(lambda s: jnp.sum(s, axis=0), shares), sigma)
+
+    def _noised(self, x: AVLatents, keys: jax.Array) -> tuple[jax.Array, AVLatents, AVLatents]:
+        """Noise levels [B], noisy samples and noise."""
+        sigma = scores.draw_sigmas(fold(keys, _SIGMA), self.config.score)
+        noise = draw_noise(fold(keys, _NOISE), self.generator.clip, self.critic)
+        return sigma, jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), x, noise), noise
+
+
+def _interleave(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Rows a0, b0, ..., a1, b1, ...: n arrays [B, ...] -> [n B, ...]."""
+    rows = jnp.stack(arrays, axis=1)
+    return constrain(rows.reshape(-1, *rows.shape[2:]), "batch")

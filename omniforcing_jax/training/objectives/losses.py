@@ -1,0 +1,111 @@
+"""Losses of the three stages, per sample: DMD, flow matching, and regression.
+
+Every loss is the mean over the samples of a number that depends on one sample alone. That is what
+makes gradient accumulation exact: the mean over microbatches is the mean over the batch.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax.sampling.student import AVLatents
+
+_EPS = 1e-8
+SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class LossWeights(NamedTuple):
+    """lambda_v and lambda_a."""
+
+    video: float = 1.0
+    audio: float = 1.0
+
+
+def dmd_gradient(x: jax.Array, fake: jax.Array, real: jax.Array) -> jax.Array:
+    """Normalised DMD gradient g = (fake - real) / (mean |x - real| + 1e-8), the mean per sample.
+
+    The normaliser makes the gradient of all noise levels comparable: where sigma is large, both
+    predictions are far from x. Unlike the reference, NaN is not replaced by 0: it shall stop a run.
+
+    Args:
+      x: [B, T, C] generated.
+      fake, real: [B, T, C] clean predictions of critic and (guided) teacher for a noisy x.
+
+    Returns:
+      [B, T, C] float32, the direction in which x is to be decreased.
+    """
+    x, fake, real = (jnp.asarray(a, jnp.float32) for a in (x, fake, real))
+    normaliser = jnp.mean(jnp.abs(x - real), axis=(1, 2), keepdims=True)
+    return (fake - real) / (normaliser + _EPS)
+
+
+def dmd_loss(gradient: jax.Array) -> jax.Array:
+    """[B]: 0.5 mean((x - stopgrad(x - g))^2) = 0.5 mean(g^2), whose gradient is g / (T C)."""
+    return 0.5 * jnp.mean(jnp.square(gradient), axis=(1, 2))
+
+
+def flow_matching_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:
+    """[B]: mean((v - (noise - x0))^2)."""
+    return squared_error(velocity, noise - x0)
+
+
+def squared_error(
+    prediction: jax.Array, target: jax.Array, weight: jax.Array | None = None
+) -> jax.Array:
+    """[B]: mean of the weighted squared error over tokens and channels.
+
+    Args:
+      prediction, target: [B, T, C].
+      weight: [B, T]; 1 when None.
+    """
+    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    if weight is not None:
+        error = error * weight[:, :, None]
+    return jnp.mean(error, axis=(1, 2))
+
+
+def total(per_sample: AVLatents, weights: LossWeights) -> jax.Array:
+    """The scalar loss lambda_v L_v + lambda_a L_a from per-sample losses [B]."""
+    return weights.video * jnp.mean(per_sample.video) + weights.audio * jnp.mean(per_sample.audio)
+
+
+def report(
+    name: str, per_sample: AVLatents, weights: LossWeights, sigma: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """Scalars for the log: the losses, and their means over bands of sigma.
+
+    Args:
+      name: prefix: `generator` or `critic`.
+      per_sample: [B] losses.
+      sigma: [B] noise level of each sample; None: no bands.
+
+    Returns:
+      {"name/loss", "name/loss_video", "name/loss_audio", "band/name_video_0.25-0.5", ...}; a band
+      without a sample is NaN.
+    """
+    metrics = {
+        f"{name}/loss": total(per_sample, weights),
+        f"{name}/loss_video": jnp.mean(per_sample.video),
+        f"{name}/loss_audio": jnp.mean(per_sample.audio),
+    }
+    if sigma is not None:
+        metrics |= bands(name, per_sample, sigma)
+    return metrics
+
+
+def bands(name: str, values: AVLatents, sigma: jax.Array) -> dict[str, jax.Array]:
+    """Mean loss per modality and band of sigma; a band without a value is NaN.
+
+    Args:
+      values, sigma: [N] losses and the noise levels they were taken at; those at 0 do not count.
+    """
+    metrics = {}
+    for low, high in itertools.pairwise(SIGMA_BANDS):
+        inside = (sigma > low) & (sigma <= high)
+        for stream in ("video", "audio"):
+            loss = getattr(values, stream)
+            mean = jnp.sum(jnp.where(inside, loss, 0.0)) / jnp.sum(inside)
+            metrics[f"band/{name}_{stream}_{low:g}-{high:g}"] = mean
+    return metrics

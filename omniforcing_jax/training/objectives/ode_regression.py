@@ -1,0 +1,344 @@
+"""Stage II: the student learns to denoise under the block-causal masks.
+
+A block's noise level is its own, drawn independently. Three objectives:
+
+  velocity  |v_theta(x_t) - v_phi(x_t)|^2 on the states of the teacher's ODE trajectories (Eq. 6)
+  x0        |x0_theta(x_t) - x_0|^2, the end of the trajectory (the public code)
+  flow      |v_theta(x_t) - (noise - x_0)|^2 on clean clips: plain block-causal flow matching. It
+            makes an autoregressive teacher, whose trajectories are the students' better target
+            (Causal Forcing): those of a bidirectional one depend on a future no student sees.
+
+The history is noisy at its own levels (diffusion forcing), or, with `clean_history`, clean as while
+sampling (teacher forcing).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.geometry import Clip, clip_velocity, draw_noise, sigmas_per_frame
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.training.objectives import losses, scores
+from omniforcing_jax.training.objectives.common import (
+    Frozen,
+    TextInput,
+    accumulate,
+    checked_seed,
+    fold,
+    jit_step,
+    numbered,
+    sample_keys,
+    step_key,
+)
+from omniforcing_jax.training.objectives.losses import LossWeights
+from omniforcing_jax.training.objectives.scores import ScoreConfig
+from omniforcing_jax.training.optimizers import EMAConfig
+from omniforcing_jax.training.state import TrainState, cast_params, update_network
+from omniforcing_jax.training.students.blockwise import NoisyBlock, teacher_forced_gradient
+
+OBJECTIVES = ("velocity", "x0", "flow")
+_LEVEL, _NOISE, _CLEAN = 21, 22, 23  # uses of a sample's key
+
+
+def _all_levels() -> ScoreConfig:
+    return ScoreConfig(min_timestep=1, max_timestep=1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionConfig:
+    """Settings of stage II.
+
+    Attributes:
+      objective: "velocity", "x0" or "flow".
+      weights: lambda_v and lambda_a.
+      level_per_block: a noise level for every block; False: one for the clip (needed by LTX-2.3 and
+        later, which modulate by the sample's level).
+      include_clean: the clean state is among those drawn. It has no loss of its own (and the loss
+        is scaled so that its expectation does not change), but is history to later blocks.
+      clean_history: probability with which a training step shows clean instead of noisy history.
+      score: noise levels of the "flow" objective; all that a sampler may visit by default.
+      microbatches, seed: as in `DMDConfig`.
+    """
+
+    objective: str = "velocity"
+    weights: LossWeights = dataclasses.field(default_factory=LossWeights)
+    level_per_block: bool = True
+    include_clean: bool = True
+    clean_history: float = 0.0
+    score: ScoreConfig = dataclasses.field(default_factory=_all_levels)
+    microbatches: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, not {self.objective!r}")
+        if not 0 <= self.clean_history <= 1:
+            raise ValueError(f"clean_history must lie in [0, 1], not {self.clean_history}")
+        if self.microbatches < 1:
+            raise ValueError(f"microbatches must be at least 1, not {self.microbatches}")
+        checked_seed(self.seed)
+
+
+@flax.struct.dataclass
+class Problem:
+    """What a batch asks of the student.
+
+    Attributes:
+      clean: [B, T, C] the clip without noise.
+      noisy: [B, T, C] with every block at its level.
+      target: [B, T, C] the velocity, or the clean clip, to be predicted.
+      weight: of each sample's blocks, [B, K].
+      sigma: [B, K] level of every block.
+    """
+
+    clean: AVLatents
+    noisy: AVLatents
+    target: AVLatents
+    weight: jax.Array
+    sigma: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ODERegression:
+    """Stage II; `train_step` is what the training loop calls.
+
+    Attributes:
+      model: the student, without a mask.
+      rollout: how it will be sampled; layout, sizes and, for a clean history, the cache.
+      num_blocks: of the clips.
+      text: contexts from batches.
+      optimizer: from `optimizers.make_optimizer`.
+      ema: None keeps no average.
+      shardings: NamedShardings of the train state; None on a single device.
+    """
+
+    model: Transformer
+    rollout: RolloutConfig
+    num_blocks: int
+    text: TextInput
+    optimizer: optax.GradientTransformation
+    config: RegressionConfig
+    ema: EMAConfig | None = None
+    shardings: TrainState | None = None
+
+    def __post_init__(self):
+        self.rollout.check_model(self.model)
+        by_sample = self.model.config.text_adaln or self.model.config.cross_timestep != "own"
+        if by_sample and self.config.level_per_block:
+            raise ValueError(
+                "this model modulates by the sample's noise level (LTX-2.3 and later), so its "
+                "blocks cannot have levels of their own in one pass; set level_per_block to False"
+            )
+
+    @property
+    def layout(self) -> BlockLayout:
+        """How the clip is cut into blocks."""
+        return self.rollout.cache.layout
+
+    @property
+    def clip(self) -> Clip:
+        """The clip that is trained on."""
+        return Clip.from_blocks(
+            self.layout, self.num_blocks, self.rollout.height, self.rollout.width
+        )
+
+    def train_step(
+        self, state: TrainState, frozen: Frozen, batch: dict[str, jax.Array], step: int
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One training step; `state` is donated.
+
+        Args:
+          batch: text (see `TextInput.contexts`) and trajectories: "video" [B, S, T_v, C] and
+            "audio" [B, S, T_a, C] states from noise to clean, "sigmas" [B, S] decreasing to 0, and,
+            for the velocity objective, "video_velocity" and "audio_velocity" [B, S - 1, T, C], the
+            teacher's at all states but the last. "flow" reads the last state alone.
+          step: `state.step` as the host knows it: it decides which history is shown.
+        """
+        draw = np.random.default_rng((self.config.seed, step)).random()
+        run = self.clean_history_step if draw < self.config.clean_history else self.noisy_step
+        return run(state, frozen, batch, checked_seed(self.config.seed))
+
+    @functools.cached_property
+    def noisy_step(self):
+        """Jitted step with noisy history: one pass under the block-causal masks."""
+        return jit_step(functools.partial(self._step, self._masked_gradient), self.shardings)
+
+    @functools.cached_property
+    def clean_history_step(self):
+        """Jitted step with clean history: block after block over the rolling cache."""
+        return jit_step(functools.partial(self._step, self._forced_gradient), self.shardings)
+
+    def _step(self, gradient_of, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+        params = self.shardings and self.shardings.generator.params
+        weights = cast_params(state.generator.params, self.model.dtype, shardings=params)
+        key = step_key(seed, state.step)
+
+        def gradient(batch):
+            contexts = self.text.contexts(frozen.connectors, batch)
+            problem = self.problem(batch, sample_keys(key, batch["row"]))
+            grads, per_block = gradient_of(weights, contexts, problem)
+            return grads, (per_block, problem.sigma)
+
+        values = accumulate(gradient, numbered(batch), self.config.microbatches, params)
+        grads, (per_block, sigma) = values
+        per_sample = jax.tree.map(lambda x: jnp.sum(x, axis=1), per_block)  # [B]
+        metrics = losses.report("generator", per_sample, self.config.weights)
+        metrics |= losses.bands("generator", self._per_level(per_block), sigma.reshape(-1))
+        network, info = update_network(
+            state.generator,
+            grads,
+            self.optimizer,
+            self.ema,
+            state.step,
+            loss=metrics["generator/loss"],
+        )
+        metrics |= {f"generator/{name}": value for name, value in info.items()}
+        return state.replace(generator=network, step=state.step + 1), metrics
+
+    def problem(self, batch: dict[str, jax.Array], keys: jax.Array) -> Problem:
+        """Draws every block's level and gathers, or makes, its noisy tokens and their target."""
+        clean = AVLatents(batch["video"][:, -1], batch["audio"][:, -1])
+        clean = jax.tree.map(lambda x: x.astype(jnp.float32), clean)
+        if self.config.objective == "flow":
+            return self._flow_problem(clean, keys)
+        last = batch["sigmas"].shape[1] - 1
+        drawn = self._per_block(
+            keys, lambda key, shape: jax.random.randint(key, shape, 0, last + self._clean_states)
+        )
+        level = jnp.take_along_axis(batch["sigmas"], drawn, axis=1)  # [B, K]
+        noisy = self._gather(AVLatents(batch["video"], batch["audio"]), drawn)
+        target = clean
+        if self.config.objective == "velocity":
+            velocity = AVLatents(batch["video_velocity"], batch["audio_velocity"])
+            target = self._gather(velocity, jnp.minimum(drawn, last - 1))
+        # Drawing the clean state leaves a share of the blocks without loss.
+        weight = (drawn < last) * ((last + self._clean_states) / last)
+        return Problem(clean, noisy, target, weight, level)
+
+    @property
+    def _clean_states(self) -> int:
+        return int(self.config.include_clean)
+
+    def _flow_problem(self, clean: AVLatents, keys: jax.Array) -> Problem:
+        def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jax.random.randint(key, shape, 1, len(scores.sigma_table()))
+
+        level = scores.sigma_of(self._per_block(keys, draw), self.config.score)
+        weight = jnp.ones_like(level)
+        if self.config.include_clean:  # as often as among the student's levels
+            last = self.rollout.num_steps
+            drawn = self._per_block(
+                fold(keys, _CLEAN), lambda key, shape: jax.random.randint(key, shape, 0, last + 1)
+            )
+            level = jnp.where(drawn < last, level, 0.0)
+            weight = (drawn < last) * ((last + 1) / last)
+        sigma = sigmas_per_frame(level, self.layout, self.clip)
+        noise = draw_noise(fold(keys, _NOISE), self.clip, self.model)
+        noisy = jax.tree.map(flow.add_noise, clean, noise, sigma)
+        target = jax.tree.map(jnp.subtract, noise, clean)
+        return Problem(clean, noisy, target, weight, level)
+
+    def _per_block(self, keys: jax.Array, draw) -> jax.Array:
+        """[B, K] draws, independent or one for all blocks of a sample."""
+        count = self.num_blocks if self.config.level_per_block else 1
+        values = jax.vmap(lambda key: draw(key, (count,)))(fold(keys, _LEVEL))
+        return jnp.broadcast_to(values, (keys.shape[0], self.num_blocks))
+
+    def _gather(self, states: AVLatents, index: jax.Array) -> AVLatents:
+        """Each block from the state with its index [B, K]: [B, S, T, C] -> [B, T, C] float32."""
+        per_frame = sigmas_per_frame(index, self.layout, self.clip)  # [B, frames]
+
+        def gather(states, index):
+            batch, count, tokens, channels = states.shape
+            frames = states.reshape(batch, count, index.shape[1], -1)
+            taken = jnp.take_along_axis(frames, index[:, None, :, None], axis=1)
+            return taken.reshape(batch, tokens, channels).astype(jnp.float32)
+
+        return jax.tree.map(gather, states, per_frame)
+
+    def _predict(self, noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Array:
+        if self.config.objective == "x0":
+            return flow.velocity_to_x0(noisy, velocity, sigma)
+        return velocity
+
+    def _masked_gradient(self, weights: Any, contexts, problem: Problem):
+        """Gradients, and the losses of each block [B, K], in one pass over the clip."""
+        clip, layout = self.clip, self.layout
+        model = self.model.clone(causal=clip.mask(layout))
+        sigma = sigmas_per_frame(problem.sigma, layout, clip)
+        weight = sigmas_per_frame(problem.weight, layout, clip)
+        given = (
+            jax.tree.map(lambda s: s[:, :1], sigma) if not self.config.level_per_block else sigma
+        )
+
+        def loss(weights):
+            velocity = clip_velocity(model, weights, problem.noisy, given, contexts, clip)
+            prediction = jax.tree.map(self._predict, problem.noisy, velocity, sigma)
+            per_block = jax.tree.map(
+                self._block_losses, prediction, problem.target, weight, self._frame_blocks()
+            )
+            per_sample = jax.tree.map(lambda x: jnp.sum(x, axis=1), per_block)
+            return losses.total(per_sample, self.config.weights), per_block
+
+        return jax.grad(loss, has_aux=True)(weights)
+
+    def _frame_blocks(self) -> AVLatents:
+        """One-hot [frames, K]: the block of every frame."""
+        frames = AVLatents(
+            self.layout.block_of_video_frame(np.arange(self.clip.video_frames)),
+            self.layout.block_of_audio_frame(np.arange(self.clip.audio_frames)),
+        )
+        return jax.tree.map(lambda f: np.eye(self.num_blocks, dtype=np.float32)[f], frames)
+
+    def _block_losses(self, prediction, target, weight, frame_blocks) -> jax.Array:
+        """[B, K] shares of the blocks in the mean over tokens and channels."""
+        batch, frames = weight.shape
+        error = jnp.square(prediction - target).reshape(batch, frames, -1)
+        per_frame = weight * jnp.mean(error, axis=2) / frames
+        return per_frame @ frame_blocks
+
+    def _forced_gradient(self, weights: Any, contexts, problem: Problem):
+        """As `_masked_gradient`, each block with the clean ones before it as history."""
+        sizes = jax.tree.map(lambda x: x.shape[1] * x.shape[2], problem.noisy)
+
+        def block_loss(x0: AVLatents, block: NoisyBlock):
+            target, weight = block.targets
+
+            def share(x0, noisy, target, weight, size):
+                velocity = flow.x0_to_velocity(noisy, x0, block.sigma)
+                error = jnp.square(self._predict(noisy, velocity, block.sigma) - target)
+                return jnp.sum(weight * error, axis=(1, 2)) / size
+
+            shares = jax.tree.map(share, x0, block.x, target, weight, sizes)
+            return losses.total(shares, self.config.weights), shares
+
+        weight = sigmas_per_frame(problem.weight, self.layout, self.clip)
+        weight = AVLatents(
+            jnp.repeat(weight.video, self.clip.patches, axis=1)[..., None], weight.audio[..., None]
+        )
+        grads, shares = teacher_forced_gradient(
+            self.model,
+            weights,
+            contexts,
+            problem.clean,
+            problem.noisy,
+            problem.sigma,
+            (problem.target, weight),
+            self.rollout,
+            block_loss,
+        )
+        return grads, jax.tree.map(jnp.transpose, shares)
+
+    def _per_level(self, per_block: AVLatents) -> AVLatents:
+        """Blocks' shares [B, K] as means over the block, [B * K]: comparable between blocks."""
+        frames = jax.tree.map(lambda x: x.sum(axis=0) / x.shape[0], self._frame_blocks())
+        return jax.tree.map(lambda x, share: (x / share).reshape(-1), per_block, frames)

@@ -1,0 +1,255 @@
+"""Score networks of distribution matching distillation: where teacher and critic look at a sample.
+
+A generated clip is noised to a random level; the frozen teacher (real score, with classifier-free
+and spatio-temporal guidance) and the critic (fake score) each predict the clean clip from it. They
+see it either
+
+  * bidirectionally, one pass over the whole clip (the paper), or
+  * block-causally: every noisy block with the clean blocks before it as history, which is what the
+    student sees while it generates (the autoregressive scores of SALT++).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omniforcing_jax.geometry import Clip, clip_velocity
+from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.models.transformer.rope import ClipRope
+from omniforcing_jax.sampling import flow, kv_cache
+from omniforcing_jax.sampling.guidance import Guidance
+from omniforcing_jax.sampling.kv_cache import RollingCache
+from omniforcing_jax.sampling.student import (
+    AVLatents,
+    RolloutConfig,
+    bind,
+    join_blocks,
+    new_cache,
+    split_blocks,
+)
+
+_TABLE_STEPS = 1000
+CONTEXTS = ("bidirectional", "block_causal")
+Contexts = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """How generated samples are scored.
+
+    Attributes:
+      video_cfg, audio_cfg: the teacher's guidance scales w: a number, or a range (low, high) from
+        which every sample draws its own.
+      stg, stg_blocks: its spatio-temporal guidance, of both streams, as in `guidance.Guidance`.
+      min_timestep, max_timestep: timesteps are drawn from 0..999 and clipped to these.
+      context: "bidirectional" or "block_causal".
+    """
+
+    video_cfg: float | tuple[float, float] = 3.0
+    audio_cfg: float | tuple[float, float] = 5.0
+    min_timestep: int = 20
+    max_timestep: int = 980
+    context: str = "bidirectional"
+    stg: float = 0.0
+    stg_blocks: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _ = self.perturbation  # is checked
+        if not 0 < self.min_timestep <= self.max_timestep <= _TABLE_STEPS:
+            raise ValueError(
+                f"timesteps must satisfy 0 < min <= max <= {_TABLE_STEPS}, not "
+                f"{self.min_timestep} and {self.max_timestep}"
+            )
+        if self.context not in CONTEXTS:
+            raise ValueError(f"score context must be one of {CONTEXTS}, not {self.context!r}")
+        for name in ("video_cfg", "audio_cfg"):
+            low, high = _range(getattr(self, name))
+            if not 0 <= low <= high:
+                raise ValueError(
+                    f"{name} must be a scale >= 0 or a range (low, high), not {getattr(self, name)}"
+                )
+
+    @property
+    def perturbation(self) -> Guidance:
+        """The spatio-temporal guidance alone."""
+        return Guidance(stg=self.stg, stg_blocks=self.stg_blocks)
+
+    def passes(self) -> tuple[str, ...]:
+        """Names of the teacher's passes, in the order of `guidance.PASSES`."""
+        cfg = any(_range(cfg) != (1.0, 1.0) for cfg in (self.video_cfg, self.audio_cfg))
+        needed = {"cond": True, "uncond": cfg, "perturbed": self.stg != 0.0}
+        return tuple(name for name, need in needed.items() if need)
+
+
+def _range(scale: float | tuple[float, float]) -> tuple[float, float]:
+    low, high = scale if isinstance(scale, (tuple, list)) else (scale, scale)
+    return float(low), float(high)
+
+
+@functools.cache
+def sigma_table() -> np.ndarray:
+    """[1001] float32: sigma of the timesteps 0..1000, the LTX-2 schedule of 1000 steps reversed."""
+    return flow.ltx2_schedule(_TABLE_STEPS)[::-1].copy()
+
+
+def draw_sigmas(keys: jax.Array, config: ScoreConfig) -> jax.Array:
+    """One noise level per sample, [B] from [B] keys; the same for both modalities."""
+    timesteps = jax.vmap(lambda key: jax.random.randint(key, (), 0, _TABLE_STEPS))(keys)
+    return sigma_of(timesteps, config)
+
+
+def sigma_of(timesteps: jax.Array, config: ScoreConfig) -> jax.Array:
+    """Sigma of integer timesteps after clipping."""
+    clipped = jnp.clip(timesteps, config.min_timestep, config.max_timestep)
+    return jnp.asarray(sigma_table())[clipped]
+
+
+def draw_guidance(keys: jax.Array, config: ScoreConfig) -> AVLatents:
+    """Guidance scales of both modalities, each [B] from [B] keys."""
+
+    def draw(stream: int, scale) -> jax.Array:
+        low, high = _range(scale)
+        if low == high:
+            return jnp.full(keys.shape, low, jnp.float32)
+        subkeys = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
+        return jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(subkeys)
+
+    return AVLatents(draw(0, config.video_cfg), draw(1, config.audio_cfg))
+
+
+def guide(predictions: Mapping[str, jax.Array], cfg: jax.Array, config: ScoreConfig) -> jax.Array:
+    """The teacher's guided prediction of one stream, as `guidance.guide` but of each sample.
+
+    Args:
+      predictions: {pass: clean prediction [B, T, C]} of `config.passes()`.
+      cfg: [B] classifier-free guidance scales.
+    """
+    cond = predictions["cond"]
+    scales = {"uncond": cfg[:, None, None] - 1.0, "perturbed": config.stg}
+    return cond + sum(
+        w * (cond - predictions[name]) for name, w in scales.items() if name in predictions
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockContext:
+    """What the block-causal context needs: the student's rollout, with a score network's model.
+
+    Attributes:
+      config: the layout must have the score network's sinks (none for LTX-2 itself).
+      num_blocks: of the clip.
+    """
+
+    config: RolloutConfig
+    num_blocks: int
+
+
+def predict_x0(
+    model: Transformer,
+    params,
+    x0: AVLatents,
+    noisy: AVLatents,
+    sigma: jax.Array,
+    contexts: Contexts,
+    clip: Clip,
+    blocks: BlockContext | None = None,
+    keep: Pathways | None = None,
+) -> AVLatents:
+    """Clean prediction of a noisy clip.
+
+    Args:
+      x0: [B, T, C] the clean clip, read only as history of a block-causal context.
+      noisy: [B, T, C], x0 with noise at level `sigma` [B].
+      contexts: (video, audio) [B, S, text_dim].
+      blocks: None is the bidirectional context.
+      keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
+    """
+    if blocks is None:
+        velocity = clip_velocity(model, params, noisy, sigma, contexts, clip, keep)
+    else:
+        velocity = block_causal_velocity(model, params, x0, noisy, sigma, contexts, blocks, keep)
+    return jax.tree.map(lambda x, v: flow.velocity_to_x0(x, v, sigma), noisy, velocity)
+
+
+def block_causal_velocity(
+    model: Transformer,
+    params,
+    x0: AVLatents,
+    noisy: AVLatents,
+    sigma: jax.Array,
+    contexts: Contexts,
+    blocks: BlockContext,
+    keep: Pathways | None = None,
+) -> AVLatents:
+    """Velocities of the noisy blocks [B, T, C], each with the clean blocks before it as history.
+
+    The same passes as in a rollout: one over the noisy block, one over the clean block that writes
+    its keys and values (which carry no gradient).
+    """
+    config = blocks.config
+    layout, patches = config.cache.layout, config.patches
+    rope = config.rope(model, blocks.num_blocks)
+    text = _text(model, params, contexts, sigma)
+    clean_text = _text(model, params, contexts, jnp.full_like(sigma, config.context_noise))
+
+    def step(cache: RollingCache, clean: AVLatents, noisy: AVLatents, first: bool):
+        return teacher_forced_block(
+            model,
+            params,
+            cache,
+            clean,
+            noisy,
+            sigma,
+            (text, clean_text),
+            rope,
+            config,
+            first=first,
+            keep=keep,
+        )
+
+    first_clean, clean = split_blocks(x0, layout, patches)
+    first_noisy, later_noisy = split_blocks(noisy, layout, patches)
+    cache = new_cache(model, config, noisy.video.shape[0])
+    cache, first = step(cache, first_clean, first_noisy, True)
+    if blocks.num_blocks == 1:
+        return first
+    _, rest = jax.lax.scan(lambda c, b: step(c, *b, False), cache, (clean, later_noisy))
+    return join_blocks(first, rest)
+
+
+def teacher_forced_block(
+    model: Transformer,
+    params,
+    cache: RollingCache,
+    clean: AVLatents,
+    noisy: AVLatents,
+    sigma: jax.Array,
+    texts: tuple[TextKV, TextKV],
+    rope: ClipRope,
+    config: RolloutConfig,
+    *,
+    first: bool,
+    keep: Pathways | None = None,
+) -> tuple[RollingCache, AVLatents]:
+    """Velocity of a noisy block given the clean ones before it; its clean version joins them.
+
+    Args:
+      texts: text K/V at `sigma` and at the context's noise level.
+      keep: [L, B] arrays per pathway, zero skips it, of the noisy and of the clean block.
+    """
+    forward = bind(model, params, cache, rope, config, first=first, keep=keep)
+    x0, _ = forward(noisy, sigma, texts[0])
+    velocity = jax.tree.map(lambda x, x0: flow.x0_to_velocity(x, x0, sigma), noisy, x0)
+    level = jnp.full_like(sigma, config.context_noise)
+    _, kv = forward(jax.lax.stop_gradient(clean), level, texts[1], return_kv=True)
+    return kv_cache.write(cache, kv, config.patches, first=first), velocity
+
+
+def _text(model: Transformer, params, contexts: Contexts, sigma: jax.Array) -> TextKV:
+    level = sigma if model.config.text_adaln else None
+    return model.apply({"params": params}, *contexts, level, method="text_kv")

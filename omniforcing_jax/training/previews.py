@@ -1,0 +1,200 @@
+"""What a student under training makes, to look at: clips with sound, latent statistics, entropy."""
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from omniforcing_jax.distributed import partitioning
+from omniforcing_jax.geometry import audio_attention_entropy, draw_noise
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.pipeline import decode_clip
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.streaming import media
+from omniforcing_jax.streaming.contact_sheet import contact_sheet
+from omniforcing_jax.training.assembly import text_arrays
+from omniforcing_jax.training.config.checks import DECODERS
+from omniforcing_jax.training.config.experiment import Experiment
+from omniforcing_jax.training.loop import Hook, Scalars
+from omniforcing_jax.training.objectives.common import Frozen, checked_seed, sample_keys
+from omniforcing_jax.training.state import TrainState
+from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
+from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+
+_ENTROPY_SIGMA = 0.5
+
+
+def training_hooks(
+    e: Experiment, stage: Any, frozen: Frozen, workdir: epath.Path
+) -> Sequence[Hook]:
+    """The hook that samples clips every `sample_every` steps; none if that is 0."""
+    if not e.config.sample_every:
+        return ()
+    return (Hook(e.config.sample_every, Previews(e, stage, frozen, workdir / "samples")),)
+
+
+def full_generator(e: Experiment, stage: Any) -> BidirectionalGenerator | UnrolledGenerator:
+    """The student as it is sampled: the whole clip, all steps."""
+    if e.config.stage == "stage1":
+        return stage.generator
+    model = stage.model if e.config.stage == "stage2" else stage.generator.model
+    return UnrolledGenerator(model, e.rollout, e.config.clip.blocks, e.config.clip.blocks)
+
+
+@dataclasses.dataclass
+class Previews:
+    """Samples the same prompts from the same noise whenever it is called.
+
+    Files: `SAMPLES/STEP_PROMPT.mp4` and `.png`, the latter with waveform and spectrogram.
+    """
+
+    experiment: Experiment
+    stage: Any
+    frozen: Frozen
+    folder: epath.Path
+
+    def __post_init__(self):
+        e = self.experiment
+        count = min(e.config.sample_clips, len(e.data))
+        elements = [text_arrays(e.data[i], e.data.manifest) for i in range(count)]
+        names = [n for n in elements[0] if "features" in n or n == "mask"]
+        self.batch = {n: np.stack([element[n] for element in elements]) for n in names}
+        self.generator = full_generator(e, self.stage)
+
+    def __call__(self, step: int, state: TrainState) -> Scalars:
+        """Samples, measures, decodes, and writes files.
+
+        All processes sample; process 0 decodes and writes. If it cannot, it warns: a picture less
+        is no reason to end a run.
+        """
+        network = state.generator
+        params = network.params if network.ema is None else network.ema
+        latents, scalars = self._sample(
+            params, self.frozen, self.batch, checked_seed(self.experiment.config.seed)
+        )
+        scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        latents = multihost_utils.process_allgather(latents, tiled=True)
+        if jax.process_index() == 0:
+            # a mesh of its own: on that of the run, the other processes would have to decode, too
+            with jax.set_mesh(partitioning.make_mesh(devices=jax.local_devices()[:1])):
+                try:
+                    self._write(step, latents)
+                except Exception:
+                    warnings.warn(
+                        f"no sample clips of step {step}, the run goes on:\n"
+                        f"{traceback.format_exc()}",
+                        stacklevel=2,
+                    )
+        return scalars
+
+    @functools.cached_property
+    def _sample(self):
+        """Jitted (masters, frozen, text, seed) -> latents and scalars."""
+        e, model = self.experiment, self.generator.model
+
+        @jax.jit
+        def sample(params, frozen: Frozen, batch, seed: jax.Array):
+            weights = jax.tree.map(lambda p: p.astype(model.dtype), params)
+            contexts = self.stage.text.contexts(frozen.connectors, batch)
+            rows = jnp.arange(batch["mask"].shape[0])
+            keys = sample_keys(jax.random.key(seed), rows)
+            latents = self.generator.generate(weights, contexts, keys)
+            scalars = _statistics(latents)
+            if e.config.stage != "stage1":
+                scalars |= self._entropy(weights, latents, contexts, keys)
+            return latents, scalars
+
+        return sample
+
+    def _entropy(self, weights, latents: AVLatents, contexts, keys) -> dict[str, jax.Array]:
+        """Entropy of the audio self-attention under the masks, on the noised sample."""
+        clip, layout = self.generator.clip, self.experiment.layout
+        model = self.generator.model.clone(causal=clip.mask(layout))
+        sigma = jnp.full(keys.shape, _ENTROPY_SIGMA)
+        noise = draw_noise(keys, clip, model)
+        noisy = jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), latents, noise)
+        entropy = audio_attention_entropy(model, weights, noisy, sigma, contexts, clip)
+        return {
+            "sample/audio_entropy": jnp.mean(entropy),
+            "sample/audio_entropy_lowest": jnp.min(jnp.mean(entropy, axis=1)),
+        }
+
+    def _write(self, step: int, latents: AVLatents) -> None:
+        e = self.experiment
+        params = {
+            name: checkpoints.load_params(
+                e.config.checkpoint, name, dtype=jnp.float32 if name == "vocoder" else e.dtype
+            )
+            for name in DECODERS
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as local:  # the folder may be on object storage
+            self._decode(pathlib.Path(local), step, latents, params)
+            for file in pathlib.Path(local).iterdir():
+                epath.Path(file).copy(self.folder / file.name, overwrite=True)
+
+    def _decode(self, folder: pathlib.Path, step: int, latents: AVLatents, params: Any) -> None:
+        e, clip = self.experiment, self.generator.clip
+        config = e.pipeline
+        size = (clip.video_frames, clip.height, clip.width)
+        for i in range(latents.video.shape[0]):
+            one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i : i + 1]), latents)
+            frames, waveform = decode_clip(config, params, one, size, e.dtype)
+            path = folder / f"{step:06d}_{i}.mp4"
+            write_clip(path, frames, waveform, clip.frame_rate, config.vocoder.sample_rate)
+
+
+def _statistics(latents: AVLatents) -> dict[str, jax.Array]:
+    """Mean and standard deviation of the latents; those of real clips are near 0 and 1."""
+    return {
+        "sample/video_mean": jnp.mean(latents.video),
+        "sample/video_std": jnp.std(latents.video),
+        "sample/audio_mean": jnp.mean(latents.audio),
+        "sample/audio_std": jnp.std(latents.audio),
+    }
+
+
+def write_clip(
+    path: pathlib.Path,
+    frames: np.ndarray,
+    waveform: np.ndarray,
+    frame_rate: float,
+    sample_rate: int,
+    **marks: Sequence[tuple[float, str]],
+) -> None:
+    """Writes an MP4, and beside it a PNG with its frames, waveform and spectrogram.
+
+    Args:
+      frames: [F, H, W, 3] uint8.
+      waveform: [N, 2] float32 in [-1, 1].
+      **marks: `seen` and `heard` of `contact_sheet`.
+    """
+    height, width = frames.shape[1:3]
+    with media.ClipWriter(
+        path,
+        width=width,
+        height=height,
+        frame_rate=frame_rate,
+        sample_rate=sample_rate,
+        overwrite=True,
+    ) as writer:
+        writer.write(frames, waveform)
+    contact_sheet(
+        frames,
+        path.with_suffix(".png"),
+        frame_rate=frame_rate,
+        waveform=waveform,
+        sample_rate=sample_rate,
+        **marks,
+    )

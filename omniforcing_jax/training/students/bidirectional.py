@@ -1,0 +1,162 @@
+"""The student of stage I: a few steps over the whole clip at once, and how a gradient reaches it.
+
+Both students of distribution matching (the other one is in `unrolled`) have the same methods.
+`sample` makes clips without gradient, for the critic. `sample_with_pullback` also returns the
+function from a gradient with respect to the clip to a gradient with respect to the weights:
+backward simulation (DMD2) means that the clip comes from the student's own steps, and that only the
+last of them is differentiated. `simulate`, `sample_of` and `pull_back` are the same in three parts,
+for programs of their own (`split_dmd`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax.geometry import Clip, clip_x0, draw_noise
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.training.objectives.common import Contexts, fold
+from omniforcing_jax.training.students.exits import (
+    EXIT,
+    NOISE,
+    check_exit_weights,
+    check_sigmas,
+    exit_steps,
+    rollout_weights,
+)
+
+Pullback = Callable[[AVLatents], Any]
+
+
+@flax.struct.dataclass
+class BidirectionalTrace:
+    """The last step of each sample: its input [B, T, C] and noise level [B]."""
+
+    exit_input: AVLatents
+    sigma: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class BidirectionalGenerator:
+    """Stage I: a few steps over the whole clip at once.
+
+    Attributes:
+      model: bidirectional.
+      clip: what is generated.
+      sigmas: noise levels of the student, decreasing from 1, with the final 0.
+      exit_weights: see `check_exit_weights`.
+    """
+
+    model: Transformer
+    clip: Clip
+    sigmas: tuple[float, ...]
+    exit_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        check_sigmas(self.sigmas)
+        check_exit_weights(self.exit_weights, self.num_steps)
+
+    @property
+    def num_steps(self) -> int:
+        """Forward passes of a full sample."""
+        return len(self.sigmas) - 1
+
+    def sample(
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        whole: Any | None = None,
+    ) -> AVLatents:
+        """Clips [B, T, C] float32 from [B] keys.
+
+        Args:
+          step_key: of the training step.
+          whole: the weights whole on every device, if there is such a copy.
+        """
+        with rollout_weights(weights, whole) as weights:
+            x, sigma = self._simulate(weights, contexts, keys)
+            return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+
+    def sample_with_pullback(
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        whole: Any | None = None,
+    ) -> tuple[AVLatents, Pullback]:
+        """As `sample`, and the map from dL/dclip to dL/dweights."""
+        trace = self.simulate(weights, contexts, keys, step_key, whole)
+        sample, pullback = self._last_step(weights, contexts, trace)
+        return sample, lambda cotangent: pullback(cotangent)[0]
+
+    def simulate(
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        whole: Any | None = None,
+    ) -> BidirectionalTrace:
+        """What `sample_of` and `pull_back` start from; arguments as `sample`."""
+        del step_key
+        with rollout_weights(weights, whole) as fixed:
+            return BidirectionalTrace(*self._simulate(fixed, contexts, keys))
+
+    def sample_of(self, weights: Any, contexts: Contexts, trace: BidirectionalTrace) -> AVLatents:
+        """The clips [B, T, C] float32 of a trace."""
+        return clip_x0(self.model, weights, trace.exit_input, trace.sigma, contexts, self.clip)
+
+    def pull_back(
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        trace: BidirectionalTrace,
+        cotangent: AVLatents,
+    ) -> Any:
+        """dL/dclip -> dL/dweights."""
+        del keys
+        _, pullback = self._last_step(weights, contexts, trace)
+        return pullback(cotangent)[0]
+
+    def _last_step(self, weights, contexts, trace: BidirectionalTrace):
+        return jax.vjp(lambda weights: self.sample_of(weights, contexts, trace), weights)
+
+    def generate(self, weights: Any, contexts: Contexts, keys: jax.Array) -> AVLatents:
+        """Clips [B, T, C] float32 after all steps, as in use."""
+        exits = jnp.full(keys.shape, self.num_steps - 1)
+        x, sigma = self._simulate(weights, contexts, keys, exits)
+        return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+
+    def _simulate(self, weights, contexts, keys, exits=None) -> tuple[AVLatents, jax.Array]:
+        """The input and the sigma [B] of each sample's last step.
+
+        Each sample exits at a step of its own, drawn among those at which the network is called: at
+        sigma 0 the prediction is the input, and its gradient would be zero. The loop stops when the
+        last sample of the batch has exited.
+        """
+        if exits is None:
+            exits = exit_steps(fold(keys, EXIT), self.num_steps, self.exit_weights)
+        sigmas = jnp.asarray(self.sigmas, jnp.float32)
+        noise_keys = fold(keys, NOISE)
+
+        def step(i, carry):
+            x, exit_input = carry
+            sigma = jnp.full(keys.shape, sigmas[i])
+            x0 = clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+            fresh = draw_noise(fold(noise_keys, i + 1), self.clip, self.model)
+            x = jax.tree.map(lambda x0, n: flow.add_noise(x0, n, sigmas[i + 1]), x0, fresh)
+            here = (exits == i + 1)[:, None, None]
+            return x, jax.tree.map(lambda x, e: jnp.where(here, x, e), x, exit_input)
+
+        x = draw_noise(fold(noise_keys, 0), self.clip, self.model)
+        _, exit_input = jax.lax.fori_loop(0, jnp.max(exits), step, (x, x))
+        return jax.lax.stop_gradient(exit_input), sigmas[exits]

@@ -1,0 +1,499 @@
+"""Checkpoints of a run: train state, data iterator and configuration, written while it goes on.
+
+    RUN/checkpoints/2000/state/   TrainState, Orbax
+    RUN/checkpoints/2000/data/    the data iterator's state, the same for all processes
+    RUN/checkpoints/2000/run/     configuration, and the averages of the record under way
+
+Orbax's CheckpointManager of API v0, not v1: v1 still comes from `orbax.checkpoint.experimental`,
+its `Checkpointer` skips a save while one is running unless told not to, and converted checkpoints
+are written by v0 already. A checkpoint is built in a folder of another name and renamed when it is
+complete (on object storage, marked), so what was cut off is never taken for a checkpoint. All
+processes write and read their parts, and any number of them on any mesh can go on. Reading goes
+past the manager, whose barriers would hold the others when one process finds a damaged file.
+
+The step's random numbers are `fold_in(seed, step)`, so state, step and iterator are everything: a
+run that was resumed equals one that was not, bit for bit.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from omniforcing_jax.distributed import multihost
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io.paths import locate
+from omniforcing_jax.training.config.run_config import check_config, listed, plain
+from omniforcing_jax.training.state import TrainState
+
+FOLDER = "checkpoints"
+# what reading a damaged checkpoint raises; running out of memory is none of these
+_DAMAGED = (ValueError, OSError, KeyError)
+
+
+class DataIterator(Protocol):
+    """An iterator over batches whose place can be stored, such as grain's.
+
+    Its state counts global batches, and is the same on all processes.
+    """
+
+    def __next__(self) -> Any: ...
+
+    def get_state(self) -> dict | bytes: ...
+
+    def set_state(self, state: dict | bytes) -> None: ...
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds besides the data iterator, which was set.
+
+    Attributes:
+      averages: state of `metrics.Averages`.
+    """
+
+    step: int
+    state: TrainState
+    averages: dict
+
+
+class CheckpointNotSaved(OSError):
+    """A save failed, a full disk for instance; the checkpoints before it are as they were."""
+
+
+class _IteratorHandler(ocp.CheckpointHandler):
+    """Process 0 writes where the iterators of all processes stand."""
+
+    _FILE = "iterator.json"
+
+    def save(self, directory, args: "_IteratorSave") -> None:
+        state = args.state
+        if isinstance(state, bytes):
+            state = {"base64": base64.b64encode(state).decode()}
+        if jax.process_index() == 0:
+            (directory / self._FILE).write_text(json.dumps(state))
+
+    def restore(self, directory, args=None) -> dict | bytes:
+        del args
+        state = json.loads((directory / self._FILE).read_text())
+        return base64.b64decode(state["base64"]) if set(state) == {"base64"} else state
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_save=True)
+@dataclasses.dataclass
+class _IteratorSave(ocp.args.CheckpointArgs):
+    state: dict | bytes
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_restore=True)
+@dataclasses.dataclass
+class _IteratorRestore(ocp.args.CheckpointArgs):  # the manager knows handlers by both
+    pass
+
+
+@dataclasses.dataclass
+class _Noted:
+    """A part of a save under way, in the background."""
+
+    future: ocp.future.Future
+    note: Callable[[Exception], None]
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self.future.result(timeout)
+        except Exception as error:
+            self.note(error)
+            raise
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one run; a context manager, which waits for the last save when it ends.
+
+    Args:
+      run: the run's folder.
+      keep_last: how many of the latest are kept.
+      keep_every: checkpoints whose step is a multiple of it are kept for good; None: none are.
+      read_only: nothing is written or cleaned up.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike,
+        *,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        read_only: bool = False,
+    ):
+        self.folder = locate(run) / FOLDER
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._failure: Exception | None = None
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_handlers={
+                "state": self._noting_failures(_state_handler()),
+                "data": _IteratorHandler(),
+                "run": self._noting_failures(ocp.JsonCheckpointHandler()),
+            },
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep_last,
+                keep_period=None if read_only else keep_every,
+                create=False,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    def __enter__(self) -> "TrainingCheckpoints":
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        if kind is None:
+            self._manager.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # what is on its way already says more
+                self._manager.close()
+        # else: closing waits for the other processes, which may be where this one never comes
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        batches: DataIterator,
+        config: Mapping[str, Any],
+        averages: Mapping[str, Any],
+    ) -> None:
+        """Starts a save; returns when the arrays are copied, so that they may be donated.
+
+        Raises:
+          CheckpointNotSaved: this save, or the one before.
+        """
+        with self._reporting():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    data=_IteratorSave(batches.get_state()),
+                    run=ocp.args.JsonSave({"config": plain(config), "averages": dict(averages)}),
+                ),
+            )
+
+    def check(self) -> None:
+        """Does not wait.
+
+        Raises:
+          CheckpointNotSaved: the last save has failed in the background.
+        """
+        with self._reporting():
+            if self._failure is not None:
+                raise self._failure
+
+    def wait(self) -> None:
+        """Returns when the last save is complete.
+
+        Raises:
+          CheckpointNotSaved: it failed.
+        """
+        with self._reporting():
+            self._manager.wait_until_finished()
+
+    def _noting_failures(self, handler: ocp.AsyncCheckpointHandler) -> ocp.AsyncCheckpointHandler:
+        """The manager itself tells of a failure when the next save begins.
+
+        With several processes not even then: it waits for all of them before.
+        """
+        save = handler.async_save
+
+        def note(error: Exception) -> None:
+            self._failure = error
+
+        async def async_save(*args, **settings) -> list[_Noted]:
+            return [_Noted(future, note) for future in await save(*args, **settings) or ()]
+
+        handler.async_save = async_save
+        return handler
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:  # TensorStore's and Python's
+            there = ocp.utils.checkpoint_steps(self.folder)
+            last = f"the last one there is is of step {max(there)}" if there else "there is none"
+            raise CheckpointNotSaved(
+                f"a checkpoint could not be written to {self.folder}: {str(error)[:1000]}. It was "
+                f"left out, {last}; make room there and start the same command again"
+            ) from error
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the cluster takes the machines back; the same answer on all processes."""
+        return self._manager.reached_preemption(step)
+
+    def restore(
+        self,
+        template: TrainState,
+        batches: DataIterator,
+        config: Mapping[str, Any],
+        *,
+        allow_config_change: bool = False,
+    ) -> Restored | None:
+        """Restores the latest checkpoint that can be read and sets the data iterator.
+
+        Args:
+          template: arrays or jax.ShapeDtypeStructs with the wanted shardings, which need not be
+            those of the run that saved. Arrays are deleted, so that both never exist together.
+          config: this run's configuration, JSON.
+          allow_config_change: resume although the configuration differs.
+
+        Returns:
+          None if there is no checkpoint.
+
+        Raises:
+          ValueError: the configuration or the state's structure differs (lists in what), or no
+            checkpoint can be read.
+        """
+        steps = multihost.from_main(self.steps())
+        if not steps:
+            return None
+        damaged: dict[int, str] = {}
+        template = _abstract(template)
+        for step in reversed(steps):
+            small, damaged[step] = _attempt(lambda step=step: self._read_small(step))
+            if small is None:
+                continue
+            run, data, saved = small
+            if not allow_config_change:
+                check_config(self.folder / str(step), run["config"], config)
+            _check_state(self.folder / str(step), saved, template)
+            state, damaged[step] = _attempt(lambda step=step: self._read_state(step, template))
+            if state is None:
+                continue
+            del damaged[step]
+            batches.set_state(data)
+            self._set_aside(damaged, step)
+            return Restored(step, state, run["averages"])
+        reasons = "; ".join(f"{step}: {error}" for step, error in damaged.items())
+        raise ValueError(f"no checkpoint in {self.folder} can be read: {reasons[:2000]}")
+
+    def _read_small(self, step: int) -> tuple[dict, dict | bytes, dict]:
+        folder = self.folder / str(step)
+        run = ocp.JsonCheckpointHandler().restore(folder / "run")
+        return run, _IteratorHandler().restore(folder / "data"), self.saved_arrays(step)
+
+    def saved_arrays(self, step: int) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+        """{path: shape and dtype} of a checkpoint's state, without reading it."""
+        metadata = self._manager.item_metadata(step)["state"]
+        if metadata is None:
+            raise ValueError(f"{self.folder / str(step)} has no metadata of its arrays")
+        return _by_path(metadata.tree)
+
+    def _read_state(self, step: int, template: Any, partial: bool = False) -> Any:
+        args = ocp.args.PyTreeRestore(
+            item=template,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(template),
+            partial_restore=partial,
+        )
+        return _state_handler().restore(self.folder / str(step) / "state", args=args)
+
+    def read_part(self, step: int, template: Any) -> Any:
+        """The part of a checkpoint's state that `template` (nested dicts) names."""
+        return self._read_state(step, template, partial=True)
+
+    def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
+        if damaged and jax.process_index() == 0:
+            for step, error in damaged.items():
+                aside = self.folder.parent / "damaged_checkpoints" / str(step)
+                text = f"the checkpoint of step {step} is damaged and was moved to {aside}"
+                warnings.warn(f"{text}; going on from step {used}. {error}", stacklevel=3)
+                if aside.exists():
+                    aside.rmtree()
+                aside.parent.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(aside)
+        if damaged:
+            multihost.barrier("set damaged checkpoints aside")
+            self._manager.reload()
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    # uncompressed: weights hardly shrink, and zstd would be the bottleneck
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+    """(what was read, "") if all processes could read theirs, or else (None, what was wrong)."""
+    result, error = None, ""
+    try:
+        result = read()
+    except _DAMAGED as problem:
+        error = str(problem) or repr(problem)
+    if multihost.all_true(not error):
+        return result, ""
+    return None, error or "another process could not read its part"
+
+
+def latest_step(run: str | os.PathLike) -> int | None:
+    """Step of the run's latest complete checkpoint; None if it has none."""
+    if not (locate(run) / FOLDER).is_dir():
+        return None
+    with TrainingCheckpoints(run, read_only=True) as saved:
+        return max(saved.steps(), default=None)
+
+
+def load_generator(
+    path: str | os.PathLike,
+    expected: Any,
+    *,
+    which: str = "params",
+    step: int | None = None,
+    allow_new: tuple[str, ...] = (),
+    init: Callable[[], Any] | None = None,
+) -> Any:
+    """The generator of another run, or the transformer of a converted checkpoint.
+
+    Args:
+      path: a run's folder, or a converted checkpoint.
+      expected: the parameters wanted: jax.ShapeDtypeStructs; arrays are cast to their dtype and
+        placed by their shardings.
+      which: "params" or "ema"; a converted checkpoint has one set of weights only.
+      step: of a run; None takes the latest complete checkpoint.
+      allow_new: names of parameters that the source may lack, such as "audio_sinks".
+      init: () -> parameters as they are initialised; asked for nothing but the new ones.
+
+    Returns:
+      Parameters in the structure of `expected`.
+
+    Raises:
+      FileNotFoundError: there is neither a run with checkpoints nor a converted checkpoint.
+      ValueError: the source lacks parameters, has others or others' shapes: lists all of them.
+    """
+    path = locate(path)
+    if which not in ("params", "ema"):
+        raise ValueError(f"which is {which!r}, must be 'params' or 'ema'")
+    if not (path / FOLDER).is_dir():
+        if (path / "config.json").is_file() and which == "ema":
+            raise ValueError(f"{path} is a converted checkpoint and has no moving average")
+        saved = _by_path(checkpoints.param_shapes(path, "transformer"))
+        new, template = _match(path, saved, expected, allow_new)
+        params = checkpoints.load_params(
+            path,
+            "transformer",
+            dtype=jax.tree.leaves(template)[0].dtype,
+            sharding=jax.tree.map(_sharding, template),
+        )
+        return _with_new(params, new, init)
+    with TrainingCheckpoints(path, read_only=True) as run:
+        steps = run.steps()
+        if not steps or (step is not None and step not in steps):
+            raise FileNotFoundError(
+                f"{path} has no complete checkpoint{'' if step is None else f' of step {step}'}; "
+                f"there are: {', '.join(map(str, steps)) or 'none'}"
+            )
+        step = steps[-1] if step is None else step
+        prefix = ("generator", which)
+        arrays = run.saved_arrays(step)
+        saved = {key[2:]: leaf for key, leaf in arrays.items() if key[:2] == prefix}
+        if not saved:
+            raise ValueError(f"{path}: step {step} has no generator/{which}; the run kept none")
+        new, template = _match(path, saved, expected, allow_new)
+        part = run.read_part(step, {"generator": {which: template}})
+        return _with_new(part["generator"][which], new, init)
+
+
+def _match(path, saved: Mapping, expected: Any, allow_new: tuple[str, ...]) -> tuple[dict, dict]:
+    """({path: leaf} of the new parameters, tree of those to be loaded)."""
+    wanted = _by_path(expected)
+    new = {names: leaf for names, leaf in wanted.items()
+           if names not in saved and set(names) & set(allow_new)}  # fmt: skip
+    found = {names: leaf for names, leaf in wanted.items() if names not in new}
+    problems = _differences(saved, found)
+    if problems:
+        hint = "" if new else "; if they are new, name them in allow_new"
+        raise ValueError(
+            f"{path} does not hold this model's parameters: {listed(problems)}"
+            f"{hint if any('missing' in p for p in problems) else ''}"
+        )
+    return new, _tree(found)
+
+
+def _with_new(params: dict, new: Mapping, init: Callable[[], Any] | None) -> dict:
+    if not new:
+        return params
+    if init is None:
+        names = ", ".join("/".join(path) for path in new)
+        raise ValueError(f"{names}: new, so `init` must say how to initialise them")
+    shardings = {path: _sharding(leaf) for path, leaf in new.items()}
+
+    def draw():  # compiled: what is not returned is not computed
+        leaves = _by_path(init())
+        return {path: leaves[path].astype(leaf.dtype) for path, leaf in new.items()}
+
+    drawn = jax.jit(draw, out_shardings=shardings)()
+    return _tree(_by_path(params) | drawn)
+
+
+def _sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _abstract(state: TrainState) -> TrainState:
+    """Shapes and shardings; arrays are deleted."""
+
+    def describe(leaf):
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
+        return shape
+
+    return jax.tree.map(describe, state)
+
+
+def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+    """{path: leaf}, whatever the containers."""
+
+    def name(key) -> str:
+        match key:
+            case jax.tree_util.DictKey():
+                return str(key.key)
+            case jax.tree_util.SequenceKey():
+                return str(key.idx)
+        return key.name
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(name(key) for key in path): leaf for path, leaf in leaves}
+
+
+def _tree(leaves: Mapping[tuple[str, ...], Any]) -> dict:
+    """Nested dicts from {path: leaf}."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _differences(saved: Mapping, wanted: Mapping) -> list[str]:
+    problems = [f"{'/'.join(path)} is missing" for path in wanted if path not in saved]
+    problems += [f"{'/'.join(path)} is not in the model" for path in saved if path not in wanted]
+    for path, leaf in wanted.items():
+        if path in saved and tuple(saved[path].shape) != tuple(leaf.shape):
+            problems.append(f"{'/'.join(path)} is {saved[path].shape}, must be {leaf.shape}")
+    return problems
+
+
+def _check_state(path: epath.Path, saved: Mapping, template: TrainState) -> None:
+    problems = _differences(saved, _by_path(template))
+    if problems:
+        raise ValueError(f"{path} is of another model or optimizer: {listed(problems)}")

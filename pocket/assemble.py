@@ -1,0 +1,107 @@
+"""Puts the parts that pocket.pretrain trained into one file in LTX-2's key layout.
+
+    python -m pocket.assemble --folder outputs/pocket --output ltx2.safetensors
+    python -m pocket.assemble --folder outputs/pocket --dtype bfloat16 \\
+        --components transformer --output pocket/weights/teacher.safetensors
+    python -m pocket.assemble --folder outputs/pocket --dtype bfloat16 \\
+        --components connectors video_vae audio_vae vocoder \\
+        --output pocket/weights/shared.safetensors
+
+The result is a checkpoint like any other: checkpoint_converters.ltx2 makes what the stages and
+launch.stream take, from one file or from several that hold some of the components each, so that
+teacher and student, which differ in the transformer alone, share a file. With --causal-decoder, the
+video decoder is the one that was fine-tuned to run causally, and the metadata say so.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from checkpoint_converters import reading
+from checkpoint_converters.safetensors_io import ConversionError
+from checkpoint_converters.writing import write_components
+from omniforcing_jax.io.checkpoints import metadata_section
+
+# component: part
+SOURCES = {
+    "transformer": "teacher",
+    "connectors": "teacher",
+    "video_vae": "video_vae",
+    "audio_vae": "audio_vae",
+    "vocoder": "vocoder",
+}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def assemble(
+    folder: pathlib.Path,
+    output: pathlib.Path,
+    *,
+    components: Sequence[str] = tuple(SOURCES),
+    causal_decoder: bool = False,
+    dtype: str = "float32",
+) -> None:
+    """Writes one file from the parts of a folder, with the metadata of its components.
+
+    Raises:
+      ConversionError: a part is missing or does not fit the others.
+    """
+    sources = {name: SOURCES[name] for name in components}
+    if causal_decoder and "video_vae" in sources:
+        sources["video_vae"] = "causal_decoder"
+    files = {part: folder / f"{part}.safetensors" for part in dict.fromkeys(sources.values())}
+    missing = [f"{file} is missing" for file in files.values() if not file.is_file()]
+    if missing:
+        raise ConversionError(
+            [
+                *missing,
+                "python -m pocket.pretrain --config=pocket/pretrain_config.py:PART makes each",
+            ]
+        )
+    config, trees = {}, {}
+    for name, part in sources.items():
+        metadata = reading.read_metadata(files[part])
+        section = metadata_section(metadata["config"], name)
+        # A student's transformer is described otherwise than the teacher's, so connectors that are
+        # to go with either have a section of their own.
+        alone = name == "connectors" and "transformer" not in sources
+        config[name if alone else section] = metadata["config"][section]
+        trees[name] = reading.load_component(files[part], name, np.float32)
+    write_components(output, trees, config, metadata["model_version"], dtype=DTYPES[dtype])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.assemble", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("outputs/pocket"))
+    parser.add_argument("--output", type=pathlib.Path, required=True, help=".safetensors file")
+    parser.add_argument(
+        "--components", nargs="+", choices=tuple(SOURCES), default=tuple(SOURCES),
+        help="only these (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--causal-decoder", action="store_true", help="take the fine-tuned decoder")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    args = parser.parse_args(argv)
+    try:
+        assemble(
+            args.folder,
+            args.output,
+            components=args.components,
+            causal_decoder=args.causal_decoder,
+            dtype=args.dtype,
+        )
+    except ConversionError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""Pre-trains a part of the pocket model; see pocket/pretrain_config.py for the parts.
+
+    python -m pocket.pretrain --config=pocket/pretrain_config.py:video_vae
+
+Started again, a run goes on where it was; SIGTERM saves it first. A finished part is not trained
+again. Exit statuses: 0 finished, 1 failed, 2 refused, 130 interrupted, 143 stopped by SIGTERM.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+from checkpoint_converters import reading, synthetic
+from checkpoint_converters.safetensors_io import ConversionError
+from checkpoint_converters.writing import write_components
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.geometry import Clip
+from omniforcing_jax.models.text.connectors import ConnectorConfig
+from omniforcing_jax.models.text.gemma import TextTower
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.text.encoder_files import load_gemma_config
+from omniforcing_jax.text.text_encoder import load_text_tower
+from omniforcing_jax.text.tokenizer import load_tokenizer
+from omniforcing_jax.training.loop import LoopConfig, Outcome, TrainingDiverged, train
+from omniforcing_jax.training.objectives.losses import LossWeights
+from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer
+from omniforcing_jax.training.state import create_network, create_state
+from omniforcing_jax.training.training_checkpoints import load_generator
+from pocket.pretraining import autoencoders
+from pocket.pretraining.autoencoders import ErrorLoss, LatentNoise
+from pocket.pretraining.batches import DrawnBatches, WorldWindows
+from pocket.pretraining.latents import StoredLatents, WorldEncoder, write_latents
+from pocket.pretraining.step import Loss, Pretraining
+from pocket.pretraining.teacher import TeacherLoss, init_teacher
+from pocket.world.physics import WorldConfig
+
+VERSION = "2.0"
+STATISTICS_BATCHES = 24  # whose latents the channels' means and deviations are taken of
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file and part, such as pocket/pretrain_config.py:video_vae."
+)
+_RESUME_CHANGED = flags.DEFINE_bool(
+    "allow_config_change", False, "Resume although the config is not that of the run."
+)
+_EXPORT = flags.DEFINE_bool(
+    "export", False, "Write the part's file from its run as it stands, and train no further."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is to be trained.
+
+    Attributes:
+      loss, init, frozen, draw: see `Loss`, the parameters at the start, and `DrawnBatches`.
+      components: parameters -> {component: tree} of the finished part.
+      metadata: their `config`.
+    """
+
+    loss: Loss
+    init: Callable[[], Any]
+    frozen: Any
+    draw: Callable
+    components: Callable[[Any], dict[str, Any]]
+    metadata: dict[str, Any]
+
+
+def part_file(folder: str, part: str) -> pathlib.Path:
+    """Where a finished part is."""
+    return pathlib.Path(folder) / f"{part}.safetensors"
+
+
+def load_part(folder: str, part: str, component: str) -> Any:
+    """A component of a finished part.
+
+    Raises:
+      ValueError: the part is not there.
+    """
+    file = part_file(folder, part)
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is not there; python -m pocket.pretrain "
+            f"--config=pocket/pretrain_config.py:{part} --config.folder={folder} makes it"
+        )
+    return jax.tree.map(jnp.asarray, reading.load_component(file, component))
+
+
+def make_part(c) -> Part:
+    """What the config describes.
+
+    Raises:
+      ValueError: a setting that does not fit, or a part that this one needs is missing.
+    """
+    metadata = synthetic.metadata(c.size, VERSION)
+    pipeline = PipelineConfig.from_metadata(metadata, synthetic.VERSIONS[VERSION])
+    windows = WorldWindows(WorldConfig(**c.world))
+    key = jax.random.key(c.seed)
+    build = {
+        "video_vae": _video_vae,
+        "audio_vae": _audio_vae,
+        "vocoder": _vocoder,
+        "causal_decoder": _causal_decoder,
+        "teacher": _teacher,
+    }[c.part]
+    return build(c, pipeline, windows, metadata, key)
+
+
+def _video_vae(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
+    config = pipeline.video_vae
+    pipeline.check_size(c.world.height, c.world.width)
+    config.latent_frames(c.frames)
+    draw = windows.video(c.frames)
+    loss = autoencoders.VideoVAELoss(config, LatentNoise(**c.latents), ErrorLoss(**c.error))
+
+    def components(params):
+        def encode(batch):
+            video = autoencoders.to_video(batch["frames"])
+            module = autoencoders.VideoEncoder(config)
+            return module.apply({"params": params["encoder"]}, video)[..., :-1]
+
+        return {"video_vae": params | {"per_channel_statistics": _statistics(c, draw, encode)}}
+
+    def init():
+        return autoencoders.init_video_vae(config, key)
+
+    return Part(loss, init, None, draw, components, metadata)
+
+
+def _causal_decoder(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
+    del key
+    config = pipeline.video_vae
+    config.latent_frames(c.frames)
+    trained = load_part(c.folder, "video_vae", "video_vae")
+    loss = autoencoders.CausalDecoderLoss(config, LatentNoise(**c.latents), ErrorLoss(**c.error))
+    metadata = metadata | {"vae": metadata["vae"] | {"causal_decoder": True}}
+    return Part(
+        loss,
+        lambda: {"decoder": trained["decoder"]},
+        {"encoder": trained["encoder"]},
+        windows.video(c.frames),
+        lambda params: {"video_vae": trained | params},
+        metadata,
+    )
+
+
+def _audio_vae(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
+    config = pipeline.audio_vae
+    draw = windows.sound(c.samples, config.mel.hop)
+    loss = autoencoders.AudioVAELoss(config, LatentNoise(**c.latents), ErrorLoss(**c.error))
+
+    def components(params):
+        def encode(batch):
+            log_mel = autoencoders.log_mel_spectrogram(batch["waveform"], config.mel)
+            module = autoencoders.AudioEncoder(config)
+            mean = module.apply({"params": params["encoder"]}, log_mel)  # [B, T, f, c]
+            return jnp.swapaxes(mean, 2, 3).reshape(*mean.shape[:2], -1)
+
+        return {"audio_vae": params | {"per_channel_statistics": _statistics(c, draw, encode)}}
+
+    def init():
+        return autoencoders.init_audio_vae(config, key)
+
+    return Part(loss, init, None, draw, components, metadata)
+
+
+def _vocoder(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
+    config = pipeline.vocoder
+    if c.samples % config.hop:
+        raise ValueError(f"samples must be a multiple of the hop {config.hop}, not {c.samples}")
+    loss = autoencoders.VocoderLoss(config, pipeline.audio_vae, c.loss.waveform)
+
+    def init():
+        return autoencoders.init_vocoder(config, key)
+
+    return Part(
+        loss,
+        init,
+        load_part(c.folder, "audio_vae", "audio_vae"),
+        windows.sound(c.samples, config.hop),
+        lambda params: {"vocoder": params},
+        metadata,
+    )
+
+
+def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
+    size = pipeline.check_size(c.world.height, c.world.width)
+    layout = BlockLayout.from_name(c.clip.layout, frame_rate=c.clip.frame_rate)
+    clip = Clip.from_blocks(layout, c.clip.blocks, *size)
+    gemma = pathlib.Path(c.folder) / "gemma"
+    tower_config, tokenizer = load_gemma_config(gemma), load_tokenizer(gemma)
+    loss = TeacherLoss(
+        model=Transformer(pipeline.transformer, unroll=c.unroll),
+        connectors=ConnectorConfig.from_metadata(metadata["transformer"]),
+        tower=TextTower(tower_config, jnp.float32),
+        clip=clip,
+        weights=LossWeights(c.loss.video, c.loss.audio),
+        shift=c.loss.shift,
+        uniform=c.loss.uniform,
+        caption_dropout=c.loss.caption_dropout,
+    )
+    if c.text_length % loss.connectors.num_registers:
+        raise ValueError(
+            f"text_length must be a multiple of the {loss.connectors.num_registers} registers, "
+            f"not {c.text_length}"
+        )
+    latents = _latents(c, pipeline, windows.world, clip, tokenizer)
+
+    def init():
+        params = init_teacher(loss, tower_config.num_states, key)
+        if not c.init:
+            return params
+        return load_generator(c.init, params, which="ema")
+
+    tower = load_text_tower(gemma, tower_config, dtype=jnp.float32)
+    return Part(loss, init, {"tower": tower}, latents.draw, lambda params: params, metadata)
+
+
+def _latents(c, pipeline: PipelineConfig, world: WorldConfig, clip: Clip, tokenizer):
+    """The encoded clips, which are made if they are not there."""
+    encoder = WorldEncoder(
+        pipeline,
+        world,
+        clip,
+        load_part(c.folder, "video_vae", "video_vae"),
+        load_part(c.folder, "audio_vae", "audio_vae"),
+    )
+    digest = hashlib.sha256()
+    for part in ("video_vae", "audio_vae"):
+        digest.update(part_file(c.folder, part).read_bytes())
+    folder = pathlib.Path(c.folder) / f"latents_{c.clip.blocks}"
+    write_latents(folder, encoder, c.num_clips, digest.hexdigest()[:16])
+    return StoredLatents.load(folder, c.num_clips, tokenizer, world, c.text_length)
+
+
+def _statistics(c, draw, encode) -> dict[str, Any]:
+    """Of the latents of batches that training has not seen."""
+    batches = DrawnBatches(draw, c.batch_size, c.seed + 1)
+    encode = jax.jit(encode)
+    return autoencoders.channel_statistics(encode(next(batches)) for _ in range(STATISTICS_BATCHES))
+
+
+def optimizer_config(c) -> OptimizerConfig:
+    """AdamW with a cosine that ends with the run."""
+    decay_steps = max(c.num_steps - c.optimizer.warmup_steps, 1)
+    return OptimizerConfig(**c.optimizer, schedule="cosine", decay_steps=decay_steps)
+
+
+def train_part(c, part: Part, *, allow_config_change: bool = False) -> Outcome:
+    """Trains, and writes the part's file once it is finished."""
+    optimizer = make_optimizer(optimizer_config(c))
+    ema = EMAConfig(**c.ema)
+    stage = Pretraining(part.loss, optimizer, ema, c.seed)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), part.init())
+    # what a step gives back has a device of its own: were it otherwise before the first one, the
+    # second would be compiled again
+    params = jax.device_put(params, jax.devices()[0])
+    outcome = train(
+        stage,
+        create_state(create_network(params, optimizer, ema=True)),
+        part.frozen,
+        DrawnBatches(part.draw, c.batch_size, c.seed),
+        LoopConfig(
+            num_steps=c.num_steps,
+            log_every=c.log_every,
+            checkpoint_every=c.checkpoint_every,
+            keep_last=1,
+            tensorboard=c.tensorboard,
+            allow_config_change=allow_config_change,
+        ),
+        pathlib.Path(c.folder) / c.part,
+        run_config=json.loads(c.to_json()),
+    )
+    if outcome.reason == "finished":
+        write_part(c, part, outcome.state.generator.ema)
+    return outcome
+
+
+def write_part(c, part: Part, params: Any) -> None:
+    """Writes the part's file."""
+    file = part_file(c.folder, c.part)
+    version = synthetic.VERSIONS[VERSION]
+    write_components(file, part.components(params), part.metadata, version)
+
+
+def run(c, *, allow_config_change: bool = False, export: bool = False) -> int:
+    """Trains a part unless it is finished, or writes what it is so far; the exit status."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    file = part_file(c.folder, c.part)
+    if file.is_file():
+        console.print(f"{file} is there already; delete it to train further", markup=False)
+        return 0
+    try:
+        part = make_part(c)
+        optimizer_config(c)
+    except (ValueError, TypeError, OSError, ConversionError) as error:
+        console.print(f"error: {error}", markup=False)
+        return 2
+    try:
+        if export:
+            folder = pathlib.Path(c.folder) / c.part
+            write_part(c, part, load_generator(folder, part.init(), which="ema"))
+            console.print(f"{file}", markup=False)
+            return 0
+        outcome = train_part(c, part, allow_config_change=allow_config_change)
+    except (TrainingDiverged, ValueError, OSError) as error:
+        console.print(f"error: {error}", markup=False)
+        return 1
+    if outcome.reason != "finished":
+        return 130 if outcome.reason == "stopped by SIGINT" else 143
+    console.print(f"{file}", markup=False)
+    return 0
+
+
+def main(argv: list[str]) -> None:
+    """Entry point."""
+    del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells dozens of lines about every save
+    changed, export = _RESUME_CHANGED.value, _EXPORT.value
+    sys.exit(run(_CONFIG.value, allow_config_change=changed, export=export))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,163 @@
+"""Clips of the world as a teacher sees them: encoded once, stored in shards, all in memory later.
+
+FOLDER/manifest.json       what the clips are, and by which encoders
+FOLDER/00012.npz           video [n, T_v, C], audio [n, T_a, C], float16, normalised
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from omniforcing_jax.geometry import Clip
+from omniforcing_jax.models.audio import mel
+from omniforcing_jax.models.audio import vae as audio_vae
+from omniforcing_jax.models.video_vae import model as video_vae
+from omniforcing_jax.pipeline import PipelineConfig
+from pocket.pretraining.autoencoders import to_video
+from pocket.world.dataset import clip_caption, make_clip, split_seeds
+from pocket.world.physics import WorldConfig
+
+_SHARD = 128  # clips in a file
+_BATCH = 4  # clips encoded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldEncoder:
+    """Clips of the world to latents.
+
+    Attributes:
+      config, world: of the model and of the world.
+      clip: sizes of the clips in latents.
+      video, audio: parameters of the VAEs.
+    """
+
+    config: PipelineConfig
+    world: WorldConfig
+    clip: Clip
+    video: Any
+    audio: Any
+
+    @property
+    def num_frames(self) -> int:
+        """Of a clip, in pixel frames."""
+        return self.config.video_vae.pixel_frames(self.clip.video_frames)
+
+    def encode(self, seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Clips of these seeds -> video [n, T_v, C] and audio [n, T_a, C] float32."""
+        clips = [make_clip(seed, self.num_frames, self.world) for seed in seeds]
+        frames = np.stack([clip.frames for clip in clips])
+        waveform = np.stack([clip.waveform for clip in clips])
+        video, audio = self._encode(self.video, self.audio, frames, waveform)
+        return np.asarray(video), np.asarray(audio)
+
+    @functools.cached_property
+    def _encode(self):
+        c = self.config
+
+        @jax.jit
+        def encode(video_params, audio_params, frames, waveform):
+            video = video_vae.encode(c.video_vae, video_params, to_video(frames))
+            log_mel = mel.waveform_to_log_mel(waveform, self.world.sample_rate, c.audio_vae.mel)
+            audio = audio_vae.encode_audio(audio_params, c.audio_vae, log_mel)
+            # a clip lasts a little longer than its sound's last whole latent
+            audio = audio[:, : self.clip.audio_frames]
+            return video.reshape(video.shape[0], -1, video.shape[-1]), audio
+
+        return encode
+
+
+def write_latents(
+    folder: str | os.PathLike,
+    encoder: WorldEncoder,
+    num_clips: int,
+    fingerprint: str,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Encodes the first clips of the training split; shards that are there already stay.
+
+    Args:
+      fingerprint: tells the encoders' weights from others.
+      say: is told of every shard.
+
+    Raises:
+      ValueError: the folder holds other clips.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "world": dataclasses.asdict(encoder.world),
+        "clip": dataclasses.asdict(encoder.clip),
+        "encoders": fingerprint,
+    }
+    file = folder / "manifest.json"
+    if file.is_file() and json.loads(file.read_text()) != manifest:
+        raise ValueError(f"{folder} holds latents of other clips or encoders; delete it")
+    file.write_text(json.dumps(manifest))
+    seeds = list(split_seeds("train", num_clips))
+    for shard, start in enumerate(range(0, num_clips, _SHARD)):
+        path = folder / f"{shard:05d}.npz"
+        chosen = seeds[start : start + _SHARD]
+        if path.is_file() and _length(path) == len(chosen):
+            continue
+        batches = [chosen[i : i + _BATCH] for i in range(0, len(chosen), _BATCH)]
+        video, audio = zip(*map(encoder.encode, batches))
+        partial = path.with_suffix(".partial.npz")
+        np.savez(
+            partial,
+            video=np.concatenate(video).astype(np.float16),
+            audio=np.concatenate(audio).astype(np.float16),
+        )
+        partial.rename(path)
+        say(f"{start + len(chosen):,} of {num_clips:,} clips encoded")
+
+
+def _length(path: pathlib.Path) -> int:
+    with np.load(path) as shard:
+        return len(shard["audio"])
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLatents:
+    """What `write_latents` wrote, with tokens of the captions.
+
+    Attributes:
+      video, audio: [N, T, C] float16.
+      ids, mask: [N, S] tokens and which of them are valid.
+    """
+
+    video: np.ndarray
+    audio: np.ndarray
+    ids: np.ndarray
+    mask: np.ndarray
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        num_clips: int,
+        tokenizer: Any,
+        world: WorldConfig,
+        length: int,
+    ) -> "StoredLatents":
+        """Reads all shards; captions come from the clips' seeds."""
+        count = -(-num_clips // _SHARD)
+        shards = [np.load(pathlib.Path(folder) / f"{shard:05d}.npz") for shard in range(count)]
+        captions = [clip_caption(seed, world) for seed in split_seeds("train", num_clips)]
+        ids, mask = tokenizer.encode_batch(captions, length)
+        video, audio = (
+            np.concatenate([shard[name] for shard in shards])[:num_clips]
+            for name in ("video", "audio")
+        )
+        return cls(video, audio, ids, mask)
+
+    def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A clip, for `DrawnBatches`."""
+        index = int(rng.integers(len(self.ids)))
+        return {name: getattr(self, name)[index] for name in ("video", "audio", "ids", "mask")}

@@ -1,0 +1,281 @@
+"""The Gemma converter: exact weights out of every layout, and a complete list of what is wrong."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+from checkpoint_converters import gemma3, orbax_writer, synthetic, synthetic_gemma
+from checkpoint_converters.key_map import GEMMA, TEXT_TOWER
+from checkpoint_converters.safetensors_io import (
+    ConversionError,
+    SafetensorsWriter,
+    TensorInfo,
+    read_header,
+    read_tensor,
+)
+from omniforcing_jax.models.text.gemma import init_boxed_params
+from omniforcing_jax.models.text.gemma_config import GemmaConfig
+from omniforcing_jax.text.encoder_files import load_gemma_config
+from omniforcing_jax.text.text_encoder import load_text_tower
+from tests.models.text.test_gemma import GEMMA_12B
+from tests.tiny_gemma import write_word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Random Gemma folder, sharded."""
+    folder = tmp_path_factory.mktemp("gemma") / "hf"
+    assert not synthetic_gemma.main(["--size", "tiny", "--output", str(folder)])
+    return folder
+
+
+def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {key: read_tensor(info) for file in files for key, info in read_header(file)[0].items()}
+
+
+def rewrite(source, target, change=lambda arrays: None, rename=lambda key: key):
+    """Copies a folder into one file of weights, with `change` applied to {key: array}."""
+    target.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, target / name)
+    arrays = {rename(key): array for key, array in weights(source).items()}
+    change(arrays)
+    table = {key: (array.dtype, array.shape) for key, array in arrays.items()}
+    with SafetensorsWriter(target / "model.safetensors", table, {"format": "pt"}) as writer:
+        for key, array in arrays.items():
+            writer.write(key, array)
+    return target
+
+
+def refused(source, output, **options) -> str:
+    """Converts, which must fail and leave nothing; the text of the error."""
+    before = set(output.parent.iterdir())
+    with pytest.raises(ConversionError) as error:
+        gemma3.convert(source, output, **options)
+    assert set(output.parent.iterdir()) == before
+    return str(error.value)
+
+
+def tower(folder, dtype="bfloat16"):
+    return load_text_tower(folder, load_gemma_config(folder), dtype=jax.numpy.dtype(dtype))
+
+
+LAYOUTS = {
+    "published": GEMMA,
+    "newer transformers": "model.language_model.",
+    "text only": "model.",
+    "text only, without head": "",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_exact_weights(layout, source, tmp_path):
+    def others(arrays):
+        extra = np.ones((2, 2), np.float32)
+        for key in ("vision_tower.vision_model.head.x", "multi_modal_projector.mm_soft_emb_norm.w"):
+            if "language_model" in LAYOUTS[layout]:
+                arrays["model." * LAYOUTS[layout].startswith("model.") + key] = extra
+        if layout != "text only, without head":
+            arrays["language_model." * (layout == "published") + "lm_head.weight"] = extra
+
+    folder = rewrite(
+        source, tmp_path / "hf", others, lambda key: LAYOUTS[layout] + key.removeprefix(GEMMA)
+    )
+    content = gemma3.convert(folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == content
+    assert content["family"] == "gemma3" and content["format"] == 1
+    assert content["config"] == json.loads((folder / "config.json").read_text())["text_config"]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        folder / "tokenizer.json"
+    ).read_bytes()
+    params, arrays = tower(tmp_path / "out"), weights(source)
+    np.testing.assert_array_equal(
+        params["embed"]["embedding"], arrays[GEMMA + "embed_tokens.weight"]
+    )
+    np.testing.assert_array_equal(params["final_norm"]["scale"], arrays[GEMMA + "norm.weight"])
+    names = {
+        "attn/q/kernel": "self_attn.q_proj",
+        "attn/out/kernel": "self_attn.o_proj",
+        "attn/k_norm/scale": "self_attn.k_norm",
+        "ff/gate/kernel": "mlp.gate_proj",
+        "ff/down/kernel": "mlp.down_proj",
+        "pre_attn_norm/scale": "input_layernorm",
+        "post_attn_norm/scale": "post_attention_layernorm",
+        "pre_ff_norm/scale": "pre_feedforward_layernorm",
+        "post_ff_norm/scale": "post_feedforward_layernorm",
+    }
+    for path, name in names.items():
+        leaf = params["blocks"]
+        for part in path.split("/"):
+            leaf = leaf[part]
+        assert leaf.shape[0] == 8
+        for i in (0, 7):
+            expected = arrays[f"{GEMMA}layers.{i}.{name}.weight"].T
+            np.testing.assert_array_equal(leaf[i], expected)
+
+
+def test_everything_wrong_is_listed_together(source, tmp_path):
+    def damage(arrays):
+        for layer in (2, 3, 4):
+            del arrays[f"{GEMMA}layers.{layer}.mlp.up_proj.weight"]
+        arrays[GEMMA + "norm.weight"] = np.zeros(31, np.float32)
+        arrays[GEMMA + "layers.0.self_attn.q_proj.weight"] = np.zeros((64, 32), np.int8)
+        arrays[GEMMA + "layers.8.input_layernorm.weight"] = np.zeros(32, np.float32)
+        arrays["lora.weight"] = np.zeros(3, np.float32)
+
+    bad = rewrite(source, tmp_path / "hf", damage)
+    (bad / "tokenizer.json").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").touch()
+    lines = refused(bad, tmp_path / "out").splitlines()
+    assert lines[0] == "7 problems, nothing was written:"
+    for part in (
+        "has neither tokenizer.json nor tokenizer.model; if the tokenizer is in another folder",
+        f"{GEMMA}layers.{{2-4}}.mlp.up_proj.weight: missing, shape (64, 32)",
+        f"{GEMMA}norm.weight: has shape (31), must be (32)",
+        f"{GEMMA}layers.0.self_attn.q_proj.weight: has dtype I8",
+        f"{GEMMA}layers.8.input_layernorm.weight: is not part of the model",
+        "lora.weight: is not part of the model",
+        "out: not empty; choose another --output",
+    ):
+        assert any(part in line for line in lines), (part, lines)
+
+
+def test_folders_that_are_not_gemma3(source, tmp_path):
+    def with_config(name, change):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    out = tmp_path / "out"
+    assert "no such file or folder" in refused(tmp_path / "absent", out)
+    folder = with_config("other", lambda c: c.update(model_type="gemma2"))
+    assert "model_type is 'gemma2'; supported are 'gemma3'" in refused(folder, out)
+    folder = with_config("capped", lambda c: c["text_config"].update(attn_logit_softcapping=30.0))
+    assert "attn_logit_softcapping is 30.0; only None is supported" in refused(folder, out)
+    (folder / "config.json").write_text("[1")
+    assert "not a JSON object" in refused(folder, out)
+    (folder / "config.json").unlink()
+    assert "config.json: no such file; --input must be the folder" in refused(folder, out)
+    folder = with_config("holes", lambda c: None)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "shard named in model.safetensors.index.json is missing" in refused(folder, out)
+    folder = rewrite(source, tmp_path / "alien", rename=lambda key: "transformer." + key)
+    assert "no text tower of a Gemma 3; looked for 'language_model.model." in refused(folder, out)
+
+
+def test_an_older_conversion_survives_until_the_new_one_is_complete(
+    source, tmp_path, monkeypatch, capsys
+):
+    arguments = ["--input", str(source), "--output", str(tmp_path / "out")]
+    assert gemma3.main(arguments) == 0
+    assert "Gemma 3, 8 layers of width 32" in capsys.readouterr().out
+    before = sorted(tmp_path.rglob("*"))
+    assert gemma3.main(arguments) == 1
+    assert "not empty; choose another --output or pass --overwrite" in capsys.readouterr().err
+
+    def fail(*args):
+        raise OSError("the disk broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax_writer, "_copy", fail)
+        with pytest.raises(OSError, match="the disk broke"):
+            gemma3.main([*arguments, "--overwrite"])
+    assert sorted(tmp_path.rglob("*")) == before
+    assert gemma3.main([*arguments, "--overwrite", "--dtype", "float32"]) == 0
+    assert tower(tmp_path / "out", "float32")["final_norm"]["scale"].dtype == np.float32
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_tokenizer_of_another_folder(source, tmp_path):
+    folder = rewrite(source, tmp_path / "hf")
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer").mkdir()
+    write_word_tokenizer(tmp_path / "tokenizer")
+    gemma3.convert(folder, tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    wanted = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == wanted
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def real_names():
+    """{key: shape} of google/gemma-3-12b-it as `transformers` names it."""
+    vision = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+                  num_attention_heads=16, image_size=896, patch_size=14)  # fmt: skip
+    with torch.device("meta"):
+        model = Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=GEMMA_12B, vision_config=vision)
+        )
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("layout", ["published", "newer transformers"])
+def test_every_key_of_the_12b_model_has_its_place(layout, real_names):
+    def published(key):
+        key = re.sub(r"^model\.language_model\.", "language_model.model.", key)
+        key = re.sub(r"^model\.(vision_tower|multi_modal_projector)\.", r"\1.", key)
+        return re.sub(r"^lm_head\.", "language_model.lm_head.", key)
+
+    names = real_names
+    if layout == "published":
+        names = {published(key): shape for key, shape in names.items()}
+        assert any(key.startswith("vision_tower.") for key in names)
+    tensors = {
+        key: TensorInfo(pathlib.Path("absent"), "BF16", shape, 0, 2 * int(np.prod(shape)))
+        for key, shape in names.items()
+    }
+    config = GemmaConfig.from_metadata(GEMMA_12B)
+    chosen, problems = gemma3.select(tensors, config, pathlib.Path("gemma"))
+    assert problems == []
+    assert len(chosen) == 2 + 48 * 13
+    leaves = orbax_writer.plan_leaves(chosen, TEXT_TOWER, mesh={"fsdp": 4, "tensor": 2})
+    boxed = jax.eval_shape(lambda k: init_boxed_params(config, k), jax.random.key(0))
+    expected = {
+        "/".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(nn.unbox(boxed))
+    }
+    assert {leaf.path: leaf.shape for leaf in leaves} == expected
+    assert sum(len(leaf.sources) for leaf in leaves) == len(chosen)
+    chunks = {leaf.path: leaf.chunks for leaf in leaves}
+    assert chunks["blocks/ff/down/kernel"] == (1, 15360 // 2, 3840 // 4)
+    assert chunks["blocks/attn/q/kernel"] == (1, 3840 // 4, 4096 // 2)
+
+
+@pytest.mark.parametrize("size", synthetic_gemma.SIZES)
+def test_synthetic_sizes_fit_the_synthetic_ltx2(size):
+    config = GemmaConfig.from_metadata(synthetic_gemma.text_config(size))
+    ltx = synthetic.SIZES[size]
+    assert (config.hidden_size, config.num_states) == (ltx["text"], ltx["states"])
+    assert size != "full" or config == GemmaConfig()
+
+
+def test_synthetic_folder(source, tmp_path):
+    synthetic_gemma.write(tmp_path / "again", "tiny")
+    for file in source.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+    synthetic_gemma.write(tmp_path / "other", "tiny", seed=1)
+    name = "model-00001-of-00002.safetensors"
+    assert (tmp_path / "other" / name).read_bytes() != (source / name).read_bytes()
+    with pytest.raises(ValueError, match="exists already"):
+        synthetic_gemma.write(tmp_path / "other", "tiny")
+    with pytest.raises(ValueError, match=r"size must be one of tiny, small, .*full"):
+        synthetic_gemma.write(tmp_path / "new", "huge")
+    from omniforcing_jax.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    assert tokenizer.vocab_size <= 512 and tokenizer.bos_id == 2
+    ids, _ = tokenizer.encode_batch(["A dog ☂ rüns."], 32)
+    assert 3 not in ids  # byte fallback: nothing is unknown

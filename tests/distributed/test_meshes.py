@@ -1,0 +1,36 @@
+"""The same losses on every mesh: one device, 4 x 2, and 2 x 2 x 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+MESHES = {
+    "one device": ["data=1"],
+    "4 x 2": ["fsdp=4", "tensor=2"],
+    "2 x 2 x 2": ["data=2", "fsdp=2", "tensor=2"],
+    "sequence": ["data=2", "sequence=2", "tensor=2"],
+}
+
+
+def losses(stage: str, mesh: str) -> list[dict[str, float]]:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.distributed.mesh_losses", stage, *MESHES[mesh]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+def test_losses_do_not_depend_on_the_mesh(stage):
+    """Stage III with gathered weights and two microbatches; step 2 sees the update of step 1."""
+    expected = losses(stage, "one device")
+    for mesh in ("4 x 2", "2 x 2 x 2", "sequence"):
+        found = losses(stage, mesh)
+        for step, (a, e) in enumerate(zip(found, expected)):
+            assert a.keys() == e.keys()
+            for name, value in e.items():
+                assert a[name] == pytest.approx(value, rel=1e-4, nan_ok=True), (mesh, step, name)

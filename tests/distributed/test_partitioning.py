@@ -1,0 +1,91 @@
+"""Meshes on eight CPU devices, in a process of their own: the backend's size is fixed at start."""
+
+import subprocess
+import sys
+import textwrap
+
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from omniforcing_jax import partitioning, rollout
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.models.transformer.config import tiny
+from omniforcing_jax.models.transformer.model import Transformer, init_boxed_params
+from tests.tiny_model import random_params
+
+config = tiny(num_audio_sinks=4)
+model = Transformer(config)
+settings = rollout.RolloutConfig(
+    CacheConfig(BlockLayout.prefix(num_sinks=4), window=1), (1.0, 0.5, 0.0), 1, 2)
+contexts = [jax.random.normal(jax.random.key(i), (4, 3, 12)) for i in range(2)]
+rope = settings.rope(model)
+
+def clip(params, contexts):
+    text = rollout.encode_prompt(model, params, *contexts, settings.sigma_levels)
+    return rollout.rollout(
+        model, params, text, rope, jax.random.key(7), config=settings, num_blocks=3, batch=4)
+
+params = random_params(config)
+clip = jax.jit(clip)
+expected = clip(params, contexts)
+boxed = jax.eval_shape(lambda k: init_boxed_params(model, k), jax.random.key(0))
+for axes in (dict(data=4, fsdp=2), dict(data=2, fsdp=2, tensor=2)):
+    mesh = partitioning.make_mesh(**axes)
+    placed = jax.device_put(params, partitioning.shardings(boxed, mesh))
+    q = placed["blocks"]["video_attn"]["q"]["kernel"].sharding.spec
+    assert q == jax.sharding.PartitionSpec(None, ("fsdp", "sequence"), "tensor"), q
+    with jax.set_mesh(mesh):
+        actual = clip(placed, contexts)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4)
+try:
+    partitioning.make_mesh(data=3)
+except ValueError as error:
+    assert "needs 3 devices, there are 8" in str(error)
+else:
+    raise AssertionError("a mesh of 3 over 8 devices was accepted")
+print("ok")
+"""
+
+
+def test_sharded_rollout_equals_unsharded():
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().endswith("ok")
+
+
+RESTORE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from omniforcing_jax import checkpoints, partitioning
+from omniforcing_jax.models.transformer.model import Transformer, init_boxed_params
+from omniforcing_jax.pipeline import PipelineConfig
+
+folder = sys.argv[1]
+model = Transformer(PipelineConfig.from_checkpoint(folder).transformer)
+boxed = jax.eval_shape(lambda k: init_boxed_params(model, k), jax.random.key(0))
+mesh = partitioning.make_mesh(fsdp=4, tensor=2)
+places = partitioning.shardings(boxed, mesh)
+sharded = checkpoints.load_params(folder, "transformer", dtype=jnp.float32, sharding=places)
+whole = checkpoints.load_params(folder, "transformer", dtype=jnp.float32)
+kernel = sharded["blocks"]["video_ff"]["up"]["kernel"]
+layers, width, hidden = kernel.shape
+assert kernel.addressable_shards[0].data.shape == (layers, width // 4, hidden // 2)
+for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+print("ok")
+"""
+
+
+def test_converted_checkpoint_restores_onto_a_mesh(random_checkpoint):
+    result = subprocess.run(
+        [sys.executable, "-c", RESTORE, str(random_checkpoint("2.0"))],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().endswith("ok")

@@ -1,0 +1,201 @@
+"""From a run to a checkpoint that streams and to official safetensors; curves of runs."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoint_converters import ltx2
+from launch import export_run, plot_run
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.sampling.flow import student_sigmas
+from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.training.optimizers import OptimizerConfig, make_optimizer
+from omniforcing_jax.training.state import create_network, create_state
+from omniforcing_jax.training.training_checkpoints import TrainingCheckpoints
+from pocket import compare_runs
+from tests.training.toy_stage import ToyBatches
+
+
+@pytest.fixture(scope="module")
+def run(random_checkpoint, tmp_path_factory):
+    """(folder, parameters, configuration) of a run whose student has sinks, at step 7."""
+    base, folder = random_checkpoint("2.0"), tmp_path_factory.mktemp("run") / "stage3"
+    params = checkpoints.load_params(base, "transformer", dtype=jnp.float32)
+    params["audio_sinks"] = jnp.full((4, params["audio_in"]["bias"].shape[0]), 0.25)
+    network = create_network(params, make_optimizer(OptimizerConfig(1e-4)), ema=True)
+    network = network.replace(ema=jax.tree.map(lambda p: 0.5 * p, params))
+    student = dataclasses.replace(
+        PipelineConfig.from_checkpoint(base).transformer,
+        num_audio_sinks=4,
+        sink_rope="incremental",
+        rope_type="interleaved",
+        cross_gate_timestep_scale=1.0,
+    )
+    config = {
+        "stage": "stage3",
+        "checkpoint": str(base),
+        "clip": {"layout": "prefix"},
+        "student": {
+            "timesteps": (1000.0, 757.0, 522.0),
+            "window": 2,
+            "anchors": 1,
+            "positions": "absolute",
+            "context_noise": 0.125,
+        },
+        "student_config": dataclasses.asdict(student),
+    }
+    with TrainingCheckpoints(folder) as saved:
+        saved.save(7, create_state(network), ToyBatches(), config, {})
+    write_config(folder, config)
+    return folder, params, config
+
+
+def write_config(folder, config):
+    (folder / "config.json").write_text(json.dumps({"format": 1, "config": config}))
+
+
+def export(run, tmp_path, *extra):
+    return export_run.main(["--run", str(run), "--output", str(tmp_path / "student"), *extra])
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_export_of_the_average(run, random_checkpoint, tmp_path):
+    base, file = random_checkpoint("2.0"), tmp_path / "student.safetensors"
+    assert not export(run[0], tmp_path, "--safetensors", str(file))
+    student = tmp_path / "student"
+    parsed = PipelineConfig.from_checkpoint(student)
+    assert dataclasses.asdict(parsed.transformer) == run[2]["student_config"]
+    assert (parsed.layout_name, parsed.timesteps) == ("prefix", (1000, 757, 522))
+    cache = parsed.cache(parsed.layout())
+    assert (cache.window, cache.anchor_blocks, cache.positions) == (2, 1, "absolute")
+    assert parsed.context_noise == 0.125
+    sigmas = tuple(student_sigmas((1000, 757, 522)).tolist())
+    assert parsed.rollout(64, 96) == RolloutConfig(cache, sigmas, 2, 3, context_noise=0.125)
+    other = parsed.cache(parsed.layout(), window=3, anchors=0, positions="relative")
+    assert (other.window, other.anchor_blocks, other.positions) == (3, 0, "relative")
+    plain = PipelineConfig.from_checkpoint(base)
+    assert plain.context_noise == 0.0
+    assert plain.cache(parsed.layout()) == CacheConfig(parsed.layout(), window=7)
+    assert plain.sigmas() == tuple(student_sigmas().tolist())
+    content, before = checkpoints.load_config(student), checkpoints.load_config(base)
+    assert content["family"] == "omniforcing" and content["components"] == before["components"]
+    assert content["source"][-1]["name"] == "stage3, step 7, ema"
+    assert checkpoints.component_metadata(content, "connectors")["rope_type"] == "split"
+    expected = jax.tree.map(lambda p: (0.5 * p).astype(jnp.bfloat16), run[1])
+    assert_equal(checkpoints.load_params(student, "transformer"), expected)
+    assert_equal(*(checkpoints.load_params(folder, "video_vae") for folder in (base, student)))
+
+    # the official file converts back to the same weights, and to a student that streams as before
+    again = tmp_path / "again"
+    assert not ltx2.main(["--input", str(file), "--output", str(again)])
+    assert_equal(checkpoints.load_params(again, "transformer"), expected)
+    converted = checkpoints.load_config(again)
+    for name in ("family", "student", "config"):
+        assert converted[name] == content[name]
+
+
+def test_export_of_raw_weights_and_refusals(run, random_checkpoint, tmp_path, capsys):
+    def error(*arguments):
+        assert export(*arguments) == 1
+        return capsys.readouterr().err
+
+    folder, params, config = run
+    assert not export(folder, tmp_path, "--weights", "params", "--dtype", "float32")
+    assert_equal(checkpoints.load_params(tmp_path / "student", "transformer"), params)
+    assert "not empty; choose another --output" in error(folder, tmp_path)
+    other = tmp_path / "b"
+    assert "of step 8; there are: 7" in error(folder, other, "--step", "8")
+    assert "is not a run: it has no config.json" in error(random_checkpoint("2.0"), other)
+    text = error(folder, other, "--base", str(random_checkpoint("2.3")))
+    assert "no variant of --base" in text and "gated_attention is False, not True" in text
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    write_config(copy, {name: config[name] for name in ("stage", "checkpoint", "clip")})
+    assert "the configuration lacks student, student_config" in error(copy, other)
+    without_sinks = config["student_config"] | {"num_audio_sinks": 0}
+    write_config(copy, config | {"student_config": without_sinks})
+    assert "audio_sinks is not in the model" in error(copy, other)
+    assert not other.exists()
+
+
+def records(folder, networks, steps=4):
+    folder.mkdir()
+    lines = []
+    for step in range(1, steps + 1):
+        record = {"step": 10 * step, "speed/steps_per_second": 2.0, "speed/host_share": 0.1}
+        for network in networks:
+            for name in ("loss", "loss_audio", "grad_norm", "grad_norm/audio", "grad_norm/sinks"):
+                record[f"{network}/{name}"] = 1 / step
+            record[f"{network}/relative_update"] = 0.0
+            record[f"band/{network}_video_0.75-1"] = 1 / step
+        record |= {"sample/audio_entropy": 2.0, "sample/video_std": 1.0}
+        lines.append(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_plot_run(tmp_path, capsys):
+    one = records(tmp_path / "one", ("generator", "critic"))
+    two = records(tmp_path / "two", ("generator",), steps=1)
+    panels = {panel.title: panel.curves for panel in plot_run.choose_panels(
+        list(plot_run.read_run(one)))}  # fmt: skip
+    assert set(panels) == {
+        "generator losses",
+        "critic losses",
+        "generator video loss by noise level",
+        "critic video loss by noise level",
+        "gradient norm",
+        "relative update size",
+        "audio attention entropy",
+        "latents of sample clips",
+        "steps per second",
+        "shares of time, and MFU",
+    }
+    assert panels["critic losses"] == {"loss": "critic/loss", "loss_audio": "critic/loss_audio"}
+    assert panels["critic video loss by noise level"] == {"σ 0.75–1": "band/critic_video_0.75-1"}
+    norms = panels["gradient norm"]
+    assert norms["critic audio"] == "critic/grad_norm/audio" and len(norms) == 4
+    plot_run.main([str(one), str(two), "--smooth", "3", "--output", str(tmp_path / "both.png")])
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    np.testing.assert_allclose(plot_run.smooth(np.array([1.0, 2, 6, 1]), 2), [1, 1.5, 4, 3.5])
+    with pytest.raises(SystemExit):
+        plot_run.main([str(tmp_path / "three")])
+    assert "three does not exist; the runs' folders hold" in capsys.readouterr().err
+
+
+def test_compare_runs(tmp_path, capsys):
+    """The last tenth of a run, its largest gradient, and runs of other seeds in one row."""
+    for seed in ("0", "1"):
+        folder = tmp_path / "seeds" / seed
+        folder.mkdir(parents=True)
+        lines = [
+            {
+                "step": step,
+                "generator/loss_audio": (1.0 + int(seed)) / step,
+                "generator/grad_norm": 7.0 if step == 30 else 1.0,
+                "generator/update_skipped": float(step == 40) / 2,
+            }
+            for step in range(10, 201, 10)
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    output = tmp_path / "table.md"
+    arguments = [str(tmp_path / "seeds"), str(tmp_path / "seeds" / "1"), "--output", str(output)]
+    assert compare_runs.main(arguments) == 0
+    heading, _, both, one = output.read_text().splitlines()
+    assert heading == (
+        "| | runs | audio loss | half way | largest gradient norm | updates skipped |"
+    )
+    last, middle = np.mean([2 / s for s in (180, 190, 200)]), np.mean([2 / 90, 2 / 100, 2 / 110])
+    assert one == f"| 1 | 1 | {last:.3f} | {middle:.3f} | 7.000 | 0.025 |"
+    assert both.startswith(f"| seeds | 2 | {0.75 * last:.3f} ±{0.25 * last:.3f} |")
+    assert compare_runs.main([str(tmp_path)]) == 2
+    assert "there is no metrics.jsonl in" in capsys.readouterr().err

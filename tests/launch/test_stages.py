@@ -1,0 +1,156 @@
+"""All three stages, one after the other, through the launch scripts: from captions to a student."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from checkpoint_converters import gemma3, synthetic_gemma
+from launch import encode_prompts, export_run, ode_pairs, plot_run
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROMPTS = [f"a clip of {n} small bells that ring" for n in ("one", "two", "three", "four")]
+SETTINGS = {
+    "clip.blocks": 2,
+    "batch_size": 2,
+    "num_steps": 3,
+    "checkpoint_every": 2,
+    "keep_every": 2,
+    "sample_every": 0,
+    "critic_updates": 2,
+    "ema.start_step": 1,
+    "student.timesteps": "(1000.0,725.0)",
+}
+
+
+def test_targets_of_make_that_configs_name_exist():
+    makefiles = [ROOT / "Makefile", *(ROOT / "configs").glob("*.mk")]
+    rules = "\n".join(file.read_text() for file in makefiles)
+    targets = set(re.findall(r"^([a-z-]+):", rules, re.MULTILINE))
+    named = {
+        file.name: re.findall(r"(?:^ +|`)make ([\w-]+)", file.read_text(), re.MULTILINE)
+        for file in (ROOT / "configs").glob("*.py")
+    }
+    assert named["stage1.py"] == ["tiny"]
+    for name, found in named.items():
+        assert set(found) <= targets, name
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, random_checkpoint):
+    """A tiny converted LTX-2, and encoded captions."""
+    folder = tmp_path_factory.mktemp("stages")
+    source, gemma = folder / "gemma_hf", folder / "gemma"
+    assert not synthetic_gemma.main(["--size", "tiny", "--output", str(source)])
+    assert not gemma3.main(["--input", str(source), "--output", str(gemma)])
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    checkpoint = random_checkpoint("2.0")
+    assert not encode_prompts.main(
+        ["--gemma", str(gemma), "--checkpoint", str(checkpoint),
+         "--prompts", str(folder / "prompts.txt"), "--output", str(folder / "prompts"),
+         "--length", "128"]
+    )  # fmt: skip
+    return folder, checkpoint
+
+
+def launch(
+    stage: int, *arguments: str, devices: int = 1, **settings
+) -> subprocess.CompletedProcess:
+    """Runs `launch.stageN` on its tiny config."""
+    values = SETTINGS | settings
+    if stage == 2:
+        values = {name: value for name, value in values.items() if name != "critic_updates"}
+    options = [f"--config.{name}={value}" for name, value in values.items()]
+    module = f"launch.stage{stage}"
+    command = [sys.executable, "-m", module, f"--config=configs/stage{stage}.py:tiny", *options]
+    # besides those of conftest.py: without them, several devices can wait for each other
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def records(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_three_stages(world, tmp_path):
+    """Each starts from the one before, trains, saves; the last one samples a clip."""
+    folder, checkpoint = world
+    common = {"checkpoint": checkpoint, "data": folder / "prompts"}
+
+    def trained(stage: int, **settings):
+        workdir = folder / f"stage{stage}"
+        done = launch(stage, f"--workdir={workdir}", **settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+        steps = [r for r in records(workdir) if "generator/loss" in r or "critic/loss" in r]
+        assert [r["step"] for r in steps] == [1, 2, 3]
+        bad = {k for r in steps for k, v in r.items() if not np.isfinite(v)}
+        assert not bad
+        return workdir, steps
+
+    first, steps = trained(1, **common)
+    assert ["generator/loss" in r for r in steps] == [True, False, True]
+
+    assert not ode_pairs.main(
+        ["--text", str(folder / "prompts"), "--checkpoint", str(checkpoint),
+         "--generator", str(first), "--frames", "25", "--layout", "prefix", "--height", "64",
+         "--width", "64", "--timesteps", "1000", "725", "--steps", "40",
+         "--output", str(folder / "pairs")]
+    )  # fmt: skip
+    second, _ = trained(2, **common | {"data": folder / "pairs", "generator": first})
+
+    third, _ = trained(
+        3, **common, generator=second, rollout_blocks=2, sample_every=3, sample_clips=1
+    )
+    (sample,) = [r for r in records(third) if "sample/audio_entropy" in r]
+    assert 0 < sample["sample/audio_entropy_lowest"] <= sample["sample/audio_entropy"] <= 1
+    assert (third / "samples" / "000003_0.mp4").stat().st_size > 1000
+    assert (third / "samples" / "000003_0.png").stat().st_size > 1000
+
+    # what comes of it: an official file, and a plot
+    output = tmp_path / "student"
+    assert not export_run.main(["--run", str(third), "--output", str(output)])
+    content = json.loads((output / "config.json").read_text())
+    assert content["student"]["layout"] == "prefix"
+    assert not plot_run.main([str(third), "--output", str(tmp_path / "curves.png")])
+
+
+@pytest.mark.slow
+def test_score_networks_on_devices_of_their_own(world):
+    """From the command line, four devices in two halves: the losses of one device, and a resume."""
+    folder, checkpoint = world
+    common = {"checkpoint": checkpoint, "data": folder / "prompts", "num_steps": 2}
+    alone = launch(1, f"--workdir={folder / 'alone'}", **common)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    split = folder / "split"
+    halves = {"devices": 4, "compute.separate_scores": True}
+    done = launch(1, f"--workdir={split}", **common, **halves)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(1, f"--workdir={split}", **common | {"num_steps": 3}, **halves)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [r["step"] for r in records(split) if "critic/loss" in r] == [1, 2, 3]
+    for one, other in zip(records(folder / "alone"), records(split)):
+        names = [name for name in ("generator/loss", "critic/loss") if name in one]
+        assert [one[n] for n in names] == pytest.approx([other[n] for n in names], rel=1e-4)
+
+
+def test_plan_and_errors(world):
+    """--plan prints and exits; problems are listed together, and nothing is left behind."""
+    folder, checkpoint = world
+    common = {"checkpoint": checkpoint, "data": folder / "prompts"}
+    done = launch(1, "--plan", **common)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "memory per device" in done.stdout
+    done = launch(1, f"--workdir={folder / 'bad'}", **common, batch_size=3, num_steps=0,
+                  microbatches=2)  # fmt: skip
+    assert done.returncode == 2
+    assert "batch_size: 3 is not a multiple of 2 microbatches" in done.stderr
+    assert "num_steps must be at least 1" in done.stderr
+    assert not (folder / "bad").exists()

@@ -1,0 +1,449 @@
+"""`launch/stream.py` as a person runs it: clips, prompts, pipes, Ctrl-C, and refused input."""
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint_converters import ltx2, omniforcing
+from launch import sample_teacher, stream
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
+from omniforcing_jax.streaming import media
+from omniforcing_jax.streaming.session import StreamingSession
+from omniforcing_jax.text import encoder_files
+from omniforcing_jax.text import features as text_features
+from omniforcing_jax.text.text_encoder import TextEncoder
+from omniforcing_jax.training.ode_pair_sampler import Generator
+
+SIZE = ["--height", "64", "--width", "64", "--decode", "causal", "--sigmas", "1", "0.7", "0"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_checkpoint):
+    return str(random_checkpoint("2.0"))
+
+
+def arguments(checkpoint, output, *more):
+    return ["--checkpoint", checkpoint, "--output", str(output), *SIZE, *more]
+
+
+def write_features(path, prompt, width=32):
+    key = text_features.prompt_key(prompt)
+    features = text_features.random_text_features(key, 1, 128, (width, width))
+    text_features.save_text_features(
+        path, features.video_context, features.audio_context, prompt, "2.0.0"
+    )
+    return str(path)
+
+
+def make_plan(checkpoint, *more, **changes):
+    config = dataclasses.replace(PipelineConfig.from_checkpoint(checkpoint), **changes)
+    return stream.make_plan(stream.parse_arguments(arguments(checkpoint, "-", *more)), config)
+
+
+def test_clip_with_two_prompts(checkpoint, tmp_path, capsys):
+    first = write_features(tmp_path / "first.safetensors", "a calm sea")
+    second = write_features(tmp_path / "second.safetensors", "a storm")
+    clip = tmp_path / "clip.mp4"
+    more = ["--seconds", "2", "--features", first, f"{second}@1"]
+    assert stream.main(arguments(checkpoint, clip, *more)) == 0
+    frames, rate, waveform, sample_rate = media.read_clip(clip)
+    assert frames.shape == (49, 64, 64, 3) and rate == pytest.approx(24, rel=0.01)
+    # 4 * 51 - 3 mel frames of 240 samples, give or take one AAC frame of padding
+    assert sample_rate == 24000 and abs(len(waveform) - 201 * 240) <= 1024
+    assert frames.std() > 1 and np.abs(waveform).max() > 0
+    report = capsys.readouterr().err
+    assert "block    1" in report and "FPS" in report and "lead" in report
+
+    alone = tmp_path / "alone.mp4"
+    more = ["--seconds", "2", "--features", first]
+    assert stream.main(arguments(checkpoint, alone, *more)) == 0
+    same, *_ = media.read_clip(alone)
+    difference = np.abs(frames.astype(int) - same).mean(axis=(1, 2, 3))
+    assert difference[:25].max() < 1  # the first second is the same, but for its encoding
+    assert difference[30:].mean() > 5 * difference[:25].mean()
+
+
+def sentences(gemma, cache, *prompts):
+    more = ["--text-encoder", str(gemma), "--prompt-cache", str(cache), "--seconds", "2"]
+    return [*more, "--prompt", *prompts]
+
+
+def test_clip_of_sentences(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
+    """Encoded and unloaded before the sampler is loaded; then from the cache, without Gemma."""
+    events = []
+
+    def recorded(owner, name, event):
+        original = getattr(owner, name)
+
+        def call(*args, **options):
+            events.append(event)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    recorded(TextEncoder, "load", "load encoder")
+    recorded(TextEncoder, "close", "close encoder")
+    recorded(stream, "load_pipeline", "load sampler")
+    clip = tmp_path / "clip.mp4"
+    more = sentences(random_gemma, tmp_path / "cache", "a calm sea", "a storm@1")
+    assert stream.main(arguments(checkpoint, clip, *more)) == 0
+    assert events == ["load encoder", "close encoder", "load sampler"]
+    report = capsys.readouterr().err
+    assert "2 encoded, 0 from the cache" in report
+    assert re.search(r"first chunk after.* with compilation \(text [0-9.]+, generate", report)
+    frames, *_ = media.read_clip(clip)
+    assert frames.shape == (49, 64, 64, 3)
+
+    events.clear()
+    monkeypatch.setattr(TextEncoder, "load", lambda *a, **k: pytest.fail("weights were read"))
+    again = tmp_path / "again.mp4"
+    assert stream.main(arguments(checkpoint, again, *more)) == 0
+    assert events == ["load sampler"] and "0 encoded, 2 from the cache" in capsys.readouterr().err
+    assert again.read_bytes() == clip.read_bytes()
+
+
+def test_kept_encoder(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
+    """Later sentences are encoded when they are due, by the same encoder, as int8."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    more = sentences(random_gemma, "none", "a calm sea", "a storm@1")
+    more += ["--keep-encoder", "--quantize-encoder", "int8"]
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 0
+    report = capsys.readouterr().err
+    assert "1 encoded, 0 from the cache" in report  # before the stream began
+    blocks = [line for line in report.splitlines() if line.startswith("block")]
+    assert "text" in blocks[2] and "text" not in blocks[1]
+    assert not (tmp_path / "user").exists()
+
+
+def test_released_student(checkpoint, tmp_path):
+    """Weights as OmniForcing releases them: their layout, sinks and steps are the defaults."""
+    source = next(pathlib.Path(checkpoint).parent.glob("*.safetensors"))
+    prefix, weights = "model.diffusion_model.", load_file(source)
+    student = {
+        f"model.{key.removeprefix(prefix)}": value
+        for key, value in weights.items()
+        if key.startswith(prefix) and "connector" not in key
+    }
+    student["model.audio_sink_tokens"] = torch.randn(1, 16, 32)
+    save_file(student, tmp_path / "student.safetensors")
+    converted = tmp_path / "student"
+    inputs = ["--input", str(tmp_path / "student.safetensors"), "--base", checkpoint]
+    assert not omniforcing.main([*inputs, "--output", str(converted), "--num-heads", "4"])
+    config = PipelineConfig.from_checkpoint(converted)
+    assert config.transformer.rope_type == "interleaved"
+    assert config.transformer.cross_gate_timestep_scale == 1
+    more = ["--height", "64", "--width", "64", "--seconds", "1", "--random-features"]
+    args = ["--checkpoint", str(converted), "--output", str(tmp_path / "clip.mp4"), *more]
+    plan = stream.make_plan(stream.parse_arguments(args), config)
+    assert plan.rollout.num_steps == 3 and plan.rollout.cache.layout.num_sinks == 16
+    assert plan.rollout.cache.layout.name == "prefix"
+    assert stream.main(args) == 0
+    frames, *_ = media.read_clip(tmp_path / "clip.mp4")
+    assert frames.shape == (25, 64, 64, 3)
+
+
+def endless_stream(checkpoint):
+    """A process that writes a clip to a pipe, and what it has written until it was under way."""
+    command = [sys.executable, "-m", "launch.stream", *arguments(checkpoint, "-"), "--endless"]
+    process = subprocess.Popen(
+        [*command, "--random-features"], bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    head = b""
+    while len(head) < 20000:
+        head += process.stdout.read(4096)
+    return process, head
+
+
+def test_ctrl_c_ends_an_endless_stream_properly(checkpoint):
+    process, head = endless_stream(checkpoint)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors.decode()[-2000:]
+    assert time.monotonic() - started < 120
+    frames, *_ = media.read_clip(io.BytesIO(head + rest))
+    assert len(frames) % 24 == 1 and len(frames) >= 25
+    assert b"ending after this block" in errors
+
+
+def test_a_player_that_is_closed_ends_the_stream_quietly(checkpoint):
+    process, _ = endless_stream(checkpoint)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(timeout=120) == 0, errors[-2000:]
+    assert "first chunk after" in errors
+    assert "Traceback" not in errors and "Broken" not in errors
+
+
+def test_nothing_is_left_to_be_flushed_into_a_closed_pipe(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        stdout.write("the end of a clip")
+        stream._flush_stdout()
+        stdout.flush()  # as Python does when it exits, which would raise
+        assert os.path.samestat(os.fstat(stdout.fileno()), os.stat(os.devnull))
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (
+            OSError(errno.ENOSPC, "no space left"),
+            1,
+            "error: [Errno 28] no space left\nthe unfinish",
+        ),
+        (BrokenPipeError(errno.EPIPE, "no reader"), 0, "first chunk after"),
+    ],
+)
+@pytest.mark.parametrize("method", ["_encode_chunk", "_finish"])
+def test_errors_of_writing(
+    checkpoint, tmp_path, monkeypatch, capsys, error, status, message, method
+):
+    """While the clip is being written, and when its end is."""
+    write = getattr(media.ClipWriter, method)
+
+    def fail(clip, *args, **options):
+        if clip.frame_count:  # there is an unfinished clip
+            raise error
+        return write(clip, *args, **options)
+
+    monkeypatch.setattr(media.ClipWriter, method, fail)
+    more = ["--random-features", "--seconds", "2"]
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == status
+    assert message in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_the_stream_at_once(checkpoint, tmp_path, monkeypatch, capsys):
+    step = StreamingSession.step
+
+    def interrupted(session):
+        for _ in range(2 * session.num_blocks):
+            signal.raise_signal(signal.SIGINT)
+        return step(session)
+
+    monkeypatch.setattr(StreamingSession, "step", interrupted)
+    more = ["--random-features", "--seconds", "2"]
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 130
+    report = capsys.readouterr().err
+    assert "ending after this block" in report and "the unfinished clip is in" in report
+    assert media.read_clip(tmp_path / "clip.mp4")[0].shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--height", "100"], "multiples of 32"),
+        (["--look-back", "0"], "look_back must be an integer >= 1"),
+        (["--look-ahead", "-1"], "look_ahead must be an integer >= 0"),
+        (["--blend", "-1"], "blend must be an integer >= 0"),
+        (["--attention", "cudnn"], "needs an NVIDIA GPU"),
+        (["--fps", "300"], "frame_rate must be from 1 to 240"),
+        (["--height", "32"], "at least"),
+        (["--seconds", "-1"], "seconds"),
+        (["--fps", "23"], "frame rate"),
+        (["--window", "0"], "window must be at least 1"),
+        (["--sigmas", "1", "0.5"], "must end with 0"),
+        (["--endless", "--positions", "absolute"], "positions='relative'"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--output", "/etc/passwd/clip.mp4"], "not a folder"),
+        (["--output", "clip.avi"], "mp4"),
+        (["--features", "missing.safetensors"], "missing.safetensors"),
+        (["--features", "a.safetensors", "--random-features"], "found --features and --random-f"),
+        (["--features", "a.safetensors", "--prompt", "x"], "goes with --text-encoder or --random"),
+        (["--text-encoder", "GEMMA"], "needs --prompt TEXT"),
+        (["--text-encoder", "GEMMA", "--prompt", "x", "--features", "y"], "one source of text"),
+        (["--text-encoder", "nowhere", "--prompt", "x"], "nowhere does not exist"),
+        (["--text-encoder", "GEMMA/../hf", "--prompt", "x"], "is a Hugging Face folder; convert"),
+        (["--text-encoder", "GEMMA", "--prompt", "a\udce4"], "is not valid Unicode"),
+        (["--text-encoder", "GEMMA", "--prompt", "x@3"], "no prompt for the start"),
+        (["--text-encoder", "GEMMA", "--prompt", "x", "y@-1"], "a second from 0 on, not -1"),
+        (["--text-encoder", "GEMMA", "--prompt", "x", "y@1", "z@0.9"], "same second as 'y'"),
+        (["--text-encoder", "GEMMA", "--prompt", "x", "y@9"], "starts after the end of the clip"),
+        (["--keep-encoder"], "--keep-encoder has no effect without --text-encoder"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(
+    checkpoint, random_gemma, tmp_path, monkeypatch, capsys, change, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stream, "load_pipeline", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(TextEncoder, "load", lambda *a, **k: pytest.fail("weights were read"))
+    change = [word.replace("GEMMA", str(random_gemma)) for word in change]
+    if "--text-encoder" in change:
+        more = [*change, "--prompt-cache", "none"]
+    else:
+        more = change if "--features" in change else ["--random-features", *change]
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def partial_checkpoint(checkpoint, tmp_path_factory):
+    """Made with --components transformer connectors."""
+    folder = tmp_path_factory.mktemp("partial") / "checkpoint"
+    source = next(pathlib.Path(checkpoint).parent.glob("*.safetensors"))
+    ltx2.convert(source, folder, components=("transformer", "connectors"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("program", [stream, sample_teacher])
+def test_a_checkpoint_that_lacks_components_is_refused(
+    checkpoint, partial_checkpoint, tmp_path, monkeypatch, capsys, program
+):
+    monkeypatch.setattr(
+        checkpoints, "load_params", lambda *a, **k: pytest.fail("weights were read")
+    )
+    options = ["--output", str(tmp_path / "clip.mp4"), "--random-features"]
+    options += ["--height", "64", "--width", "64"]
+    assert program.main(["--checkpoint", partial_checkpoint, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: the checkpoint has no video_vae, audio_vae, vocoder, so nothing"
+    )
+    assert "convert again with all components" in error and error.count("\n") == 1
+    with pytest.raises(ValueError, match="has no video_vae, audio_vae, vocoder, so nothing"):
+        load_pipeline(partial_checkpoint, dtype=jnp.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_component_whose_folder_is_gone_is_missing_as_well(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    assert PipelineConfig.from_checkpoint(tmp_path / "checkpoint").missing == ()
+    shutil.rmtree(tmp_path / "checkpoint" / "vocoder")
+    with pytest.raises(
+        ValueError, match="the checkpoint has no vocoder, so nothing can be sampled"
+    ):
+        load_pipeline(tmp_path / "checkpoint", dtype=jnp.float32)
+
+
+def test_who_samples_nothing_takes_fewer_components(checkpoint, partial_checkpoint, random_gemma):
+    """Training reads the description and the transformer, the prompt encoder the connectors."""
+    whole = PipelineConfig.from_checkpoint(checkpoint)
+    part = PipelineConfig.from_checkpoint(partial_checkpoint)
+    assert dataclasses.replace(part, missing=()) == whole
+    encoder_files.check_encoder(random_gemma, partial_checkpoint)
+    assert Generator.find(partial_checkpoint, None, None).transformer == whole.transformer
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (FileNotFoundError("checkpoint has no transformer"), 2),
+        (ValueError("checkpoint: format 2"), 2),
+        (OSError(errno.ENOSPC, "no space left"), 1),
+    ],
+)
+def test_errors_of_the_teacher_after_its_checks(
+    checkpoint, tmp_path, monkeypatch, capsys, error, status
+):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(sample_teacher, "load_pipeline", fail)
+    options = ["--output", str(tmp_path / "clip.mp4"), "--random-features", "--stg-block", "1"]
+    options += ["--height", "64", "--width", "64"]
+    assert sample_teacher.main(["--checkpoint", checkpoint, *options]) == status
+    assert f"error: {error}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_pyav_is_found_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "load_pipeline", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", "--random-features")) == 2
+    assert "needs PyAV (pip install av)" in capsys.readouterr().err
+
+
+def test_unknown_attention_is_refused(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        stream.parse_arguments(arguments(checkpoint, "-", "--attention", "flash"))
+    assert "invalid choice: 'flash'" in capsys.readouterr().err
+
+
+def test_window_decode_is_refused_for_a_causal_decoder(checkpoint):
+    causal = dataclasses.replace(
+        PipelineConfig.from_checkpoint(checkpoint).video_vae, causal_decoder=True
+    )
+    make_plan(checkpoint, "--random-features", video_vae=causal)
+    with pytest.raises(ValueError, match="trained causal"):
+        make_plan(checkpoint, "--random-features", "--decode", "window", video_vae=causal)
+
+
+def test_padding_of_stored_features_is_left_out(checkpoint, tmp_path):
+    """The tokens that the mask hides would be attended to otherwise."""
+    path, rng = tmp_path / "padded.safetensors", np.random.default_rng(0)
+    video, audio = rng.normal(size=(2, 1, 6, 32)).astype(np.float32)
+    mask = np.array([[True, True, False, True, False, False]])
+    text_features.save_text_features(path, video, audio, "a calm sea", "2.0.0", mask)
+    plan = make_plan(checkpoint, "--features", str(path))
+    for context, stored in zip(plan.prompts[0], (video, audio)):
+        np.testing.assert_array_equal(context, stored[:, [0, 1, 3]])
+
+
+@pytest.mark.parametrize(
+    "batch, mask, message",
+    [(2, None, "holds 2 prompts"), (1, np.zeros((1, 6), bool), "leaves no token to attend to")],
+)
+def test_features_that_are_no_prompt_are_refused(checkpoint, tmp_path, batch, mask, message):
+    path, contexts = tmp_path / "odd.safetensors", np.ones((batch, 6, 32), np.float32)
+    text_features.save_text_features(path, contexts, contexts, "a calm sea", "2.0.0", mask)
+    with pytest.raises(ValueError, match=message):
+        make_plan(checkpoint, "--features", str(path))
+
+
+def test_features_of_another_model_are_refused(checkpoint, tmp_path, capsys):
+    wide = write_features(tmp_path / "wide.safetensors", "a calm sea", width=48)
+    clip = tmp_path / "clip.mp4"
+    assert stream.main(arguments(checkpoint, clip, "--features", wide)) == 2
+    error = capsys.readouterr().err
+    assert "48" in error and "32" in error and not clip.exists()
+
+
+def test_gemma_of_another_model_is_refused(checkpoint, random_gemma, tmp_path, capsys):
+    shutil.copytree(random_gemma, tmp_path / "gemma")
+    config = tmp_path / "gemma" / "config.json"
+    content = json.loads(config.read_text())
+    content["config"]["hidden_size"] = 48
+    config.write_text(json.dumps(content))
+    more = sentences(tmp_path / "gemma", tmp_path / "cache", "a calm sea")
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
+    assert "of width 32, the text tower's have 48" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["gemma"]
+
+
+def test_existing_clip_is_kept(checkpoint, tmp_path, capsys):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"precious")
+    assert stream.main(arguments(checkpoint, clip, "--random-features")) == 2
+    assert "overwrite" in capsys.readouterr().err and clip.read_bytes() == b"precious"
+
+
+def test_writer_errors_reach_the_main_thread():
+    class Broken:
+        def write(self, frames, waveform):
+            raise OSError("disk full")
+
+    writer = stream.BackgroundWriter(Broken())
+    chunk = stream.Chunk(0, 0, 0, np.zeros((1, 1, 2, 2, 3), np.uint8), jnp.zeros((1, 0, 2)), None)
+    writer.put(chunk)
+    with pytest.raises(OSError, match="disk full"):
+        writer.close()

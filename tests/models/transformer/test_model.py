@@ -1,0 +1,172 @@
+"""The transformer against the official LTX-2 and OmniForcing code, fp32."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoint_converters.reading import load_component
+from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.models.transformer.model import Modality, Pathways, Transformer
+from omniforcing_jax.models.transformer.rope import rope_from_bounds
+
+TOLERANCE = 1e-4  # the references' own fp32 error is 9e-6; phases are formed in their order
+
+
+class Reference:
+    """A golden LTX-2 file: config, weights, arrays, and its inputs as `Modality` objects."""
+
+    def __init__(self, name: str, version: str, golden_dir):
+        self.arrays = np.load(golden_dir / f"{name}_expected.npz")
+        metadata = json.loads(str(self.arrays["config_json"]))
+        self.config = TransformerConfig.from_metadata(metadata["transformer"], version)
+        weights = load_component(golden_dir / f"{name}.safetensors", "transformer")
+        self.params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
+
+    def modality(self, stream: str, case: str, per_token: bool = True) -> Modality:
+        a, c = self.arrays, self.config
+        bounds = a[f"dit_{stream}_positions"]
+        is_video = stream == "video"
+        table = functools.partial(
+            rope_from_bounds, heads=c.video_heads, frequency_dtype=c.rope_frequency_dtype
+        )
+        own = c.video_max_position if is_video else (c.audio_max_position,)
+        # the single-stream cases share the noise levels of a_uniform
+        sigma = a.get(f"{case}_timesteps_{stream}", a[f"a_uniform_timesteps_{stream}"])
+        key = f"{case}_sigma_{stream}"
+        return Modality(
+            latents=jnp.asarray(a[f"dit_{stream}_tokens"]),
+            sigma=jnp.asarray(sigma if per_token else sigma[:, :1]),
+            rope=table(bounds, dim=c.video_dim if is_video else c.audio_dim, max_position=own),
+            cross_rope=table(bounds[:, :1], dim=c.audio_dim, max_position=(20.0,)),
+            context=jnp.asarray(a[f"dit_{stream}_context"]),
+            global_sigma=jnp.asarray(a[key]) if key in a else None,
+        )
+
+    def run(self, video, audio, *, keep=None, unroll=1, **changes):
+        config = dataclasses.replace(self.config, **changes) if changes else self.config
+        model = Transformer(config, unroll=unroll)
+        apply = jax.jit(lambda p, v, a, k: model.apply({"params": p}, v, a, keep=k)[0])
+        return apply(self.params, video, audio, keep)
+
+    def check(self, case, outputs, streams=("video", "audio")):
+        for stream, velocity in zip(("video", "audio"), outputs, strict=True):
+            if stream in streams:
+                expected = self.arrays[f"{case}_{stream}_velocity"]
+                np.testing.assert_allclose(velocity, expected, atol=TOLERANCE, err_msg=case)
+
+
+@pytest.fixture(scope="module")
+def ltx20_model(golden_dir):
+    return Reference("ltx2_tiny", "2.0.0", golden_dir)
+
+
+@pytest.fixture(scope="module")
+def ltx23_model(golden_dir):
+    return Reference("ltx23_tiny", "2.3.0", golden_dir)
+
+
+@pytest.fixture
+def reference(request, ltx20_model, ltx23_model):
+    version = request.param
+    return ltx20_model if version == "2.0" else ltx23_model
+
+
+def versions(*names):
+    """Runs a test on the references of these versions, `names` being versions or tuples of them."""
+    return lambda *arguments: pytest.mark.parametrize(
+        ",".join(("reference", *arguments)), names, indirect=["reference"]
+    )
+
+
+both = versions("2.0", "2.3")()
+
+
+@both
+@pytest.mark.parametrize("per_token", [True, False])
+def test_uniform_sigma(reference, per_token):
+    video, audio = (reference.modality(s, "a_uniform", per_token) for s in ("video", "audio"))
+    reference.check("a_uniform", reference.run(video, audio))
+
+
+def test_layers_compiled_as_one(ltx20_model):
+    video, audio = (ltx20_model.modality(s, "a_uniform") for s in ("video", "audio"))
+    layers = ltx20_model.config.num_layers
+    assert layers > 1
+    ltx20_model.check("a_uniform", ltx20_model.run(video, audio, unroll=layers))
+
+
+@both
+def test_text_mask(reference):
+    mask = jnp.asarray(reference.arrays["a_ctxmask_mask"]) > 0
+    video, audio = (
+        reference.modality(s, "a_ctxmask").replace(context_mask=mask) for s in ("video", "audio")
+    )
+    reference.check("a_ctxmask", reference.run(video, audio))
+
+
+@both
+@pytest.mark.parametrize("stream", ["video", "audio"])
+def test_single_stream(reference, stream):
+    modality = reference.modality(stream, f"a_{stream}only")
+    streams = (modality, None) if stream == "video" else (None, modality)
+    outputs = reference.run(*streams)
+    reference.check(f"a_{stream}only", outputs, (stream,))
+    assert outputs[1 if stream == "video" else 0] is None
+
+
+VARIANTS = {"A": "own", "B": "other", "C": "own_other_gate"}
+
+
+@pytest.mark.parametrize("case", ["b_pertoken", "b_modalsigma"])
+@versions(("2.0", "A"), ("2.0", "C"), ("2.3", "B"), ("2.3", "C"))("variant")
+def test_sigma_per_token_and_per_stream(reference, case, variant):
+    name = f"{case}_variant{variant}"
+    video, audio = (reference.modality(s, case) for s in ("video", "audio"))
+    outputs = reference.run(video, audio, cross_timestep=VARIANTS[variant])
+    reference.check(name, outputs)
+
+
+def keep_all(reference):
+    ones = jnp.ones((reference.config.num_layers, 2))
+    return Pathways(video=ones, audio=ones, a2v=ones, v2a=ones)
+
+
+@both
+def test_cross_modal_attention_off(reference):
+    video, audio = (reference.modality(s, "c_isolated") for s in ("video", "audio"))
+    keep = keep_all(reference)
+    off = jnp.zeros_like(keep.a2v)
+    outputs = reference.run(video, audio, keep=keep.replace(a2v=off, v2a=off))
+    reference.check("c_isolated", outputs)
+
+    video, audio = (reference.modality(s, "c_mixed") for s in ("video", "audio"))
+    mixed = keep.replace(a2v=keep.a2v.at[:, 0].set(0), v2a=keep.v2a.at[-1, 1].set(0))
+    reference.check("c_mixed", reference.run(video, audio, keep=mixed))
+
+
+@versions(("2.0", "zero"), ("2.0", "value"), ("2.3", "value"))("semantics")
+def test_self_attention_skipped(reference, semantics):
+    case = {"zero": "d_stg_zero", "value": "d_stg_vpass"}[semantics]
+    video, audio = (reference.modality(s, "d_stg") for s in ("video", "audio"))
+    keep = keep_all(reference)
+    layer = 1 if reference.config.caption_channels else 0
+    off = keep.video.at[layer].set(0)
+    keep = keep.replace(video=off, audio=off)
+    reference.check(case, reference.run(video, audio, keep=keep, perturbation=semantics))
+
+
+@both
+def test_rope_tables(reference):
+    a = reference.arrays
+    for stream in ("video", "audio"):
+        modality = reference.modality(stream, "a_uniform")
+        for name, rope in (("", modality.rope), ("_cross", modality.cross_rope)):
+            for part in ("cos", "sin"):
+                table = a[f"e_rope_{stream}{name}_{part}"]  # [B, N, T, H/2]
+                ours = np.swapaxes(getattr(rope, part), 1, 2)
+                np.testing.assert_allclose(ours, table, atol=2e-6)

@@ -1,0 +1,325 @@
+"""Generating blocks: one step written out by hand, the scan, the host loop, and gradients."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.models.transformer.config import tiny
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.student import AVLatents, RolloutConfig, block_noise, encode_prompt
+from tests.tiny_model import (
+    LTX23_CHANGES,
+    QUICK_COMPILE,
+    modalities,
+    random_contexts,
+    random_params,
+)
+
+HEIGHT, WIDTH, BATCH = 1, 2, 2
+NUM_BLOCKS = 7  # a window of two blocks has let go of four by then
+KEY = jax.random.key(3)
+
+jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+block_step = jit(rollout.block_step, static_argnames=("model", "config", "first"))
+
+
+class Setup:
+    """A tiny student with what it needs to generate blocks."""
+
+    def __init__(self, layout, *, context_noise=0.0, window=2, sigmas=(1.0, 0.6, 0.0), **changes):
+        config = tiny(num_audio_sinks=layout.num_sinks, **changes)
+        self.model, self.params = Transformer(config), random_params(config)
+        self.config = RolloutConfig(
+            CacheConfig(layout, window=window), sigmas, HEIGHT, WIDTH, context_noise=context_noise
+        )
+        self.contexts = random_contexts(config, batch=BATCH)
+        self.rope = self.config.rope(self.model, NUM_BLOCKS)
+        self.text = self.encode(self.model)
+        self._programs = {}
+
+    def encode(self, model):
+        return encode_prompt(model, self.params, *self.contexts, self.config.sigma_levels)
+
+    def noise(self, block, key=KEY):
+        return block_noise(key, block, self.config, self.model, BATCH, first=block == 0)
+
+    def host_loop(self, num_blocks):
+        """The blocks one by one, as a streaming session makes them."""
+        cache = rollout.new_cache(self.model, self.config, BATCH)
+        for block in range(num_blocks):
+            x0, cache = block_step(
+                self.model, self.params, cache, self.text, self.rope, self.noise(block),
+                config=self.config, first=block == 0,
+            )  # fmt: skip
+            yield x0, cache
+
+    def scan(self, key=KEY, model=None):
+        """The clip in one program."""
+        model = model or self.model
+        arguments = self.params, self.encode(model), self.rope, key
+        if model not in self._programs:
+            lowered = rollout.rollout.lower(
+                model, *arguments, config=self.config, num_blocks=NUM_BLOCKS, batch=BATCH
+            )
+            self._programs[model] = lowered.compile(compiler_options=QUICK_COMPILE)
+        return self._programs[model](*arguments)
+
+
+@pytest.fixture(scope="module")
+def sinks():
+    return Setup(BlockLayout.prefix(num_sinks=2))
+
+
+@pytest.fixture(scope="module")
+def ltx23():
+    """Modulated text attention, so text K/V per noise level, and a noisy refresh pass."""
+    return Setup(BlockLayout.merged(), context_noise=0.1, **LTX23_CHANGES)
+
+
+# -- one block ------------------------------------------------------------------------------------
+
+
+@functools.partial(jit, static_argnames="model")
+def velocity_from_contexts(model, params, rope, x, sigma, frames, contexts, history):
+    """Velocities and K/V of a block, the prompt given as features rather than as K/V."""
+    sigmas = (jnp.full((BATCH, 1), sigma),) * 2
+    first = history is None
+    streams = modalities(model.config, rope, x, sigmas, frames, contexts, sinks=first)
+    return model.clone(return_kv=True).apply({"params": params}, *streams, history=history)
+
+
+def block_by_hand(s: Setup, block, history=None):
+    """Clean latents and K/V of a block before any eviction, in plain Python."""
+    layout = s.config.cache.layout
+    frames = (
+        layout.video_start(block) + np.arange(layout.video_frames_in(block)),
+        layout.audio_start(block) + np.arange(layout.audio_frames_in(block)),
+    )
+    noise = s.noise(block)
+
+    def velocity(x, sigma):
+        (video, audio), kv = velocity_from_contexts(
+            s.model, s.params, s.rope, x, sigma, frames, s.contexts, history
+        )
+        return AVLatents(video, audio), kv
+
+    def mix(x0, noise, sigma):
+        return jax.tree.map(lambda x, n: (1 - sigma) * x + sigma * n, x0, noise)
+
+    x = jax.tree.map(lambda n: n[0], noise)
+    for i, (sigma, following) in enumerate(zip(s.config.sigmas, s.config.sigmas[1:])):
+        v, _ = velocity(x, sigma)
+        x0 = jax.tree.map(lambda x, v, sigma=sigma: x - sigma * v, x, v)
+        if following > 0:
+            x = mix(x0, jax.tree.map(lambda n, i=i: n[i + 1], noise), following)
+    level = s.config.context_noise
+    context = x0 if level == 0 else mix(x0, jax.tree.map(lambda n: n[-1], noise), level)
+    return x0, velocity(context, level)[1]
+
+
+@pytest.mark.parametrize("name", ["sinks", "ltx23"])
+def test_block_step_by_hand(name, request):
+    """Noise, sigmas, refresh, and text K/V (per noise level in LTX-2.3) instead of contexts."""
+    s = request.getfixturevalue(name)
+    layout, patches = s.config.cache.layout, s.config.patches
+    blocks = s.host_loop(2)
+    x0, cache = next(blocks)
+    by_hand, kv = block_by_hand(s, 0)
+    assert_close(x0, by_hand)
+    video, audio = layout.first_video_frames * patches, layout.num_sinks + layout.first_audio_frames
+    for path, length in (("video", video), ("audio", audio), ("a2v", audio), ("v2a", video)):
+        written = jax.tree.map(lambda x, n=length: x[:, :, :n], getattr(cache.kv, path))
+        assert_close(written, getattr(kv, path))
+
+    if name == "ltx23":  # the scan test below goes on from here
+        return
+    history = rollout.kv_cache.history(cache, s.rope, s.model.config.rope_type, patches)
+    x1, later = next(blocks)
+    by_hand, kv = block_by_hand(s, 1, history)
+    assert_close(x1, by_hand)
+    written = jax.tree.map(
+        lambda x: x[:, :, video : video + layout.video_frames * patches], later.kv.video
+    )
+    assert_close(written, kv.video)
+
+
+def test_text_kv_depends_on_the_level_only_where_it_is_modulated(sinks, ltx23):
+    c = sinks.model.config
+    assert sinks.text.video.k.shape == (c.num_layers, BATCH, 3, c.video_heads, c.video_head_dim)
+    levels = len(ltx23.config.sigma_levels)
+    assert ltx23.config.sigma_levels == (1.0, 0.6, 0.1)
+    assert ltx23.text.audio.v.shape[:2] == (levels, c.num_layers)
+    k = np.asarray(ltx23.text.video.k)
+    assert all(np.abs(k[i] - k[j]).max() > 1e-2 for i, j in ((0, 1), (1, 2)))
+    with pytest.raises(ValueError, match="needs sigma"):
+        ltx23.model.apply({"params": ltx23.params}, *ltx23.contexts, method="text_kv")
+
+
+def assert_close(actual, expected, atol=2e-5):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.std(b) > 0.05
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+# -- noise ----------------------------------------------------------------------------------------
+
+
+def test_any_block_can_be_redrawn(sinks, ltx23):
+    """Noise follows from key and block index, whether the index is static or traced."""
+    traced = jit(
+        lambda block: block_noise(KEY, block, sinks.config, sinks.model, BATCH, first=False)
+    )
+    draws = [sinks.noise(block) for block in (5, 1, 2)]
+    for block, noise in zip((5, 1, 2), draws):
+        # Fusions may round the inverse error function's last bit differently.
+        np.testing.assert_allclose(noise.video, traced(block).video, atol=1e-6)
+        np.testing.assert_allclose(noise.audio, traced(block).audio, atol=1e-6)
+    layout = sinks.config.cache.layout
+    assert draws[0].video.shape == (2, BATCH, layout.video_frames * 2, 4)
+    assert sinks.noise(0).audio.shape == (2, BATCH, layout.first_audio_frames, 6)
+    assert ltx23.noise(1).audio.shape[0] == 3  # two steps and the noisy refresh
+    # Independent over blocks, steps, samples, modalities and keys.
+    rows = [x.reshape(-1)[:100] for n in draws for x in (n.video[0], n.video[1], n.audio[0])]
+    rows += [draws[0].video[0, 1], sinks.noise(5, jax.random.key(4)).video]
+    rows = np.stack([np.asarray(r).reshape(-1)[:24] for r in rows])
+    assert len(np.unique(rows.round(4), axis=0)) == len(rows)
+    assert 0.9 < np.std(rows) < 1.1
+
+
+# -- scan and host loop ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sinks", "ltx23"])
+def test_scan_is_the_host_loop(name, request):
+    s = request.getfixturevalue(name)
+    clip = s.scan()
+    blocks = [x0 for x0, _ in s.host_loop(NUM_BLOCKS)]
+    layout = s.config.cache.layout
+    assert clip.video.shape == (BATCH, layout.num_video_frames(NUM_BLOCKS) * 2, 4)
+    assert clip.audio.shape == (BATCH, layout.num_audio_frames(NUM_BLOCKS), 6)
+    assert clip.video.dtype == clip.audio.dtype == jnp.float32
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *blocks)
+    assert_close(clip, joined, atol=1e-5)
+
+
+def test_a_clip_of_one_block(sinks):
+    clip = jax.eval_shape(
+        functools.partial(
+            rollout.rollout, sinks.model, config=sinks.config, num_blocks=1, batch=BATCH
+        ),
+        sinks.params, sinks.text, sinks.rope, KEY,
+    )  # fmt: skip
+    assert clip.video.shape == (BATCH, 2, 4)
+    assert clip.audio.shape == (BATCH, 1, 6)
+
+
+def test_seeds(sinks):
+    first, again, other = sinks.scan(), sinks.scan(), sinks.scan(jax.random.key(4))
+    np.testing.assert_array_equal(first.video, again.video)
+    np.testing.assert_array_equal(first.audio, again.audio)
+    assert np.abs(first.video - other.video).max() > 0.1
+    assert np.abs(first.audio - other.audio).max() > 0.1
+
+
+def test_a_stream_compiles_two_programs(sinks):
+    """One for block 0 and one for all others, whatever the cache holds."""
+    programs = [block_step._cache_size() for _ in sinks.host_loop(NUM_BLOCKS)]
+    assert programs[1:] == programs[1:2] * (NUM_BLOCKS - 1)
+
+
+@pytest.mark.slow
+def test_bfloat16(sinks):
+    """bf16 compute and cache: finite, float32 latents, and close to the fp32 clip."""
+    model = Transformer(sinks.model.config, dtype=jnp.bfloat16)
+    assert rollout.new_cache(model, sinks.config, BATCH).kv.a2v.v.dtype == jnp.bfloat16
+    half, full = sinks.scan(model=model), sinks.scan()
+    for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
+        assert a.dtype == jnp.float32
+        assert np.isfinite(a).all()
+        difference = np.sqrt(np.mean((a - b) ** 2)) / np.std(b)
+        assert 1e-5 < difference < 0.1
+
+
+# -- gradients ------------------------------------------------------------------------------------
+
+
+def test_gradients_stop_at_the_cache(sinks):
+    """Self-forcing: a block's gradient reaches the network that generated it and the prompt, but
+    not the blocks behind it.
+    """
+    s = sinks
+    noise = s.noise(0), s.noise(1)
+
+    def run(earlier_params, params, text, first_noise):
+        cache = rollout.new_cache(s.model, s.config, BATCH)
+        _, cache = rollout.block_step(
+            s.model, earlier_params, cache, text, s.rope, first_noise, s.config, first=True
+        )
+        x1, _ = rollout.block_step(
+            s.model, params, cache, text, s.rope, noise[1], s.config, first=False
+        )
+        loss = jnp.mean(x1.video**2) + jnp.mean(x1.audio**2)
+        return loss, x1
+
+    arguments = s.params, s.params, s.text, noise[0]
+    gradient = jit(jax.grad(run, argnums=(0, 1, 2, 3), has_aux=True))
+    (earlier, params, text, first_noise), x1 = gradient(*arguments)
+    for stopped in (earlier, first_noise):
+        assert all(not np.any(g) for g in jax.tree.leaves(stopped))
+    # Sinks act through block 0 alone; the caption projections through the text K/V alone.
+    indirect = ("audio_sinks", "video_caption", "audio_caption")
+    for path, g in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        text_side = any(f"text_attn']['{part}" in name for part in ("k'", "v'", "k_norm"))
+        assert np.isfinite(g).all()
+        assert np.any(g) == (path[0].key not in indirect and not text_side), name
+    assert all(np.any(g) for g in jax.tree.leaves(text))
+    # Block 0 does matter to block 1: only the gradient is cut.
+    other = s.noise(0, jax.random.key(9))
+    assert np.abs(gradient(*arguments[:3], other)[1].video - x1.video).max() > 1e-3
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_sinks_must_agree(sinks, ltx23):
+    sinks.config.check_model(sinks.model)
+    with pytest.raises(ValueError, match="num_sinks=0"):
+        sinks.config.check_model(ltx23.model)
+    with pytest.raises(ValueError, match="num_sinks=2"):
+        ltx23.config.check_model(sinks.model)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sigmas": (1.0, 0.5)}, "must end with 0"),
+        ({"sigmas": (0.5, 0.7, 0.0)}, "strictly decrease"),
+        ({"sigmas": (0.0,)}, "at least two"),
+        ({"sigmas": (1.5, 0.0)}, "between 0"),
+        ({"height": 0}, "height and width must be positive"),
+        ({"width": -1}, "height and width must be positive"),
+        ({"context_noise": 1.0}, "context_noise"),
+        ({"context_noise": -0.1}, "context_noise"),
+    ],
+)
+def test_bad_configs(ltx23, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ltx23.config, **changes)
+
+
+def test_absolute_positions_need_a_length(ltx23):
+    cache = dataclasses.replace(ltx23.config.cache, positions="absolute")
+    config = dataclasses.replace(ltx23.config, cache=cache)
+    with pytest.raises(ValueError, match="relative"):
+        config.rope(ltx23.model)
+    assert config.rope(ltx23.model, 9).video_time.cos.shape[0] == 4 + 8 * 3
+    endless = ltx23.config.rope(ltx23.model)
+    assert endless.audio.cos.shape[0] == 26 + (2 + 1) * 25

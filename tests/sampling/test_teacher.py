@@ -1,0 +1,446 @@
+"""The teacher's sampler against a plain loop of separate forward passes, and its edges."""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch import sample_teacher
+from omniforcing_jax.models.transformer.config import tiny
+from omniforcing_jax.models.transformer.model import Modality, Pathways, Transformer
+from omniforcing_jax.models.transformer.rope import clip_rope
+from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.guidance import (
+    LTX20_GUIDANCE,
+    LTX23_GUIDANCE,
+    NO_GUIDANCE,
+    AVGuidance,
+    Guidance,
+)
+from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.sampling.teacher import (
+    Prompt,
+    SampleConfig,
+    audio_frames_for,
+    condition_on_first_frames,
+    initial_noise,
+    sample,
+)
+from omniforcing_jax.streaming import media
+from omniforcing_jax.text.features import prompt_key, random_text_features, save_text_features
+from tests.tiny_model import LTX23_CHANGES, random_contexts, random_params
+
+STREAMS = ("video", "audio")
+V20 = tiny()
+V23 = tiny(**LTX23_CHANGES)
+# The two streams need different passes and different blocks.
+GUIDANCE = AVGuidance(
+    video=Guidance(cfg=3.0, stg=1.0, modality=3.0, rescale=0.7, stg_blocks=(1,)),
+    audio=Guidance(cfg=7.0, stg=0.5, modality=2.0, rescale=0.0, stg_blocks=(0, 1)),
+)
+STEPS = 3
+
+
+def clip(guidance=GUIDANCE, num_steps=STEPS) -> SampleConfig:
+    return SampleConfig.for_clip(
+        frames=17, height=32, width=64, num_steps=num_steps, guidance=guidance
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile():
+    """These programs run for milliseconds and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def v20():
+    return Transformer(V20), random_params(V20)
+
+
+@pytest.fixture(scope="module")
+def v23():
+    return Transformer(V23), random_params(V23)
+
+
+def contexts(config, seed: int, length: int = 5) -> Prompt:
+    return Prompt(*random_contexts(config, length=length, seed=seed), jnp.ones((1, length), bool))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def network(model, params, latents, tokens_sigma, sigma, tables, text, keep):
+    """One forward pass of one sample; every stream is {name: array without batch axis}."""
+    streams = (
+        Modality(
+            latents[s][None],
+            tokens_sigma[s][None],
+            *tables[s],
+            context=context,
+            context_mask=text.mask,
+            global_sigma=sigma[s][None],
+        )
+        for s, context in zip(STREAMS, text)
+    )
+    (video, audio), _ = model.apply({"params": params}, *streams, keep=keep)
+    return {"video": video[0], "audio": audio[0]}
+
+
+def plain_sampler(model, params, prompt, negative, noise, config, clean=None, mask=None):
+    """The sampler as its equations read: one sample, one pass at a time, one sigma per token."""
+    layers = model.config.num_layers
+    rope = clip_rope(
+        model.config,
+        video_frames=config.video_frames,
+        audio_frames=config.audio_frames,
+        height=config.height,
+        width=config.width,
+        frame_rate=config.frame_rate,
+    )
+    frames, audio_frames = np.arange(config.video_frames), np.arange(config.audio_frames)
+    tables = {
+        "video": (rope.video_rope(frames), rope.video_cross_rope(frames)),
+        "audio": (rope.audio_rope(audio_frames), rope.audio_cross_rope(audio_frames)),
+    }
+    if mask is None:
+        mask = {s: np.ones(len(noise[s]), np.float32) for s in STREAMS}
+        clean = {s: np.zeros_like(noise[s]) for s in STREAMS}
+
+    def keep(skipped):  # {pathway: blocks}
+        rows = {name: np.ones((layers, 1), np.float32) for name in ("video", "audio", "a2v", "v2a")}
+        for name, blocks in skipped.items():
+            rows[name][list(blocks)] = 0.0
+        return Pathways(**rows)
+
+    passes = {
+        "cond": (prompt, {}),
+        "uncond": (negative, {}),
+        "perturbed": (prompt, {s: getattr(config.guidance, s).stg_blocks for s in STREAMS}),
+        "isolated": (prompt, {"a2v": range(layers), "v2a": range(layers)}),
+    }
+    weight = {s: mask[s][:, None] for s in STREAMS}
+    x = {s: (1 - weight[s]) * clean[s] + weight[s] * noise[s] for s in STREAMS}
+    for sigma, sigma_next in zip(config.sigmas[:-1], config.sigmas[1:]):
+        tokens_sigma = {s: np.float32(sigma) * mask[s] for s in STREAMS}
+        own_sigma = {s: np.float32(sigma if mask[s].any() else 0.0) for s in STREAMS}
+        x0 = {s: {} for s in STREAMS}
+        for name, (text, skipped) in passes.items():
+            text = text or prompt
+            velocity = network(
+                model, params, x, tokens_sigma, own_sigma, tables, text, keep(skipped)
+            )
+            for s in STREAMS:
+                x0[s][name] = x[s] - tokens_sigma[s][:, None] * np.asarray(velocity[s])
+        for s in STREAMS:
+            c, scales = x0[s]["cond"], getattr(config.guidance, s)
+            guided = c + (scales.cfg - 1) * (c - x0[s]["uncond"])
+            guided = guided + scales.stg * (c - x0[s]["perturbed"])
+            guided = guided + (scales.modality - 1) * (c - x0[s]["isolated"])
+            ratio = c.std(ddof=1) / guided.std(ddof=1)
+            guided = guided * (scales.rescale * ratio + 1 - scales.rescale)
+            guided = guided * weight[s] + clean[s] * (1 - weight[s])
+            x[s] = x[s] + (sigma_next - sigma) * (x[s] - guided) / sigma
+    return x
+
+
+def as_dict(latents: AVLatents, index: int = 0) -> dict[str, np.ndarray]:
+    return {s: np.asarray(getattr(latents, s)[index]) for s in STREAMS}
+
+
+def assert_close(sampled: AVLatents, expected: dict, index: int = 0, atol: float = 1e-4):
+    for stream, values in as_dict(sampled, index).items():
+        scale = np.abs(expected[stream]).max()
+        assert np.isfinite(values).all() and scale > 0.1
+        np.testing.assert_allclose(values / scale, expected[stream] / scale, atol=atol)
+
+
+@pytest.mark.parametrize("version", ["v20", "v23"])
+def test_equals_a_plain_loop(version, request):
+    """Two prompts in one batch, each against its own single-pass loop; 2.3 with masked text."""
+    model, params = request.getfixturevalue(version)
+    config = clip()
+    prompts = [contexts(model.config, seed) for seed in (1, 2)]
+    negative = contexts(model.config, 3)._replace(mask=None)
+    batch = jax.tree.map(lambda *x: jnp.concatenate(x), *prompts)
+    if version == "v20":
+        batch = batch[:2]  # without a mask, a plain tuple
+    else:  # the last two tokens of the first prompt are padding: whatever stands there
+        prompts[0] = prompts[0]._replace(mask=jnp.arange(5)[None] < 3)
+        video, audio = (x.at[0, 3:].set(9.0) for x in batch[:2])
+        batch = Prompt(video, audio, jnp.concatenate([p.mask for p in prompts]))
+    keys = jax.random.split(jax.random.key(3), 2)
+    sampled = sample(model, params, batch, negative, keys, config)
+    assert sampled.video.shape == (2, 6, 4) and sampled.audio.shape == (2, 18, 6)
+    assert sampled.video.dtype == sampled.audio.dtype == jnp.float32
+    noise = initial_noise(keys, config, model)
+    negative = contexts(model.config, 3)
+    for i, prompt in enumerate(prompts):
+        start = as_dict(noise, i)
+        expected = plain_sampler(model, params, prompt, negative, start, config)
+        assert_close(sampled, expected, i)
+
+
+def test_conditioning(v23):
+    """The first frame kept; it and the sound loosely kept; the sound kept as a whole."""
+    model, params = v23
+    config = clip()
+    prompt, negative = (contexts(model.config, seed) for seed in (1, 3))
+    rng = np.random.default_rng(2)
+    image = jnp.asarray(rng.normal(size=(1, 1, 1, 2, 4)), jnp.float32)
+    sound = jnp.asarray(rng.normal(size=(1, 18, 6)), jnp.float32)
+    key = jax.random.key(5)
+    noise = as_dict(initial_noise(jax.random.fold_in(key, 0)[None], config, model))
+    for case, strength in (("kept", 1.0), ("loose", 0.6), ("sound", 0.0)):
+        clean, mask = condition_on_first_frames(image, config, model, strength)
+        if case != "kept":
+            clean = clean.replace(audio=sound)
+            mask = mask.replace(audio=jnp.full((1, 1), 0.5 if case == "loose" else 0.0))
+        sampled = sample(model, params, prompt, negative, key, config, clean=clean, mask=mask)
+        by_token = {
+            "video": np.repeat(np.asarray(mask.video[0]), config.patches),
+            "audio": np.full(config.audio_frames, mask.audio[0, 0]),
+        }
+        expected = plain_sampler(
+            model, params, prompt, negative, noise, config, as_dict(clean), by_token
+        )
+        assert_close(sampled, expected)
+        assert np.array_equal(sampled.video[:, :2], image[:, 0, 0]) == (case == "kept")
+        assert np.array_equal(sampled.audio, sound) == (case == "sound")
+
+
+def test_trajectory_without_guidance_runs_one_pass(v20):
+    model, params = v20
+    config = clip(NO_GUIDANCE)
+    prompt = contexts(model.config, 1)
+    rows = []
+
+    def record(next_function, args, kwargs, context):
+        if isinstance(context.module, Transformer) and context.method_name == "__call__":
+            rows.append(args[0].latents.shape[0])
+        return next_function(*args, **kwargs)
+
+    key = jax.random.key(3)
+    with nn.intercept_methods(record):
+        visited = sample(model, params, prompt, None, key, config, trajectory=True)
+    assert rows == [1]
+    noise = initial_noise(jax.random.fold_in(key, 0)[None], config, model)
+    np.testing.assert_array_equal(visited.video[0], noise.video)
+    np.testing.assert_array_equal(visited.audio[0], noise.audio)
+    assert visited.video.shape == (STEPS + 1, 1, 6, 4)
+    expected = plain_sampler(model, params, prompt, None, as_dict(noise), config)
+    assert_close(jax.tree.map(lambda x: x[-1], visited), expected)
+
+    key = jax.random.key(3)
+    again = sample(model, params, prompt, None, key, config, trajectory=True)
+    np.testing.assert_array_equal(visited.video, again.video)
+    np.testing.assert_array_equal(visited.audio, again.audio)
+    key = jax.random.key(4)
+    other = sample(model, params, prompt, None, key, config, trajectory=True)
+    assert not np.allclose(visited.video[-1], other.video[-1], atol=1e-2)
+
+
+def test_noise_of_a_sample_does_not_depend_on_the_batch():
+    model, config = Transformer(V20), clip()
+    keys = jax.random.split(jax.random.key(0), 2)
+    batch, single = (initial_noise(k, config, model) for k in (keys, keys[1:2]))
+    np.testing.assert_array_equal(batch.video[1:2], single.video)
+    np.testing.assert_array_equal(batch.audio[1:2], single.audio)
+    assert not np.allclose(batch.video[0], batch.video[1], atol=0.1)
+
+
+def test_clip_sizes():
+    config = SampleConfig.for_clip(frames=121, height=512, width=768)
+    assert (config.video_frames, config.height, config.width) == (16, 16, 24)
+    assert (config.audio_frames, config.video_tokens) == (126, 6144)
+    np.testing.assert_array_equal(config.sigmas, flow.ltx2_schedule(40, 4096))
+    assert config.guidance == LTX20_GUIDANCE
+    assert [audio_frames_for(121, fps) for fps in (24, 25, 30)] == [126, 121, 101]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"frames": 120}, r"8k \+ 1 frames, not 120; nearest: 113 or 121"),
+        ({"frames": 0}, "nearest: 1 or 9"),
+        ({"height": 500}, "positive multiples of 32 pixels, not 500x64"),
+        ({"width": 0}, "positive multiples of 32 pixels, not 64x0"),
+        ({"frame_rate": 0.0}, "must be positive"),
+        ({"frames": 1, "frame_rate": 120.0}, "too short for sound"),
+        ({"num_steps": 1}, "at least 2 steps"),
+    ],
+)
+def test_bad_clips(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SampleConfig.for_clip(**({"frames": 17, "height": 64, "width": 64} | changes))
+
+
+def test_sampling_starts_from_noise():
+    with pytest.raises(ValueError, match=r"sigmas\[0\] must be 1, not 0.5"):
+        dataclasses.replace(clip(), sigmas=(0.5, 0.0))
+    with pytest.raises(ValueError, match="audio_frames must be positive"):
+        dataclasses.replace(clip(), audio_frames=0)
+
+
+def bad_input(**changes):
+    """Arguments of `sample` with no parameters: all checks come before they are touched."""
+    model = Transformer(V20)
+    arguments = {
+        "prompt": contexts(V20, 2),
+        "negative": contexts(V20, 3),
+        "key": jax.random.key(0),
+        "config": clip(),
+    }
+    return lambda: sample(model, None, **(arguments | changes))
+
+
+def condition(clean=None, **mask):
+    latents = AVLatents(jnp.zeros((1, 6, 4)), jnp.zeros((1, 18, 6)))
+    weights = {"video": jnp.ones((1, 3)), "audio": jnp.ones((1, 1))} | mask
+    return {"clean": clean or latents, "mask": AVLatents(**weights)}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"config": clip(LTX20_GUIDANCE)}, r"video guidance: stg_blocks \(29,\) .* blocks 0 to 1"),
+        ({"negative": None}, r"cfg 3 \(video\) and 7 \(audio\) need a negative prompt"),
+        ({"config": clip(NO_GUIDANCE)}, "do not use the negative prompt"),
+        ({"prompt": contexts(V23, 2)}, r"prompt's contexts are \[1, 5, 32\].*\[1, 5, 12\]"),
+        ({"negative": contexts(V20, 4, 4)}, r"negative prompt's contexts .*take \[1, 5, 12\]"),
+        (
+            {"prompt": contexts(V20, 2)._replace(mask=jnp.ones((1, 4), bool))},
+            r"prompt's mask is \[1, 4\]; expected \[1, 5\]",
+        ),
+        ({"key": jnp.zeros(2, jnp.uint32)}, "one key of `jax.random.key`"),
+        ({"key": jax.random.split(jax.random.key(0), 2)}, "or 1, one per sample"),
+        ({"clean": condition()["clean"]}, "clean and mask must be given together"),
+        (condition(video=jnp.ones((1, 4))), r"mask video must be \[1 or 1, G\].* 6 tokens"),
+        (condition(audio=jnp.full((1, 1), 255)), r"mask audio must lie in \[0, 1\]"),
+        (
+            condition(clean=AVLatents(jnp.zeros((1, 5, 4)), jnp.zeros((1, 18, 6)))),
+            r"clean video must be \[1, 6, 4\], not \(1, 5, 4\)",
+        ),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bad_input(**changes)()
+
+
+def test_bad_first_frames():
+    with pytest.raises(ValueError, match=r"\[B, up to 3 frames, 1, 2, 4\], got \[1, 1, 2, 2, 4\]"):
+        condition_on_first_frames(jnp.zeros((1, 1, 2, 2, 4)), clip(), Transformer(V20))
+    with pytest.raises(ValueError, match=r"strength must be in \[0, 1\], not 2"):
+        condition_on_first_frames(jnp.zeros((1, 1, 1, 2, 4)), clip(), Transformer(V20), 2.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_checkpoint):
+    return random_checkpoint("2.0")
+
+
+SMALL = ["--frames", "9", "--height", "64", "--width", "96", "--steps", "2"]
+
+
+def run_script(checkpoint, output, *options):
+    return sample_teacher.main(
+        ["--checkpoint", str(checkpoint), "--output", str(output), *SMALL, *options]
+    )
+
+
+def test_script(checkpoint, random_gemma, tmp_path, capsys):
+    """From converted weights and sentences to a clip, with all passes."""
+    output = tmp_path / "clips" / "teacher.mp4"
+    options = ["--text-encoder", str(random_gemma), "--prompt-cache", str(tmp_path / "cache")]
+    options += ["--prompt", "a dog barks", "--negative-prompt", "noise", "--stg-block", "1"]
+    assert run_script(checkpoint, output, *options) == 0
+    assert "2 encoded, 0 from the cache" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    frames, frame_rate, waveform, sample_rate = media.read_clip(output)
+    assert frames.shape == (9, 64, 96, 3) and frame_rate == 24
+    assert sample_rate == 24000 and abs(len(waveform) / sample_rate - 9 / 24) < 0.1
+    assert frames.std() > 1 and waveform.std() > 1e-4
+
+
+def stored(folder, name, config, prompts=1):
+    """A file of text features."""
+    path = folder / f"{name}.safetensors"
+    features = random_text_features(prompt_key(name), prompts, 4, config)
+    save_text_features(path, features.video_context, features.audio_context, name, "2.0.0")
+    return str(path)
+
+
+def test_script_refuses(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
+    """Every mistake is reported before weights are read, and leaves no file."""
+
+    def no_weights(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(sample_teacher, "load_pipeline", no_weights)
+    dims = json.loads((checkpoint / "config.json").read_text())["config"]["transformer"]
+    dims = (dims["caption_channels"],) * 2
+    prompt, negative = (stored(tmp_path, name, dims) for name in ("prompt", "negative"))
+    several, narrow = stored(tmp_path, "two", dims, 2), stored(tmp_path, "narrow", (4, 4))
+    output = tmp_path / "clip.mp4"
+    random = ["--random-features", "--stg-block", "1"]
+    gemma = ["--text-encoder", str(random_gemma), "--prompt", "x", "--prompt-cache", "none"]
+    no_cfg = ["--cfg-video", "1", "--cfg-audio", "1", "--stg-block", "0"]
+    cases = [
+        (["--random-features"], "stg_blocks (29,) are for a larger model"),
+        (["--stg-block", "1"], "give one source of text: --text-encoder FOLDER with --prompt"),
+        ([*random, "--negative-prompt", "noise"], "--negative-prompt goes with --text-encoder"),
+        (["--text-encoder", "gemma", "--stg-block", "1"], "needs --prompt TEXT"),
+        ([*gemma, *no_cfg, "--negative-prompt", "noise"], "--negative-prompt has no effect"),
+        ([*gemma, "--stg-block", "1", "--text-encoder", "nowhere"], "nowhere does not exist"),
+        ([*random, "--frames", "10"], "8k + 1 frames, not 10"),
+        ([*random, "--height", "100"], "multiples of 32"),
+        ([*random, "--height", "32"], "at least 2x2 latents"),
+        ([*random, "--fps", "0"], "--fps and --seconds must be positive"),
+        ([*random, "--fps", "241", "--frames", "17"], "frame_rate must be from 1 to 240"),
+        ([*random, "--steps", "1"], "at least 2 steps"),
+        ([*random, "--rescale", "2"], "rescale is 2.0; it must lie in [0, 1]"),
+        ([*random, "--negative-features", negative], "goes with --features"),
+        (["--features", prompt, "--stg-block", "0"], "needs --negative-features FILE"),
+        (["--features", prompt, "--negative-features", negative, *no_cfg], "has no effect"),
+        (["--features", several, *no_cfg], "holds 2 prompts; one clip takes one"),
+        (["--features", narrow, *no_cfg], "expects 32 and 32"),
+        (["--features", "nothing.safetensors", *no_cfg], "no such text feature file"),
+        ([*random, "--checkpoint", str(tmp_path)], "holds no config.json"),
+        ([*random, "--output", str(tmp_path / "clip.avi")], "must end in .mp4"),
+    ]
+    for options, message in cases:
+        assert run_script(checkpoint, output, *options) == 2
+        assert message in capsys.readouterr().err
+        assert not output.exists()
+    output.write_bytes(b"x")
+    assert run_script(checkpoint, output, *random) == 2
+    assert "exists already" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert run_script(checkpoint, tmp_path / "other.mp4", *random) == 2
+    assert "needs PyAV (pip install av)" in capsys.readouterr().err
+
+
+def test_script_defaults_follow_the_version(checkpoint):
+    def plan(version, *options):
+        config = PipelineConfig.from_checkpoint(checkpoint)
+        deep = dataclasses.replace(config.transformer, num_layers=48)
+        config = dataclasses.replace(config, transformer=deep, model_version=version)
+        arguments = ["--checkpoint", "x", "--output", "x.mp4", "--random-features", *options]
+        return sample_teacher.make_plan(sample_teacher.parse_arguments(arguments), config).sample
+
+    older, newer = plan("2.0.0"), plan("2.3.0")
+    assert (len(older.sigmas) - 1, older.guidance) == (40, LTX20_GUIDANCE)
+    assert (len(newer.sigmas) - 1, newer.guidance) == (30, LTX23_GUIDANCE)
+    assert (older.video_frames, older.audio_frames) == (16, 126)  # 121 frames for 5 seconds
+    off = "--cfg-video 1 --cfg-audio 1 --stg 0 --modality 1 --rescale 0 --seconds 1 --steps 8"
+    changed = plan("2.0.0", *off.split())
+    assert changed.guidance.passes() == ("cond",) and changed.video_frames == 4
+    assert len(changed.sigmas) == 9

@@ -1,0 +1,257 @@
+"""The live session: exact clocks, replay, snapshots, prompts, and equality with the scan."""
+
+import dataclasses
+import pickle
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from checkpoint_converters import synthetic
+from omniforcing_jax.models.audio import vae as audio_vae
+from omniforcing_jax.models.audio import vocoder
+from omniforcing_jax.models.video_vae import model as video_vae
+from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.streaming import session as streaming
+from omniforcing_jax.streaming.session import generate_block
+
+
+@pytest.fixture(scope="module")
+def pipeline(random_pipeline):
+    return random_pipeline("2.0")
+
+
+def make_config(pipeline, layout="prefix", rate=24.0, **cache) -> RolloutConfig:
+    return RolloutConfig(
+        cache=CacheConfig(pipeline.config.layout(layout, rate), **{"window": 2, **cache}),
+        sigmas=(1.0, 0.7, 0.0),
+        height=2,
+        width=2,
+    )
+
+
+def contexts(pipeline, seed=0):
+    keys = jax.random.split(jax.random.key(seed))
+    dims = pipeline.config.transformer.text_dims
+    return tuple(jax.random.normal(k, (1, 16, d)) for k, d in zip(keys, dims))
+
+
+def session(pipeline, config=None, *, seed=0, decode_mode="causal", **options):
+    config = config or make_config(pipeline)
+    return pipeline.session(
+        config, contexts(pipeline), seed=seed, decode_mode=decode_mode, **options
+    )
+
+
+def join(chunks):
+    chunks = list(chunks)
+    frames = np.concatenate([c.frames for c in chunks], axis=1)
+    return frames, np.concatenate([c.waveform for c in chunks], axis=1)
+
+
+@pytest.mark.parametrize(
+    "layout, rate, decode_mode",
+    [
+        ("prefix", 30.0, "causal"),
+        ("merged", 24.0, "window"),
+        pytest.param("merged", 24.0, "causal", marks=pytest.mark.slow),
+        pytest.param("prefix", 24.0, "window", marks=pytest.mark.slow),
+    ],
+)
+def test_clocks_are_exact(pipeline, layout, rate, decode_mode):
+    """After every block the stream holds the frames and samples that the arithmetic says."""
+    config = make_config(pipeline, layout, rate)
+    live = session(pipeline, config, decode_mode=decode_mode)
+    held_back = 0 if decode_mode == "causal" else 2  # look-ahead and blend, in latents
+    for block in range(5):
+        chunk = live.step()
+        latents = config.cache.layout.num_video_frames(block + 1)
+        frames = max(0, 8 * (latents - held_back - 1) + 1) if latents > held_back else 0
+        mel = 4 * config.cache.layout.num_audio_frames(block + 1) - 3
+        samples = max(0, mel - pipeline.config.vocoder.right_context) * 240
+        assert (live.num_frames, live.num_samples) == (frames, samples)
+        assert chunk.first_frame + chunk.frames.shape[1] == frames
+        assert chunk.first_sample + chunk.waveform.shape[1] == samples
+        assert chunk.frames.dtype == np.uint8 and chunk.waveform.dtype == np.float32
+    live.finish()
+    assert live.num_frames == config.cache.layout.pixel_frames(5)
+    assert live.num_samples == mel * 240
+    # pictures and sound end together, but for the first latents' lengths: 1 frame, 10 ms
+    assert abs((live.num_frames - 1) / rate - (live.num_samples / 240 - 1) / 100) < 1e-9
+
+
+def test_equals_offline_rollout_and_full_decode(pipeline):
+    """Frames and sound of a causal stream are those of the scan's latents, decoded at once."""
+    config = make_config(pipeline)
+    frames, waveform = join(session(pipeline, config, seed=3).stream(4))
+    model = pipeline.transformer()
+    text = rollout.encode_prompt(
+        model, pipeline.params["transformer"], *contexts(pipeline), config.sigma_levels
+    )
+    latents = rollout.rollout(
+        model,
+        pipeline.params["transformer"],
+        text,
+        config.rope(model, 4),
+        jax.random.key(3),
+        config=config,
+        num_blocks=4,
+        batch=1,
+    )
+    video = latents.video.reshape(1, -1, config.height, config.width, latents.video.shape[-1])
+    full = video_vae.decode(
+        pipeline.config.video_vae, pipeline.params["video_vae"], video, causal=True
+    )
+    expected = np.asarray((full + 1) * 127.5)
+    assert np.abs(frames - np.clip(expected, 0, 255)).max() < 0.6  # half a grey level of rounding
+    log_mel = audio_vae.decode_audio(
+        pipeline.params["audio_vae"], pipeline.config.audio_vae, latents.audio
+    )
+    expected = vocoder.vocode(pipeline.params["vocoder"], pipeline.config.vocoder, log_mel)
+    assert np.std(expected) > 0.01
+    np.testing.assert_allclose(waveform, expected, atol=1e-4)
+
+
+def test_replays_from_its_seed(pipeline):
+    first, again, other = (join(session(pipeline, seed=s).stream(3)) for s in (1, 1, 2))
+    for a, b in zip(first, again):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_snapshot_continues_bit_for_bit(pipeline):
+    live = session(pipeline, seed=5)
+    for _ in range(3):
+        live.step()
+    snapshot = pickle.loads(pickle.dumps(live.snapshot()))
+    expected = join([live.step() for _ in range(3)])
+    end = live.snapshot()
+    live.restore(snapshot)  # the same compiled programs: the same bits
+    assert live.num_blocks == 3
+    for a, b in zip(expected, join([live.step() for _ in range(3)])):
+        np.testing.assert_array_equal(a, b)
+    # Another session has its own decoders, but shares the block step.
+    fresh = session(pipeline, seed=99)
+    fresh.restore(snapshot)
+    assert fresh.num_blocks == 3
+    frames, waveform = join([fresh.step() for _ in range(3)])
+    jax.tree.map(np.testing.assert_array_equal, fresh.snapshot()["cache"], end["cache"])
+    # XLA's CPU compiler does not always make the same code of the same program: rounding only.
+    assert np.abs(frames.astype(int) - expected[0]).max() <= 1
+    assert np.mean(frames != expected[0]) < 1e-3
+    np.testing.assert_allclose(waveform, expected[1], atol=1e-5)
+
+
+def test_new_prompt_at_a_block_border(pipeline, monkeypatch):
+    same, changed = session(pipeline), session(pipeline)
+    for _ in range(2):
+        np.testing.assert_array_equal(same.step().frames, changed.step().frames)
+    encoded, encode = [], streaming.encode_prompt
+    monkeypatch.setattr(
+        streaming,
+        "encode_prompt",
+        lambda *args, **kwargs: encoded.append(0) or encode(*args, **kwargs),
+    )
+    changed.set_prompt(contexts(pipeline, seed=1))
+    assert not np.array_equal(same.step().frames, changed.step().frames)
+    changed.set_prompt(contexts(pipeline, seed=0))
+    assert changed.step().frames.shape == same.step().frames.shape
+    changed.step()
+    assert len(encoded) == 2, "text keys and values are made once per prompt"
+
+
+class Sentences:
+    """Has what a session uses of a `PromptEncoder`; takes 50 ms."""
+
+    def __init__(self, **known):
+        self.known = known
+
+    def contexts(self, prompt):
+        time.sleep(0.05)
+        return self.known[prompt]
+
+
+def test_sentences(pipeline):
+    """They give what their contexts give, and their time is that of the next block."""
+    prompts = Sentences(sea=contexts(pipeline), storm=contexts(pipeline, seed=1))
+    config = make_config(pipeline)
+    expected = session(pipeline)
+    live = pipeline.session(config, "sea", prompts=prompts, decode_mode="causal")
+    for prompt in (None, None, "storm"):
+        if prompt is not None:
+            live.set_prompt(prompt)
+            expected.set_prompt(contexts(pipeline, seed=1))
+        chunk = live.step()
+        np.testing.assert_array_equal(chunk.frames, expected.step().frames)
+        assert (chunk.timings.text > 0.05) == (chunk.block in (0, 2))
+    with pytest.raises(ValueError, match=r"'fog' is a sentence.*prompts=PromptEncoder"):
+        expected.set_prompt("fog")
+    with pytest.raises(ValueError, match="is a sentence"):
+        pipeline.session(config, "sea")
+
+
+def test_runs_past_its_window_without_recompiling(pipeline):
+    live = session(pipeline, make_config(pipeline, window=1))
+    for _ in range(4):
+        live.step()
+    compiled = generate_block._cache_size()
+    sizes = {live.step().frames.shape for _ in range(8)}
+    assert generate_block._cache_size() == compiled
+    assert len(sizes) == 1
+    assert live.snapshot()["cache"].kv.video.k.shape[2] == (1 + 3) * 4  # the cache has not grown
+
+
+@pytest.mark.slow
+def test_clocks_after_two_hundred_seconds(pipeline):
+    live = session(pipeline, make_config(pipeline, window=3, anchor_blocks=1))
+    shape = jax.tree.map(np.shape, live.snapshot()["cache"])
+    for _ in range(201):
+        chunk = live.step()
+        assert np.isfinite(chunk.waveform).all() and chunk.frames.std() > 0
+    assert live.num_frames == 200 * 24 + 1
+    assert live.num_samples == (4 * (1 + 200 * 25) - 3 - 18) * 240
+    assert jax.tree.map(np.shape, live.snapshot()["cache"]) == shape
+
+
+def test_modulated_text_attention(random_pipeline):
+    """LTX-2.3: text keys depend on the noise level; 48 kHz sound."""
+    pipeline = random_pipeline("2.3")
+    live = session(pipeline, make_config(pipeline, "merged"))
+    chunk = live.step()
+    assert chunk.frames.shape[1] == 25 and chunk.frames.std() > 0
+    assert pipeline.config.vocoder.sample_rate == 48000
+
+
+def test_bad_input_is_refused(pipeline):
+    with pytest.raises(ValueError, match="positions='relative'"):
+        session(pipeline, make_config(pipeline, positions="absolute"))
+    with pytest.raises(ValueError, match="sink tokens"):
+        layout = dataclasses.replace(pipeline.config.layout("prefix"), num_sinks=4)
+        config = dataclasses.replace(make_config(pipeline), cache=CacheConfig(layout))
+        session(pipeline, config)
+    live = session(pipeline, max_blocks=1)
+    with pytest.raises(ValueError, match="text context has shape"):
+        live.set_prompt(tuple(c[..., :-1] for c in contexts(pipeline)))
+    live.step()
+    with pytest.raises(RuntimeError, match="1 blocks"):
+        live.step()
+    with pytest.raises(ValueError, match="snapshot's cache"):
+        other = session(pipeline, make_config(pipeline, window=3))
+        other.restore(live.snapshot())
+
+
+def test_pipeline_config_names_what_is_missing():
+    metadata = synthetic.metadata("tiny", "2.0")
+    with pytest.raises(ValueError, match="vocoder"):
+        PipelineConfig.from_metadata({**metadata, "vocoder": None}, "2.0.0")
+    channels = {"in_channels": 16, "out_channels": 16}
+    other = {**metadata, "transformer": {**metadata["transformer"], **channels}}
+    with pytest.raises(ValueError, match="different models"):
+        PipelineConfig.from_metadata(other, "2.0.0")
+    config = PipelineConfig.from_metadata(metadata, "2.0.0")
+    with pytest.raises(ValueError, match="multiples of 32"):
+        config.check_size(250, 384)
