@@ -65,11 +65,12 @@ from omniforcing_jax.pipeline import Pipeline, PipelineConfig
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling import student as rollout
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_bytes
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.scaling import flops
 from omniforcing_jax.streaming.session import StreamingSession, encode_prompt
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, seam_error, to_uint8
 from omniforcing_jax.text import features as text_features
+from omniforcing_jax.types import AVLatents
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Dense bf16 peak of one device, TFLOP/s, by a part of `device_kind` (vendors' data sheets).

@@ -47,7 +47,8 @@ from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.session import Chunk, StreamingSession
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
 from omniforcing_jax.text import features as text_features
-from omniforcing_jax.text.prompts import Contexts, PromptEncoder, TextTimes
+from omniforcing_jax.text.prompts import PromptEncoder, TextTimes
+from omniforcing_jax.types import Contexts
 
 RANDOM_FEATURE_TOKENS = 128
 # Parts of a block's time as the report names them.

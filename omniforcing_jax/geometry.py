@@ -16,7 +16,7 @@ from omniforcing_jax.models.transformer.inputs import ClipMask, Modality, Pathwa
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope, clip_rope
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.types import AVLatents
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,11 +22,12 @@ from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig, check_latents
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.kv_cache import CacheConfig, TrainedCache
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.session import StreamingSession
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, to_uint8
 from omniforcing_jax.text.prompts import PromptEncoder
+from omniforcing_jax.types import AVLatents
 
 # What is sampled and decoded with; the text connectors are the prompt encoder's.
 COMPONENTS = ("transformer", "video_vae", "audio_vae", "vocoder")

@@ -37,11 +37,11 @@ from omniforcing_jax.geometry import Clip
 from omniforcing_jax.pipeline import Pipeline, decode_clip, load_pipeline
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import POSITIONS
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
-from omniforcing_jax.text.prompts import Contexts, PromptEncoder
+from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.training.previews import write_clip
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
+from omniforcing_jax.types import AVLatents, Contexts
 from pocket.measure import make_table, marks
 from pocket.measures.frechet import clip_features, frechet_distance
 from pocket.measures.observation import observe

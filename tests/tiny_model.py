@@ -7,7 +7,7 @@ import numpy as np
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Modality, Transformer, init_params
 from omniforcing_jax.models.transformer.rope import ClipRope
-from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.types import AVLatents
 
 # For `jax.jit(compiler_options=...)`: these programs run for milliseconds and compile for seconds.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}

@@ -22,14 +22,7 @@ from omniforcing_jax.models.transformer.model import Modality, Pathways, TextKV,
 from omniforcing_jax.models.transformer.rope import ClipRope, Rope, clip_rope
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache
-
-
-@flax.struct.dataclass
-class AVLatents:
-    """Tokens of both streams: video [..., T_v, C] in the order f, h, w, audio [..., T_a, C]."""
-
-    video: jax.Array
-    audio: jax.Array
+from omniforcing_jax.types import AVLatents
 
 
 @dataclasses.dataclass(frozen=True)

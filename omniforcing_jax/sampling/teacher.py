@@ -36,7 +36,7 @@ from omniforcing_jax.sampling.guidance import (
     guide,
     keep_pathways,
 )
-from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.types import AVLatents
 
 
 class Prompt(NamedTuple):

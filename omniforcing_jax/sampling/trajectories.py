@@ -24,7 +24,6 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.guidance import AVGuidance, guide
 from omniforcing_jax.sampling.student import (
-    AVLatents,
     RolloutConfig,
     bind,
     join_blocks,
@@ -32,6 +31,7 @@ from omniforcing_jax.sampling.student import (
     split_blocks,
 )
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, check_prompts, sample
+from omniforcing_jax.types import AVLatents
 
 AUTOREGRESSIVE_PASSES = ("cond", "uncond")
 

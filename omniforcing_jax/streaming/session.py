@@ -22,10 +22,11 @@ import numpy as np
 
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import student as rollout
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
 from omniforcing_jax.text.prompts import PromptEncoder
+from omniforcing_jax.types import AVLatents
 
 
 @dataclasses.dataclass(frozen=True)

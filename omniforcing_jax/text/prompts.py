@@ -15,15 +15,13 @@ import time
 import warnings
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.models import quantization
 from omniforcing_jax.text.encoder_files import check_encoder
 from omniforcing_jax.text.prompt_cache import PromptCache
 from omniforcing_jax.text.text_encoder import TextEncoder
-
-Contexts = tuple[jax.Array, jax.Array]
+from omniforcing_jax.types import Contexts
 
 
 def default_cache() -> pathlib.Path:

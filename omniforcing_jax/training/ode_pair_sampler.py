@@ -28,7 +28,7 @@ from omniforcing_jax.models.transformer.model import Transformer, init_boxed_par
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.pipeline import PipelineConfig, decode_clip
 from omniforcing_jax.sampling.kv_cache import TrainedCache
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig
 from omniforcing_jax.sampling.trajectories import (
     Trajectory,
@@ -37,6 +37,7 @@ from omniforcing_jax.sampling.trajectories import (
 )
 from omniforcing_jax.training.previews import write_clip
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
+from omniforcing_jax.types import AVLatents
 
 _SAMPLES_PER_AXIS = 16  # of each weight that goes into the fingerprint
 _CONNECTORS = ("video_connector", "audio_connector")

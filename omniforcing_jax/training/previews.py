@@ -20,7 +20,6 @@ from omniforcing_jax.geometry import audio_attention_entropy, draw_noise
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.pipeline import decode_clip
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.contact_sheet import contact_sheet
 from omniforcing_jax.training.assembly import text_arrays
@@ -31,6 +30,7 @@ from omniforcing_jax.training.objectives.common import Frozen, checked_seed, sam
 from omniforcing_jax.training.state import TrainState
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
 from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+from omniforcing_jax.types import AVLatents
 
 _ENTROPY_SIGMA = 0.5
 

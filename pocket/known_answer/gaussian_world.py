@@ -27,7 +27,7 @@ from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import Clip
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.inputs import Modality, Pathways, TextKV
-from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.types import AVLatents
 
 DISTANCES = ("mean_video", "mean_audio", "covariance", "cross_covariance", "wasserstein")
 

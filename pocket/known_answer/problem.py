@@ -14,9 +14,10 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling import student as rollout
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
+from omniforcing_jax.types import AVLatents
 from pocket.known_answer.gaussian_world import GaussianTeacher, GaussianWorld, make_teacher
 
 STAGES = ("pre-training", "stage I", "stage II", "stage III")

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 from omniforcing_jax.models.transformer.model import init_params
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trajectories import sample_trajectory, schedule_indices
 from omniforcing_jax.training.metrics import Averages
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
@@ -45,6 +45,7 @@ from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make
 from omniforcing_jax.training.state import TrainState, create_network, create_state
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
 from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+from omniforcing_jax.types import AVLatents
 from pocket.known_answer import plot as known_answer_plot
 from pocket.known_answer.gaussian_world import DISTANCES, best_regression_student
 from pocket.known_answer.problem import (

@@ -17,9 +17,9 @@ from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnecto
 from omniforcing_jax.models.text.gemma import TextTower
 from omniforcing_jax.models.transformer.model import Transformer, init_params
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.training.objectives import losses
 from omniforcing_jax.training.objectives.losses import LossWeights
+from omniforcing_jax.types import AVLatents
 from pocket.pretraining.step import Scalars
 
 _LOWEST_SIGMA = 1e-3

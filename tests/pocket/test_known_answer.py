@@ -10,10 +10,10 @@ import pytest
 
 from omniforcing_jax.geometry import Clip, clip_velocity, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.training.objectives.common import Frozen, TextInput, numbered
 from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig
 from omniforcing_jax.training.objectives.scores import ScoreConfig
+from omniforcing_jax.types import AVLatents
 from pocket.known_answer import gaussian_world
 from pocket.known_answer import plot as known_answer_plot
 from pocket.known_answer import solve as known_answer

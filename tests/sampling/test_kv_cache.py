@@ -14,7 +14,7 @@ from omniforcing_jax.models.transformer.model import ClipMask, Pathways, Transfo
 from omniforcing_jax.models.transformer.rope import clip_rope
 from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.types import AVLatents
 from tests.tiny_model import (
     LTX23_CHANGES,
     QUICK_COMPILE,

@@ -15,7 +15,8 @@ from omniforcing_jax.models.transformer.rope import AxisTable, ClipRope, Rope, c
 from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling import student as rollout
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig, block_step, encode_prompt
+from omniforcing_jax.sampling.student import RolloutConfig, block_step, encode_prompt
+from omniforcing_jax.types import AVLatents
 
 V2 = TransformerConfig(
     num_layers=2,

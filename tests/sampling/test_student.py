@@ -13,7 +13,8 @@ from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import student as rollout
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig, block_noise, encode_prompt
+from omniforcing_jax.sampling.student import RolloutConfig, block_noise, encode_prompt
+from omniforcing_jax.types import AVLatents
 from tests.tiny_model import (
     LTX23_CHANGES,
     QUICK_COMPILE,

@@ -24,7 +24,6 @@ from omniforcing_jax.sampling.guidance import (
     AVGuidance,
     Guidance,
 )
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.sampling.teacher import (
     Prompt,
     SampleConfig,
@@ -35,6 +34,7 @@ from omniforcing_jax.sampling.teacher import (
 )
 from omniforcing_jax.streaming import media
 from omniforcing_jax.text.features import prompt_key, random_text_features, save_text_features
+from omniforcing_jax.types import AVLatents
 from tests.tiny_model import LTX23_CHANGES, random_contexts, random_params
 
 STREAMS = ("video", "audio")

@@ -16,7 +16,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import AVGuidance, Guidance
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, guided_x0, prepare_passes, sample
 from omniforcing_jax.sampling.trajectories import (
     autoregressive_trajectory,
@@ -24,6 +24,7 @@ from omniforcing_jax.sampling.trajectories import (
     schedule_indices,
 )
 from omniforcing_jax.training.objectives import scores
+from omniforcing_jax.types import AVLatents
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
 
 BATCH, BLOCKS = 2, 3

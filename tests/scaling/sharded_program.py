@@ -16,9 +16,9 @@ from omniforcing_jax.distributed import partitioning  # noqa: E402
 from omniforcing_jax.geometry import Clip, clip_velocity  # noqa: E402
 from omniforcing_jax.models.transformer.config import tiny  # noqa: E402
 from omniforcing_jax.models.transformer.model import Transformer  # noqa: E402
-from omniforcing_jax.sampling.student import AVLatents  # noqa: E402
 from omniforcing_jax.scaling import collectives  # noqa: E402
 from omniforcing_jax.training.assembly import abstract_params  # noqa: E402
+from omniforcing_jax.types import AVLatents  # noqa: E402
 
 LAYERS, BATCH, TEXT = 6, 8, 16
 CLIP = Clip(4, 14, 4, 6)  # 96 video tokens, 14 of the audio

@@ -5,8 +5,8 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.training.previews import Previews
+from omniforcing_jax.types import AVLatents
 
 LATENTS = AVLatents(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2, 3)))
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from omniforcing_jax.distributed.partitioning import constrain
 from omniforcing_jax.models.text.connectors import TextConnectors
+from omniforcing_jax.types import Contexts
 
-Contexts = tuple[jax.Array, jax.Array]
 Gradient = Callable[[Any, dict[str, jax.Array]], tuple[Any, Any]]
 
 

@@ -24,7 +24,6 @@ from omniforcing_jax.geometry import clip_velocity, draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import keep_pathways
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import (
     Frozen,
@@ -44,6 +43,7 @@ from omniforcing_jax.training.state import TrainState, cast_params, update_netwo
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
 from omniforcing_jax.training.students.blockwise import NoisyBlock, teacher_forced_gradient
 from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+from omniforcing_jax.types import AVLatents
 
 _SIGMA, _NOISE, _GUIDANCE, SAMPLE = 11, 12, 13, 14  # uses of a sample's key
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.types import AVLatents
 
 _EPS = 1e-8
 SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -26,7 +26,7 @@ from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import Clip, clip_velocity, draw_noise, sigmas_per_frame
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import (
     Frozen,
@@ -44,6 +44,7 @@ from omniforcing_jax.training.objectives.scores import ScoreConfig
 from omniforcing_jax.training.optimizers import EMAConfig
 from omniforcing_jax.training.state import TrainState, cast_params, update_network
 from omniforcing_jax.training.students.blockwise import NoisyBlock, teacher_forced_gradient
+from omniforcing_jax.types import AVLatents
 
 OBJECTIVES = ("velocity", "x0", "flow")
 _LEVEL, _NOISE, _CLEAN = 21, 22, 23  # uses of a sample's key

@@ -25,17 +25,16 @@ from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.guidance import Guidance
 from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.student import (
-    AVLatents,
     RolloutConfig,
     bind,
     join_blocks,
     new_cache,
     split_blocks,
 )
+from omniforcing_jax.types import AVLatents, Contexts
 
 _TABLE_STEPS = 1000
 CONTEXTS = ("bidirectional", "block_causal")
-Contexts = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)

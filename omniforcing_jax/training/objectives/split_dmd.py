@@ -32,7 +32,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax.distributed import partitioning
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.training.objectives import losses
 from omniforcing_jax.training.objectives.common import (
     Frozen,
@@ -43,6 +42,7 @@ from omniforcing_jax.training.objectives.common import (
 )
 from omniforcing_jax.training.objectives.dmd import DMD, SAMPLE
 from omniforcing_jax.training.state import Network, TrainState, cast_params, update_network
+from omniforcing_jax.types import AVLatents
 
 
 @flax.struct.dataclass

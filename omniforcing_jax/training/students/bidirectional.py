@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from omniforcing_jax.geometry import Clip, clip_x0, draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.student import AVLatents
-from omniforcing_jax.training.objectives.common import Contexts, fold
+from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students.exits import (
     EXIT,
     NOISE,
@@ -29,6 +28,7 @@ from omniforcing_jax.training.students.exits import (
     exit_steps,
     rollout_weights,
 )
+from omniforcing_jax.types import AVLatents, Contexts
 
 Pullback = Callable[[AVLatents], Any]
 

@@ -22,7 +22,8 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling.kv_cache import RollingCache
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig, bind, new_cache, split_blocks
+from omniforcing_jax.sampling.student import RolloutConfig, bind, new_cache, split_blocks
+from omniforcing_jax.types import AVLatents
 
 
 @flax.struct.dataclass

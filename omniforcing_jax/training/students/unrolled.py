@@ -17,7 +17,6 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.student import (
-    AVLatents,
     BlockTrace,
     RolloutConfig,
     bind,
@@ -29,7 +28,7 @@ from omniforcing_jax.sampling.student import (
     split_blocks,
     traced_block_step,
 )
-from omniforcing_jax.training.objectives.common import Contexts, fold
+from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students.bidirectional import Pullback
 from omniforcing_jax.training.students.blockwise import BlockInput, blockwise_gradient
 from omniforcing_jax.training.students.exits import (
@@ -39,6 +38,7 @@ from omniforcing_jax.training.students.exits import (
     exit_step,
     rollout_weights,
 )
+from omniforcing_jax.types import AVLatents, Contexts
 
 
 @flax.struct.dataclass

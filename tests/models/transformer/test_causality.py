@@ -11,7 +11,7 @@ from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import ClipMask, Pathways, Transformer
 from omniforcing_jax.models.transformer.rope import clip_rope
-from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.types import AVLatents
 from tests.tiny_model import (
     QUICK_COMPILE,
     modalities,

@@ -17,7 +17,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import Guidance, guide
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import Frozen, TextInput, accumulate, numbered
 from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig
@@ -27,6 +27,7 @@ from omniforcing_jax.training.optimizers import EMAConfig
 from omniforcing_jax.training.state import TrainState, create_network, create_state
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
 from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+from omniforcing_jax.types import AVLatents
 from tests.tiny_model import QUICK_COMPILE, random_contexts, random_params
 
 BATCH, BLOCKS = 2, 2

@@ -7,10 +7,10 @@ import pytest
 
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import Guidance, guide
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.objectives.scores import ScoreConfig
+from omniforcing_jax.types import AVLatents
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.objectives.ode_regression import (
@@ -24,6 +24,7 @@ from omniforcing_jax.training.objectives.ode_regression import (
     RegressionConfig,
 )
 from omniforcing_jax.training.state import create_network, create_state
+from omniforcing_jax.types import AVLatents
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
 
 BATCH, BLOCKS, STATES, PATCHES = 2, 3, 4, 2

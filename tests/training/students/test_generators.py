@@ -17,11 +17,12 @@ from omniforcing_jax.models.transformer.model import Modality, Transformer
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling import student as rollout
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
+from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students import exits
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
 from omniforcing_jax.training.students.unrolled import UnrolledGenerator, noise_of_block
+from omniforcing_jax.types import AVLatents
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
 
 BATCH, BLOCKS = 2, 3
