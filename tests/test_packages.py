@@ -1,0 +1,131 @@
+"""The packages: which may import which, and the names that are public."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import omniforcing_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("omniforcing_jax", "configs", "checkpoint_converters", "launch", "benchmarks", "pocket")
+# What each may import of the others; tests may import everything.
+MAY_IMPORT = {
+    "omniforcing_jax": set(),
+    "configs": set(),
+    "checkpoint_converters": {"omniforcing_jax"},
+    "launch": {"omniforcing_jax", "configs", "checkpoint_converters"},
+    "benchmarks": {"omniforcing_jax", "configs", "checkpoint_converters", "launch"},
+    "pocket": {"omniforcing_jax", "configs", "checkpoint_converters", "launch"},
+}
+PUBLIC = {
+    "AVGuidance",
+    "AVLatents",
+    "BlockLayout",
+    "CacheConfig",
+    "Chunk",
+    "ClipGeometry",
+    "ClipWriter",
+    "Guidance",
+    "Pipeline",
+    "PipelineConfig",
+    "PromptEncoder",
+    "RolloutConfig",
+    "SampleConfig",
+    "StreamingSession",
+    "Transformer",
+    "TransformerConfig",
+    "block_step",
+    "decode_clip",
+    "default_guidance",
+    "load_pipeline",
+    "read_clip",
+    "rollout",
+    "sample",
+}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Top-level names that a module imports, by statement, or by `import_module`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            found |= {
+                constant.value
+                for constant in ast.walk(node)
+                if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+            }
+    return {name.split(".")[0] for name in found}
+
+
+def test_imports_are_found():
+    source = "import a.b\nfrom c.d import e\nimportlib.import_module(f'f.{x}')\nfrom . import g"
+    assert {"a", "c", "f"} <= imported(ast.parse(source))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_point_one_way(package):
+    others = set(PACKAGES) | {"tests"} - {package}
+    forbidden = others - MAY_IMPORT[package] - {package}
+    modules = sorted((ROOT / package).rglob("*.py"))
+    assert modules
+    wrong = {
+        str(path.relative_to(ROOT)): sorted(imported(ast.parse(path.read_text())) & forbidden)
+        for path in modules
+    }
+    assert {path: names for path, names in wrong.items() if names} == {}
+
+
+def test_public_names():
+    assert set(omniforcing_jax.__all__) == PUBLIC
+    assert set(dir(omniforcing_jax)) >= PUBLIC
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = omniforcing_jax.nothing_like_it
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_names_are_documented(name):
+    """With their home module, and parameters that a reader can follow."""
+    public = getattr(omniforcing_jax, name)
+    home = importlib.import_module(public.__module__)
+    assert getattr(home, name) is public
+    assert public.__module__.startswith("omniforcing_jax.")
+    assert len(inspect.getdoc(public)) > 40
+    init = public.__init__ if inspect.isclass(public) else public
+    if name in ("PromptEncoder", "StreamingSession", "ClipWriter"):
+        assert "Raises:" in inspect.getdoc(init)
+
+
+def test_programs_and_readme_use_the_public_names():
+    """What is public is imported from the package itself, wherever users look for examples."""
+    wrong = []
+    for path in sorted((ROOT / "launch").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "omniforcing_jax."
+            ):
+                wrong += [f"{path.name}: {a.name}" for a in node.names if a.name in PUBLIC]
+    assert wrong == []
+    readme = (ROOT / "README.md").read_text()
+    assert "from omniforcing_jax import" in readme
+
+
+def test_importing_the_package_imports_nothing_else():
+    """`import omniforcing_jax` costs nothing until a name is used."""
+    code = "import sys, omniforcing_jax; print('jax' in sys.modules, 'av' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["False", "False"]
+
+
+def test_the_package_has_few_modules_of_its_own():
+    assert len(list((ROOT / "omniforcing_jax").glob("*.py"))) <= 8
