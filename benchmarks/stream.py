@@ -62,12 +62,11 @@ from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig
-from omniforcing_jax.sampling import flow, kv_cache
-from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling import flow, kv_cache, student
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_bytes
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.scaling import flops
-from omniforcing_jax.streaming.session import StreamingSession, encode_prompt
+from omniforcing_jax.streaming.session import StreamingSession, jitted_prompt_kv
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, seam_error, to_uint8
 from omniforcing_jax.text import features as text_features
 from omniforcing_jax.types import AVLatents
@@ -205,7 +204,7 @@ def contexts(pipeline: Pipeline, args, prompt: str) -> tuple[jax.Array, jax.Arra
 
 def text_kv(pipeline: Pipeline, args, config: RolloutConfig, prompt: str) -> TextKV:
     """Their keys and values, as a session has them."""
-    return encode_prompt(
+    return jitted_prompt_kv(
         pipeline.transformer(args.attention),
         pipeline.params["transformer"],
         *contexts(pipeline, args, prompt),
@@ -273,7 +272,7 @@ def rotated_keys(
     model: Transformer, cache: RollingCache, rope: ClipRope, *, config: RolloutConfig
 ) -> Pathways:
     """The history's keys at their positions, which all passes of a block share."""
-    history = rollout.bind(model, None, cache, rope, config, first=False).history
+    history = student.bind(model, None, cache, rope, config, first=False).history
     return jax.tree.map(lambda h: h.kv.k, history, is_leaf=lambda h: isinstance(h, History))
 
 
@@ -295,12 +294,12 @@ def refresh_block(
     def with_keys(history, k):
         return history.replace(kv=history.kv.replace(k=k))
 
-    forward = rollout.bind(model, params, cache, rope, config, first=False)
+    forward = student.bind(model, params, cache, rope, config, first=False)
     history = jax.tree.map(
         with_keys, forward.history, keys, is_leaf=lambda h: isinstance(h, History)
     )
     forward = dataclasses.replace(forward, history=history)
-    kv = rollout.refresh(forward, text, x0, noise, config)
+    kv = student.refresh(forward, text, x0, noise, config)
     return kv_cache.write(cache, kv, config.patches, first=False)
 
 
@@ -310,10 +309,10 @@ def block_parts(
     """Median wall seconds of `rotated_keys` and of `refresh_block`, on a full cache."""
     model, params = pipeline.transformer(args.attention), pipeline.params["transformer"]
     held = 2 + config.cache.anchor_blocks + config.cache.window
-    cache = rollout.new_cache(model, config, 1).replace(num_blocks=jnp.int32(held))
+    cache = student.new_cache(model, config, 1).replace(num_blocks=jnp.int32(held))
     rope = config.rope(model, None if args.positions == "relative" else held + repeats + 1)
     text = text_kv(pipeline, args, config, "refresh")
-    noise = rollout.block_noise(jax.random.key(0), held, config, model, 1, first=False)
+    noise = student.block_noise(jax.random.key(0), held, config, model, 1, first=False)
     x0 = jax.tree.map(lambda n: n[0], noise)
     seconds = []
     for _ in range(repeats + 1):  # the first one compiles
@@ -333,7 +332,7 @@ def measure_seams(
 ) -> dict[str, float]:
     """Error of the streamed decode at chunk borders over its median error, on the same latents."""
     model, layout = pipeline.transformer(args.attention), config.cache.layout
-    latents = rollout.rollout(
+    latents = student.rollout(
         model,
         pipeline.params["transformer"],
         text_kv(pipeline, args, config, "seams"),

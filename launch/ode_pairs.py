@@ -42,6 +42,7 @@ from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.data import shards
 from omniforcing_jax.data.ode_pairs import ODE_PAIRS, Manifest, ODEPairsWriter, Pair
 from omniforcing_jax.data.text_dataset import TEXT_ARRAYS, TextDataset, open_text_dataset
+from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import PipelineConfig
@@ -201,22 +202,21 @@ def plan_blocks(
                 f"{' or '.join(LAYOUT_NAMES)}"
             )
         return None, None
-    sinks = generator.transformer.num_audio_sinks
-    layout = BlockLayout.from_name(name, frame_rate=args.fps, num_sinks=sinks)
-    num_blocks = blocks_in_clip(layout, clip, args.frames)
+    layout = BlockLayout.from_name(name, frame_rate=args.fps)
+    num_blocks = blocks_in_clip(layout, clip.clip, args.frames)
     if not args.autoregressive:
         return None, None
     rollout = RolloutConfig(
         cache=generator.trained_cache.config(layout, args.window, args.anchors, args.positions),
         sigmas=clip.sigmas,
-        height=clip.height,
-        width=clip.width,
+        height=clip.clip.height,
+        width=clip.clip.width,
         context_noise=generator.context_noise,
     )
     return rollout, num_blocks
 
 
-def blocks_in_clip(layout: BlockLayout, clip: SampleConfig, frames: int) -> int:
+def blocks_in_clip(layout: BlockLayout, clip: ClipGeometry, frames: int) -> int:
     """Blocks of a clip of `frames` pixel frames.
 
     Raises:
@@ -271,10 +271,10 @@ def make_manifest(
         frames=args.frames,
         resolution=(args.height, args.width),
         frame_rate=args.fps,
-        video_frames=clip.video_frames,
-        audio_frames=clip.audio_frames,
-        height=clip.height,
-        width=clip.width,
+        video_frames=clip.clip.video_frames,
+        audio_frames=clip.clip.audio_frames,
+        height=clip.clip.height,
+        width=clip.clip.width,
         video_channels=config.video_channels,
         audio_channels=config.audio_channels,
         text_length=text.manifest.text_length,
@@ -300,12 +300,12 @@ def clip_cost(plan: Plan) -> tuple[int, int]:
         work = sum(flops.block_flops(config, recipe.rollout, block, length) for block in blocks)
     else:
         calls = steps
-        audio = clip.audio_frames + config.num_audio_sinks
+        audio = clip.clip.audio_frames + config.num_audio_sinks
         work = steps * flops.forward_flops(
             config,
-            video_tokens=clip.video_tokens,
+            video_tokens=clip.clip.video_tokens,
             audio_tokens=audio,
-            video_keys=clip.video_tokens,
+            video_keys=clip.clip.video_tokens,
             audio_keys=audio,
             text_tokens=length,
         )

@@ -96,21 +96,21 @@ def draw_panel(axes, cells, query, key, title: str) -> None:
     axes.set_title(title, fontsize=11.5, color=TEXT, pad=22)
 
 
-def draw(layout: BlockLayout, num_blocks: int, patches: int):
+def draw(layout: BlockLayout, num_sinks: int, num_blocks: int, patches: int):
     """Figure with the four masks of `num_blocks` blocks, `patches` tokens per video latent."""
     video_frames = layout.num_video_frames(num_blocks)
     audio_frames = layout.num_audio_frames(num_blocks)
-    masks = layout.masks(video_frames, audio_frames, patches)
+    masks = layout.masks(video_frames, audio_frames, patches, num_sinks)
     video = layout.video_token_blocks(video_frames, patches)
-    audio = layout.audio_token_blocks(audio_frames)
+    audio = layout.audio_token_blocks(audio_frames, num_sinks)
     video_axis = (group_borders(video, 0), [f"$V_{{{k}}}$" for k in range(num_blocks)])
     audio_axis = (
-        group_borders(audio, layout.num_sinks),
-        ["$s$"] * bool(layout.num_sinks) + [f"$A_{{{k}}}$" for k in range(num_blocks)],
+        group_borders(audio, num_sinks),
+        ["$s$"] * bool(num_sinks) + [f"$A_{{{k}}}$" for k in range(num_blocks)],
     )
 
     figure, panels = plt.subplots(2, 2, figsize=(12.5, 13.2))
-    video_keys, audio_keys = (video, 0), (audio, layout.num_sinks)
+    video_keys, audio_keys = (video, 0), (audio, num_sinks)
     for axes, mask, keys, query, key, title in (
         (
             panels[0, 0],
@@ -148,16 +148,16 @@ def draw(layout: BlockLayout, num_blocks: int, patches: int):
         draw_panel(axes, color_cells(mask, *keys), query, key, title)
 
     video_label = f"video: {video_frames} latents × {patches} patches = {len(video)} tokens"
-    sinks_label = f"{layout.num_sinks} sinks + " if layout.num_sinks else ""
+    sinks_label = f"{num_sinks} sinks + " if num_sinks else ""
     audio_label = f"audio: {sinks_label}{audio_frames} latents = {len(audio)} tokens"
     for row, label in enumerate((video_label, audio_label)):
         panels[row, 0].set_ylabel(f"queries, {label}", fontsize=10, color=TEXT, labelpad=6)
         panels[1, row].set_xlabel(f"keys, {label}", fontsize=10, color=TEXT, labelpad=22)
-    finish(figure, layout, num_blocks)
+    finish(figure, layout, num_sinks, num_blocks)
     return figure
 
 
-def finish(figure, layout: BlockLayout, num_blocks: int) -> None:
+def finish(figure, layout: BlockLayout, num_sinks: int, num_blocks: int) -> None:
     """Adds the title and the legend."""
     first = "global prefix" if layout.name == "prefix" else "block 0"
     entries = [
@@ -165,7 +165,7 @@ def finish(figure, layout: BlockLayout, num_blocks: int) -> None:
         Patch(facecolor=ORANGE, edgecolor=LINE, label=f"allowed, {first} ($V_0$, $A_0$)"),
         Patch(facecolor=WHITE, edgecolor=LINE, label="masked"),
     ]
-    if layout.num_sinks:
+    if num_sinks:
         entries.insert(2, Patch(facecolor=RED, edgecolor=LINE, label="allowed, audio sinks ($s$)"))
     seconds = layout.pixel_frames(num_blocks) / layout.frame_rate
     figure.suptitle(
@@ -209,17 +209,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     try:
-        layout = BlockLayout.from_name(
-            args.layout, frame_rate=args.frame_rate, num_sinks=args.sinks
-        )
+        layout = BlockLayout.from_name(args.layout, frame_rate=args.frame_rate)
         num_blocks = layout.blocks_for_seconds(args.seconds)
     except ValueError as error:
         parser.error(str(error))
+    if args.sinks < 0:
+        parser.error(f"--sinks must be 0 or more, got {args.sinks}")
     if args.patches < 1:
         parser.error(f"--patches must be at least 1, got {args.patches}")
     tokens = max(
         layout.num_video_frames(num_blocks) * args.patches,
-        layout.num_audio_frames(num_blocks) + layout.num_sinks,
+        layout.num_audio_frames(num_blocks) + args.sinks,
     )
     if tokens > MAX_TOKENS:
         parser.error(
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
             "lower --seconds or --patches"
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(layout, num_blocks, args.patches).savefig(args.output, dpi=120)
+    draw(layout, args.sinks, num_blocks, args.patches).savefig(args.output, dpi=120)
     print(f"wrote {args.output}")
 
 

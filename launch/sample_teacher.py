@@ -131,7 +131,7 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
     )
     height, width = config.check_size(args.height, args.width)
     channels = config.transformer.video_channels
-    video_vae.check_latents(config.video_vae, (1, clip.video_frames, height, width, channels))
+    video_vae.check_latents(config.video_vae, (1, clip.clip.video_frames, height, width, channels))
     model = Transformer(config.transformer)
     clip.check_model(model)
     needs_negative = "uncond" in clip.guidance.passes()
@@ -240,7 +240,7 @@ def run(args: argparse.Namespace, plan: Plan, writer: media.ClipWriter, console:
             "the sampled latents are not finite; try --dtype float32, and check the checkpoint"
         )
     with stage(console, "decoding video and sound"):
-        size = (clip.video_frames, clip.height, clip.width)
+        size = (clip.clip.video_frames, clip.clip.height, clip.clip.width)
         frames, waveform = decode_clip(
             pipeline.config, pipeline.params, latents, size, pipeline.dtype
         )

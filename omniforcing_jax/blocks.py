@@ -47,16 +47,15 @@ class KvEnds(NamedTuple):
 class BlockLayout:
     """Frames per block of both modalities.
 
-    Frame counts are latents. `num_sinks` sink tokens precede the audio frames; they are tokens but
-    not frames, so no method that speaks of frames counts them. Block indices start at 0, and
-    `num_blocks` always counts block 0.
+    Frame counts are latents. Sink tokens, of which the model's config says how many there are,
+    precede the audio frames; they are no frames, so only methods that speak of tokens count them.
+    Block indices start at 0, and `num_blocks` always counts block 0.
 
     Attributes:
       first_video_frames: video latents in block 0.
       video_frames: video latents in every later block.
       first_audio_frames: audio latents in block 0.
       audio_frames: audio latents in every later block.
-      num_sinks: learned sink tokens in front of the audio sequence.
       name: `prefix` or `merged`; free for layouts built by hand.
       temporal_compression: pixel frames per video latent (the first latent holds one frame).
       audio_latents_per_second: rate of the audio latents.
@@ -66,7 +65,6 @@ class BlockLayout:
     video_frames: int
     first_audio_frames: int
     audio_frames: int
-    num_sinks: int = 0
     name: str = "custom"
     temporal_compression: int = 8
     audio_latents_per_second: int = 25
@@ -76,21 +74,20 @@ class BlockLayout:
             value = getattr(self, field.name)
             if field.name == "name":
                 continue
-            smallest = 0 if field.name == "num_sinks" else 1
-            if not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{field.name} must be an integer >= {smallest}, got {value!r}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field.name} must be an integer >= 1, got {value!r}")
 
     # Constructors
 
     @classmethod
-    def prefix(cls, *, num_sinks: int = 0, frame_rate: float = 24.0) -> Self:
+    def prefix(cls, *, frame_rate: float = 24.0) -> Self:
         """The paper's layout: 1-3-3-… video and 1-25-25-… audio latents."""
-        return cls.from_name("prefix", num_sinks=num_sinks, frame_rate=frame_rate)
+        return cls.from_name("prefix", frame_rate=frame_rate)
 
     @classmethod
-    def merged(cls, *, num_sinks: int = 0, frame_rate: float = 24.0) -> Self:
+    def merged(cls, *, frame_rate: float = 24.0) -> Self:
         """The layout of the public weights: 4-3-3-… video and 26-25-25-… audio latents."""
-        return cls.from_name("merged", num_sinks=num_sinks, frame_rate=frame_rate)
+        return cls.from_name("merged", frame_rate=frame_rate)
 
     @classmethod
     def from_name(
@@ -98,7 +95,6 @@ class BlockLayout:
         name: str,
         *,
         frame_rate: float = 24.0,
-        num_sinks: int = 0,
         temporal_compression: int = 8,
         audio_latents_per_second: int = 25,
     ) -> Self:
@@ -110,7 +106,6 @@ class BlockLayout:
         Args:
           name: `prefix` or `merged`.
           frame_rate: pixel frames per second.
-          num_sinks: sink tokens in front of the audio sequence.
           temporal_compression: pixel frames per video latent.
           audio_latents_per_second: rate of the audio latents.
 
@@ -136,7 +131,6 @@ class BlockLayout:
             video_frames=VIDEO_FRAMES_PER_BLOCK,
             first_audio_frames=1 if prefix else 1 + audio_frames,
             audio_frames=audio_frames,
-            num_sinks=num_sinks,
             name=name,
             temporal_compression=temporal_compression,
             audio_latents_per_second=audio_latents_per_second,
@@ -256,26 +250,29 @@ class BlockLayout:
         """Block index of every video token, `patches` tokens per latent: int32 [F * P]."""
         return np.repeat(self.block_of_video_frame(np.arange(num_frames)), patches)
 
-    def audio_token_blocks(self, num_frames: int) -> np.ndarray:
+    def audio_token_blocks(self, num_frames: int, num_sinks: int = 0) -> np.ndarray:
         """Block index of every audio token, the sinks first as block 0: int32 [sinks + frames]."""
-        sinks = np.zeros(self.num_sinks, np.int32)
+        sinks = np.zeros(num_sinks, np.int32)
         return np.concatenate([sinks, self.block_of_audio_frame(np.arange(num_frames))])
 
     # Masks
 
-    def masks(self, num_video_frames: int, num_audio_frames: int, patches: int) -> Masks:
+    def masks(
+        self, num_video_frames: int, num_audio_frames: int, patches: int, num_sinks: int = 0
+    ) -> Masks:
         """Dense masks tau(k) <= tau(q) (Eq. 4-5); memory grows with tokens squared.
 
         Args:
           num_video_frames: video latents; the last block may be partial.
           num_audio_frames: audio latents without sinks; the last block may be partial.
           patches: tokens per video latent.
+          num_sinks: sink tokens in front of the audio.
 
         Returns:
           Four bool arrays [queries, keys]; sinks take the first audio rows and columns.
         """
         video = self.video_token_blocks(num_video_frames, patches)  # [T_v]
-        audio = self.audio_token_blocks(num_audio_frames)  # [T_a]
+        audio = self.audio_token_blocks(num_audio_frames, num_sinks)  # [T_a]
 
         def mask(query: np.ndarray, key: np.ndarray) -> np.ndarray:
             return key[None, :] <= query[:, None]
@@ -287,7 +284,9 @@ class BlockLayout:
             v2a=mask(audio, video),
         )
 
-    def kv_ends(self, num_video_frames: int, num_audio_frames: int, patches: int) -> KvEnds:
+    def kv_ends(
+        self, num_video_frames: int, num_audio_frames: int, patches: int, num_sinks: int = 0
+    ) -> KvEnds:
         """The masks as row ends, which is all an attention kernel needs.
 
         Tokens are ordered by block, so the keys a row may see are always a prefix of the sequence.
@@ -298,7 +297,7 @@ class BlockLayout:
           Four int32 arrays [queries] with `mask[q] == (arange(keys) < kv_end[q])`.
         """
         video = self.video_token_blocks(num_video_frames, patches)  # [T_v]
-        audio = self.audio_token_blocks(num_audio_frames)  # [T_a]
+        audio = self.audio_token_blocks(num_audio_frames, num_sinks)  # [T_a]
 
         def ends(query: np.ndarray, key: np.ndarray) -> np.ndarray:
             return np.searchsorted(key, query, side="right").astype(np.int32)

@@ -1,26 +1,33 @@
-"""A whole clip in one forward pass: its sizes, its positions, and the network called on it.
+"""Sizes and places of clips and blocks, and what the transformer needs to know of them.
 
-Training looks at whole clips where sampling looks at blocks: score networks see a clip at one
-noise level, bidirectionally; a student in stage II sees it under the block-causal masks, with a
-noise level of its own for every block.
+Everything that calls the transformer comes through here: `stream_ropes` places tokens in time and
+space, `modalities` joins them with latents, noise levels and text, and `draw_noise` starts a clip.
 """
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.models.transformer.inputs import ClipMask, Modality, Pathways
+from omniforcing_jax.models.transformer.inputs import ClipMask, Modality
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.models.transformer.rope import ClipRope, clip_rope
-from omniforcing_jax.sampling import flow
-from omniforcing_jax.types import AVLatents
+from omniforcing_jax.models.transformer.rope import (
+    AUDIO_LATENTS_PER_SECOND,
+    VIDEO_SPATIAL_COMPRESSION,
+    VIDEO_TEMPORAL_COMPRESSION,
+    ClipRope,
+    Rope,
+    clip_rope,
+)
+from omniforcing_jax.types import AVLatents, Contexts
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class ClipGeometry:
     """Sizes of a clip in latents, and where it lies in time.
 
     Attributes:
@@ -43,7 +50,7 @@ class Clip:
     @classmethod
     def from_blocks(
         cls, layout: BlockLayout, num_blocks: int, height: int, width: int, *, start: bool = True
-    ) -> "Clip":
+    ) -> "ClipGeometry":
         """`num_blocks` blocks: the first ones (`start`), or uniform ones from the middle."""
         if start:
             video, audio = layout.num_video_frames(num_blocks), layout.num_audio_frames(num_blocks)
@@ -57,6 +64,42 @@ class Clip:
             layout.first_video_frames,
             layout.first_audio_frames,
         )
+
+    @classmethod
+    def from_pixels(
+        cls,
+        frames: int,
+        height: int,
+        width: int,
+        frame_rate: float = 24.0,
+        *,
+        spatial_compression: int = VIDEO_SPATIAL_COMPRESSION,
+    ) -> "ClipGeometry":
+        """A clip given in pixel frames and pixels, with sound as long as the video.
+
+        Raises:
+          ValueError: `frames` is not 8k + 1, height or width do not fit the VAE's compression, or
+            see `audio_frames_for`.
+        """
+        step, size = VIDEO_TEMPORAL_COMPRESSION, spatial_compression
+        if frames < 1 or (frames - 1) % step:
+            below = max(frames - 1, 0) // step * step + 1
+            raise ValueError(
+                f"a clip has {step}k + 1 frames, not {frames}; nearest: {below} or {below + step}"
+            )
+        if min(height, width) < size or height % size or width % size:
+            raise ValueError(
+                f"height and width must be positive multiples of {size} pixels, not "
+                f"{height}x{width}"
+            )
+        audio_frames = audio_frames_for(frames, frame_rate)
+        video_frames = (frames - 1) // step + 1
+        return cls(video_frames, audio_frames, height // size, width // size, frame_rate)
+
+    def __post_init__(self):
+        for name in ("video_frames", "audio_frames", "height", "width", "frame_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
     @property
     def patches(self) -> int:
@@ -79,6 +122,16 @@ class Clip:
             frame_rate=self.frame_rate,
         )
 
+    def stream_ropes(self, model: Transformer, rope: ClipRope | None = None) -> "StreamRopes":
+        """Where the clip's tokens are, with the sinks of the model; `rope` covers the clip."""
+        rope = self.rope(model) if rope is None else rope
+        return stream_ropes(
+            rope,
+            self.video_start + np.arange(self.video_frames),
+            self.audio_start + np.arange(self.audio_frames),
+            sinks=model.config.num_audio_sinks > 0,
+        )
+
     def mask(self, layout: BlockLayout) -> ClipMask:
         """The block-causal masks of this clip, for `Transformer.causal`."""
         return ClipMask(layout, self.video_frames, self.audio_frames, self.patches)
@@ -91,108 +144,104 @@ class Clip:
         )
 
 
-def draw_noise(keys: jax.Array, clip: Clip, model: Transformer) -> AVLatents:
-    """Noise [B, T, C] float32 from [B] keys: a sample's noise depends on its own key alone."""
-    shapes = AVLatents(*(x.shape[1:] for x in jax.tree.leaves(clip.zeros(model, 1))))
+def audio_frames_for(frames: int, frame_rate: float) -> int:
+    """Audio latents that last as long as `frames` pixel frames: round(25 frames / frame_rate).
 
+    Raises:
+      ValueError: the clip is shorter than half an audio latent, or a number is not positive.
+    """
+    if frames < 1 or not frame_rate > 0:
+        raise ValueError(f"frames and frame_rate must be positive, not {frames} and {frame_rate}")
+    audio_frames = round(frames / frame_rate * AUDIO_LATENTS_PER_SECOND)
+    if audio_frames < 1:
+        raise ValueError(
+            f"{frames} frames at {frame_rate:g} frames per second are too short for sound: an "
+            f"audio latent lasts {1 / AUDIO_LATENTS_PER_SECOND:g} s; ask for more frames"
+        )
+    return audio_frames
+
+
+def draw_noise(keys: jax.Array, clip: ClipGeometry, model: Transformer) -> AVLatents:
+    """Noise [B, T, C] float32 from [B] keys: a sample's noise depends on its own key alone."""
+    video_shape = (clip.video_tokens, model.config.video_channels)
+    audio_shape = (clip.audio_frames, model.config.audio_channels)
+    return _draw(keys, video_shape, audio_shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(keys: jax.Array, video_shape, audio_shape) -> AVLatents:
     def draw(key: jax.Array) -> AVLatents:
         video_key, audio_key = jax.random.split(key)
         return AVLatents(
-            jax.random.normal(video_key, shapes.video), jax.random.normal(audio_key, shapes.audio)
+            jax.random.normal(video_key, video_shape), jax.random.normal(audio_key, audio_shape)
         )
 
     return jax.vmap(draw)(keys)
 
 
-def clip_velocity(
-    model: Transformer,
-    params,
-    x: AVLatents,
-    sigma: AVLatents | jax.Array,
-    contexts: tuple[jax.Array, jax.Array],
-    clip: Clip,
-    keep: Pathways | None = None,
-) -> AVLatents:
-    """Velocity of a noisy clip in one forward pass.
+class StreamRopes(NamedTuple):
+    """RoPE tables of the tokens of one forward pass, [1, T, N, H/2] each."""
+
+    video: Rope
+    video_cross: Rope
+    audio: Rope
+    audio_cross: Rope
+
+
+def stream_ropes(
+    rope: ClipRope, video_frames: jax.Array, audio_frames: jax.Array, *, sinks: bool
+) -> StreamRopes:
+    """Tables of the video latents [F] and audio latents [T_a] with these indices.
 
     Args:
-      model: bidirectional, or with `causal` set to the clip's mask.
-      x: [B, T, C] noisy tokens.
-      sigma: [B] of the samples, or AVLatents [B, G] of equal groups of each stream's tokens.
-      contexts: (video, audio) text contexts [B, S, text_dim].
-      keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
-
-    Returns:
-      AVLatents [B, T, C] float32.
+      rope: tables that cover them.
+      sinks: whether the sink tokens stand in front of the audio.
     """
-    streams = _modalities(model, x, sigma, contexts, clip)
-    (video, audio), _ = model.apply({"params": params}, *streams, keep=keep)
-    return AVLatents(video, audio)
-
-
-def audio_attention_entropy(
-    model: Transformer,
-    params,
-    x: AVLatents,
-    sigma: AVLatents | jax.Array,
-    contexts: tuple[jax.Array, jax.Array],
-    clip: Clip,
-) -> jax.Array:
-    """Entropy of the audio self-attention, [L, T_a + sinks], see `ops.attention_entropy`.
-
-    Arguments as `clip_velocity`.
-    """
-    streams = _modalities(model, x, sigma, contexts, clip)
-    _, measured = model.apply({"params": params}, *streams, mutable=["diagnostics"])
-    (entropy,) = jax.tree.leaves(measured)
-    return entropy
-
-
-def _modalities(model, x, sigma, contexts, clip: Clip) -> tuple[Modality, Modality]:
-    rope = clip.rope(model)
-    video_frames = clip.video_start + np.arange(clip.video_frames)
-    audio_frames = clip.audio_start + np.arange(clip.audio_frames)
-    sinks = model.config.num_audio_sinks > 0
-    if not isinstance(sigma, AVLatents):
-        sigma = AVLatents(sigma[:, None], sigma[:, None])
-    video = Modality(
-        x.video,
-        sigma.video,
+    return StreamRopes(
         rope.video_rope(video_frames),
         rope.video_cross_rope(video_frames),
-        contexts[0],
-    )
-    audio = Modality(
-        x.audio,
-        sigma.audio,
         rope.audio_rope(audio_frames, sinks),
         rope.audio_cross_rope(audio_frames, sinks),
-        contexts[1],
+    )
+
+
+def modalities(
+    x: AVLatents,
+    sigma: AVLatents,
+    ropes: StreamRopes,
+    contexts: Contexts | tuple[None, None] = (None, None),
+    *,
+    context_mask: jax.Array | None = None,
+    global_sigma: AVLatents | None = None,
+) -> tuple[Modality, Modality]:
+    """What the transformer is called with, for video and audio.
+
+    Args:
+      x: [B, T, C] noisy tokens.
+      sigma: [B, G] noise levels of G equal groups of each stream's tokens.
+      ropes: of the tokens, from `stream_ropes`.
+      contexts: [B, S, text_dim] of each stream; None where text keys and values are given instead.
+      context_mask: [B, S] boolean, True = attend; None attends to all of the text.
+      global_sigma: [B] the samples' own noise levels, where they are not max(sigma).
+    """
+    if global_sigma is None:
+        global_sigma = AVLatents(None, None)
+    video = Modality(
+        latents=x.video,
+        sigma=sigma.video,
+        rope=ropes.video,
+        cross_rope=ropes.video_cross,
+        context=contexts[0],
+        context_mask=context_mask,
+        global_sigma=global_sigma.video,
+    )
+    audio = Modality(
+        latents=x.audio,
+        sigma=sigma.audio,
+        rope=ropes.audio,
+        cross_rope=ropes.audio_cross,
+        context=contexts[1],
+        context_mask=context_mask,
+        global_sigma=global_sigma.audio,
     )
     return video, audio
-
-
-def clip_x0(
-    model: Transformer,
-    params,
-    x: AVLatents,
-    sigma: AVLatents | jax.Array,
-    contexts: tuple[jax.Array, jax.Array],
-    clip: Clip,
-) -> AVLatents:
-    """The clean prediction x0 = x - sigma v of a noisy clip; arguments as `clip_velocity`."""
-    velocity = clip_velocity(model, params, x, sigma, contexts, clip)
-    if not isinstance(sigma, AVLatents):
-        sigma = AVLatents(sigma, sigma)
-    return jax.tree.map(flow.velocity_to_x0, x, velocity, sigma)
-
-
-def sigmas_per_frame(block_sigma: jax.Array, layout: BlockLayout, clip: Clip) -> AVLatents:
-    """A noise level per block [B, K] -> per video latent [B, F] and per audio latent [B, T_a].
-
-    An audio latent takes the level of its own block. (Matching by the ratio of frame counts instead
-    gives latents at the border the level of a neighbour, which never happens while sampling.)
-    """
-    video = layout.block_of_video_frame(np.arange(clip.video_frames))
-    audio = layout.block_of_audio_frame(np.arange(clip.audio_frames))
-    return AVLatents(block_sigma[:, video], block_sigma[:, audio])

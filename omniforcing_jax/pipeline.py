@@ -131,8 +131,7 @@ class PipelineConfig:
     def layout(self, name: str | None = None, frame_rate: float = 24.0) -> BlockLayout:
         """The block layout `name`, or the one the checkpoint was trained with (else "prefix")."""
         name = name or self.layout_name or "prefix"
-        sinks = self.transformer.num_audio_sinks
-        return BlockLayout.from_name(name, frame_rate=frame_rate, num_sinks=sinks)
+        return BlockLayout.from_name(name, frame_rate=frame_rate)
 
     def cache(
         self,

@@ -24,7 +24,7 @@ from checkpoint_converters import reading, synthetic
 from checkpoint_converters.safetensors_io import ConversionError
 from checkpoint_converters.writing import write_components
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import Clip
+from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.text.gemma import TextTower
 from omniforcing_jax.models.transformer.model import Transformer
@@ -197,7 +197,7 @@ def _vocoder(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) 
 def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
     size = pipeline.check_size(c.world.height, c.world.width)
     layout = BlockLayout.from_name(c.clip.layout, frame_rate=c.clip.frame_rate)
-    clip = Clip.from_blocks(layout, c.clip.blocks, *size)
+    clip = ClipGeometry.from_blocks(layout, c.clip.blocks, *size)
     gemma = pathlib.Path(c.folder) / "gemma"
     tower_config, tokenizer = load_gemma_config(gemma), load_tokenizer(gemma)
     loss = TeacherLoss(
@@ -227,7 +227,7 @@ def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) 
     return Part(loss, init, {"tower": tower}, latents.draw, lambda params: params, metadata)
 
 
-def _latents(c, pipeline: PipelineConfig, world: WorldConfig, clip: Clip, tokenizer):
+def _latents(c, pipeline: PipelineConfig, world: WorldConfig, clip: ClipGeometry, tokenizer):
     """The encoded clips, which are made if they are not there."""
     encoder = WorldEncoder(
         pipeline,

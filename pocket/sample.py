@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.progress import track
 
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
-from omniforcing_jax.geometry import Clip
 from omniforcing_jax.pipeline import Pipeline, decode_clip, load_pipeline
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import POSITIONS
@@ -146,14 +145,13 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
             return sample(model, weights, contexts, negative, keys, whole)
     else:
         sigmas = config.sigmas(args.timesteps)
-        clip = Clip(whole.video_frames, whole.audio_frames, *size, WORLD.frame_rate)
-        student = BidirectionalGenerator(model, clip, sigmas)
+        student = BidirectionalGenerator(model, whole.clip, sigmas)
         generate = jax.jit(lambda contexts, keys: student.generate(weights, contexts, keys))
 
     def run(contexts: Contexts, numbers: list[int]) -> Clips:
         start = time.perf_counter()
         latents = generate(contexts, clip_keys(args.seed, numbers))
-        decoded = _decode(pipeline, latents, (whole.video_frames, *size))
+        decoded = _decode(pipeline, latents, (whole.clip.video_frames, *size))
         seconds = time.perf_counter() - start
         return Clips(*decoded, first=seconds, total=seconds)
 

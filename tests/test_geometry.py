@@ -1,17 +1,16 @@
 """Whole clips: sizes and positions of windows, levels per frame, and the attention's entropy."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import Clip, audio_attention_entropy, draw_noise, sigmas_per_frame
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.ops.attention import attention_entropy
+from omniforcing_jax.sampling.whole_clip import audio_attention_entropy, sigmas_per_frame
 from tests.tiny_model import random_contexts, random_params
 
 LAYOUT = BlockLayout.prefix()
@@ -19,17 +18,17 @@ LAYOUT = BlockLayout.prefix()
 
 def test_first_blocks_and_windows():
     """A window from the middle is positioned behind block 0."""
-    assert Clip.from_blocks(LAYOUT, 6, 16, 24) == Clip(16, 126, 16, 24, 24.0)
-    window = Clip.from_blocks(LAYOUT, 5, 16, 24, start=False)
-    assert window == Clip(15, 125, 16, 24, 24.0, video_start=1, audio_start=1)
+    assert ClipGeometry.from_blocks(LAYOUT, 6, 16, 24) == ClipGeometry(16, 126, 16, 24, 24.0)
+    window = ClipGeometry.from_blocks(LAYOUT, 5, 16, 24, start=False)
+    assert window == ClipGeometry(15, 125, 16, 24, 24.0, video_start=1, audio_start=1)
     assert window.video_tokens == 15 * 384
 
 
 def test_a_window_is_the_tail_of_a_clip():
     """Its tokens rotate like the same frames of a clip that starts at 0."""
     model = Transformer(tiny())
-    window = Clip.from_blocks(LAYOUT, 1, 1, 2, start=False)
-    whole = Clip.from_blocks(LAYOUT, 2, 1, 2)
+    window = ClipGeometry.from_blocks(LAYOUT, 1, 1, 2, start=False)
+    whole = ClipGeometry.from_blocks(LAYOUT, 2, 1, 2)
     frames = np.arange(window.video_frames)
     ours = window.rope(model).video_rope(window.video_start + frames)
     expected = whole.rope(model).video_rope(1 + frames)
@@ -37,7 +36,7 @@ def test_a_window_is_the_tail_of_a_clip():
 
 
 def test_noise_belongs_to_the_key():
-    model, clip = Transformer(tiny()), Clip(2, 3, 1, 2)
+    model, clip = Transformer(tiny()), ClipGeometry(2, 3, 1, 2)
     keys = jax.random.split(jax.random.key(0), 3)
     whole, second = draw_noise(keys, clip, model), draw_noise(keys[1:2], clip, model)
     np.testing.assert_array_equal(whole.video[1:2], second.video)
@@ -47,7 +46,7 @@ def test_noise_belongs_to_the_key():
 def test_audio_takes_the_level_of_its_own_block():
     """Borders of the merged layout lie at 26, 51, 76, 101, where ratios would give 32, 55, ..."""
     layout = BlockLayout.merged()
-    clip = Clip.from_blocks(layout, 5, 16, 24)
+    clip = ClipGeometry.from_blocks(layout, 5, 16, 24)
     levels = sigmas_per_frame(jnp.arange(5.0)[None], layout, clip)
     borders = 1 + np.flatnonzero(np.diff(levels.audio[0]))
     assert borders.tolist() == [26, 51, 76, 101]
@@ -68,8 +67,8 @@ def test_entropy_of_uniform_and_one_hot_attention():
 @pytest.mark.slow
 def test_entropy_of_a_model_in_training():
     """Per layer and token, sinks included, without a change of what the model computes."""
-    layout = dataclasses.replace(BlockLayout(1, 1, 1, 2), num_sinks=2)
-    clip = Clip.from_blocks(layout, 2, 1, 1)
+    layout = BlockLayout(1, 1, 1, 2)
+    clip = ClipGeometry.from_blocks(layout, 2, 1, 1)
     model = Transformer(tiny(num_audio_sinks=2), causal=clip.mask(layout))
     params, contexts = random_params(model.config), random_contexts(model.config)
     x = draw_noise(jax.random.split(jax.random.key(0), 1), clip, model)

@@ -170,6 +170,22 @@ def _std(x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     return jnp.std(x, axis=axes, ddof=1, keepdims=True)
 
 
+def interleave_rows(passes: Sequence[jax.Array], axis: int = 0) -> jax.Array:
+    """The passes of each sample as neighbouring rows of one batch.
+
+    A batch that is sharded over devices stays where it is.
+
+    Args:
+      passes: P arrays [..., B, ...].
+      axis: that of the batch.
+
+    Returns:
+      [..., B * P, ...].
+    """
+    x = jnp.stack(passes, axis=axis + 1)  # [..., B, P, ...]
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
 def keep_pathways(
     passes: Sequence[str],
     skipped: tuple[Sequence[int], Sequence[int]],

@@ -81,7 +81,7 @@ class CacheConfig:
     """Shape of a rolling cache.
 
     Attributes:
-      layout: frames per block; its sinks belong to block 0.
+      layout: frames per block.
       window: recent blocks kept besides the anchors; at least 1.
       anchor_blocks: blocks 1..n that are never evicted (block 0 never is).
       positions: "absolute" (a token keeps the time at which it was generated) or "relative" (to the
@@ -163,11 +163,19 @@ class CacheConfig:
 
 @flax.struct.dataclass
 class RollingCache:
-    """Keys and values [L, B, slots, N, H] per pathway, and the number of blocks written."""
+    """Keys and values of the blocks written so far.
+
+    Attributes:
+      kv: [L, B, slots, N, H] per pathway.
+      num_blocks: [] int32, blocks written.
+      config: shape of the cache.
+      num_sinks: sink tokens of the model; they are the first audio slots.
+    """
 
     kv: Pathways
     num_blocks: jax.Array
     config: CacheConfig = flax.struct.field(pytree_node=False)
+    num_sinks: int = flax.struct.field(pytree_node=False, default=0)
 
 
 def init_cache(
@@ -180,7 +188,7 @@ def init_cache(
 ) -> RollingCache:
     """An empty cache for `patches` tokens per video latent."""
     video = config.video_capacity * patches
-    audio = config.audio_capacity + config.layout.num_sinks
+    audio = config.audio_capacity + model.num_audio_sinks
 
     def kv(slots, heads, head_dim):
         shape = (model.num_layers, batch, slots, heads, head_dim)
@@ -195,6 +203,7 @@ def init_cache(
         ),
         num_blocks=jnp.zeros((), jnp.int32),
         config=config,
+        num_sinks=model.num_audio_sinks,
     )
 
 
@@ -241,7 +250,7 @@ def write(
         anchors = c.anchor_blocks
         slot = jnp.where(block - 1 < anchors, block - 1, anchors + (block - 1 - anchors) % c.window)
         video_start = (layout.first_video_frames + slot * layout.video_frames) * patches
-        audio_start = layout.num_sinks + layout.first_audio_frames + slot * layout.audio_frames
+        audio_start = cache.num_sinks + layout.first_audio_frames + slot * layout.audio_frames
 
     def put(old: KV, kv: KV, start) -> KV:
         def update(buffer, x):
@@ -269,8 +278,8 @@ def history(cache: RollingCache, rope: ClipRope, rope_type: str, patches: int) -
     audio_frames = _frames(positions, layout.first_audio_frames, layout.audio_frames)
     slots = jnp.minimum(block - 1, c.anchor_blocks + c.window)
     video_length = (layout.first_video_frames + slots * layout.video_frames) * patches
-    audio_length = layout.num_sinks + layout.first_audio_frames + slots * layout.audio_frames
-    sinks = layout.num_sinks > 0
+    audio_length = cache.num_sinks + layout.first_audio_frames + slots * layout.audio_frames
+    sinks = cache.num_sinks > 0
     num_layers = cache.kv.video.k.shape[0]
 
     def rotated(kv: KV, table, length) -> History:

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.models.transformer.model import Modality, Pathways, TextKV, Transformer
-from omniforcing_jax.models.transformer.rope import ClipRope, Rope, clip_rope
+from omniforcing_jax.geometry import ClipGeometry, StreamRopes, modalities, stream_ropes
+from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache
 from omniforcing_jax.types import AVLatents
@@ -67,15 +69,9 @@ class RolloutConfig:
 
     def rope(self, model: Transformer, num_blocks: int | None = None) -> ClipRope:
         """RoPE tables for `num_blocks` blocks, or for a stream without end."""
-        layout, blocks = self.cache.layout, self.cache.blocks_in_positions(num_blocks)
-        return clip_rope(
-            model.config,
-            video_frames=layout.num_video_frames(blocks),
-            audio_frames=layout.num_audio_frames(blocks),
-            height=self.height,
-            width=self.width,
-            frame_rate=layout.frame_rate,
-        )
+        blocks = self.cache.blocks_in_positions(num_blocks)
+        clip = ClipGeometry.from_blocks(self.cache.layout, blocks, self.height, self.width)
+        return clip.rope(model)
 
     def check_rope(self, rope: ClipRope, num_blocks: int | None) -> None:
         """Raises ValueError when the tables are too short for `num_blocks` blocks."""
@@ -89,17 +85,8 @@ class RolloutConfig:
                 f"rope(model, {num_blocks})"
             )
 
-    def check_model(self, model: Transformer) -> None:
-        """Raises ValueError when the layout's sinks are not the model's."""
-        if self.cache.layout.num_sinks != model.config.num_audio_sinks:
-            raise ValueError(
-                f"the layout has {self.cache.layout.num_sinks} sink tokens, the model "
-                f"{model.config.num_audio_sinks}; make the layout with "
-                f"num_sinks={model.config.num_audio_sinks}"
-            )
 
-
-def encode_prompt(
+def prompt_kv(
     model: Transformer,
     params,
     video_context: jax.Array,
@@ -162,7 +149,7 @@ class BlockForward:
     model: Transformer
     params: dict
     history: Pathways | None
-    ropes: tuple[Rope, Rope, Rope, Rope]
+    ropes: StreamRopes
     keep: Pathways | None = None
 
     def with_params(self, params) -> "BlockForward":
@@ -171,10 +158,8 @@ class BlockForward:
 
     def __call__(self, x: AVLatents, sigma: jax.Array, text: TextKV, *, return_kv: bool = False):
         """Clean prediction of x [B, T, C] at noise level sigma [] or [B], and the block's K/V."""
-        video_rope, video_cross, audio_rope, audio_cross = self.ropes
         sigmas = jnp.broadcast_to(sigma.reshape(-1, 1), (x.video.shape[0], 1)).astype(jnp.float32)
-        video = Modality(x.video, sigmas, video_rope, video_cross)
-        audio = Modality(x.audio, sigmas, audio_rope, audio_cross)
+        video, audio = modalities(x, AVLatents(sigmas, sigmas), self.ropes)
         (video, audio), kv = self.model.clone(return_kv=return_kv).apply(
             {"params": self.params}, video, audio, history=self.history, text=text, keep=self.keep
         )
@@ -209,43 +194,28 @@ def block_step(
     config: RolloutConfig,
     *,
     first: bool,
-) -> tuple[AVLatents, RollingCache]:
+    exit_step: jax.Array | None = None,
+) -> tuple[BlockTrace, RollingCache]:
     """Generates the next block and writes its keys and values.
 
     Args:
       cache: of all blocks so far; its counter says which block this is.
-      text: from `encode_prompt` for `config.sigma_levels`.
+      text: from `prompt_kv` for `config.sigma_levels`.
       rope: from `config.rope`.
       noise: [steps, B, T, C], from `block_noise`.
       first: whether this is block 0 (another shape, no history, the sinks).
+      exit_step: [] int32 the denoising step whose prediction is the block; None is the last one.
 
     Returns:
-      The block's clean latents [B, T, C] float32, and the cache with the block in it.
-    """
-    trace, cache = traced_block_step(model, params, cache, text, rope, noise, config, first=first)
-    return trace.x0, cache
-
-
-def traced_block_step(
-    model: Transformer,
-    params,
-    cache: RollingCache,
-    text: TextKV,
-    rope: ClipRope,
-    noise: AVLatents,
-    config: RolloutConfig,
-    *,
-    first: bool,
-    exit_step: jax.Array | None = None,
-) -> tuple[BlockTrace, RollingCache]:
-    """`block_step` as training sees it; the arguments are the same, and
-
-    exit_step: [] int32 the denoising step whose prediction is the block; None is the last one.
+      The block and how it came about, and the cache with the block in it.
     """
     forward = bind(model, params, cache, rope, config, first=first)
-    x0, exit_input = denoise(forward, text, noise, config, exit_step)
-    kv = refresh(forward, text, x0, noise, config)
-    cache = kv_cache.write(cache, kv, config.patches, first=first)
+    with jax.named_scope("denoise"):
+        x0, exit_input = denoise(forward, text, noise, config, exit_step)
+    with jax.named_scope("refresh"):
+        kv = refresh(forward, text, x0, noise, config)
+    with jax.named_scope("write_cache"):
+        cache = kv_cache.write(cache, kv, config.patches, first=first)
     return BlockTrace(x0, exit_input, kv), cache
 
 
@@ -278,7 +248,7 @@ def denoise(
 
 
 def text_at(model: Transformer, text: TextKV, level: jax.Array | int) -> TextKV:
-    """Text K/V at one of the noise levels for which `encode_prompt` made them."""
+    """Text K/V at one of the noise levels for which `prompt_kv` made them."""
     if not model.config.text_adaln:
         return text
     return jax.tree.map(lambda t: t[level], text)
@@ -313,11 +283,7 @@ def bind(
 
     Args:
       keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
-
-    Raises:
-      ValueError: the layout's sinks are not the model's.
     """
-    config.check_model(model)
     layout, patches = config.cache.layout, config.patches
     if first:
         video_frames = jnp.arange(layout.first_video_frames)
@@ -329,14 +295,10 @@ def bind(
         video_frames = video_frames + jnp.arange(layout.video_frames)
         audio_frames = layout.first_audio_frames + position * layout.audio_frames
         audio_frames = audio_frames + jnp.arange(layout.audio_frames)
-        history = kv_cache.history(cache, rope, model.config.rope_type, patches)
-    sinks = first and layout.num_sinks > 0
-    ropes = (
-        rope.video_rope(video_frames),
-        rope.video_cross_rope(video_frames),
-        rope.audio_rope(audio_frames, sinks),
-        rope.audio_cross_rope(audio_frames, sinks),
-    )
+        with jax.named_scope("rotate_history"):
+            history = kv_cache.history(cache, rope, model.config.rope_type, patches)
+    sinks = first and model.config.num_audio_sinks > 0
+    ropes = stream_ropes(rope, video_frames, audio_frames, sinks=sinks)
     return BlockForward(model, params, history, ropes, keep)
 
 
@@ -372,18 +334,18 @@ def rollout(
     config.check_rope(rope, num_blocks)
     cache = new_cache(model, config, batch)
     noise = block_noise(key, 0, config, model, batch, first=True)
-    first, cache = block_step(model, params, cache, text, rope, noise, config, first=True)
+    trace, cache = block_step(model, params, cache, text, rope, noise, config, first=True)
     if num_blocks == 1:
-        return first
+        return trace.x0
 
     def step(cache, block):
         noise = block_noise(key, block, config, model, batch, first=False)
-        x0, cache = block_step(model, params, cache, text, rope, noise, config, first=False)
-        return cache, x0
+        trace, cache = block_step(model, params, cache, text, rope, noise, config, first=False)
+        return cache, trace.x0
 
     _, rest = jax.lax.scan(step, cache, jnp.arange(1, num_blocks))  # [K - 1, B, T, C]
 
-    return join_blocks(first, rest)
+    return join_blocks(trace.x0, rest)
 
 
 def join_blocks(first: AVLatents, rest: AVLatents) -> AVLatents:

@@ -12,7 +12,6 @@ batch, so a step is one call of the network, and the steps are one `lax.scan` in
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax
@@ -20,20 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax.models.transformer.model import Modality, Pathways, TextKV, Transformer
-from omniforcing_jax.models.transformer.rope import (
-    AUDIO_LATENTS_PER_SECOND,
-    VIDEO_SPATIAL_COMPRESSION,
-    VIDEO_TEMPORAL_COMPRESSION,
-    ClipRope,
-    clip_rope,
-)
+from omniforcing_jax.geometry import ClipGeometry, draw_noise, modalities
+from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
+from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.models.transformer.rope import VIDEO_SPATIAL_COMPRESSION, ClipRope
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import (
     LTX20_GUIDANCE,
     PASSES,
     AVGuidance,
     guide,
+    interleave_rows,
     keep_pathways,
 )
 from omniforcing_jax.types import AVLatents
@@ -58,19 +54,12 @@ class SampleConfig:
 
     Attributes:
       sigmas: noise levels, decreasing from 1 to 0, as `flow.ltx2_schedule` gives them.
-      height, width: of the video, in latents (32 pixels each).
-      video_frames: in latents (8 pixel frames each, the first one 1).
-      audio_frames: in latents (25 per second).
-      frame_rate: pixel frames per second; positions are in seconds.
+      clip: sizes of the clip in latents.
       guidance: scales of both modalities.
     """
 
     sigmas: tuple[float, ...]
-    height: int
-    width: int
-    video_frames: int
-    audio_frames: int
-    frame_rate: float = 24.0
+    clip: ClipGeometry
     guidance: AVGuidance = LTX20_GUIDANCE
 
     def __post_init__(self):
@@ -79,9 +68,6 @@ class SampleConfig:
             raise ValueError(
                 f"sampling starts from pure noise: sigmas[0] must be 1, not {sigmas[0]}"
             )
-        for name in ("height", "width", "video_frames", "audio_frames", "frame_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
     @classmethod
     def for_clip(
@@ -98,38 +84,12 @@ class SampleConfig:
         """The config for a clip given in pixels, with the LTX-2 schedule and sound as long as it.
 
         Raises:
-          ValueError: `frames` is not 8k + 1, or height or width do not fit the VAE's compression.
+          ValueError: see `ClipGeometry.from_pixels`.
         """
-        step, size = VIDEO_TEMPORAL_COMPRESSION, spatial_compression
-        if frames < 1 or (frames - 1) % step:
-            below = max(frames - 1, 0) // step * step + 1
-            raise ValueError(
-                f"a clip has {step}k + 1 frames, not {frames}; nearest: {below} or {below + step}"
-            )
-        if min(height, width) < size or height % size or width % size:
-            raise ValueError(
-                f"height and width must be positive multiples of {size} pixels, not "
-                f"{height}x{width}"
-            )
-        return cls(
-            sigmas=tuple(flow.ltx2_schedule(num_steps).tolist()),
-            height=height // size,
-            width=width // size,
-            video_frames=(frames - 1) // step + 1,
-            audio_frames=audio_frames_for(frames, frame_rate),
-            frame_rate=frame_rate,
-            guidance=guidance,
+        clip = ClipGeometry.from_pixels(
+            frames, height, width, frame_rate, spatial_compression=spatial_compression
         )
-
-    @property
-    def patches(self) -> int:
-        """P, tokens per video latent frame."""
-        return self.height * self.width
-
-    @property
-    def video_tokens(self) -> int:
-        """T_v; there are `audio_frames` audio tokens."""
-        return self.video_frames * self.patches
+        return cls(tuple(flow.ltx2_schedule(num_steps).tolist()), clip, guidance)
 
     def check_model(self, model: Transformer) -> None:
         """Raises ValueError when the guidance names blocks that the model does not have."""
@@ -138,23 +98,6 @@ class SampleConfig:
                 guidance.check_layers(model.config.num_layers)
             except ValueError as error:
                 raise ValueError(f"{stream} guidance: {error}") from None
-
-
-def audio_frames_for(frames: int, frame_rate: float) -> int:
-    """Audio latents that last as long as `frames` pixel frames: round(25 frames / frame_rate).
-
-    Raises:
-      ValueError: the clip is shorter than half an audio latent, or a number is not positive.
-    """
-    if frames < 1 or not frame_rate > 0:
-        raise ValueError(f"frames and frame_rate must be positive, not {frames} and {frame_rate}")
-    audio_frames = round(frames / frame_rate * AUDIO_LATENTS_PER_SECOND)
-    if audio_frames < 1:
-        raise ValueError(
-            f"{frames} frames at {frame_rate:g} frames per second are too short for sound: an "
-            f"audio latent lasts {1 / AUDIO_LATENTS_PER_SECOND:g} s; ask for more frames"
-        )
-    return audio_frames
 
 
 @flax.struct.dataclass
@@ -175,12 +118,6 @@ class PassInputs:
     keep: Pathways | None
 
 
-def _side_by_side(passes: Sequence[jax.Array], axis: int) -> jax.Array:
-    """P arrays [..., B, ...] -> [..., B * P, ...] along `axis`."""
-    x = jnp.stack(passes, axis=axis + 1)  # [..., B, P, ...]
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
 def prepare_passes(
     model: Transformer, params, prompt: Prompt, negative: Prompt | None, guidance: AVGuidance
 ) -> PassInputs:
@@ -199,7 +136,7 @@ def prepare_passes(
             p._replace(mask=everything) if p.mask is None else p for p in (prompt, negative)
         )
     by_pass = [negative if name == "uncond" else prompt for name in passes]
-    context = jax.tree.map(lambda *x: _side_by_side(x, 0), *by_pass)
+    context = jax.tree.map(lambda *x: interleave_rows(x), *by_pass)
     skipped = (guidance.video.skipped, guidance.audio.skipped)
     keep = keep_pathways(passes, skipped, model.config.num_layers, batch)
     if model.config.text_adaln:
@@ -213,7 +150,7 @@ def prepare_passes(
     if "uncond" in passes:
         texts["uncond"] = text_kv(negative)
     by_pass = [texts.get(name, texts["prompt"]) for name in passes]
-    text = jax.tree.map(lambda *x: _side_by_side(x, 1), *by_pass)
+    text = jax.tree.map(lambda *x: interleave_rows(x, axis=1), *by_pass)
     return PassInputs(Prompt(None, None, context.mask), text, keep)
 
 
@@ -241,31 +178,22 @@ def guided_x0(
       AVLatents [B, T, C] float32.
     """
     batch, num_passes = x.video.shape[0], len(config.guidance.passes())
-    sinks = model.config.num_audio_sinks > 0
-    frames, audio_frames = jnp.arange(config.video_frames), jnp.arange(config.audio_frames)
-    tables = {
-        "video": (rope.video_rope(frames), rope.video_cross_rope(frames)),
-        "audio": (rope.audio_rope(audio_frames, sinks), rope.audio_cross_rope(audio_frames, sinks)),
-    }
 
-    def modality(stream: str) -> Modality:
-        def rows(values: jax.Array) -> jax.Array:  # [B or 1, ...] -> [B * P, ...]
-            values = jnp.broadcast_to(values, (batch, *values.shape[1:]))
-            return _side_by_side([values] * num_passes, 0)
+    def rows(values: jax.Array) -> jax.Array:  # [B or 1, ...] -> [B * P, ...]
+        values = jnp.broadcast_to(values, (batch, *values.shape[1:]))
+        return interleave_rows([values] * num_passes)
 
-        table, cross_table = tables[stream]
-        return Modality(
-            latents=rows(getattr(x, stream)),
-            sigma=rows(getattr(sigma, stream)),
-            rope=table,
-            cross_rope=cross_table,
-            context=getattr(inputs.context, f"{stream}_context"),
-            context_mask=inputs.context.mask,
-            global_sigma=None if global_sigma is None else rows(getattr(global_sigma, stream)),
-        )
-
+    context = inputs.context
+    video, audio = modalities(
+        jax.tree.map(rows, x),
+        jax.tree.map(rows, sigma),
+        config.clip.stream_ropes(model, rope),
+        (context.video_context, context.audio_context),
+        context_mask=context.mask,
+        global_sigma=jax.tree.map(rows, global_sigma),
+    )
     (video, audio), _ = model.apply(
-        {"params": params}, modality("video"), modality("audio"), text=inputs.text, keep=inputs.keep
+        {"params": params}, video, audio, text=inputs.text, keep=inputs.keep
     )
 
     def combine(x, velocity, sigma, guidance):
@@ -296,22 +224,23 @@ def condition_on_first_frames(
     Raises:
       ValueError: latents that do not fit the clip, or a strength outside [0, 1].
     """
-    size = (config.height, config.width, model.config.video_channels)
-    if latents.ndim != 5 or latents.shape[2:] != size or latents.shape[1] > config.video_frames:
+    clip = config.clip
+    size = (clip.height, clip.width, model.config.video_channels)
+    if latents.ndim != 5 or latents.shape[2:] != size or latents.shape[1] > clip.video_frames:
         raise ValueError(
-            f"latents must be [B, up to {config.video_frames} frames, {size[0]}, {size[1]}, "
+            f"latents must be [B, up to {clip.video_frames} frames, {size[0]}, {size[1]}, "
             f"{size[2]}], got {list(latents.shape)}"
         )
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength must be in [0, 1], not {strength}")
     batch, frames = latents.shape[:2]
     tokens = latents.astype(jnp.float32).reshape(batch, -1, latents.shape[-1])
-    rest = config.video_tokens - tokens.shape[1]
-    mask = np.ones((1, config.video_frames), np.float32)
+    rest = config.clip.video_tokens - tokens.shape[1]
+    mask = np.ones((1, config.clip.video_frames), np.float32)
     mask[:, :frames] -= strength
     clean = AVLatents(
         jnp.pad(tokens, ((0, 0), (0, rest), (0, 0))),
-        jnp.zeros((batch, config.audio_frames, model.config.audio_channels)),
+        jnp.zeros((batch, config.clip.audio_frames, model.config.audio_channels)),
     )
     return clean, AVLatents(jnp.asarray(mask), jnp.ones((1, 1)))
 
@@ -351,24 +280,6 @@ def sample(
     """
     inputs = _check_inputs(model, prompt, negative, key, config, clean, mask)
     return _sample(model, params, *inputs, config=config, trajectory=trajectory)
-
-
-def initial_noise(keys: jax.Array, config: SampleConfig, model: Transformer) -> AVLatents:
-    """Noise [B, T, C] float32 from [B] keys; a sample's noise depends on its own key alone."""
-    video_shape = (config.video_tokens, model.config.video_channels)
-    audio_shape = (config.audio_frames, model.config.audio_channels)
-    return _draw(keys, video_shape, audio_shape)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw(keys, video_shape, audio_shape):
-    def draw(key: jax.Array) -> AVLatents:
-        video_key, audio_key = jax.random.split(key)
-        return AVLatents(
-            jax.random.normal(video_key, video_shape), jax.random.normal(audio_key, audio_shape)
-        )
-
-    return jax.vmap(draw)(keys)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "trajectory"))
@@ -424,15 +335,8 @@ def _check_inputs(model, prompt, negative, key, config, clean, mask):
         raise ValueError("clean and mask must be given together: the mask says what is kept")
     if mask is not None:
         _check_condition(model, config, batch, clean, mask)
-    rope = clip_rope(
-        model.config,
-        video_frames=config.video_frames,
-        audio_frames=config.audio_frames,
-        height=config.height,
-        width=config.width,
-        frame_rate=config.frame_rate,
-    )
-    return prompt, negative, initial_noise(keys, config, model), rope, clean, mask
+    noise = draw_noise(keys, config.clip, model)
+    return prompt, negative, noise, config.clip.rope(model), clean, mask
 
 
 def check_prompts(
@@ -466,8 +370,8 @@ def check_prompts(
 
 def _check_condition(model, config, batch, clean, mask):
     sizes = {
-        "video": (config.video_tokens, model.config.video_channels),
-        "audio": (config.audio_frames, model.config.audio_channels),
+        "video": (config.clip.video_tokens, model.config.video_channels),
+        "audio": (config.clip.audio_frames, model.config.audio_channels),
     }
     for stream, (tokens, channels) in sizes.items():
         shape = getattr(clean, stream).shape

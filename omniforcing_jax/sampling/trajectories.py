@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax.geometry import Clip, draw_noise
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow, kv_cache
-from omniforcing_jax.sampling.guidance import AVGuidance, guide
+from omniforcing_jax.sampling.guidance import AVGuidance, guide, interleave_rows
 from omniforcing_jax.sampling.student import (
     RolloutConfig,
     bind,
@@ -131,7 +131,6 @@ def autoregressive_trajectory(
     prompt = Prompt(*prompt)
     negative = None if negative is None else Prompt(*negative)
     check_autoregressive(config, guidance)
-    config.check_model(model)
     check_prompts(model, prompt, negative, guidance)
     if any(p is not None and p.mask is not None for p in (prompt, negative)):
         raise ValueError("an autoregressive model attends to whole contexts; leave out the masks")
@@ -141,11 +140,11 @@ def autoregressive_trajectory(
             tuple(jnp.broadcast_to(n, p.shape) for n, p in zip(negative[:2], prompt[:2]))
         )
     layout = config.cache.layout
-    clip = Clip.from_blocks(layout, num_blocks, config.height, config.width)
+    clip = ClipGeometry.from_blocks(layout, num_blocks, config.height, config.width)
     return _roll_out(
         model,
         params,
-        tuple(_rows(passes) for passes in zip(*contexts)),
+        tuple(interleave_rows(passes) for passes in zip(*contexts)),
         draw_noise(keys, clip, model),
         config.rope(model, num_blocks),
         config=config,
@@ -188,7 +187,8 @@ def _roll_out(model, params, contexts, noise, rope, *, config, guidance, indices
         return text_kv(sigma) if fixed is None else fixed
 
     def guided_x0(forward, x, sigma):
-        x0, _ = forward(jax.tree.map(lambda x: _rows([x] * len(passes)), x), sigma, text_at(sigma))
+        rows = jax.tree.map(lambda x: interleave_rows([x] * len(passes)), x)
+        x0, _ = forward(rows, sigma, text_at(sigma))
 
         def combine(x0, guidance):
             x0 = x0.reshape(batch, len(passes), *x0.shape[1:])  # [B, P, T, C]
@@ -208,7 +208,7 @@ def _roll_out(model, params, contexts, noise, rope, *, config, guidance, indices
 
         sigmas = jnp.asarray(config.sigmas, jnp.float32)
         x0, visited = jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))
-        rows = jax.tree.map(lambda x: _rows([x] * len(passes)), x0)
+        rows = jax.tree.map(lambda x: interleave_rows([x] * len(passes)), x0)
         _, kv = forward(rows, clean, text_at(clean), return_kv=True)
         cache = kv_cache.write(cache, kv, config.patches, first=first)
         visited = jax.tree.map(lambda n, xs: jnp.concatenate([n[None], xs]), noise, visited)
@@ -223,12 +223,6 @@ def _roll_out(model, params, contexts, noise, rope, *, config, guidance, indices
     # [B, S, T, C] and [K - 1, B, S, T, C] -> [B, S, T_clip, C]
     join = jax.vmap(join_blocks, in_axes=(1, 2), out_axes=1)
     return Trajectory(join(first.states, rest.states), join(first.velocities, rest.velocities))
-
-
-def _rows(passes: Sequence[jax.Array]) -> jax.Array:
-    """P arrays [B, ...] -> [B * P, ...], the passes of a sample side by side."""
-    x = jnp.stack(passes, axis=1)
-    return x.reshape(-1, *x.shape[2:])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

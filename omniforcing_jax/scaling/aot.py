@@ -217,7 +217,7 @@ def stream_programs(
         jax.ShapeDtypeStruct((1, s.text_tokens, d), jnp.bfloat16)
         for d in config.transformer.text_dims
     ]
-    encode = functools.partial(rollout.encode_prompt, model, levels=rollout_config.sigma_levels)
+    encode = functools.partial(rollout.prompt_kv, model, levels=rollout_config.sigma_levels)
     text = jax.eval_shape(encode, params, *contexts)
     text = _abstract(text, kv_cache.cache_sharding(text, mesh))
     noise = jax.eval_shape(

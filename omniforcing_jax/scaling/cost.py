@@ -137,12 +137,8 @@ def _text(config, text: int) -> int:
 
 def _rollout_pass(e: Experiment, config, blocks: int, text: int) -> float:
     """One pass over every block, as operations of a sample."""
-    layout = dataclasses.replace(e.layout, num_sinks=config.num_audio_sinks)
-    rollout = dataclasses.replace(
-        e.rollout, cache=dataclasses.replace(e.rollout.cache, layout=layout)
-    )
-    passes = rollout.num_steps + 1
-    return sum(flops.block_flops(config, rollout, b, text) / passes for b in range(blocks))
+    passes = e.rollout.num_steps + 1
+    return sum(flops.block_flops(config, e.rollout, b, text) / passes for b in range(blocks))
 
 
 def _clip_flops(e: Experiment, config, text: int) -> int:

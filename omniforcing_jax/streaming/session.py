@@ -4,7 +4,7 @@
     for chunk in session.stream(num_blocks=None):
         play(chunk.frames, chunk.waveform)          # session.set_prompt(...) any time in between
 
-Each block is one call of the jitted `rollout.block_step` on a donated cache, followed by the two
+Each block is one call of the jitted `student.block_step` on a donated cache, followed by the two
 streaming decoders. Everything random follows from (seed, block index), and everything else from the
 explicit state, so a session replays bit for bit and continues from a snapshot.
 """
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
@@ -72,15 +72,15 @@ class Chunk:
     jax.jit, static_argnames=("model", "config", "batch", "first"), donate_argnames=("cache",)
 )
 def generate_block(model, params, cache, text, rope, key, *, config, batch, first):
-    """`rollout.block_step` with its noise drawn from (key, block index)."""
-    noise = rollout.block_noise(key, cache.num_blocks, config, model, batch, first=first)
-    return rollout.block_step(model, params, cache, text, rope, noise, config, first=first)
+    """`student.block_step` with its noise drawn from (key, block index): latents and cache."""
+    noise = student.block_noise(key, cache.num_blocks, config, model, batch, first=first)
+    trace, cache = student.block_step(model, params, cache, text, rope, noise, config, first=first)
+    return trace.x0, cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "levels"))
-def encode_prompt(model, params, video_context, audio_context, levels):
-    """`rollout.encode_prompt`, jitted."""
-    return rollout.encode_prompt(model, params, video_context, audio_context, levels)
+HOW_TO_GO_ON = "restore(snapshot) of an earlier snapshot() goes on from there, else make a new one"
+
+jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels"))
 
 
 class StreamingSession:
@@ -107,18 +107,18 @@ class StreamingSession:
     ):
         """
         Args:
-          config: see `RolloutConfig`; its sinks must be the model's.
+          config: see `RolloutConfig`.
           prompt: a sentence, which needs `prompts`, or text contexts of video and audio, each
             [B, S, text_dim].
           prompts: encodes sentences; it must be for the connectors of this model.
           max_blocks: longest stream; None means without end, which needs relative positions.
 
         Raises:
-          ValueError: sinks, text widths or batch sizes that do not fit, an endless stream with
+          ValueError: text widths or batch sizes that do not fit, an endless stream with
             absolute positions, or a sentence without `prompts`.
         """
-        config.check_model(model)
         self.config = config
+        self._failed = False
         self.max_blocks = max_blocks
         self._model, self._params = model, params
         self._video_decoder, self._audio_decoder = video_decoder, audio_decoder
@@ -130,7 +130,7 @@ class StreamingSession:
         self._batch = contexts[0].shape[0]
         self._set_contexts(contexts)
         self.num_blocks = self.num_frames = self.num_samples = 0
-        self._cache = rollout.new_cache(model, config, self._batch)
+        self._cache = student.new_cache(model, config, self._batch)
         pixels = video_decoder.config.spatial_compression
         self._video_state = video_decoder.init(
             self._batch, config.height * pixels, config.width * pixels
@@ -187,14 +187,29 @@ class StreamingSession:
     def step(self) -> Chunk:
         """Generates and decodes the next block.
 
+        A step that fails takes the cache and the decoders' state with it, as their buffers are
+        reused: the session goes on only after `restore`.
+
         Raises:
-          RuntimeError: the stream is as long as `max_blocks` allows.
+          RuntimeError: the stream is as long as `max_blocks` allows, or an earlier step failed.
         """
+        if self._failed:
+            raise RuntimeError(f"an earlier step of this session failed: {HOW_TO_GO_ON}")
         if self.max_blocks is not None and self.num_blocks >= self.max_blocks:
             raise RuntimeError(
                 f"this session was made for {self.max_blocks} blocks; give a larger max_blocks, "
                 "or None with relative positions"
             )
+        self._failed = True  # until this step is done
+        try:
+            chunk = self._next_chunk()
+        except BaseException as error:
+            error.add_note(f"this streaming session lost its cache: {HOW_TO_GO_ON}")
+            raise
+        self._failed = False
+        return chunk
+
+    def _next_chunk(self) -> Chunk:
         marks = [time.perf_counter()]
 
         def mark(*values):
@@ -202,7 +217,7 @@ class StreamingSession:
             marks.append(time.perf_counter())
 
         if self._text is None:
-            self._text = encode_prompt(
+            self._text = jitted_prompt_kv(
                 self._model, self._params, *self.contexts, levels=self.config.sigma_levels
             )
         mark(self._text)
@@ -251,7 +266,13 @@ class StreamingSession:
         return latents.video.reshape(self._batch, -1, c.height, c.width, latents.video.shape[-1])
 
     def snapshot(self) -> dict[str, Any]:
-        """A host copy of everything the stream depends on besides weights and configuration."""
+        """A host copy of everything the stream depends on besides weights and configuration.
+
+        Raises:
+          RuntimeError: a step of this session failed, so there is nothing to copy.
+        """
+        if self._failed:
+            raise RuntimeError(f"an earlier step of this session failed: {HOW_TO_GO_ON}")
         state = {
             "cache": self._cache,
             "key": jax.random.key_data(self._key),
@@ -279,6 +300,7 @@ class StreamingSession:
             )
         if jax.tree.map(np.shape, cache) != jax.tree.map(np.shape, self._cache):
             raise ValueError("the snapshot was taken at another batch or video size")
+        self._failed = False
         state = jax.tree.map(jnp.asarray, {k: snapshot[k] for k in ("cache", "key", "contexts")})
         self._cache, self.contexts = state["cache"], state["contexts"]
         self._key = jax.random.wrap_key_data(state["key"])

@@ -153,7 +153,7 @@ class Generator:
                 f"{self.folder} makes latents of {channels} channels (video, audio), the VAEs of "
                 f"the checkpoint take {expected}: they belong to different models"
             )
-        size = (1, clip.video_frames, clip.height, clip.width, channels[0])
+        size = (1, clip.clip.video_frames, clip.clip.height, clip.clip.width, channels[0])
         video_vae.check_latents(pipeline.video_vae, size)
 
 
@@ -369,10 +369,10 @@ class Previews:
             return
         clip, config = self._clip, self._config
         latents = {name: jnp.asarray(x[-1:], jnp.float32) for name, x in states.items()}
-        size = (clip.video_frames, clip.height, clip.width)
+        size = (clip.clip.video_frames, clip.clip.height, clip.clip.width)
         decoded = decode_clip(config, self._params, AVLatents(**latents), size, self._dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_clip(path, *decoded, clip.frame_rate, config.vocoder.sample_rate)
+        write_clip(path, *decoded, clip.clip.frame_rate, config.vocoder.sample_rate)
 
     @functools.cached_property
     def _params(self) -> dict[str, Any]:

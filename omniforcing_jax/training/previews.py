@@ -16,10 +16,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from omniforcing_jax.distributed import partitioning
-from omniforcing_jax.geometry import audio_attention_entropy, draw_noise
+from omniforcing_jax.geometry import draw_noise
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.pipeline import decode_clip
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.whole_clip import audio_attention_entropy
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.contact_sheet import contact_sheet
 from omniforcing_jax.training.assembly import text_arrays

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import Clip
+from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.inputs import Modality, Pathways, TextKV
 from omniforcing_jax.types import AVLatents
@@ -57,9 +57,9 @@ class GaussianWorld:
     seed: int = 0
 
     @property
-    def clip(self) -> Clip:
+    def clip(self) -> ClipGeometry:
         """Sizes and positions of the clip."""
-        return Clip.from_blocks(self.layout, self.num_blocks, 1, 1)
+        return ClipGeometry.from_blocks(self.layout, self.num_blocks, 1, 1)
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import Clip, clip_x0, draw_noise
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling import flow, student
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
+from omniforcing_jax.sampling.whole_clip import clip_x0
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
 from omniforcing_jax.types import AVLatents
 from pocket.known_answer.gaussian_world import GaussianTeacher, GaussianWorld, make_teacher
@@ -80,10 +80,10 @@ class Problem:
         """The block-causal student: the same with sink tokens."""
         return Transformer(dataclasses.replace(self.world.config, num_audio_sinks=NUM_SINKS))
 
-    def rollout(self, num_sinks: int = NUM_SINKS) -> RolloutConfig:
+    @property
+    def rollout(self) -> RolloutConfig:
         """How a causal student samples; its window holds the whole clip."""
-        layout = dataclasses.replace(LAYOUT, num_sinks=num_sinks)
-        cache = CacheConfig(layout, window=NUM_BLOCKS - 1)
+        cache = CacheConfig(LAYOUT, window=NUM_BLOCKS - 1)
         return RolloutConfig(cache, self.sigmas, height=1, width=1)
 
     def key(self, use: int) -> jax.Array:
@@ -109,13 +109,17 @@ def sample_config(problem: Problem, num_steps: int) -> SampleConfig:
     """The teacher's sampler."""
     clip = problem.world.clip
     sigmas = tuple(flow.ltx2_schedule(num_steps).tolist())
-    sizes = (clip.height, clip.width, clip.video_frames, clip.audio_frames, clip.frame_rate)
-    return SampleConfig(sigmas, *sizes, NO_GUIDANCE)
+    return SampleConfig(sigmas, clip, NO_GUIDANCE)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "clip", "sigmas"))
 def few_steps(
-    model: Transformer, params, contexts, key: jax.Array, clip: Clip, sigmas: tuple[float, ...]
+    model: Transformer,
+    params,
+    contexts,
+    key: jax.Array,
+    clip: ClipGeometry,
+    sigmas: tuple[float, ...],
 ) -> AVLatents:
     """Samples of a bidirectional few-step student: predict x0, add fresh noise, repeat."""
     batch = contexts[0].shape[0]
@@ -144,16 +148,16 @@ def sample_few_steps(problem: Problem, params) -> AVLatents:
 def sample_causal(problem: Problem, params, num_sinks: int = NUM_SINKS) -> AVLatents:
     """Samples of a block-causal student: the rollout that streaming uses."""
     model = problem.causal_network if num_sinks else problem.network
-    config = problem.rollout(num_sinks)
+    config = problem.rollout
     return _roll_out(model, params, tuple(problem.test_text.values()), problem.key(3), config)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config"))
 def _roll_out(model, params, contexts, key, config: RolloutConfig) -> AVLatents:
-    text = rollout.encode_prompt(model, params, *contexts, levels=config.sigma_levels)
+    text = student.prompt_kv(model, params, *contexts, levels=config.sigma_levels)
     sizes = {"num_blocks": NUM_BLOCKS, "batch": contexts[0].shape[0]}
     rope = config.rope(model, NUM_BLOCKS)
-    return rollout.rollout(model, params, text, rope, key, config=config, **sizes)
+    return student.rollout(model, params, text, rope, key, config=config, **sizes)
 
 
 @functools.partial(jax.jit, static_argnames="generator")

@@ -232,7 +232,7 @@ def regress(problem: Problem, objective: str, params, data: dict[str, jax.Array]
     settings, model = problem.settings, problem.causal_network
     optimizer = adam(1e-3, settings.steps[2], beta2=0.99)
     config = RegressionConfig(objective, seed=settings.seed)
-    stage = ODERegression(model, problem.rollout(), NUM_BLOCKS, TextInput(), optimizer, config, EMA)
+    stage = ODERegression(model, problem.rollout, NUM_BLOCKS, TextInput(), optimizer, config, EMA)
     sinks = jax.jit(lambda key: init_params(model, key)["audio_sinks"])(problem.key(7))
     params = _copy(params | {"audio_sinks": sinks})
     state = create_state(create_network(params, optimizer, ema=True))
@@ -271,7 +271,7 @@ def run(settings: Settings) -> dict[str, Any]:
         found = regress(problem, objective, bidirectional, data[objective])
         students[objective], stages[f"{STAGES[2]} ({objective})"] = found
     last = UnrolledGenerator(
-        problem.causal_network, problem.rollout(), NUM_BLOCKS, scored_blocks=NUM_BLOCKS
+        problem.causal_network, problem.rollout, NUM_BLOCKS, scored_blocks=NUM_BLOCKS
     )
     student, stages[STAGES[3]] = distribution_matching(
         problem, STAGES[3], last, (2e-4, 5e-4), students["x0"], pretrained

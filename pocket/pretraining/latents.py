@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from omniforcing_jax.geometry import Clip
+from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.audio import mel
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.video_vae import model as video_vae
@@ -40,7 +40,7 @@ class WorldEncoder:
 
     config: PipelineConfig
     world: WorldConfig
-    clip: Clip
+    clip: ClipGeometry
     video: Any
     audio: Any
 

@@ -12,11 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.geometry import Clip, clip_velocity
+from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
 from omniforcing_jax.models.text.gemma import TextTower
 from omniforcing_jax.models.transformer.model import Transformer, init_params
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.whole_clip import clip_velocity
 from omniforcing_jax.training.objectives import losses
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.types import AVLatents
@@ -46,7 +47,7 @@ class TeacherLoss:
     model: Transformer
     connectors: ConnectorConfig
     tower: TextTower
-    clip: Clip
+    clip: ClipGeometry
     weights: LossWeights
     shift: float = 1.0
     uniform: float = 0.1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import memory, stream, stream_report, text
-from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling import student
 from omniforcing_jax.streaming import session as streaming
 from omniforcing_jax.streaming.session import Chunk, StreamingSession, Timings
 
@@ -47,7 +47,7 @@ def quick_steps(pipeline, monkeypatch):
 
 def test_one_cache_at_a_time(args, pipeline, quick_steps, monkeypatch):
     """Memory is that of one stream, and without the connectors."""
-    new_cache, found, reports = rollout.new_cache, [], []
+    new_cache, found, reports = student.new_cache, [], []
 
     def count_caches(*args):
         cache = jax.eval_shape(functools.partial(new_cache, *args))
@@ -62,7 +62,7 @@ def test_one_cache_at_a_time(args, pipeline, quick_steps, monkeypatch):
         count_caches(pipeline.transformer(), stream.rollout_config(args, pipeline.config), 1)
         return 0.25
 
-    monkeypatch.setattr(rollout, "new_cache", counted_cache)
+    monkeypatch.setattr(student, "new_cache", counted_cache)
     monkeypatch.setattr(stream, "connector_seconds", connector_seconds)
     monkeypatch.setattr(
         stream, "measure_seams", lambda *args: pytest.fail("a clip decoded at once")
@@ -255,7 +255,7 @@ def test_parts_of_a_block_are_what_a_block_does(args, pipeline):
         return jax.tree.map(lambda x: jax.random.normal(jax.random.key(next(rng)), x.shape), shapes)
 
     text = random(jax.eval_shape(lambda: stream.text_kv(pipeline, args, config, "a prompt")))
-    cache = jax.eval_shape(functools.partial(rollout.new_cache, model, config, 1))
+    cache = jax.eval_shape(functools.partial(student.new_cache, model, config, 1))
     cache = cache.replace(kv=random(cache.kv), num_blocks=jnp.int32(3))  # the next one evicts
     keys = stream.rotated_keys(model, cache, rope, config=config)
     same, other = (jax.tree.map(jnp.copy, cache) for _ in range(2))
@@ -320,12 +320,12 @@ def test_random_weights_are_scaled_by_their_fan_in():
 
 def test_seams_are_those_of_decoding_alone(args, pipeline, monkeypatch):
     """Both decodes get the same latents, whatever another program would make of their noise."""
-    generate = rollout.rollout
+    generate = student.rollout
 
     def other_rollout(*args, **options):
         return jax.tree.map(lambda x: x + 1, generate(*args, **options))
 
-    monkeypatch.setattr(rollout, "rollout", other_rollout)
+    monkeypatch.setattr(student, "rollout", other_rollout)
     monkeypatch.setattr(stream, "make_session", lambda *args: pytest.fail("another cache"))
     config = stream.rollout_config(args, pipeline.config)
     assert stream.measure_seams(pipeline, args, config, 2)["seam"] < 0.01

@@ -17,12 +17,12 @@ from tests.tiny_model import random_params
 config = tiny(num_audio_sinks=4)
 model = Transformer(config)
 settings = rollout.RolloutConfig(
-    CacheConfig(BlockLayout.prefix(num_sinks=4), window=1), (1.0, 0.5, 0.0), 1, 2)
+    CacheConfig(BlockLayout.prefix(), window=1), (1.0, 0.5, 0.0), 1, 2)
 contexts = [jax.random.normal(jax.random.key(i), (4, 3, 12)) for i in range(2)]
 rope = settings.rope(model)
 
 def clip(params, contexts):
-    text = rollout.encode_prompt(model, params, *contexts, settings.sigma_levels)
+    text = rollout.prompt_kv(model, params, *contexts, settings.sigma_levels)
     return rollout.rollout(
         model, params, text, rope, jax.random.key(7), config=settings, num_blocks=3, batch=4)
 

@@ -151,7 +151,7 @@ def test_released_student(checkpoint, tmp_path):
     more = ["--height", "64", "--width", "64", "--seconds", "1", "--random-features"]
     args = ["--checkpoint", str(converted), "--output", str(tmp_path / "clip.mp4"), *more]
     plan = stream.make_plan(stream.parse_arguments(args), config)
-    assert plan.rollout.num_steps == 3 and plan.rollout.cache.layout.num_sinks == 16
+    assert plan.rollout.num_steps == 3 and config.transformer.num_audio_sinks == 16
     assert plan.rollout.cache.layout.name == "prefix"
     assert stream.main(args) == 0
     frames, *_ = media.read_clip(tmp_path / "clip.mp4")

@@ -16,9 +16,9 @@ from omniforcing_jax.ops import attention as attention_module
 from omniforcing_jax.ops import splash
 from omniforcing_jax.ops.attention import attention, attention_flops
 
-LAYOUT = BlockLayout.prefix(num_sinks=16)
+LAYOUT, SINKS = BlockLayout.prefix(), 16
 VIDEO_FRAMES, AUDIO_FRAMES, PATCHES = 10, 76, 30
-ENDS = LAYOUT.kv_ends(VIDEO_FRAMES, AUDIO_FRAMES, PATCHES)
+ENDS = LAYOUT.kv_ends(VIDEO_FRAMES, AUDIO_FRAMES, PATCHES, SINKS)
 LENGTHS = {"video": 300, "audio": 92}
 # Query and key modality of each mask.
 PAIRS = {
@@ -89,7 +89,7 @@ def test_xla_equals_numpy_for_a_text_mask(scale):
 def test_xla_equals_numpy_for_the_four_masks(name):
     queries, keys = PAIRS[name]
     q, k, v, _ = make_inputs(LENGTHS[queries], LENGTHS[keys], 10)
-    dense = getattr(LAYOUT.masks(VIDEO_FRAMES, AUDIO_FRAMES, PATCHES), name)
+    dense = getattr(LAYOUT.masks(VIDEO_FRAMES, AUDIO_FRAMES, PATCHES, SINKS), name)
     expected = numpy_attention(q, k, v, np.broadcast_to(dense, (2, 2, *dense.shape)), 10**-0.5)
     for kwargs in ({"kv_end": getattr(ENDS, name)}, {"mask": dense}):
         out = attention(q, k, v, implementation="xla", **kwargs)
@@ -198,7 +198,7 @@ def test_no_gradient_reaches_hidden_keys(implementation):
     start = LAYOUT.num_video_frames(1) * PATCHES
     block_1 = jnp.zeros_like(cotangent).at[:, start : start + 1].set(1.0)
     visible = ENDS.a2v[start]
-    assert visible == LAYOUT.num_sinks + LAYOUT.num_audio_frames(2)
+    assert visible == SINKS + LAYOUT.num_audio_frames(2)
     _, dq, dk, dv = run_with_gradients(
         q, k, v, block_1 * cotangent, kv_end=ENDS.a2v, implementation=implementation
     )
@@ -375,7 +375,7 @@ def tpu_mesh(sizes, names):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_splash_lowers_for_tpu(head_dim):
     """Mosaic accepts forward and backward kernels at production length, under a mesh."""
-    ends = LAYOUT.kv_ends(16, 126, patches=384)
+    ends = LAYOUT.kv_ends(16, 126, 384, SINKS)
     video = jax.ShapeDtypeStruct((4, 6144, 4, head_dim), jnp.bfloat16)
     audio = jax.ShapeDtypeStruct((4, 142, 4, head_dim), jnp.bfloat16)
 
@@ -483,9 +483,9 @@ def test_bad_shapes_are_refused():
 
 def test_flops():
     assert attention_flops(2, 3, 5, heads=7, head_dim=8) == 2 * 2 * (2 * 3 * 5 * 7 * 8)
-    kv_end = LAYOUT.kv_ends(16, 126, patches=384).video
+    kv_end = LAYOUT.kv_ends(16, 126, 384, SINKS).video
     dense = attention_flops(1, 6144, 6144, heads=32, head_dim=128)
-    allowed = LAYOUT.masks(16, 126, patches=384).video.mean()
+    allowed = LAYOUT.masks(16, 126, 384, SINKS).video.mean()
     assert attention_flops(1, 6144, kv_end, heads=32, head_dim=128) == pytest.approx(
         dense * allowed, rel=1e-12
     )

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omniforcing_jax.geometry import Clip, clip_velocity, draw_noise
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
+from omniforcing_jax.sampling.whole_clip import clip_velocity
 from omniforcing_jax.training.objectives.common import Frozen, TextInput, numbered
 from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig
 from omniforcing_jax.training.objectives.scores import ScoreConfig
@@ -119,7 +120,7 @@ class AffineGenerator:
     """x = mean[prompt] + noise @ factor^T: any Gaussian, so also the right one."""
 
     @property
-    def clip(self) -> Clip:
+    def clip(self) -> ClipGeometry:
         return WORLD.clip
 
     def sample(self, weights, contexts, keys, step_key, whole=None) -> AVLatents:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoint_converters import synthetic, synthetic_gemma
-from omniforcing_jax.geometry import Clip
+from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.audio.mel import MelConfig
 from omniforcing_jax.models.audio.vae import AudioVAEConfig
 from omniforcing_jax.models.audio.vocoder import GeneratorConfig, VocoderConfig
@@ -229,7 +229,7 @@ def teacher_loss():
     )  # fmt: skip
     connectors = ConnectorConfig(8, 2, 4, 2, 4, num_layers=1, num_registers=2, max_position=8)
     loss = TeacherLoss(
-        Transformer(config), connectors, TextTower(tower), Clip(2, 3, 2, 2), LossWeights()
+        Transformer(config), connectors, TextTower(tower), ClipGeometry(2, 3, 2, 2), LossWeights()
     )
     params = jax.jit(lambda key: nn.unbox(init_boxed_params(tower, key)))(jax.random.key(7))
     return loss, {"tower": params}, init_teacher(loss, tower.num_states, jax.random.key(0))
@@ -292,7 +292,7 @@ def test_latents_are_stored_once(tmp_path):
             seen.extend(seeds)
             return np.full((len(seeds), 8, 4), seeds[0] + 1.0), np.ones((len(seeds), 3, 6))
 
-    encoder = Encoder(PIPELINE, WORLD, Clip(2, 3, 2, 2), None, None)
+    encoder = Encoder(PIPELINE, WORLD, ClipGeometry(2, 3, 2, 2), None, None)
     write = functools.partial(latents.write_latents, tmp_path, say=lambda _: None)
     write(encoder, 130, "a")
     assert seen == list(range(130))

@@ -135,7 +135,7 @@ STABILISED = {"gated_attention": True, "extra_qk_norm": True, "tanh_gated_attent
 CASES = {
     "prefix": (BlockLayout.prefix(), {}),
     "prefix, sinks, interleaved": (
-        BlockLayout.prefix(num_sinks=3),
+        BlockLayout.prefix(),
         {
             "rope_type": "interleaved",
             "num_audio_sinks": 3,
@@ -143,7 +143,7 @@ CASES = {
             **STABILISED,
         },
     ),
-    "merged, sinks": (BlockLayout.merged(num_sinks=2), {"num_audio_sinks": 2}),
+    "merged, sinks": (BlockLayout.merged(), {"num_audio_sinks": 2}),
 }
 
 
@@ -215,7 +215,7 @@ def by_hand(config, cache_config, rope, recorded, block) -> Pathways:
     parts = {name: [] for name in PATHWAYS}
     for b in visible_blocks(cache_config, block):
         frames = frames_at(layout, position_when_seen(cache_config, b, block))
-        sinks = b == 0 and layout.num_sinks > 0
+        sinks = b == 0 and config.num_audio_sinks > 0
         ropes = {
             "video": rope.video_rope(frames[0]),
             "audio": rope.audio_rope(frames[1], sinks),
@@ -244,7 +244,7 @@ class Stream:
     """A stream of noisy forwards and clean refreshes, with every block's K/V kept."""
 
     def __init__(self, layout, positions, **changes):
-        self.config = tiny(num_audio_sinks=layout.num_sinks, **changes)
+        self.config = tiny(num_audio_sinks=2, **changes)
         self.cache_config = CacheConfig(layout, positions=positions, **EVICTING)
         self.params, self.rope = random_params(self.config), tables(self.config, layout)
         self.model = Transformer(self.config)
@@ -263,12 +263,12 @@ class Stream:
 
 @pytest.fixture(scope="module")
 def relative():
-    return Stream(BlockLayout.prefix(num_sinks=2), "relative")
+    return Stream(BlockLayout.prefix(), "relative")
 
 
 @pytest.fixture(scope="module")
 def absolute():
-    return Stream(BlockLayout.prefix(num_sinks=2), "absolute")
+    return Stream(BlockLayout.prefix(), "absolute")
 
 
 @pytest.mark.parametrize("name", ["relative", "absolute"])
@@ -304,7 +304,7 @@ def test_eviction_is_a_clip_of_the_visible_blocks(pathways, positions):
     attention are not both on. So a plain, unmasked forward pass over [block 0, anchor, window,
     current block] at their positions must give the current block's velocity.
     """
-    layout = BlockLayout.merged(num_sinks=2)
+    layout = BlockLayout.merged()
     config = tiny(num_layers=1, num_audio_sinks=2, rope_type="interleaved")
     cache_config = CacheConfig(layout, positions=positions, **EVICTING)
     model, params, rope = Transformer(config), random_params(config), tables(config, layout)
@@ -332,7 +332,7 @@ def test_eviction_is_a_clip_of_the_visible_blocks(pathways, positions):
 def test_many_writes():
     """12 blocks through a window of 3: contents, lengths and rotations of every slot."""
     config = tiny(num_layers=1, num_audio_sinks=2)
-    layout = BlockLayout.prefix(num_sinks=2)
+    layout = BlockLayout.prefix()
     cache_config = CacheConfig(layout, window=3, anchor_blocks=1)
     rope = tables(config, layout)
     rng = np.random.default_rng(0)
@@ -413,8 +413,8 @@ def test_slot_positions(window, anchors, positions):
 
 
 def test_cache_bytes():
-    config = tiny(num_layers=3)
-    layout = BlockLayout.prefix(num_sinks=4)
+    config = tiny(num_layers=3, num_audio_sinks=4)
+    layout = BlockLayout.prefix()
     cache_config = CacheConfig(layout, window=2, anchor_blocks=1)
     video_tokens = (1 + 3 * 3) * PATCHES
     audio_tokens = 4 + 1 + 3 * 25

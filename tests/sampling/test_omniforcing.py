@@ -12,10 +12,9 @@ from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import ClipMask, Modality, Transformer
 from omniforcing_jax.models.transformer.rope import AxisTable, ClipRope, Rope, clip_rope
-from omniforcing_jax.sampling import kv_cache
-from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling import kv_cache, student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import RolloutConfig, block_step, encode_prompt
+from omniforcing_jax.sampling.student import RolloutConfig, block_step, prompt_kv
 from omniforcing_jax.types import AVLatents
 
 V2 = TransformerConfig(
@@ -156,7 +155,7 @@ def test_v2_block_causal_forward(v2, tables, atol):
 
 def test_v1_with_sinks(v1):
     arrays, params = v1
-    causal = ClipMask(BlockLayout.prefix(num_sinks=16), 7, 51, 4)
+    causal = ClipMask(BlockLayout.prefix(), 7, 51, 4)
 
     def forward(params, case, *sigmas, config=V1):
         rope = clip_rope(config, video_frames=7, audio_frames=51, height=2, width=2)
@@ -187,8 +186,8 @@ def test_v2_recorded_rollout(v2):
     )
     rope = stored_tables(arrays, V2)
     contexts = (jnp.asarray(arrays[f"r_{s}_context"]) for s in ("video", "audio"))
-    text = encode_prompt(model, params, *contexts, config.sigma_levels)
-    cache = rollout.new_cache(model, config, batch=1)
+    text = prompt_kv(model, params, *contexts, config.sigma_levels)
+    cache = student.new_cache(model, config, batch=1)
     step = jax.jit(block_step, static_argnames=("model", "config", "first"))
     results = []
     for block in range(3):
@@ -197,7 +196,10 @@ def test_v2_recorded_rollout(v2):
             jnp.stack([tokens(arrays[f"r_noise_block{block}_{n}_video"]) for n in names]),
             jnp.stack([jnp.asarray(arrays[f"r_noise_block{block}_{n}_audio"]) for n in names]),
         )
-        x0, cache = step(model, params, cache, text, rope, noise, config=config, first=block == 0)
+        trace, cache = step(
+            model, params, cache, text, rope, noise, config=config, first=block == 0
+        )
+        x0 = trace.x0
         expected = arrays[f"r_block{block}_step3_video_x0"]
         np.testing.assert_allclose(x0.video, tokens(expected), atol=1e-4)
         np.testing.assert_allclose(x0.audio, arrays[f"r_block{block}_step3_audio_x0"], atol=1e-4)

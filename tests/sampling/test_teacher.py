@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from launch import sample_teacher
+from omniforcing_jax.geometry import audio_frames_for, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Modality, Pathways, Transformer
-from omniforcing_jax.models.transformer.rope import clip_rope
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import (
@@ -27,9 +27,7 @@ from omniforcing_jax.sampling.guidance import (
 from omniforcing_jax.sampling.teacher import (
     Prompt,
     SampleConfig,
-    audio_frames_for,
     condition_on_first_frames,
-    initial_noise,
     sample,
 )
 from omniforcing_jax.streaming import media
@@ -97,15 +95,8 @@ def network(model, params, latents, tokens_sigma, sigma, tables, text, keep):
 def plain_sampler(model, params, prompt, negative, noise, config, clean=None, mask=None):
     """The sampler as its equations read: one sample, one pass at a time, one sigma per token."""
     layers = model.config.num_layers
-    rope = clip_rope(
-        model.config,
-        video_frames=config.video_frames,
-        audio_frames=config.audio_frames,
-        height=config.height,
-        width=config.width,
-        frame_rate=config.frame_rate,
-    )
-    frames, audio_frames = np.arange(config.video_frames), np.arange(config.audio_frames)
+    rope = config.clip.rope(model)
+    frames, audio_frames = np.arange(config.clip.video_frames), np.arange(config.clip.audio_frames)
     tables = {
         "video": (rope.video_rope(frames), rope.video_cross_rope(frames)),
         "audio": (rope.audio_rope(audio_frames), rope.audio_cross_rope(audio_frames)),
@@ -180,7 +171,7 @@ def test_equals_a_plain_loop(version, request):
     sampled = sample(model, params, batch, negative, keys, config)
     assert sampled.video.shape == (2, 6, 4) and sampled.audio.shape == (2, 18, 6)
     assert sampled.video.dtype == sampled.audio.dtype == jnp.float32
-    noise = initial_noise(keys, config, model)
+    noise = draw_noise(keys, config.clip, model)
     negative = contexts(model.config, 3)
     for i, prompt in enumerate(prompts):
         start = as_dict(noise, i)
@@ -197,7 +188,7 @@ def test_conditioning(v23):
     image = jnp.asarray(rng.normal(size=(1, 1, 1, 2, 4)), jnp.float32)
     sound = jnp.asarray(rng.normal(size=(1, 18, 6)), jnp.float32)
     key = jax.random.key(5)
-    noise = as_dict(initial_noise(jax.random.fold_in(key, 0)[None], config, model))
+    noise = as_dict(draw_noise(jax.random.fold_in(key, 0)[None], config.clip, model))
     for case, strength in (("kept", 1.0), ("loose", 0.6), ("sound", 0.0)):
         clean, mask = condition_on_first_frames(image, config, model, strength)
         if case != "kept":
@@ -205,8 +196,8 @@ def test_conditioning(v23):
             mask = mask.replace(audio=jnp.full((1, 1), 0.5 if case == "loose" else 0.0))
         sampled = sample(model, params, prompt, negative, key, config, clean=clean, mask=mask)
         by_token = {
-            "video": np.repeat(np.asarray(mask.video[0]), config.patches),
-            "audio": np.full(config.audio_frames, mask.audio[0, 0]),
+            "video": np.repeat(np.asarray(mask.video[0]), config.clip.patches),
+            "audio": np.full(config.clip.audio_frames, mask.audio[0, 0]),
         }
         expected = plain_sampler(
             model, params, prompt, negative, noise, config, as_dict(clean), by_token
@@ -231,7 +222,7 @@ def test_trajectory_without_guidance_runs_one_pass(v20):
     with nn.intercept_methods(record):
         visited = sample(model, params, prompt, None, key, config, trajectory=True)
     assert rows == [1]
-    noise = initial_noise(jax.random.fold_in(key, 0)[None], config, model)
+    noise = draw_noise(jax.random.fold_in(key, 0)[None], config.clip, model)
     np.testing.assert_array_equal(visited.video[0], noise.video)
     np.testing.assert_array_equal(visited.audio[0], noise.audio)
     assert visited.video.shape == (STEPS + 1, 1, 6, 4)
@@ -250,7 +241,7 @@ def test_trajectory_without_guidance_runs_one_pass(v20):
 def test_noise_of_a_sample_does_not_depend_on_the_batch():
     model, config = Transformer(V20), clip()
     keys = jax.random.split(jax.random.key(0), 2)
-    batch, single = (initial_noise(k, config, model) for k in (keys, keys[1:2]))
+    batch, single = (draw_noise(k, config.clip, model) for k in (keys, keys[1:2]))
     np.testing.assert_array_equal(batch.video[1:2], single.video)
     np.testing.assert_array_equal(batch.audio[1:2], single.audio)
     assert not np.allclose(batch.video[0], batch.video[1], atol=0.1)
@@ -258,8 +249,8 @@ def test_noise_of_a_sample_does_not_depend_on_the_batch():
 
 def test_clip_sizes():
     config = SampleConfig.for_clip(frames=121, height=512, width=768)
-    assert (config.video_frames, config.height, config.width) == (16, 16, 24)
-    assert (config.audio_frames, config.video_tokens) == (126, 6144)
+    assert (config.clip.video_frames, config.clip.height, config.clip.width) == (16, 16, 24)
+    assert (config.clip.audio_frames, config.clip.video_tokens) == (126, 6144)
     np.testing.assert_array_equal(config.sigmas, flow.ltx2_schedule(40, 4096))
     assert config.guidance == LTX20_GUIDANCE
     assert [audio_frames_for(121, fps) for fps in (24, 25, 30)] == [126, 121, 101]

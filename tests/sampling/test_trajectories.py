@@ -1,6 +1,5 @@
 """Trajectories: the states are the sampler's, the velocities the guided network's at each state."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import Clip, clip_x0, draw_noise, sigmas_per_frame
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
@@ -23,6 +22,7 @@ from omniforcing_jax.sampling.trajectories import (
     sample_trajectory,
     schedule_indices,
 )
+from omniforcing_jax.sampling.whole_clip import clip_x0, sigmas_per_frame
 from omniforcing_jax.training.objectives import scores
 from omniforcing_jax.types import AVLatents
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
@@ -34,7 +34,7 @@ FULL = AVGuidance(
 )
 CFG = AVGuidance(video=Guidance(cfg=3.0, rescale=0.7), audio=Guidance(cfg=5.0))
 SIGMAS = (1.0, 0.8, 0.4, 0.0)
-LAYOUT = BlockLayout(1, 2, 1, 3, num_sinks=2)
+LAYOUT = BlockLayout(1, 2, 1, 3)
 jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 
 
@@ -81,7 +81,7 @@ def test_of_the_guided_teacher():
 
     negatives = jax.tree.map(lambda n: jnp.repeat(n, BATCH, axis=0), negative)
     inputs = jit(lambda p, n: prepare_passes(model, params, p, n, FULL))(prompt, negatives)
-    rope = Clip(config.video_frames, config.audio_frames, 1, 2).rope(model)
+    rope = config.clip.rope(model)
 
     @jit
     def velocity(x, sigma):
@@ -99,7 +99,7 @@ def autoregressive(model, guidance, sigmas=SIGMAS, indices=(0, 1, 2, 3), **chang
     """A trajectory with everything that went into it."""
     params, (prompt, negative) = random_params(model.config), texts(model.config)
     negative = negative if "uncond" in guidance.passes() else None
-    cache = CacheConfig(dataclasses.replace(LAYOUT, num_sinks=model.config.num_audio_sinks), 4)
+    cache = CacheConfig(LAYOUT, 4)
     config = RolloutConfig(cache, sigmas, height=1, width=2, **changes)
     found = autoregressive_trajectory(
         model, params, prompt, negative, keys(), config, BLOCKS, guidance, indices
@@ -111,7 +111,7 @@ def test_autoregressive_equals_a_plain_loop():
     """Block after block by masked passes over whole clips: no cache, all other blocks clean."""
     model = Transformer(tiny(num_audio_sinks=2))
     found, params, prompt, negative, _ = autoregressive(model, CFG)
-    clip = Clip.from_blocks(LAYOUT, BLOCKS, 1, 2)
+    clip = ClipGeometry.from_blocks(LAYOUT, BLOCKS, 1, 2)
     masked = model.clone(causal=clip.mask(LAYOUT))
     contexts = [prompt[:2], tuple(jnp.repeat(n, BATCH, axis=0) for n in negative[:2])]
 

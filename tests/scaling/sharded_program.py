@@ -13,15 +13,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp  # noqa: E402
 
 from omniforcing_jax.distributed import partitioning  # noqa: E402
-from omniforcing_jax.geometry import Clip, clip_velocity  # noqa: E402
+from omniforcing_jax.geometry import ClipGeometry  # noqa: E402
 from omniforcing_jax.models.transformer.config import tiny  # noqa: E402
 from omniforcing_jax.models.transformer.model import Transformer  # noqa: E402
+from omniforcing_jax.sampling.whole_clip import clip_velocity  # noqa: E402
 from omniforcing_jax.scaling import collectives  # noqa: E402
 from omniforcing_jax.training.assembly import abstract_params  # noqa: E402
 from omniforcing_jax.types import AVLatents  # noqa: E402
 
 LAYERS, BATCH, TEXT = 6, 8, 16
-CLIP = Clip(4, 14, 4, 6)  # 96 video tokens, 14 of the audio
+CLIP = ClipGeometry(4, 14, 4, 6)  # 96 video tokens, 14 of the audio
 CONFIG = tiny(num_layers=LAYERS, video_heads=4, audio_heads=4, video_context_dim=64,
               audio_context_dim=32)  # fmt: skip
 

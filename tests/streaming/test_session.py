@@ -1,6 +1,5 @@
 """The live session: exact clocks, replay, snapshots, prompts, and equality with the scan."""
 
-import dataclasses
 import pickle
 import time
 
@@ -13,10 +12,10 @@ from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.audio import vocoder
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.pipeline import PipelineConfig
-from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
-from omniforcing_jax.streaming import session as streaming
+from omniforcing_jax.streaming import session as session_module
 from omniforcing_jax.streaming.session import generate_block
 
 
@@ -89,10 +88,10 @@ def test_equals_offline_rollout_and_full_decode(pipeline):
     config = make_config(pipeline)
     frames, waveform = join(session(pipeline, config, seed=3).stream(4))
     model = pipeline.transformer()
-    text = rollout.encode_prompt(
+    text = student.prompt_kv(
         model, pipeline.params["transformer"], *contexts(pipeline), config.sigma_levels
     )
-    latents = rollout.rollout(
+    latents = student.rollout(
         model,
         pipeline.params["transformer"],
         text,
@@ -150,10 +149,10 @@ def test_new_prompt_at_a_block_border(pipeline, monkeypatch):
     same, changed = session(pipeline), session(pipeline)
     for _ in range(2):
         np.testing.assert_array_equal(same.step().frames, changed.step().frames)
-    encoded, encode = [], streaming.encode_prompt
+    encoded, encode = [], session_module.jitted_prompt_kv
     monkeypatch.setattr(
-        streaming,
-        "encode_prompt",
+        session_module,
+        "jitted_prompt_kv",
         lambda *args, **kwargs: encoded.append(0) or encode(*args, **kwargs),
     )
     changed.set_prompt(contexts(pipeline, seed=1))
@@ -229,10 +228,6 @@ def test_modulated_text_attention(random_pipeline):
 def test_bad_input_is_refused(pipeline):
     with pytest.raises(ValueError, match="positions='relative'"):
         session(pipeline, make_config(pipeline, positions="absolute"))
-    with pytest.raises(ValueError, match="sink tokens"):
-        layout = dataclasses.replace(pipeline.config.layout("prefix"), num_sinks=4)
-        config = dataclasses.replace(make_config(pipeline), cache=CacheConfig(layout))
-        session(pipeline, config)
     live = session(pipeline, max_blocks=1)
     with pytest.raises(ValueError, match="text context has shape"):
         live.set_prompt(tuple(c[..., :-1] for c in contexts(pipeline)))
@@ -242,6 +237,32 @@ def test_bad_input_is_refused(pipeline):
     with pytest.raises(ValueError, match="snapshot's cache"):
         other = session(pipeline, make_config(pipeline, window=3))
         other.restore(live.snapshot())
+
+
+def test_a_failed_step_says_how_to_go_on(pipeline, monkeypatch):
+    """The cache has been given away by then; a snapshot continues as if nothing had happened."""
+    live = session(pipeline)
+    live.step()
+    snapshot = live.snapshot()
+    expected = live.step()
+    live.restore(snapshot)
+
+    def out_of_memory(*args, **options):
+        generate_block(*args, **options)
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session_module, "generate_block", out_of_memory)
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as caught:
+            live.step()
+    assert "restore(snapshot)" in caught.value.__notes__[0]
+    for call in (live.step, live.snapshot):
+        with pytest.raises(RuntimeError, match=r"earlier step.*restore\(snapshot\)"):
+            call()
+    live.restore(snapshot)
+    again = live.step()
+    np.testing.assert_array_equal(again.frames, expected.frames)
+    np.testing.assert_array_equal(again.waveform, expected.waveform)
 
 
 def test_pipeline_config_names_what_is_missing():

@@ -87,6 +87,6 @@ class ClipMask:
     audio_frames: int
     patches: int
 
-    def kv_ends(self) -> KvEnds:
+    def kv_ends(self, num_sinks: int) -> KvEnds:
         """Row ends of the four masks; with sinks, their rows and columns come first."""
-        return self.layout.kv_ends(self.video_frames, self.audio_frames, self.patches)
+        return self.layout.kv_ends(self.video_frames, self.audio_frames, self.patches, num_sinks)

@@ -118,7 +118,11 @@ class Block(nn.Module):
         """carry: hidden states (v [B, T, D], a [B, T, C]) -> the same, and this layer's new K/V."""
         v, a = carry
         history, keep = history or Pathways(), keep or Pathways()
-        ends = self.causal.kv_ends() if self.causal else KvEnds(None, None, None, None)
+        ends = (
+            self.causal.kv_ends(self.config.num_audio_sinks)
+            if self.causal
+            else KvEnds(None, None, None, None)
+        )
         text = text or self.text_kv(None, video, audio)[1]
         new = Pathways()
         if video is not None:

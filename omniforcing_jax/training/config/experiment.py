@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import Clip
+from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.paths import locate
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
@@ -72,7 +72,7 @@ class Experiment:
     student: TransformerConfig
     connectors: ConnectorConfig
     layout: BlockLayout
-    clip: Clip
+    clip: ClipGeometry
     rollout: RolloutConfig
     sigmas: tuple[float, ...]
     data: Any
@@ -168,7 +168,7 @@ def check(
     if None in (student, connectors, rollout, settings) or problems:
         raise ConfigError(problems)
     checks.check_heads(student, mesh_shape, problems)
-    clip = Clip.from_blocks(layout, c.clip.blocks, *size)
+    clip = ClipGeometry.from_blocks(layout, c.clip.blocks, *size)
     experiment = Experiment(
         config=ml_collections.FrozenConfigDict(c),
         content=content,
@@ -268,9 +268,7 @@ def _source_config(c) -> TransformerConfig | None:
 def _layout(c) -> BlockLayout:
     if c.clip.blocks < 1:
         raise ValueError(f"clip.blocks must be at least 1, not {c.clip.blocks}")
-    return BlockLayout.from_name(
-        c.clip.layout, frame_rate=c.clip.frame_rate, num_sinks=c.student.num_sinks
-    )
+    return BlockLayout.from_name(c.clip.layout, frame_rate=c.clip.frame_rate)
 
 
 def _rollout(c, layout: BlockLayout, sigmas, size: tuple[int, int]) -> RolloutConfig:
@@ -316,9 +314,7 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
     blocks = None
     if e.settings.score.context == "block_causal":
         cache = e.rollout.cache.for_clip(c.clip.blocks)
-        layout = dataclasses.replace(cache.layout, num_sinks=e.teacher.num_audio_sinks)
-        config = dataclasses.replace(e.rollout, cache=dataclasses.replace(cache, layout=layout))
-        blocks = BlockContext(config, c.clip.blocks)
+        blocks = BlockContext(dataclasses.replace(e.rollout, cache=cache), c.clip.blocks)
     scoring = e.model(e.teacher)
     return DMD(
         generator=generator,

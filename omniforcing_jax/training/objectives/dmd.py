@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import optax
 
 from omniforcing_jax.distributed.partitioning import constrain
-from omniforcing_jax.geometry import clip_velocity, draw_noise
+from omniforcing_jax.geometry import draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import keep_pathways
+from omniforcing_jax.sampling.whole_clip import clip_velocity
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import (
     Frozen,

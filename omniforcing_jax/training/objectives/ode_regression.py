@@ -23,10 +23,11 @@ import numpy as np
 import optax
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import Clip, clip_velocity, draw_noise, sigmas_per_frame
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.whole_clip import clip_velocity, sigmas_per_frame
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import (
     Frozen,
@@ -132,7 +133,6 @@ class ODERegression:
     shardings: TrainState | None = None
 
     def __post_init__(self):
-        self.rollout.check_model(self.model)
         by_sample = self.model.config.text_adaln or self.model.config.cross_timestep != "own"
         if by_sample and self.config.level_per_block:
             raise ValueError(
@@ -146,9 +146,9 @@ class ODERegression:
         return self.rollout.cache.layout
 
     @property
-    def clip(self) -> Clip:
+    def clip(self) -> ClipGeometry:
         """The clip that is trained on."""
-        return Clip.from_blocks(
+        return ClipGeometry.from_blocks(
             self.layout, self.num_blocks, self.rollout.height, self.rollout.width
         )
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax.geometry import Clip, clip_velocity
+from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
@@ -31,6 +31,7 @@ from omniforcing_jax.sampling.student import (
     new_cache,
     split_blocks,
 )
+from omniforcing_jax.sampling.whole_clip import clip_velocity
 from omniforcing_jax.types import AVLatents, Contexts
 
 _TABLE_STEPS = 1000
@@ -155,7 +156,7 @@ def predict_x0(
     noisy: AVLatents,
     sigma: jax.Array,
     contexts: Contexts,
-    clip: Clip,
+    clip: ClipGeometry,
     blocks: BlockContext | None = None,
     keep: Pathways | None = None,
 ) -> AVLatents:

@@ -16,9 +16,10 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.geometry import Clip, clip_x0, draw_noise
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.whole_clip import clip_x0
 from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students.exits import (
     EXIT,
@@ -53,7 +54,7 @@ class BidirectionalGenerator:
     """
 
     model: Transformer
-    clip: Clip
+    clip: ClipGeometry
     sigmas: tuple[float, ...]
     exit_weights: tuple[float, ...] | None = None
 

@@ -11,7 +11,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.geometry import Clip
+from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.transformer.inputs import TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import kv_cache
@@ -21,12 +21,12 @@ from omniforcing_jax.sampling.student import (
     RolloutConfig,
     bind,
     block_noise,
-    encode_prompt,
+    block_step,
     join_blocks,
     new_cache,
+    prompt_kv,
     refresh,
     split_blocks,
-    traced_block_step,
 )
 from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students.bidirectional import Pullback
@@ -88,15 +88,14 @@ class UnrolledGenerator:
                 f"scored_blocks must be between 1 and num_blocks = {self.num_blocks}, not "
                 f"{self.scored_blocks}"
             )
-        self.config.check_model(self.model)
 
     @property
-    def clip(self) -> Clip:
+    def clip(self) -> ClipGeometry:
         """The scored part of the rollout."""
         c = self.config
         whole = self.scored_blocks == self.num_blocks
         layout = c.cache.layout
-        return Clip.from_blocks(layout, self.scored_blocks, c.height, c.width, start=whole)
+        return ClipGeometry.from_blocks(layout, self.scored_blocks, c.height, c.width, start=whole)
 
     @property
     def num_steps(self) -> int:
@@ -233,7 +232,7 @@ class UnrolledGenerator:
         return exit_step(step_key, self.num_steps, self.exit_weights)
 
     def _text(self, weights, contexts: Contexts) -> TextKV:
-        return encode_prompt(self.model, weights, *contexts, levels=self.config.sigma_levels)
+        return prompt_kv(self.model, weights, *contexts, levels=self.config.sigma_levels)
 
     def _rope(self):
         return self.rollout.rope(self.model, self.num_blocks)
@@ -253,7 +252,7 @@ class UnrolledGenerator:
 
         def step(cache, block, first):
             noise = noise_of_block(keys, block, config, self.model, first=first)
-            trace, cache = traced_block_step(
+            trace, cache = block_step(
                 self.model,
                 weights,
                 cache,

@@ -22,10 +22,10 @@ from tests.tiny_model import (
 
 NUM_BLOCKS, HEIGHT, WIDTH, SINKS = 3, 1, 2, 3
 PATCHES = HEIGHT * WIDTH
-LAYOUTS = {
-    "prefix": BlockLayout.prefix(),
-    "prefix with sinks": BlockLayout.prefix(num_sinks=SINKS),
-    "merged": BlockLayout.merged(),
+LAYOUTS = {  # and sinks
+    "prefix": (BlockLayout.prefix(), 0),
+    "prefix with sinks": (BlockLayout.prefix(), SINKS),
+    "merged": (BlockLayout.merged(), 0),
 }
 PATHWAYS = ("video", "audio", "a2v", "v2a")
 # (from, to) stream that a pathway carries information between.
@@ -124,22 +124,22 @@ PAST = np.tril(np.ones((NUM_BLOCKS, NUM_BLOCKS), bool))
     ],
 )
 def test_no_gradient_from_the_future(params, name, implementation):
-    layout = LAYOUTS[name]
+    layout, sinks = LAYOUTS[name]
     frames = layout.num_video_frames(NUM_BLOCKS), layout.num_audio_frames(NUM_BLOCKS)
     model = Transformer(
-        tiny(num_audio_sinks=layout.num_sinks),
+        tiny(num_audio_sinks=sinks),
         implementation=implementation,
         causal=ClipMask(layout, *frames, PATCHES),
     )
     for pathways in SETS:
-        sizes = influence(model, params[layout.num_sinks], layout, pathways)
+        sizes = influence(model, params[sinks], layout, pathways)
         for pair, expected in expected_influence(pathways, PAST).items():
             np.testing.assert_array_equal(sizes[pair] > 0, expected, f"{pathways} {pair}")
 
 
 def test_without_the_mask_there_is_one(params):
     """The same measurement sees the future through every pathway of the teacher."""
-    layout = LAYOUTS["prefix with sinks"]
+    layout, _ = LAYOUTS["prefix with sinks"]
     model = Transformer(tiny(num_audio_sinks=SINKS))
     for pathways in SETS:
         sizes = influence(model, params[SINKS], layout, pathways)
@@ -149,7 +149,7 @@ def test_without_the_mask_there_is_one(params):
 
 def test_later_latents_do_not_change_earlier_velocities(params):
     """Replacing the last block's latents leaves every other block's velocities bit by bit."""
-    layout = LAYOUTS["merged"]
+    layout, _ = LAYOUTS["merged"]
     frames = layout.num_video_frames(NUM_BLOCKS), layout.num_audio_frames(NUM_BLOCKS)
     model = Transformer(tiny(), causal=ClipMask(layout, *frames, PATCHES))
     video_blocks, audio_blocks = token_blocks(layout)
@@ -168,9 +168,9 @@ def test_later_latents_do_not_change_earlier_velocities(params):
 
 def assert_student_is_teacher(config, params):
     """One block that covers the clip: the causal model must compute what the teacher computes."""
-    clip = BlockLayout.prefix(num_sinks=config.num_audio_sinks)
+    clip = BlockLayout.prefix()
     frames = clip.num_video_frames(NUM_BLOCKS), clip.num_audio_frames(NUM_BLOCKS)
-    one_block = BlockLayout(frames[0], 3, frames[1], 25, num_sinks=config.num_audio_sinks)
+    one_block = BlockLayout(frames[0], 3, frames[1], 25)
     mask = ClipMask(one_block, *frames, PATCHES)
     x = random_latents(config, frames[0] * PATCHES, frames[1])
     models = [Transformer(config, implementation="xla")] + [

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import Clip, clip_x0, draw_noise, sigmas_per_frame
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.inputs import Pathways
 from omniforcing_jax.models.transformer.model import Transformer
@@ -18,6 +18,7 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import Guidance, guide
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.whole_clip import clip_x0, sigmas_per_frame
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import Frozen, TextInput, accumulate, numbered
 from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig
@@ -35,7 +36,7 @@ LAYOUT = BlockLayout(1, 1, 1, 2)
 SIGMAS = (1.0, 0.5, 0.0)
 MODEL = Transformer(dataclasses.replace(tiny(), num_layers=1))
 ROLLOUT = RolloutConfig(CacheConfig(LAYOUT, window=2), SIGMAS, height=1, width=1)
-CLIP = Clip.from_blocks(LAYOUT, BLOCKS, 1, 1)
+CLIP = ClipGeometry.from_blocks(LAYOUT, BLOCKS, 1, 1)
 OPTIMIZER = optax.adamw(1e-3)
 jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 

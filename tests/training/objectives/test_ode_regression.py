@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import clip_velocity, sigmas_per_frame
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.whole_clip import clip_velocity, sigmas_per_frame
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.objectives.ode_regression import (
@@ -28,16 +28,16 @@ from omniforcing_jax.types import AVLatents
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
 
 BATCH, BLOCKS, STATES, PATCHES = 2, 3, 4, 2
-LAYOUT = BlockLayout(1, 2, 1, 3, num_sinks=2)
+LAYOUT = BlockLayout(1, 2, 1, 3)
 OPTIMIZER = optax.adamw(1e-3)
 SIGMAS = np.array([1.0, 0.7, 0.3, 0.0], np.float32)
 jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 
 
 def make(changes=None, **settings) -> ODERegression:
-    layout = LAYOUT if changes is None else dataclasses.replace(LAYOUT, num_sinks=0)
-    model = Transformer(tiny(num_audio_sinks=layout.num_sinks, **(changes or {})))
-    rollout = RolloutConfig(CacheConfig(layout, window=3), (1.0, 0.5, 0.0), height=1, width=PATCHES)
+    changes = {"num_audio_sinks": 2} if changes is None else changes
+    model = Transformer(tiny(**changes))
+    rollout = RolloutConfig(CacheConfig(LAYOUT, window=3), (1.0, 0.5, 0.0), height=1, width=PATCHES)
     return ODERegression(
         model, rollout, BLOCKS, TextInput(), OPTIMIZER, RegressionConfig(**settings)
     )

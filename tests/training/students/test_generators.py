@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import Clip, clip_x0, draw_noise, sigmas_per_frame
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.inputs import Pathways
 from omniforcing_jax.models.transformer.layers import KV, History
 from omniforcing_jax.models.transformer.model import Modality, Transformer
-from omniforcing_jax.sampling import flow, kv_cache
-from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling import flow, kv_cache, student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.whole_clip import clip_x0, sigmas_per_frame
 from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students import exits
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
@@ -27,13 +27,14 @@ from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, rand
 
 BATCH, BLOCKS = 2, 3
 SIGMAS = (1.0, 0.8, 0.4, 0.0)
-LAYOUT = BlockLayout(1, 2, 1, 3, num_sinks=2)
+LAYOUT = BlockLayout(1, 2, 1, 3)
+SINKS = 2
 jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 
 
-def make(layout=LAYOUT, *, window=4, num_blocks=BLOCKS, scored=BLOCKS, **changes):
+def make(layout=LAYOUT, *, window=4, num_blocks=BLOCKS, scored=BLOCKS, sinks=SINKS, **changes):
     """A generator with its weights, contexts and keys."""
-    model = Transformer(tiny(num_audio_sinks=layout.num_sinks, **changes))
+    model = Transformer(tiny(num_audio_sinks=sinks, **changes))
     config = RolloutConfig(CacheConfig(layout, window=window), SIGMAS, height=1, width=2)
     generator = UnrolledGenerator(model, config, num_blocks, scored)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(BATCH))
@@ -87,7 +88,7 @@ class Uncached:
     def __init__(self, generator: UnrolledGenerator, params, contexts):
         self.model, self.params, self.contexts = generator.model, params, contexts
         self.layout, self.config = generator.config.cache.layout, generator.config
-        self.clip = Clip.from_blocks(self.layout, generator.num_blocks, 1, 2)
+        self.clip = ClipGeometry.from_blocks(self.layout, generator.num_blocks, 1, 2)
         self.rope = self.clip.rope(self.model)
         self.num_blocks = generator.num_blocks
 
@@ -140,7 +141,7 @@ class Uncached:
 
     def streams(self, x, sigma, video_frames, audio_frames, sinks=True):
         video_frames, audio_frames = jnp.asarray(video_frames), jnp.asarray(audio_frames)
-        sinks = sinks and self.layout.num_sinks > 0
+        sinks = sinks and self.model.config.num_audio_sinks > 0
         return (
             Modality(
                 x.video,
@@ -160,7 +161,7 @@ class Uncached:
 
     def block_objective(self, params, block, x_in, kv, sigma, cotangent):
         """<x0 of the block, cotangent>, its history detached and the text not."""
-        layout, sinks = self.layout, self.layout.num_sinks
+        layout, sinks = self.layout, self.model.config.num_audio_sinks
         video_frames = range(layout.video_start(block), layout.video_start(block + 1))
         audio_frames = range(layout.audio_start(block), layout.audio_start(block + 1))
         streams = self.streams(
@@ -245,13 +246,13 @@ def test_window_of_a_long_rollout():
 
     def objective(params):
         fixed = jax.lax.stop_gradient(params)
-        encode = functools.partial(rollout.encode_prompt, model, levels=config.sigma_levels)
+        encode = functools.partial(student.prompt_kv, model, levels=config.sigma_levels)
         text, fixed_text = encode(params, *contexts), encode(fixed, *contexts)
-        cache = rollout.new_cache(model, config, BATCH)
+        cache = student.new_cache(model, config, BATCH)
         outputs = []
         for block in range(4):
             noise = noise_of_block(keys, block, config, model, first=block == 0)
-            trace, following = rollout.traced_block_step(
+            trace, following = student.block_step(
                 model,
                 fixed,
                 cache,
@@ -262,9 +263,9 @@ def test_window_of_a_long_rollout():
                 first=block == 0,
                 exit_step=jnp.int32(1),
             )
-            forward = rollout.bind(model, params, cache, rope, config, first=block == 0)
+            forward = student.bind(model, params, cache, rope, config, first=block == 0)
             x = jax.lax.stop_gradient(trace.exit_input)
-            level_text = rollout.text_at(model, text, 1)
+            level_text = student.text_at(model, text, 1)
             outputs.append(forward(x, jnp.float32(SIGMAS[1]), level_text)[0])
             cache = jax.lax.stop_gradient(following)
         x0 = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *outputs[2:])
@@ -310,12 +311,12 @@ def test_sample_is_that_of_the_sampler(self_forcing):
     generator, params, contexts, keys, program = self_forcing
     sample, _ = program(params, keys, step_key_with_exit(len(SIGMAS) - 2))
     model, config = generator.model, generator.config
-    text = rollout.encode_prompt(model, params, *contexts, levels=config.sigma_levels)
+    text = student.prompt_kv(model, params, *contexts, levels=config.sigma_levels)
     # one sample, since the sampler draws a batch's noise from one key
     first, one = slice(0, 1), {"num_blocks": BLOCKS, "batch": 1}
     one_text = jax.tree.map(lambda t: t[:, first], text)
     rope, key = config.rope(model, BLOCKS), fold(keys, exits.NOISE)[0]
-    expected = rollout.rollout(model, params, one_text, rope, key, config=config, **one)
+    expected = student.rollout(model, params, one_text, rope, key, config=config, **one)
     assert_trees_close(jax.tree.map(lambda x: x[first], sample), expected, 2e-5)
     early, _ = program(params, keys, step_key_with_exit(0))
     assert float(jnp.abs(early.video - sample.video).max()) > 1e-2
@@ -327,7 +328,7 @@ def test_sample_is_that_of_the_sampler(self_forcing):
 def test_bidirectional_generator_by_hand():
     """Every sample exits at its own step, none at sigma 0; only its last pass has a gradient."""
     model = Transformer(tiny())
-    clip = Clip.from_blocks(dataclasses.replace(LAYOUT, num_sinks=0), 2, 1, 2)
+    clip = ClipGeometry.from_blocks(LAYOUT, 2, 1, 2)
     generator = BidirectionalGenerator(model, clip, SIGMAS)
     params, contexts = random_params(model.config), random_contexts(model.config, batch=4)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(4))
@@ -380,7 +381,7 @@ def test_exit_weights():
     assert int(exits.exit_step(jax.random.key(0), 3, (0, 0, 1))) == 2
     for bad in ((1.0, 1.0), (0, 0, 0), (1, 1, -1)):
         with pytest.raises(ValueError, match="exit_weights must be 3 numbers"):
-            BidirectionalGenerator(Transformer(tiny()), Clip(3, 4, 1, 1), SIGMAS, bad)
+            BidirectionalGenerator(Transformer(tiny()), ClipGeometry(3, 4, 1, 1), SIGMAS, bad)
 
 
 # -- what is refused --------------------------------------------------------------------------
@@ -390,7 +391,7 @@ def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="scored_blocks must be between 1 and"):
         make(num_blocks=2, scored=3)
     with pytest.raises(ValueError, match="sigmas\\[0\\] must be 1"):
-        BidirectionalGenerator(Transformer(tiny()), Clip(3, 4, 1, 1), (0.9, 0.0))
+        BidirectionalGenerator(Transformer(tiny()), ClipGeometry(3, 4, 1, 1), (0.9, 0.0))
     with pytest.raises(ValueError, match="sink tokens"):
         generator, *_ = make()
         UnrolledGenerator(Transformer(tiny()), generator.config, 2, 2)
@@ -403,14 +404,14 @@ def test_history_carries_no_gradient():
     rope = config.rope(model, BLOCKS)
 
     def second_block(params):
-        text = rollout.encode_prompt(model, params, *contexts, levels=config.sigma_levels)
+        text = student.prompt_kv(model, params, *contexts, levels=config.sigma_levels)
         text = jax.lax.stop_gradient(text)
-        cache = rollout.new_cache(model, config, BATCH)
+        cache = student.new_cache(model, config, BATCH)
         noise = noise_of_block(keys, 0, config, model, first=True)
-        forward = rollout.bind(model, params, cache, rope, config, first=True)
-        kv = rollout.refresh(forward, text, jax.tree.map(lambda n: n[0], noise), noise, config)
+        forward = student.bind(model, params, cache, rope, config, first=True)
+        kv = student.refresh(forward, text, jax.tree.map(lambda n: n[0], noise), noise, config)
         cache = kv_cache.write(cache, kv, config.patches, first=True)
-        forward = rollout.bind(
+        forward = student.bind(
             model, jax.lax.stop_gradient(params), cache, rope, config, first=False
         )
         noise = noise_of_block(keys, 1, config, model, first=False)
