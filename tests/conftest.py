@@ -7,16 +7,19 @@ import pathlib
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The suite compiles thousands of programs that run for milliseconds: most of its time is XLA's.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# With jaxlib 0.10's concurrent scheduler, a program may be compiled differently from one process to
-# the next: other roundings where bits are compared, other orders of messages. Its older emitters
-# compile twice as fast; later versions have none, and end at flags that they do not know.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
-)
+# Two lanes: TEST_XLA=default compiles as users' programs are compiled, and runs the tests marked
+# `default_xla`. Otherwise, as the suite compiles thousands of programs that run for milliseconds,
+# most of its time would be XLA's:
+if os.environ.get("TEST_XLA") != "default":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # With jaxlib 0.10's concurrent scheduler, a program may be compiled differently from one
+    # process to the next: other roundings where bits are compared, other orders of messages. Its
+    # older emitters compile twice as fast; later versions have none, and end at unknown flags.
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+    )
 
 import jax
 import numpy as np

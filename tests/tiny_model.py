@@ -1,5 +1,7 @@
 """Tiny random models and their inputs, for the tests of the core."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,9 @@ from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.types import AVLatents
 
 # For `jax.jit(compiler_options=...)`: these programs run for milliseconds and compile for seconds.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+QUICK_COMPILE = (
+    {} if os.environ.get("TEST_XLA") == "default" else {"xla_backend_optimization_level": 0}
+)
 
 # LTX-2.3's departures from 2.0, at tiny size.
 LTX23_CHANGES = {

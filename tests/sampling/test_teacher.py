@@ -52,14 +52,6 @@ def clip(guidance=GUIDANCE, num_steps=STEPS) -> SampleConfig:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """These programs run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def v20():
     return Transformer(V20), random_params(V20)
