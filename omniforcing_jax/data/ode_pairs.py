@@ -30,7 +30,7 @@ STREAMS = ("video", "audio")
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class ODEPairsManifest(shards.Manifest):
     """What a folder of ODE trajectories holds, and everything that decides it.
 
     Attributes:
@@ -97,24 +97,26 @@ class Manifest:
         return self.num_prompts * self.repeats
 
     @property
-    def num_shards(self) -> int:
-        """Number of ArrayRecord files."""
-        return -(-self.num_clips // self.clips_per_shard)
+    def num_records(self) -> int:
+        """One a clip."""
+        return self.num_clips
 
-    def shard_range(self, shard: int) -> range:
-        """Numbers of the clips in a shard."""
-        start = shard * self.clips_per_shard
-        return range(start, min(start + self.clips_per_shard, self.num_clips))
+    @property
+    def records_per_shard(self) -> int:
+        return self.clips_per_shard
 
     @property
     def array_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shapes [S, T, C] of the stored states and velocities."""
+        states = len(self.sigmas)
         video = (self.video_frames * self.height * self.width, self.video_channels)
-        shapes = {}
-        for stream, shape in zip(STREAMS, (video, (self.audio_frames, self.audio_channels))):
-            shapes[stream] = (len(self.sigmas), *shape)
-            shapes[f"{stream}_velocity"] = (len(self.sigmas) - 1, *shape)
-        return shapes
+        audio = (self.audio_frames, self.audio_channels)
+        return {
+            "video": (states, *video),
+            "video_velocity": (states - 1, *video),
+            "audio": (states, *audio),
+            "audio_velocity": (states - 1, *audio),
+        }
 
     @property
     def clip_bytes(self) -> int:
@@ -122,8 +124,8 @@ class Manifest:
         return sum(2 * int(np.prod(shape)) for shape in self.array_shapes.values())
 
 
-def _record(manifest: Manifest) -> Any:
-    """tfds' description of a record."""
+def _pair_features(manifest: ODEPairsManifest) -> dict[str, Any]:
+    """tfds' description of a record's fields."""
     import tensorflow_datasets as tfds
 
     features = record_features(manifest)
@@ -131,7 +133,7 @@ def _record(manifest: Manifest) -> Any:
         features[name] = tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes")
     features["sigmas"] = tfds.features.Tensor(shape=(len(manifest.sigmas),), dtype=np.float32)
     features["clip"] = features["seed"] = tfds.features.Scalar(np.int64)
-    return tfds.features.FeaturesDict(features)
+    return features
 
 
 ODE_PAIRS = shards.Kind(
@@ -140,8 +142,8 @@ ODE_PAIRS = shards.Kind(
     title="ODE trajectories",
     records="clips",
     program="launch.ode_pairs",
-    manifest=Manifest,
-    features=_record,
+    manifest=ODEPairsManifest,
+    features=_pair_features,
 )
 
 
@@ -164,13 +166,7 @@ class Pair:
 class ODEPairsWriter(shards.ShardWriter):
     """Writes a folder of ODE trajectories; see `ShardWriter`."""
 
-    def __init__(self, folder: str | os.PathLike, manifest: Manifest):
-        """Checks the folder; nothing is written.
-
-        Raises:
-          ValueError: see `shards.check_folder`.
-        """
-        super().__init__(ODE_PAIRS, folder, manifest)
+    kind = ODE_PAIRS
 
     def write_shard(self, shard: int, pairs: Iterable[Pair]) -> None:
         """Writes a shard, completely or not at all.
@@ -215,7 +211,7 @@ class ODEPairs:
       negative: text features of the negative prompt, in the form of an element's.
     """
 
-    manifest: Manifest
+    manifest: ODEPairsManifest
     negative: dict[str, np.ndarray]
     _source: Any
 

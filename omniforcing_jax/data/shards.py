@@ -11,34 +11,45 @@ NumPy's protocol for examples has no bfloat16, so that is stored as uint16:
 neither.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from omniforcing_jax.io.paths import TEMPORARY, new_file
+
 SPLIT = "train"
 _MANIFEST = "manifest.json"
 _NEGATIVE = "negative.safetensors"
-_TEMPORARY = ".new"  # suffix of what is not complete
 # One record per chunk: training reads single records in random order. zstd saves a quarter.
 _ARRAY_RECORD_OPTIONS = "group_size:1,zstd:1"
 
 
-class Manifest(Protocol):
-    """What a folder holds: a frozen dataclass of numbers, texts, and lists and dicts of them."""
+class Manifest:
+    """What a folder holds: a frozen dataclass of numbers, texts, and lists and dicts of them.
+
+    Attributes:
+      num_records: how many there are in all.
+      records_per_shard: how many in each shard but the last.
+    """
+
+    num_records: int
+    records_per_shard: int
 
     @property
-    def num_shards(self) -> int: ...
+    def num_shards(self) -> int:
+        """Number of ArrayRecord files."""
+        return -(-self.num_records // self.records_per_shard)
 
     def shard_range(self, shard: int) -> range:
         """Indices of the records in a shard."""
-        ...
+        start = shard * self.records_per_shard
+        return range(start, min(start + self.records_per_shard, self.num_records))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Kind:
       records: what one record is for, e.g. "prompts".
       program: that writes them.
       manifest: class of the manifest; takes the stored fields by name.
-      features: manifest -> tfds.features.FeaturesDict of a record.
+      features: manifest -> {field of a record: tfds' description of it}.
     """
 
     name: str
@@ -60,8 +71,8 @@ class Kind:
     title: str
     records: str
     program: str
-    manifest: Callable[..., Any]
-    features: Callable[[Any], Any]
+    manifest: type[Manifest]
+    features: Callable[[Any], dict[str, Any]]
 
 
 def check_folder(
@@ -82,7 +93,7 @@ def check_folder(
         raise ValueError(f"{folder} is a file; expected a folder, or nothing yet")
     if not (folder / _MANIFEST).exists():
         there = folder.iterdir() if folder.exists() else ()
-        others = [path.name for path in there if not path.name.endswith(_TEMPORARY)]
+        others = [path.name for path in there if not path.name.endswith(TEMPORARY)]
         if others:
             raise ValueError(f"{folder} holds other files ({others[0]}); choose a new folder")
         return
@@ -99,24 +110,32 @@ def check_folder(
         )
 
 
+def shard_paths(kind: Kind, folder: pathlib.Path, manifest: Manifest) -> list[pathlib.Path]:
+    """Files of the shards, with the names tfds gives them."""
+    count = manifest.num_shards
+    names = (f"{kind.name}-{SPLIT}.array_record-{i:05d}-of-{count:05d}" for i in range(count))
+    return [folder / name for name in names]
+
+
 class ShardWriter:
-    """Writes a dataset, shard by shard, in any order and by several processes.
+    """Writes a dataset of the class's `kind`, shard by shard, in any order, by several processes.
 
     A shard appears under its name when it is complete, so what an interrupted run leaves behind is
     a smaller set of the same files, and continuing means writing the `missing` ones. One process
     calls `begin` first and `finish` last.
     """
 
-    def __init__(self, kind: Kind, folder: str | os.PathLike, manifest: Manifest):
+    kind: Kind
+
+    def __init__(self, folder: str | os.PathLike, manifest: Manifest):
         """Checks the folder; nothing is written.
 
         Raises:
           ValueError: see `check_folder`.
         """
-        self.kind = kind
         self.folder = pathlib.Path(folder)
         self.manifest = manifest
-        check_folder(kind, folder, manifest)
+        check_folder(self.kind, folder, manifest)
 
     @property
     def complete(self) -> bool:
@@ -126,19 +145,15 @@ class ShardWriter:
     def begin(self) -> None:
         """Creates the folder, or removes what an interrupted run left incomplete."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(f".*{_TEMPORARY}"):
+        for path in self.folder.glob(f".*{TEMPORARY}"):
             path.unlink()
         if not (self.folder / _MANIFEST).exists():
             self._write_manifest(complete=False)
 
-    def shard_path(self, shard: int) -> pathlib.Path:
-        """File of a shard, with the name tfds gives it."""
-        suffix = f"array_record-{shard:05d}-of-{self.manifest.num_shards:05d}"
-        return self.folder / f"{self.kind.name}-{SPLIT}.{suffix}"
-
     def missing(self) -> list[int]:
         """Shards that are still to be written."""
-        return [s for s in range(self.manifest.num_shards) if not self.shard_path(s).exists()]
+        paths = shard_paths(self.kind, self.folder, self.manifest)
+        return [shard for shard, path in enumerate(paths) if not path.exists()]
 
     @property
     def has_negative(self) -> bool:
@@ -154,7 +169,13 @@ class ShardWriter:
         from array_record.python import array_record_module  # noqa: F401
         from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
 
-        self.kind.features(self.manifest)
+        self._features()
+
+    def _features(self) -> Any:
+        """tfds' description of a record."""
+        import tensorflow_datasets as tfds
+
+        return tfds.features.FeaturesDict(self.kind.features(self.manifest))
 
     def write_records(self, shard: int, examples: Iterable[Mapping[str, Any]]) -> None:
         """Writes a shard, completely or not at all.
@@ -168,9 +189,9 @@ class ShardWriter:
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        features = self.kind.features(self.manifest)
-        count = 0
-        with _new_file(self.shard_path(shard)) as temporary:
+        features, count = self._features(), 0
+        path = shard_paths(self.kind, self.folder, self.manifest)[shard]
+        with new_file(path) as temporary:
             writer = ArrayRecordWriter(str(temporary), _ARRAY_RECORD_OPTIONS)
             try:
                 for example in examples:
@@ -184,9 +205,8 @@ class ShardWriter:
 
     def write_negative_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Stores the features [tokens, W] of the negative prompt."""
-        with _new_file(self.folder / _NEGATIVE) as temporary:
+        with new_file(self.folder / _NEGATIVE) as temporary:
             save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, temporary)
-            temporary.chmod(0o644)  # safetensors makes private files, this one is for sharing
 
     def finish(self) -> None:
         """Writes tfds' description and marks the dataset complete.
@@ -200,11 +220,11 @@ class ShardWriter:
             raise ValueError(f"{self.folder}: shards are missing: {missing}")
         if not self.has_negative:
             raise ValueError(f"{self.folder}: the negative prompt is missing")
-        shards = range(self.manifest.num_shards)
+        paths = shard_paths(self.kind, self.folder, self.manifest)
         split = tfds.core.SplitInfo(
             name=SPLIT,
-            shard_lengths=[len(self.manifest.shard_range(s)) for s in shards],
-            num_bytes=sum(self.shard_path(s).stat().st_size for s in shards),
+            shard_lengths=[len(self.manifest.shard_range(s)) for s in range(len(paths))],
+            num_bytes=sum(path.stat().st_size for path in paths),
             filename_template=tfds.core.ShardedFileTemplate(
                 data_dir=self.folder,
                 dataset_name=self.kind.name,
@@ -214,7 +234,7 @@ class ShardWriter:
         )
         tfds.folder_dataset.write_metadata(
             data_dir=self.folder,
-            features=self.kind.features(self.manifest),
+            features=self._features(),
             split_infos=[split],
             check_data=False,  # that would need TensorFlow
             disable_shuffling=True,
@@ -225,7 +245,7 @@ class ShardWriter:
     def _write_manifest(self, complete: bool) -> None:
         content = {"format": self.kind.format, "kind": self.kind.name, "complete": complete}
         content |= _fields(self.manifest)
-        with _new_file(self.folder / _MANIFEST) as temporary:
+        with new_file(self.folder / _MANIFEST) as temporary:
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
 
@@ -252,13 +272,12 @@ def open_shards(kind: Kind, folder: str | os.PathLike) -> tuple[Any, Any, dict[s
             f"{folder} is not complete; run {kind.program} with the same options again, it "
             "continues where it stopped"
         )
-    writer = ShardWriter(kind, folder, manifest)
-    lost = [writer.shard_path(s).name for s in writer.missing()]
-    lost += [name for name in (_NEGATIVE, "dataset_info.json") if not (folder / name).exists()]
-    if lost:
+    paths = shard_paths(kind, folder, manifest)
+    needed = [*paths, folder / _NEGATIVE, folder / "dataset_info.json"]
+    if lost := [path.name for path in needed if not path.exists()]:
         raise ValueError(f"{folder} is damaged, missing: {', '.join(lost)}; copy it again")
     builder = tfds.builder_from_directory(folder)
-    num_bytes = sum(writer.shard_path(s).stat().st_size for s in range(manifest.num_shards))
+    num_bytes = sum(path.stat().st_size for path in paths)
     if num_bytes != builder.info.splits[SPLIT].num_bytes:
         raise ValueError(
             f"{folder} is damaged: its shards have {num_bytes} bytes, they were written with "
@@ -297,17 +316,3 @@ def _read_manifest(kind: Kind, folder: pathlib.Path) -> tuple[Any, bool]:
             f"{path} is not the manifest of {kind.title} that this version writes ({error!r}); "
             f"make them again with {kind.program}, in a new folder"
         ) from error
-
-
-@contextlib.contextmanager
-def _new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary name for a file that appears under its own name, complete, at the end."""
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

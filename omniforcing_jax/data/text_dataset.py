@@ -33,7 +33,7 @@ PromptFeatures = tuple[np.ndarray, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class TextManifest(shards.Manifest):
     """What a folder of text features holds.
 
     Attributes:
@@ -81,21 +81,20 @@ class Manifest:
             )
 
     @property
-    def num_shards(self) -> int:
-        """Number of ArrayRecord files."""
-        return -(-self.num_prompts // self.prompts_per_shard)
+    def num_records(self) -> int:
+        """One a prompt."""
+        return self.num_prompts
 
-    def shard_range(self, shard: int) -> range:
-        """Indices of the prompts in a shard."""
-        start = shard * self.prompts_per_shard
-        return range(start, min(start + self.prompts_per_shard, self.num_prompts))
+    @property
+    def records_per_shard(self) -> int:
+        return self.prompts_per_shard
 
 
 def record_features(manifest: Any) -> dict[str, Any]:
     """tfds' description of a record's text.
 
     Args:
-      manifest: a `Manifest`, or one of another kind of data that holds text features as well.
+      manifest: a `TextManifest`, or one of another kind of data that holds text features as well.
     """
     import tensorflow_datasets as tfds
 
@@ -113,33 +112,21 @@ def record_features(manifest: Any) -> dict[str, Any]:
     return features
 
 
-def _features_dict(manifest: Manifest) -> Any:
-    import tensorflow_datasets as tfds
-
-    return tfds.features.FeaturesDict(record_features(manifest))
-
-
 TEXT_FEATURES = shards.Kind(
     name="text_features",
     format=1,
     title="text features",
     records="prompts",
     program="launch.encode_prompts",
-    manifest=Manifest,
-    features=_features_dict,
+    manifest=TextManifest,
+    features=record_features,
 )
 
 
 class TextDatasetWriter(shards.ShardWriter):
     """Writes a folder of text features; see `ShardWriter`."""
 
-    def __init__(self, folder: str | os.PathLike, manifest: Manifest):
-        """Checks the folder; nothing is written.
-
-        Raises:
-          ValueError: see `shards.check_folder`.
-        """
-        super().__init__(TEXT_FEATURES, folder, manifest)
+    kind = TEXT_FEATURES
 
     def write_shard(
         self, shard: int, prompts: Iterable[str], features: Iterable[PromptFeatures]
@@ -204,7 +191,7 @@ class TextDataset:
       negative: those of the negative prompt, in the form of an element.
     """
 
-    manifest: Manifest
+    manifest: TextManifest
     negative: dict[str, Any]
     _source: Any
 
@@ -292,7 +279,7 @@ def pad_features(arrays: Mapping[str, np.ndarray], manifest: Any) -> dict[str, n
 
     Args:
       arrays: "video_features" and, unless shared, "audio_features".
-      manifest: a `Manifest`, or one of another kind of data that holds text features as well.
+      manifest: a `TextManifest`, or one of another kind of data that holds text features as well.
 
     Returns:
       The same arrays and their "mask" [S].
@@ -306,6 +293,8 @@ def pad_features(arrays: Mapping[str, np.ndarray], manifest: Any) -> dict[str, n
     return padded
 
 
-def _element(prompt: str, arrays: Mapping[str, np.ndarray], manifest: Manifest) -> dict[str, Any]:
+def _element(
+    prompt: str, arrays: Mapping[str, np.ndarray], manifest: TextManifest
+) -> dict[str, Any]:
     padded = pad_features(arrays, manifest)
     return {"prompt": prompt, "audio_features": padded["video_features"], **padded}
