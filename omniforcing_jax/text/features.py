@@ -6,18 +6,18 @@ one. Contexts depend on the prompt only: they are computed once and the text enc
 large as a transformer, stays out of memory while sampling and training.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
-import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from omniforcing_jax.io.paths import new_file
 
 _KIND = "context"
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -65,22 +65,17 @@ def save_text_features(
       ValueError: arrays of a wrong shape or dtype, or with values that are not finite.
     """
     path = pathlib.Path(path)
-    arrays = dict(zip(_NAMES, (np.asarray(video_context), np.asarray(audio_context))))
+    arrays = {
+        "video_context": np.asarray(video_context),
+        "audio_context": np.asarray(audio_context),
+    }
     if mask is not None:
         arrays["mask"] = np.asarray(mask).astype(bool)
     _check(path, arrays)
     metadata = {"kind": _KIND, "prompt": prompt, "model_version": model_version}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with new_file(path) as temporary:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         save_file(contiguous, temporary, metadata)
-        os.chmod(temporary, 0o644)  # a temporary file is private, the result is for sharing
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
 
 
 def load_text_features(path: str | os.PathLike, expected_dims: tuple[int, int]) -> TextFeatures:
@@ -158,7 +153,7 @@ def random_text_features(
       Features with an empty prompt and model version.
     """
     contexts = []
-    for subkey, dim in zip(jax.random.split(key), dims):
+    for subkey, dim in zip(jax.random.split(key), dims, strict=True):
         x = jax.random.normal(subkey, (batch, length, dim))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))
         contexts.append(x.astype(dtype))

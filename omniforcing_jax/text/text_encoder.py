@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.io import checkpoints
@@ -33,6 +32,7 @@ from omniforcing_jax.models.text.connectors import (
 from omniforcing_jax.models.text.gemma import LayerProjection, TextTower
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.text.encoder_files import (
+    EncoderFiles,
     boxed_tower,
     check_encoder,
     check_tower,
@@ -40,7 +40,6 @@ from omniforcing_jax.text.encoder_files import (
     tower_path,
 )
 from omniforcing_jax.text.features import TextFeatures
-from omniforcing_jax.text.tokenizer import Tokenizer
 
 _to_int8 = jax.jit(quantization.quantize, static_argnums=1)
 
@@ -50,21 +49,16 @@ class TextEncoder:
 
     Attributes:
       tokenizer: of the Gemma folder.
-      length: tokens per prompt, padding included; a multiple of the connectors' registers.
+      length: S, tokens per prompt with padding; a multiple of the connectors' registers.
       shared_features: video and audio features are one array (LTX-2.0).
-      model_version: of the LTX-2 model the connectors belong to.
       fingerprint: see `EncoderFiles.fingerprint`.
     """
 
     def __init__(
         self,
-        config: GemmaConfig,
-        connectors: ConnectorConfig,
+        files: EncoderFiles,
         params: Mapping[str, Any],
         *,
-        tokenizer: Tokenizer,
-        model_version: str,
-        fingerprint: str,
         dtype: jnp.dtype = jnp.bfloat16,
         quantize: str = "none",
         length: int = 1024,
@@ -73,19 +67,20 @@ class TextEncoder:
         """Use `load`; this takes what is in memory already.
 
         Args:
+          files: what the parameters belong to.
           params: {"tower": of `TextTower`, "projections": from `layer_projections`, "connectors":
             video_connector and audio_connector of `TextConnectors`}.
+          dtype, quantize, length: see `load`.
           mesh: where `params` lies; None is one device.
         """
-        self.tokenizer = tokenizer
-        self.length = length
-        self.shared_features = not connectors.separate_projections
-        self.model_version = model_version
-        self.fingerprint = fingerprint
+        self.tokenizer, self.length = files.tokenizer, length
+        self.shared_features = not files.connectors.separate_projections
+        self.fingerprint = files.fingerprint(dtype, quantize)
+        self._model_version = files.model_version
         self._params: dict[str, Any] | None = dict(params)
         self._mesh = mesh
-        self._tower = TextTower(config, dtype, quantize)
-        self._connectors = TextConnectors(connectors, dtype)
+        self._tower = TextTower(files.config, dtype, quantize)
+        self._connectors = TextConnectors(files.connectors, dtype)
 
     @classmethod
     def load(
@@ -119,7 +114,7 @@ class TextEncoder:
         tower = load_text_tower(gemma, config, dtype=dtype, quantize=quantize, mesh=mesh)
         sharding = None  # the first device
         if mesh is not None:
-            boxed = _boxed_connectors(connectors, config.num_states)
+            boxed = boxed_connectors(connectors, config.num_states)
             sharding = partitioning.shardings(boxed, mesh)
         loaded = checkpoints.load_params(checkpoint, "connectors", dtype=dtype, sharding=sharding)
         params = {
@@ -127,18 +122,7 @@ class TextEncoder:
             "projections": layer_projections(loaded, connectors, mesh),
             "connectors": {name: loaded[name] for name in ("video_connector", "audio_connector")},
         }
-        return cls(
-            config,
-            connectors,
-            params,
-            tokenizer=files.tokenizer,
-            model_version=files.model_version,
-            fingerprint=files.fingerprint(dtype, quantize),
-            dtype=dtype,
-            quantize=quantize,
-            length=length,
-            mesh=mesh,
-        )
+        return cls(files, params, dtype=dtype, quantize=quantize, length=length, mesh=mesh)
 
     def features(
         self, token_ids: jax.typing.ArrayLike, mask: jax.typing.ArrayLike
@@ -152,13 +136,8 @@ class TextEncoder:
         Raises:
           ValueError: shapes that do not fit, or the encoder was closed.
         """
-        result = _features(
-            self._tower,
-            self._connectors.config,
-            self._open(),
-            self._place(token_ids),
-            self._place(mask),
-        )
+        arrays = (self._place(token_ids), self._place(mask))
+        result = _features(self._tower, self._connectors.config, self._open(), *arrays)
         if self.shared_features:
             return result["shared"], result["shared"]
         return result["video"], result["audio"]
@@ -194,7 +173,7 @@ class TextEncoder:
         token_ids, mask = self.tokenizer.encode_batch(prompts, self.length)
         contexts = self.contexts(*self.features(token_ids, mask), mask)
         text = "\n".join(prompt.strip() for prompt in prompts)
-        return TextFeatures(*contexts, mask=None, prompt=text, model_version=self.model_version)
+        return TextFeatures(*contexts, mask=None, prompt=text, model_version=self._model_version)
 
     def close(self) -> None:
         """Frees the weights' device memory; the encoder cannot be used any more."""
@@ -211,9 +190,7 @@ class TextEncoder:
         """On the device, or with the batch split over the mesh where it divides."""
         if self._mesh is None:
             return jnp.asarray(x)
-        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        spec = P(partitioning.BATCH_AXES) if np.shape(x)[0] % ways == 0 else P()
-        return jax.device_put(x, NamedSharding(self._mesh, spec))
+        return jax.device_put(x, partitioning.row_sharding(self._mesh, np.shape(x)[0]))
 
 
 # jitted here, not per encoder: one that is loaded again is not compiled again
@@ -322,7 +299,7 @@ def _restore_leaf(
     return jax.tree.leaves(checkpointer.restore(path, args=args))[0]
 
 
-def _boxed_connectors(config: ConnectorConfig, num_states: int) -> Any:
+def boxed_connectors(config: ConnectorConfig, num_states: int) -> Any:
     """Abstract parameters of `TextConnectors` with their logical axis names."""
     states = jnp.zeros((1, config.num_registers, config.text_channels, num_states))
     mask = jnp.ones((1, config.num_registers))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from omniforcing_jax.text import features as text_features
-from omniforcing_jax.text.prompt_cache import PromptCache
+from omniforcing_jax.text.prompts import PromptCache
 
 DIMS = (8, 4)
 

@@ -189,7 +189,7 @@ MESH = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
-from omniforcing_jax import partitioning
+from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.text.text_encoder import TextEncoder
 
 gemma, checkpoint = sys.argv[1:]
