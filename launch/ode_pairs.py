@@ -34,7 +34,6 @@ from omniforcing_jax.data import shards
 from omniforcing_jax.data.ode_pairs import ODE_PAIRS, ODEPairsManifest, ODEPairsWriter, Pair
 from omniforcing_jax.data.text_dataset import TEXT_ARRAYS, TextDataset, open_text_dataset
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE, default_guidance
 from omniforcing_jax.sampling.student import AVLatents, RolloutConfig
@@ -88,14 +87,12 @@ class PairsJob:
 
     Attributes:
       source: the model that is sampled.
-      pipeline: the checkpoint's description, for its decoders.
       recipe: how it is sampled.
       batch_size: of this process.
       manifest: of the dataset, but for the generator's fingerprint, which needs the weights.
     """
 
     source: SourceModel
-    pipeline: PipelineConfig
     recipe: Recipe
     batch_size: int
     manifest: ODEPairsManifest
@@ -108,12 +105,11 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
       ValueError: what is wrong, and what would be right.
       OSError: a file that cannot be read.
     """
-    pipeline = PipelineConfig.from_checkpoint(args.checkpoint)
     source = SourceModel.find(args.checkpoint, args.generator, args.weights)
     source.check_text(text.manifest, args.text)
     # LTX-2's own guidance for the teacher; a generator has been distilled from it
     teacher = args.generator is None
-    defaults = default_guidance(source.model_version) if teacher else NO_GUIDANCE
+    defaults = default_guidance(source.config.model_version) if teacher else NO_GUIDANCE
     clip = SampleConfig.for_clip(
         frames=args.frames,
         height=args.height,
@@ -121,12 +117,12 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
         frame_rate=args.fps,
         num_steps=args.steps,
         guidance=options.change_guidance(args, defaults),
-        spatial_compression=pipeline.video_vae.spatial_compression,
+        spatial_compression=source.config.video_vae.spatial_compression,
     )
-    source.check_latents(pipeline, clip)
+    source.check_latents(clip)
     rollout, num_blocks = plan_blocks(args, source, clip)
     if rollout is None:
-        clip.check_model(Transformer(source.transformer))
+        clip.check_model(Transformer(source.config.transformer))
     else:
         check_autoregressive(rollout, clip.guidance)
     sigmas = flow.student_sigmas(args.timesteps, args.steps)
@@ -139,10 +135,9 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
     if args.previews < 0:
         raise ValueError(f"--previews must be 0 or more, not {args.previews}")
     if args.previews:
-        pipeline.check_complete()
+        source.config.check_complete()
     return PairsJob(
         source=source,
-        pipeline=pipeline,
         recipe=Recipe(clip, schedule_indices(clip.sigmas, sigmas), args.seed, rollout, num_blocks),
         batch_size=batch_size,
         manifest=make_manifest(args, text, source, clip, rollout, sigmas.tolist()),
@@ -157,29 +152,29 @@ def plan_blocks(
         raise ValueError(
             "--autoregressive needs --generator: LTX-2 itself attends to the whole clip at once"
         )
-    if source.layout_name is not None and not args.autoregressive:
+    config = source.config
+    if config.layout_name is not None and not args.autoregressive:
         raise ValueError(
-            f"{source.folder} is block-causal (layout {source.layout_name!r}): add --autoregressive"
+            f"{source.folder} is block-causal (layout {config.layout_name!r}): add --autoregressive"
         )
-    name = args.layout or source.layout_name
+    name = args.layout or config.layout_name
+    if name is None and args.autoregressive:
+        raise ValueError(
+            f"{source.folder} does not say how it cuts a clip into blocks: give --layout "
+            f"{' or '.join(LAYOUT_NAMES)}"
+        )
     if name is None:
-        if args.autoregressive:
-            raise ValueError(
-                f"{source.folder} does not say how it cuts a clip into blocks: give --layout "
-                f"{' or '.join(LAYOUT_NAMES)}"
-            )
         return None, None
-    sinks = source.transformer.num_audio_sinks
-    layout = BlockLayout.from_name(name, frame_rate=args.fps, num_sinks=sinks)
+    layout = config.layout(name, args.fps)
     num_blocks = blocks_in_clip(layout, clip, args.frames)
     if not args.autoregressive:
         return None, None
     rollout = RolloutConfig(
-        cache=source.trained_cache.config(layout, args.window, args.anchors, args.positions),
+        cache=config.cache(layout, args.window, args.anchors, args.positions),
         sigmas=clip.sigmas,
         height=clip.height,
         width=clip.width,
-        context_noise=source.context_noise,
+        context_noise=config.context_noise,
     )
     return rollout, num_blocks
 
@@ -226,11 +221,11 @@ def make_manifest(
             "anchor_blocks": cache.anchor_blocks,
             "positions": cache.positions,
         }
-    config = source.transformer
+    config = source.config.transformer
     return ODEPairsManifest(
         generator="",
         text=hashlib.sha256(content.encode()).hexdigest()[:16],
-        model_version=source.model_version,
+        model_version=source.config.model_version,
         compute_dtype=options.dtype_name(args),
         guidance={k: dataclasses.asdict(g) for k, g in clip.guidance._asdict().items()},
         autoregression=autoregression,
@@ -259,7 +254,7 @@ def make_manifest(
 
 def clip_cost(job: PairsJob) -> tuple[int, int]:
     """Forward passes and FLOPs of one clip."""
-    config, length = job.source.transformer, job.manifest.text_length
+    config, length = job.source.config.transformer, job.manifest.text_length
     recipe, clip = job.recipe, job.recipe.clip
     passes, steps = clip.guidance.passes(), len(clip.sigmas) - 1
     if recipe.rollout is not None:
@@ -375,7 +370,7 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     if writer.complete:
         print_line(f"{args.output} is complete already")
         return
-    decoder = ClipDecoder(args.checkpoint, job.pipeline, job.recipe.clip, dtype)
+    decoder = ClipDecoder(args.checkpoint, job.source.config, job.recipe.clip, dtype)
 
     def preview(clip: int, states: dict[str, np.ndarray]) -> None:
         if clip < args.previews:

@@ -118,9 +118,10 @@ def missing_shards(
         writer.finish()
     multihost.barrier("finish")
     size = sum(path.stat().st_size for path in writer.folder.iterdir() if path.is_file())
+    shards = range(writer.manifest.num_shards)
+    records = sum(len(writer.manifest.shard_range(shard)) for shard in shards)
     progress.console.print(
-        f"{writer.folder}: {writer.manifest.num_records} {progress.unit} in "
-        f"{writer.manifest.num_shards} shards, {size / 1e6:.1f} MB, "
+        f"{writer.folder}: {records} {progress.unit} in {len(shards)} shards, {size / 1e6:.1f} MB, "
         f"{time.perf_counter() - start:.1f} s"
     )
 

@@ -30,7 +30,7 @@ STREAMS = ("video", "audio")
 
 
 @dataclasses.dataclass(frozen=True)
-class ODEPairsManifest(shards.Manifest):
+class ODEPairsManifest:
     """What a folder of ODE trajectories holds, and everything that decides it.
 
     Attributes:
@@ -97,13 +97,14 @@ class ODEPairsManifest(shards.Manifest):
         return self.num_prompts * self.repeats
 
     @property
-    def num_records(self) -> int:
-        """One a clip."""
-        return self.num_clips
+    def num_shards(self) -> int:
+        """Number of ArrayRecord files."""
+        return -(-self.num_clips // self.clips_per_shard)
 
-    @property
-    def records_per_shard(self) -> int:
-        return self.clips_per_shard
+    def shard_range(self, shard: int) -> range:
+        """Numbers of the clips in a shard."""
+        start = shard * self.clips_per_shard
+        return range(start, min(start + self.clips_per_shard, self.num_clips))
 
     @property
     def array_shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -124,8 +125,8 @@ class ODEPairsManifest(shards.Manifest):
         return sum(2 * int(np.prod(shape)) for shape in self.array_shapes.values())
 
 
-def _pair_features(manifest: ODEPairsManifest) -> dict[str, Any]:
-    """tfds' description of a record's fields."""
+def _record(manifest: ODEPairsManifest) -> Any:
+    """tfds' description of a record."""
     import tensorflow_datasets as tfds
 
     features = record_features(manifest)
@@ -133,7 +134,7 @@ def _pair_features(manifest: ODEPairsManifest) -> dict[str, Any]:
         features[name] = tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes")
     features["sigmas"] = tfds.features.Tensor(shape=(len(manifest.sigmas),), dtype=np.float32)
     features["clip"] = features["seed"] = tfds.features.Scalar(np.int64)
-    return features
+    return tfds.features.FeaturesDict(features)
 
 
 ODE_PAIRS = shards.Kind(
@@ -143,7 +144,7 @@ ODE_PAIRS = shards.Kind(
     records="clips",
     program="launch.ode_pairs",
     manifest=ODEPairsManifest,
-    features=_pair_features,
+    features=_record,
 )
 
 
@@ -166,7 +167,13 @@ class Pair:
 class ODEPairsWriter(shards.ShardWriter):
     """Writes a folder of ODE trajectories; see `ShardWriter`."""
 
-    kind = ODE_PAIRS
+    def __init__(self, folder: str | os.PathLike, manifest: ODEPairsManifest):
+        """Checks the folder; nothing is written.
+
+        Raises:
+          ValueError: see `shards.check_folder`.
+        """
+        super().__init__(ODE_PAIRS, folder, manifest)
 
     def write_shard(self, shard: int, pairs: Iterable[Pair]) -> None:
         """Writes a shard, completely or not at all.

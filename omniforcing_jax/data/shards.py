@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -30,26 +30,15 @@ _NEGATIVE = "negative.safetensors"
 _ARRAY_RECORD_OPTIONS = "group_size:1,zstd:1"
 
 
-class Manifest:
-    """What a folder holds: a frozen dataclass of numbers, texts, and lists and dicts of them.
-
-    Attributes:
-      num_records: how many there are in all.
-      records_per_shard: how many in each shard but the last.
-    """
-
-    num_records: int
-    records_per_shard: int
+class Manifest(Protocol):
+    """What a folder holds: a frozen dataclass of numbers, texts, and lists and dicts of them."""
 
     @property
-    def num_shards(self) -> int:
-        """Number of ArrayRecord files."""
-        return -(-self.num_records // self.records_per_shard)
+    def num_shards(self) -> int: ...
 
     def shard_range(self, shard: int) -> range:
         """Indices of the records in a shard."""
-        start = shard * self.records_per_shard
-        return range(start, min(start + self.records_per_shard, self.num_records))
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +52,7 @@ class Kind:
       records: what one record is for, e.g. "prompts".
       program: that writes them.
       manifest: class of the manifest; takes the stored fields by name.
-      features: manifest -> {field of a record: tfds' description of it}.
+      features: manifest -> tfds.features.FeaturesDict of a record.
     """
 
     name: str
@@ -71,8 +60,8 @@ class Kind:
     title: str
     records: str
     program: str
-    manifest: type[Manifest]
-    features: Callable[[Any], dict[str, Any]]
+    manifest: Callable[..., Any]
+    features: Callable[[Any], Any]
 
 
 def check_folder(
@@ -110,32 +99,24 @@ def check_folder(
         )
 
 
-def shard_paths(kind: Kind, folder: pathlib.Path, manifest: Manifest) -> list[pathlib.Path]:
-    """Files of the shards, with the names tfds gives them."""
-    count = manifest.num_shards
-    names = (f"{kind.name}-{SPLIT}.array_record-{i:05d}-of-{count:05d}" for i in range(count))
-    return [folder / name for name in names]
-
-
 class ShardWriter:
-    """Writes a dataset of the class's `kind`, shard by shard, in any order, by several processes.
+    """Writes a dataset, shard by shard, in any order and by several processes.
 
     A shard appears under its name when it is complete, so what an interrupted run leaves behind is
     a smaller set of the same files, and continuing means writing the `missing` ones. One process
     calls `begin` first and `finish` last.
     """
 
-    kind: Kind
-
-    def __init__(self, folder: str | os.PathLike, manifest: Manifest):
+    def __init__(self, kind: Kind, folder: str | os.PathLike, manifest: Manifest):
         """Checks the folder; nothing is written.
 
         Raises:
           ValueError: see `check_folder`.
         """
+        self.kind = kind
         self.folder = pathlib.Path(folder)
         self.manifest = manifest
-        check_folder(self.kind, folder, manifest)
+        check_folder(kind, folder, manifest)
 
     @property
     def complete(self) -> bool:
@@ -150,10 +131,14 @@ class ShardWriter:
         if not (self.folder / _MANIFEST).exists():
             self._write_manifest(complete=False)
 
+    def shard_path(self, shard: int) -> pathlib.Path:
+        """File of a shard, with the name tfds gives it."""
+        suffix = f"array_record-{shard:05d}-of-{self.manifest.num_shards:05d}"
+        return self.folder / f"{self.kind.name}-{SPLIT}.{suffix}"
+
     def missing(self) -> list[int]:
         """Shards that are still to be written."""
-        paths = shard_paths(self.kind, self.folder, self.manifest)
-        return [shard for shard, path in enumerate(paths) if not path.exists()]
+        return [s for s in range(self.manifest.num_shards) if not self.shard_path(s).exists()]
 
     @property
     def has_negative(self) -> bool:
@@ -169,13 +154,7 @@ class ShardWriter:
         from array_record.python import array_record_module  # noqa: F401
         from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
 
-        self._features()
-
-    def _features(self) -> Any:
-        """tfds' description of a record."""
-        import tensorflow_datasets as tfds
-
-        return tfds.features.FeaturesDict(self.kind.features(self.manifest))
+        self.kind.features(self.manifest)
 
     def write_records(self, shard: int, examples: Iterable[Mapping[str, Any]]) -> None:
         """Writes a shard, completely or not at all.
@@ -189,9 +168,9 @@ class ShardWriter:
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        features, count = self._features(), 0
-        path = shard_paths(self.kind, self.folder, self.manifest)[shard]
-        with new_file(path) as temporary:
+        features = self.kind.features(self.manifest)
+        count = 0
+        with new_file(self.shard_path(shard)) as temporary:
             writer = ArrayRecordWriter(str(temporary), _ARRAY_RECORD_OPTIONS)
             try:
                 for example in examples:
@@ -220,11 +199,11 @@ class ShardWriter:
             raise ValueError(f"{self.folder}: shards are missing: {missing}")
         if not self.has_negative:
             raise ValueError(f"{self.folder}: the negative prompt is missing")
-        paths = shard_paths(self.kind, self.folder, self.manifest)
+        shards = range(self.manifest.num_shards)
         split = tfds.core.SplitInfo(
             name=SPLIT,
-            shard_lengths=[len(self.manifest.shard_range(s)) for s in range(len(paths))],
-            num_bytes=sum(path.stat().st_size for path in paths),
+            shard_lengths=[len(self.manifest.shard_range(s)) for s in shards],
+            num_bytes=sum(self.shard_path(s).stat().st_size for s in shards),
             filename_template=tfds.core.ShardedFileTemplate(
                 data_dir=self.folder,
                 dataset_name=self.kind.name,
@@ -234,7 +213,7 @@ class ShardWriter:
         )
         tfds.folder_dataset.write_metadata(
             data_dir=self.folder,
-            features=self._features(),
+            features=self.kind.features(self.manifest),
             split_infos=[split],
             check_data=False,  # that would need TensorFlow
             disable_shuffling=True,
@@ -272,7 +251,8 @@ def open_shards(kind: Kind, folder: str | os.PathLike) -> tuple[Any, Any, dict[s
             f"{folder} is not complete; run {kind.program} with the same options again, it "
             "continues where it stopped"
         )
-    paths = shard_paths(kind, folder, manifest)
+    writer = ShardWriter(kind, folder, manifest)
+    paths = [writer.shard_path(shard) for shard in range(manifest.num_shards)]
     needed = [*paths, folder / _NEGATIVE, folder / "dataset_info.json"]
     if lost := [path.name for path in needed if not path.exists()]:
         raise ValueError(f"{folder} is damaged, missing: {', '.join(lost)}; copy it again")

@@ -33,7 +33,7 @@ PromptFeatures = tuple[np.ndarray, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class TextManifest(shards.Manifest):
+class TextManifest:
     """What a folder of text features holds.
 
     Attributes:
@@ -81,13 +81,14 @@ class TextManifest(shards.Manifest):
             )
 
     @property
-    def num_records(self) -> int:
-        """One a prompt."""
-        return self.num_prompts
+    def num_shards(self) -> int:
+        """Number of ArrayRecord files."""
+        return -(-self.num_prompts // self.prompts_per_shard)
 
-    @property
-    def records_per_shard(self) -> int:
-        return self.prompts_per_shard
+    def shard_range(self, shard: int) -> range:
+        """Indices of the prompts in a shard."""
+        start = shard * self.prompts_per_shard
+        return range(start, min(start + self.prompts_per_shard, self.num_prompts))
 
 
 def record_features(manifest: Any) -> dict[str, Any]:
@@ -112,6 +113,12 @@ def record_features(manifest: Any) -> dict[str, Any]:
     return features
 
 
+def _features_dict(manifest: TextManifest) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(record_features(manifest))
+
+
 TEXT_FEATURES = shards.Kind(
     name="text_features",
     format=1,
@@ -119,14 +126,20 @@ TEXT_FEATURES = shards.Kind(
     records="prompts",
     program="launch.encode_prompts",
     manifest=TextManifest,
-    features=record_features,
+    features=_features_dict,
 )
 
 
 class TextDatasetWriter(shards.ShardWriter):
     """Writes a folder of text features; see `ShardWriter`."""
 
-    kind = TEXT_FEATURES
+    def __init__(self, folder: str | os.PathLike, manifest: TextManifest):
+        """Checks the folder; nothing is written.
+
+        Raises:
+          ValueError: see `shards.check_folder`.
+        """
+        super().__init__(TEXT_FEATURES, folder, manifest)
 
     def write_shard(
         self, shard: int, prompts: Iterable[str], features: Iterable[PromptFeatures]

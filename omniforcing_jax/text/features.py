@@ -177,25 +177,27 @@ def _check_contents(path: pathlib.Path, names: set[str], metadata: dict[str, str
 
 
 def _check(path: pathlib.Path, arrays: dict[str, np.ndarray | jax.Array]) -> None:
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    video, audio = (shapes[name] for name in _NAMES)
+    """Raises ValueError for arrays that are not the contexts (and mask) of prompts."""
+    video, audio = (arrays[name] for name in _NAMES)
     problems = [
-        f"{name} has shape {list(shapes[name])}; expected [batch, tokens, width], none of them 0"
+        f"{name} has shape {list(arrays[name].shape)}; expected [batch, tokens, width], none of "
+        "them 0"
         for name in _NAMES
-        if len(shapes[name]) != 3 or 0 in shapes[name]
+        if arrays[name].ndim != 3 or 0 in arrays[name].shape
     ]
     if not problems:
-        if video[:2] != audio[:2]:
+        tokens, mask = video.shape[:2], arrays.get("mask")
+        if audio.shape[:2] != tokens:
             problems.append(
-                f"video_context is for {video[0]} x {video[1]} tokens, audio_context for "
-                f"{audio[0]} x {audio[1]}; expected the same"
+                f"video_context is for {tokens[0]} x {tokens[1]} tokens, audio_context for "
+                f"{audio.shape[0]} x {audio.shape[1]}; expected the same"
             )
-        if "mask" in shapes and shapes["mask"] != video[:2]:
-            problems.append(f"mask has shape {list(shapes['mask'])}; expected {list(video[:2])}")
-    dtypes = [arrays[name].dtype for name in _NAMES]
-    if dtypes[0] != dtypes[1] or dtypes[0] not in _DTYPES:
+        if mask is not None and mask.shape != tokens:
+            problems.append(f"mask has shape {list(mask.shape)}; expected {list(tokens)}")
+    if video.dtype != audio.dtype or video.dtype not in _DTYPES:
         problems.append(
-            f"the contexts are {dtypes[0]} and {dtypes[1]}; expected both bfloat16 or both float32"
+            f"the contexts are {video.dtype} and {audio.dtype}; expected both bfloat16 or both "
+            "float32"
         )
     else:
         problems += [

@@ -36,7 +36,6 @@ from omniforcing_jax.text.encoder_files import (
     boxed_tower,
     check_encoder,
     check_tower,
-    leaf_name,
     tower_path,
 )
 from omniforcing_jax.text.features import TextFeatures
@@ -227,26 +226,23 @@ def load_text_tower(
       FileNotFoundError: the folder has no weights.
       ValueError: they are not of the shapes that the configuration gives.
     """
-    path = tower_path(folder)
-    boxed = boxed_tower(config)
-    shardings = {}
-    if mesh is not None:
-        tree = partitioning.shardings(boxed, mesh)
-        shardings = {leaf_name(p): s for p, s in jax.tree.leaves_with_path(tree)}
+    path, boxed = tower_path(folder), boxed_tower(config)
+    check_tower(path, boxed)
+    handler = ocp.PyTreeCheckpointHandler()
+    shapes = nn.unbox(boxed)
     alone = SingleDeviceSharding(jax.local_devices()[0])
-    params: dict[str, Any] = {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        for name in check_tower(checkpointer, path, boxed):
-            sharding = shardings.get(name, alone)
-            leaf = _restore_leaf(checkpointer, path, name, dtype, sharding)
-            *parents, last = name.split("/")
-            if quantize == "int8" and last in quantization.INPUT_AXIS:
-                leaf = _to_int8(leaf, quantization.INPUT_AXIS[last])
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = jax.block_until_ready(leaf)  # or two large leaves would be in flight
-    return params
+    shardings = jax.tree.map(lambda _: alone, shapes)
+    if mesh is not None:
+        shardings = partitioning.shardings(boxed, mesh)
+
+    def load(keys, _, sharding):
+        leaf = _restore_leaf(handler, path, keys, dtype, sharding)
+        axis = quantization.INPUT_AXIS.get(keys[-1].key)
+        if quantize == "int8" and axis is not None:
+            leaf = _to_int8(leaf, axis)
+        return jax.block_until_ready(leaf)  # or two large leaves would be in flight
+
+    return jax.tree_util.tree_map_with_path(load, shapes, shardings)
 
 
 def layer_projections(
@@ -284,19 +280,14 @@ def layer_projections(
     return result
 
 
-def _restore_leaf(
-    checkpointer: ocp.Checkpointer,
-    path: pathlib.Path,
-    name: str,
-    dtype: jnp.dtype,
-    sharding: jax.sharding.Sharding,
-) -> jax.Array:
+def _restore_leaf(handler, path: pathlib.Path, keys, dtype: jnp.dtype, sharding) -> jax.Array:
+    """One leaf of the checkpoint in `path`, by its keys in the tree."""
     item: Any = 0
     restore_args: Any = ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
-    for key in reversed(name.split("/")):
-        item, restore_args = {key: item}, {key: restore_args}
+    for key in reversed(keys):
+        item, restore_args = {key.key: item}, {key.key: restore_args}
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    return jax.tree.leaves(checkpointer.restore(path, args=args))[0]
+    return jax.tree.leaves(handler.restore(path, args=args))[0]
 
 
 def boxed_connectors(config: ConnectorConfig, num_states: int) -> Any:

@@ -86,7 +86,7 @@ class TrajectorySampler:
         """
         self.recipe, self.text = recipe, text
         self._mesh = mesh or partitioning.make_mesh(devices=jax.local_devices()[:1])
-        self.model = Transformer(source.transformer, dtype, implementation)
+        self.model = Transformer(source.config.transformer, dtype, implementation)
         expected = abstract_params(self.model, self._mesh, dtype)
         self._params = load_generator(source.folder, expected, which=source.weights)
         whole = NamedSharding(self._mesh, P())
@@ -99,7 +99,7 @@ class TrajectorySampler:
             lambda *features: module.apply({"params": connectors}, *features, method="contexts")
         )
         description = [
-            dataclasses.asdict(source.transformer),
+            dataclasses.asdict(source.config.transformer),
             dataclasses.asdict(source.connectors),
             jnp.dtype(dtype).name,
         ]

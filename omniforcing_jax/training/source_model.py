@@ -23,20 +23,16 @@ class SourceModel:
       folder: a run, or a converted checkpoint.
       weights: "params" or "ema".
       connectors_folder: converted checkpoint with its connectors.
-      layout_name: how it cuts a clip into blocks; None if it is bidirectional or does not say.
-      trained_cache: what it says of its cache.
-      context_noise: and of the noise level of its history.
+      connectors: their configuration.
+      config: of the model and, if it is a student, of its training (`layout_name` is None if it is
+        bidirectional or does not say); the decoders are those of the checkpoint.
     """
 
     folder: str
     weights: str
     connectors_folder: str
-    model_version: str
-    transformer: TransformerConfig
     connectors: ConnectorConfig
-    layout_name: str | None
-    trained_cache: TrainedCache
-    context_noise: float
+    config: PipelineConfig
 
     @classmethod
     def find(cls, checkpoint: str, generator: str | None, weights: str | None) -> "SourceModel":
@@ -53,6 +49,7 @@ class SourceModel:
         """
         folder = checkpoint if generator is None else generator
         content = checkpoints.load_config(checkpoint)
+        decoders = PipelineConfig.from_checkpoint(checkpoint)
         if (pathlib.Path(folder) / FOLDER).is_dir():
             transformer, student, model_version = _describe_run(pathlib.Path(folder))
             weights = weights or "ema"
@@ -69,24 +66,22 @@ class SourceModel:
                 content, checkpoint = found, folder
         if "connectors" not in content["components"]:
             raise ValueError(f"{checkpoint} has no connectors; convert it again with them")
-        section = checkpoints.component_metadata(content, "connectors")
-        return cls(
-            folder=folder,
-            weights=weights,
-            connectors_folder=checkpoint,
-            model_version=model_version,
+        connectors = checkpoints.component_metadata(content, "connectors")
+        config = dataclasses.replace(
+            decoders,
             transformer=transformer,
-            connectors=ConnectorConfig.from_metadata(section),
+            model_version=model_version,
             layout_name=student.get("layout"),
             trained_cache=TrainedCache.read(student),
             context_noise=student.get("context_noise", 0.0),
         )
+        return cls(folder, weights, checkpoint, ConnectorConfig.from_metadata(connectors), config)
 
     def check_text(self, text: TextManifest, folder: str) -> None:
         """Raises ValueError for text features of another model."""
         c = self.connectors
         needed = {
-            "model_version": self.model_version.split(".")[:2],
+            "model_version": self.config.model_version.split(".")[:2],
             "video_dim": c.video_dim,
             "audio_dim": c.audio_dim,
             "shared_features": not c.separate_projections,
@@ -110,23 +105,24 @@ class SourceModel:
                 f"of the connectors' {c.num_registers} registers; encode them with another --length"
             )
         dims = (c.video_dim, c.audio_dim)
-        if dims != self.transformer.text_dims:
+        if dims != self.config.transformer.text_dims:
             raise ValueError(
-                f"{self.folder} takes contexts of widths {self.transformer.text_dims}, the "
+                f"{self.folder} takes contexts of widths {self.config.transformer.text_dims}, the "
                 f"connectors in {self.connectors_folder} make {dims}: they belong to other models"
             )
 
-    def check_latents(self, pipeline: PipelineConfig, clip: SampleConfig) -> None:
+    def check_latents(self, clip: SampleConfig) -> None:
         """Raises ValueError when the clip's latents are not those of the checkpoint's VAEs."""
-        channels = (self.transformer.video_channels, self.transformer.audio_channels)
-        expected = (pipeline.video_vae.latent_channels, pipeline.audio_vae.latent_width)
+        c = self.config
+        channels = (c.transformer.video_channels, c.transformer.audio_channels)
+        expected = (c.video_vae.latent_channels, c.audio_vae.latent_width)
         if channels != expected:
             raise ValueError(
                 f"{self.folder} makes latents of {channels} channels (video, audio), the VAEs of "
                 f"the checkpoint take {expected}: they belong to different models"
             )
         size = (1, clip.video_frames, clip.height, clip.width, channels[0])
-        video_vae.check_latents(pipeline.video_vae, size)
+        video_vae.check_latents(c.video_vae, size)
 
 
 def _describe_run(run: pathlib.Path) -> tuple[TransformerConfig, dict[str, Any], str]:

@@ -81,8 +81,8 @@ def test_clip_with_two_prompts(checkpoint, tmp_path, capsys):
 
 
 def sentences(gemma, cache, *prompts):
-    more = ["--text-encoder", str(gemma), "--prompt-cache", str(cache), "--seconds", "2"]
-    return [*more, "--prompt", *prompts]
+    more = ["--text-encoder", str(gemma), "--prompt-cache", str(cache), "--text-length", "128"]
+    return [*more, "--seconds", "2", "--prompt", *prompts]
 
 
 def test_clip_of_sentences(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
@@ -342,7 +342,7 @@ def test_who_samples_nothing_takes_fewer_components(checkpoint, partial_checkpoi
     part = PipelineConfig.from_checkpoint(partial_checkpoint)
     assert dataclasses.replace(part, missing=()) == whole
     encoder_files.check_encoder(random_gemma, partial_checkpoint)
-    assert SourceModel.find(partial_checkpoint, None, None).transformer == whole.transformer
+    assert SourceModel.find(partial_checkpoint, None, None).config.transformer == whole.transformer
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_contexts_from_token_ids_match_the_reference(name, golden_gemma, golden_
 def test_sentences_become_contexts(encoder, random_checkpoint):
     result = encoder.encode(PROMPTS)
     widths = (32, 32)
-    for context, width in zip((result.video_context, result.audio_context), widths):
+    for context, width in zip((result.video_context, result.audio_context), widths, strict=True):
         assert context.shape == (2, 128, width) and context.dtype == jnp.float32
         np.testing.assert_allclose(np.mean(np.square(context), axis=-1), 1.0, atol=1e-3)
     assert result.mask is None

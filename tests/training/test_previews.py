@@ -6,6 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import base, stage1
 from omniforcing_jax.distributed import partitioning
@@ -48,7 +49,7 @@ def run(random_checkpoint, tmp_path_factory):
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         stage, state, frozen = assembly.assemble(e, mesh, fresh=True)
-        (hook,) = previews.training_hooks(e, stage, frozen, previews.epath.Path(folder))
+        (hook,) = previews.training_hooks(e, stage, frozen, epath.Path(folder))
         yield state, hook.call, folder / "samples"
 
 
@@ -77,7 +78,7 @@ def test_the_same_clip_with_its_measures_every_time(run):
 def test_a_clip_that_cannot_be_written_does_not_end_the_run(run, tmp_path, monkeypatch):
     state, hook, _ = run
     (tmp_path / "samples").write_text("in the folder's place")
-    monkeypatch.setattr(hook, "folder", previews.epath.Path(tmp_path / "samples"))
+    monkeypatch.setattr(hook, "folder", epath.Path(tmp_path / "samples"))
     with pytest.warns(UserWarning, match="no sample clips of step 100") as caught:
         scalars = hook(100, state)
     assert "sample/video_mean" in scalars
