@@ -21,7 +21,6 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from launch.shard_job import ShardProgress
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.data import shards
 from omniforcing_jax.data.ode_pairs import ODE_PAIRS, ODEPairsManifest, ODEPairsWriter, Pair
-from omniforcing_jax.data.text_dataset import TEXT_ARRAYS, TextDataset, open_text_dataset
+from omniforcing_jax.data.text_dataset import TextDataset, open_text_dataset, own_tokens
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE, default_guidance
@@ -328,19 +327,11 @@ def sample_pairs(
     for start in range(clips.start, clips.stop, batch_size):
         numbers = range(start, min(start + batch_size, clips.stop))
         filler = [numbers[-1]] * (batch_size - len(numbers))
-        sampled = sampler([*numbers, *filler])
-        for clip, arrays in zip(numbers, sampled[: len(numbers)], strict=True):
-            preview(clip, arrays.states)
-            prompt = sampler.text[clip % len(sampler.text)]
-            features = own_tokens(prompt, sampler.text)
-            yield Pair(prompt["prompt"], features, arrays.states, arrays.velocities)
+        pairs = sampler([*numbers, *filler])[: len(numbers)]
+        for clip, pair in zip(numbers, pairs, strict=True):
+            preview(clip, pair.states)
+            yield pair
         on_done(len(numbers))
-
-
-def own_tokens(element: dict[str, Any], text: TextDataset) -> dict[str, np.ndarray]:
-    """An element's features without the padding, by the names they are stored under."""
-    names = ["video_features"] if text.manifest.shared_features else [*TEXT_ARRAYS]
-    return {name: element[name][element["mask"]] for name in names}
 
 
 def run(args: argparse.Namespace, progress: ShardProgress) -> None:
@@ -377,7 +368,7 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
             write_preview(writer.folder / "previews", decoder, clip, states)
 
     write_negative = functools.partial(
-        writer.write_negative_arrays, own_tokens(text.negative, text)
+        writer.write_negative_arrays, own_tokens(text.negative, text.manifest)
     )
     with shard_job.missing_shards(writer, write_negative, progress) as missing:
         for shard, clips in missing.items():

@@ -299,11 +299,17 @@ def pad_features(arrays: Mapping[str, np.ndarray], manifest: Any) -> dict[str, n
     """
     num_tokens = len(arrays["video_features"])
     padded = {"mask": np.arange(manifest.text_length) >= manifest.text_length - num_tokens}
-    for name in ("video_features",) if manifest.shared_features else TEXT_ARRAYS:
+    for name in TEXT_ARRAYS[:1] if manifest.shared_features else TEXT_ARRAYS:
         x = np.zeros((manifest.text_length, arrays[name].shape[-1]), np.uint16)
         x[manifest.text_length - num_tokens :] = arrays[name]
         padded[name] = x.view(ml_dtypes.bfloat16)
     return padded
+
+
+def own_tokens(element: Mapping[str, Any], manifest: TextManifest) -> dict[str, np.ndarray]:
+    """An element's features [tokens, W] without the padding, by the names they are stored under."""
+    names = TEXT_ARRAYS[:1] if manifest.shared_features else TEXT_ARRAYS
+    return {name: element[name][element["mask"]] for name in names}
 
 
 def _element(

@@ -148,8 +148,7 @@ def join(job: Job | None, *, timeout: float = 300, heartbeat: int = 100) -> None
     """Joins the others; to be called before anything else is asked of JAX.
 
     Where all is known, the processes first call the roll at the coordinator's port: if one does not
-    come within its own `initialization_timeout`, JAX 0.10 to 0.12 aborts all others (SIGABRT) and
-    names none.
+    come within its `initialization_timeout`, JAX (0.10.2) aborts all others and names none.
 
     Args:
       job: from `find_job`; None does nothing.

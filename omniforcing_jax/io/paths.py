@@ -35,12 +35,13 @@ def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     If the block raises, or the process dies, an older file of that name stays what it was.
     """
     handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
+    os.close(handle)
     temporary = pathlib.Path(name)
     try:
         yield temporary
-        os.fsync(handle)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.chmod(0o644)  # temporary files are private, the result is for sharing
         temporary.replace(path)
     finally:
-        os.close(handle)
         temporary.unlink(missing_ok=True)

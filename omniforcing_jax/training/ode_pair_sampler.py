@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from omniforcing_jax.data.ode_pairs import STREAMS
-from omniforcing_jax.data.text_dataset import TextDataset
+from omniforcing_jax.data.ode_pairs import STREAMS, Pair
+from omniforcing_jax.data.text_dataset import TextDataset, own_tokens
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.text.connectors import TextConnectors
@@ -48,13 +48,6 @@ class Recipe:
     seed: int
     rollout: RolloutConfig | None = None
     num_blocks: int | None = None
-
-
-class ClipArrays(NamedTuple):
-    """One trajectory: {"video", "audio"} [S, T, C] and [S - 1, T, C] bfloat16."""
-
-    states: dict[str, np.ndarray]
-    velocities: dict[str, np.ndarray]
 
 
 class TrajectorySampler:
@@ -120,7 +113,7 @@ class TrajectorySampler:
         """On the mesh, rows split over it where that divides them."""
         return jax.device_put(x, partitioning.row_sharding(self._mesh, x.shape[0]))
 
-    def __call__(self, clips: Sequence[int]) -> list[ClipArrays]:
+    def __call__(self, clips: Sequence[int]) -> list[Pair]:
         """Trajectories of the clips with these numbers; a clip does not depend on the others.
 
         Raises:
@@ -149,10 +142,18 @@ class TrajectorySampler:
                     f"clip {clip} ({element['prompt'][:60]!r}) is not finite; try --dtype "
                     "float32, and check the checkpoint"
                 )
-        both = (trajectory.states, trajectory.velocities)
+
+        def of_row(latents, row):
+            return {name: getattr(latents, name)[row] for name in STREAMS}
+
         return [
-            ClipArrays(*({name: getattr(x, name)[row] for name in STREAMS} for x in both))
-            for row in range(len(clips))
+            Pair(
+                element["prompt"],
+                own_tokens(element, self.text.manifest),
+                of_row(trajectory.states, row),
+                of_row(trajectory.velocities, row),
+            )
+            for row, element in enumerate(elements)
         ]
 
 
