@@ -168,10 +168,9 @@ def load_features(path: str, dims: tuple[int, int]) -> TextFeatures:
         several prompts.
     """
     features = text_features.load_text_features(path, dims)
-    if len(features.video_context) != 1:
-        raise ValueError(
-            f"{path} holds {len(features.video_context)} prompts; give a file for each prompt"
-        )
+    count = len(features.video_context)
+    if count != 1:
+        raise ValueError(f"{path} holds {count} prompts; one clip takes one file for each prompt")
     return features
 
 
