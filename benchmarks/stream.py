@@ -52,6 +52,7 @@ from benchmarks import stream_report
 from benchmarks.memory import peak_bytes
 from benchmarks.stream_report import measure_stream
 from checkpoint_converters import synthetic
+from launch import options
 from omniforcing_jax.models.audio import bigvgan, vocoder
 from omniforcing_jax.models.audio.vae import AudioDecoder
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
@@ -60,7 +61,6 @@ from omniforcing_jax.models.transformer.layers import History
 from omniforcing_jax.models.transformer.model import TextKV, Transformer, init_params
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.models.video_vae import model as video_vae
-from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig
 from omniforcing_jax.sampling import flow, kv_cache, student
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_bytes
@@ -69,9 +69,8 @@ from omniforcing_jax.scaling import flops
 from omniforcing_jax.streaming.session import StreamingSession, jitted_prompt_kv
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, seam_error, to_uint8
 from omniforcing_jax.text import features as text_features
-from omniforcing_jax.types import AVLatents
+from omniforcing_jax.types import DTYPES, AVLatents
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Dense bf16 peak of one device, TFLOP/s, by a part of `device_kind` (vendors' data sheets).
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "v6": 918, "v5p": 459, "v5 lite": 197}
 # All weights are cut from so many random numbers: to compile a generator for each of their shapes
@@ -82,28 +81,24 @@ POOL = 1_048_573
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream")
+    parser = options.new_parser("benchmarks.stream", __doc__)
     add = parser.add_argument
     add("--size", choices=tuple(synthetic.SIZES), default="tiny")
     add("--version", choices=tuple(synthetic.VERSIONS), default="2.0")
     add("--layers", type=int, help="transformer layers, if other than the size's")
-    add("--height", type=int, default=512)
-    add("--width", type=int, default=768)
-    add("--fps", type=float, default=24.0)
+    options.add_size(parser)
     add("--layout", choices=("prefix", "merged"), default="prefix")
     add("--sinks", type=int, default=0)
-    add("--window", type=int, default=7)
-    add("--anchors", type=int, default=0)
-    add("--positions", choices=("relative", "absolute"), default="relative")
+    options.add_cache(parser)
     add("--timesteps", type=float, nargs="+", default=list(flow.STUDENT_TIMESTEPS))
     add("--text-tokens", type=int, default=1024)
     add("--blocks", type=int, default=20, help="blocks timed after the cache is full")
-    add("--decode", choices=("window", "causal"), default="window")
-    add("--look-back", type=int, default=4)
-    add("--look-ahead", type=int, default=1)
-    add("--blend", type=int, default=1)
-    add("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    add("--attention", choices=IMPLEMENTATIONS, default="auto")
+    options.add_decoder(parser)
+    options.add_dtype(parser)
+    options.add_attention(parser)
+    parser.set_defaults(
+        window=7, anchors=0, positions="relative", decode="window", dtype="bfloat16"
+    )
     seams = "blocks of the seam measurement; 0 skips it (default: 3, and 0 at size full)"
     add("--seam-blocks", type=int, help=seams)
     add("--peak-tflops", type=float, help="peak of the device, for MFU")
@@ -222,9 +217,7 @@ def make_session(
         implementation=args.attention,
         max_blocks=None if args.positions == "relative" else 10 * args.blocks,
         decode_mode=args.decode,
-        look_back=args.look_back,
-        look_ahead=args.look_ahead,
-        blend=args.blend,
+        **options.decoder_settings(args),
     )
 
 
@@ -352,18 +345,12 @@ def measure_seams(
 
     full = np.asarray(decode(params, video))[0]
     decoder = StreamingVideoDecoder(
-        vae,
-        params,
-        mode=args.decode,
-        look_back=args.look_back,
-        look_ahead=args.look_ahead,
-        blend=args.blend,
-        dtype=pipeline.dtype,
+        vae, params, mode=args.decode, dtype=pipeline.dtype, **options.decoder_settings(args)
     )
     state = decoder.init(1, args.height, args.width)
     ends = [layout.num_video_frames(1 + block) for block in range(num_blocks)]
     chunks = []
-    for start, end in zip([0, *ends], ends):
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
         state, frames = decoder.push(state, video[:, start:end])
         chunks.append(np.asarray(frames)[0])
     chunks.append(np.asarray(decoder.flush(state)[1])[0])

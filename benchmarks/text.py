@@ -33,13 +33,14 @@ import numpy as np
 from checkpoint_converters import synthetic, synthetic_gemma
 from omniforcing_jax.models import quantization
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
-from omniforcing_jax.models.text.gemma import TextTower, init_boxed_params
+from omniforcing_jax.models.text.gemma import TextTower
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
-from omniforcing_jax.text.text_encoder import TextEncoder, layer_projections
+from omniforcing_jax.text.encoder_files import EncoderFiles, boxed_tower
+from omniforcing_jax.text.text_encoder import TextEncoder, boxed_connectors, layer_projections
 from omniforcing_jax.text.tokenizer import load_tokenizer
+from omniforcing_jax.types import DTYPES
 
 TRAINED_LENGTH = 1024  # tokens of a prompt, padding included
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,12 +75,7 @@ def configs(size: str, version: str) -> tuple[GemmaConfig, ConnectorConfig]:
 
 def abstract(config: GemmaConfig, connectors: ConnectorConfig) -> tuple[dict, dict]:
     """Shapes of the parameters of the tower and of `TextConnectors`."""
-    tower = jax.eval_shape(lambda key: init_boxed_params(config, key), jax.random.key(0))
-    states = jnp.zeros((1, connectors.num_registers, config.hidden_size, config.num_states))
-    mask = jnp.ones((1, connectors.num_registers))
-    init = TextConnectors(connectors).init
-    other = jax.eval_shape(lambda key: init(key, states, mask), jax.random.key(0))["params"]
-    return nn.unbox(tower), nn.unbox(other)
+    return nn.unbox((boxed_tower(config), boxed_connectors(connectors, config.num_states)))
 
 
 _to_int8 = jax.jit(quantization.quantize, static_argnums=1)
@@ -136,15 +132,9 @@ def make_encoder(args: argparse.Namespace, dtype: str, quantize: str) -> TextEnc
             pathlib.Path(folder), synthetic_gemma.SIZES[args.size]["vocab"]
         )
         tokenizer = load_tokenizer(folder)
-    return TextEncoder(
-        config,
-        connectors,
-        params,
-        tokenizer=tokenizer,
-        model_version=synthetic.VERSIONS[args.version],
-        fingerprint="random",
-        **options,
-    )
+    version, weights = synthetic.VERSIONS[args.version], ("random", "random")
+    files = EncoderFiles(config, connectors, tokenizer, version, weights)
+    return TextEncoder(files, params, **options)
 
 
 def prompts(count: int) -> list[str]:

@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from omniforcing_jax.data.text_dataset import (
-    Manifest,
     TextDatasetWriter,
+    TextManifest,
     grain_batches,
     open_text_dataset,
 )
@@ -32,7 +32,7 @@ def write(folder: pathlib.Path, version: str, num_prompts: int, num_tokens: int)
     """Writes a dataset; returns its bytes."""
     video, audio = DIMS[version]
     shared = version == "2.0"
-    manifest = Manifest(
+    manifest = TextManifest(
         encoder="random",
         tokenizer="none",
         model_version=f"{version}.0",

@@ -13,12 +13,10 @@ import contextlib
 import dataclasses
 import datetime
 import io
-import json
 import pathlib
 import shlex
 import sys
 import tempfile
-import types
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +25,18 @@ import numpy as np
 from benchmarks.stream import random_transformer
 from checkpoint_converters import synthetic
 from configs import base
-from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.distributed import partitioning
-from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.sampling import flow
-from omniforcing_jax.scaling import planning
+from omniforcing_jax.scaling import dry_run, planning
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
 from omniforcing_jax.training.loop import train
+from omniforcing_jax.training.metrics import JSONL, read_records
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.optimizers import make_optimizer
 from omniforcing_jax.training.state import create_network, create_state, state_shardings
+from omniforcing_jax.types import DTYPES
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=2)
     add("--microbatches", type=int, default=1)
     add("--steps", type=int, default=10, help="timed, after as many to warm up (default 10)")
-    add("--dtype", choices=tuple(experiment.DTYPES), default="float32")
+    add("--dtype", choices=tuple(DTYPES), default="float32")
     add("--remat", default="none")
     add("--attention", default="auto")
     return parser.parse_args(argv)
@@ -79,15 +76,9 @@ class Repeat:
         """Nothing to do."""
 
 
-def make_experiment(args: argparse.Namespace, folder: pathlib.Path) -> Experiment:
+def make_experiment(args: argparse.Namespace) -> Experiment:
     """A checked config for a model of this size, without weights or data on disk."""
-    version = synthetic.VERSIONS["2.0"]
-    metadata = synthetic.metadata(args.size, "2.0", args.layers)
-    content = {"format": 1, "family": "ltx2", "model_version": version, "student": None}
-    content |= {"config": metadata, "components": ["connectors"], "source": "random weights"}
-    (folder / "config.json").write_text(json.dumps(content))
     c = base.training(args.stage)
-    c.checkpoint = str(folder)
     c.clip.update({"height": args.height, "width": args.width, "blocks": args.blocks})
     c.update_from_flattened_dict(
         {
@@ -109,31 +100,13 @@ def make_experiment(args: argparse.Namespace, folder: pathlib.Path) -> Experimen
         c.rollout_blocks = args.blocks
     if args.stage == "stage2":
         c.regression.objective = "x0"
-    data = _Data(args, c, version)
-    return experiment.check(c, base.training(args.stage), jax.device_count(), data)
-
-
-class _Data:
-    """The manifest of data that would fit."""
-
-    def __init__(self, args, c, version: str):
-        connectors = ConnectorConfig.from_metadata(
-            synthetic.metadata(args.size, "2.0", args.layers)["transformer"]
-        )
-        layout = BlockLayout.from_name(c.clip.layout, frame_rate=c.clip.frame_rate)
-        self.manifest = types.SimpleNamespace(
-            model_version=version,
-            video_dim=connectors.video_dim,
-            audio_dim=connectors.audio_dim,
-            text_length=args.text_tokens,
-            shared_features=True,
-            video_frames=layout.num_video_frames(args.blocks),
-            audio_frames=layout.num_audio_frames(args.blocks),
-            height=args.height // 32,
-            width=args.width // 32,
-            sigmas=flow.student_sigmas(c.student.timesteps).tolist(),
-            autoregression=None,
-        )
+    return dry_run.make_experiment(
+        c,
+        jax.device_count(),
+        size=args.size,
+        layers=args.layers,
+        text_length=args.text_tokens,
+    )
 
 
 def make_batch(e: Experiment) -> dict[str, jax.Array]:
@@ -146,7 +119,7 @@ def make_batch(e: Experiment) -> dict[str, jax.Array]:
     tokens = e.data.manifest.text_length
     batch = {
         f"{stream}_context": normal(size, tokens, width)
-        for stream, width in zip(("video", "audio"), e.teacher.text_dims)
+        for stream, width in zip(("video", "audio"), e.teacher.text_dims, strict=True)
     }
     if e.config.stage == "stage2":
         states = len(e.sigmas)
@@ -160,8 +133,7 @@ def make_batch(e: Experiment) -> dict[str, jax.Array]:
 def run(args: argparse.Namespace) -> dict:
     """Trains, and returns the last record with what it was measured on."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        folder = pathlib.Path(folder)
-        e = make_experiment(args, folder)
+        e = make_experiment(args)
         plan = planning.make_plan(e)
         mesh = partitioning.make_mesh(**e.mesh_shape)
         with jax.set_mesh(mesh):
@@ -179,19 +151,18 @@ def run(args: argparse.Namespace) -> dict:
                 frozen = Frozen(teacher, None, negative)
             place = partitioning.batch_sharding(mesh)
             batches = Repeat({name: jax.device_put(x, place) for name, x in batch.items()})
-            run_folder = folder / "run"
             train(
                 stage,
                 state,
                 frozen,
                 batches,
                 e.loop,
-                run_folder,
+                folder,
                 flops_per_step=plan.flops_per_step,
                 tokens_per_step=plan.tokens_per_step,
             )
-            lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return json.loads(lines[-1]) | {"parameters": plan.parameters["generator"]}
+        record = read_records(pathlib.Path(folder) / JSONL)[-1]
+    return record | {"parameters": plan.parameters["generator"]}
 
 
 def random_state(e: Experiment, abstract):
@@ -217,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     result = run(args)
     device = jax.devices()[0]
     command = "python -m benchmarks.train " + shlex.join(sys.argv[1:] if argv is None else argv)
+    mfu, peak = result.get("speed/mfu"), result.get("memory/peak_gib")
     cells = [
         datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}",
@@ -225,9 +197,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{result['speed/steps_per_second']:.3g}",
         f"{result['speed/tokens_per_second']:,.0f}",
         f"{result['speed/tflops_per_second']:.3g}",
-        f"{result['speed/mfu']:.1%}" if "speed/mfu" in result else "–",
+        "–" if mfu is None else f"{mfu:.1%}",
         f"{result['speed/host_share']:.1%}",
-        f"{result['memory/peak_gib']:.1f}" if "memory/peak_gib" in result else "–",
+        "–" if peak is None else f"{peak:.1f}",
         f"`{command.strip()}`",
     ]
     print("| " + " | ".join(cells) + " |")

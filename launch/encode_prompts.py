@@ -11,41 +11,29 @@ of the shards, encodes it on its own accelerators, and writes to the same folder
 """
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from launch.shard_job import (
-    Report,
-    barrier,
-    end,
-    join,
-    local_mesh,
-    share,
-    termination_interrupts,
-)
-from omniforcing_jax.data.text_dataset import Manifest, PromptFeatures, TextDatasetWriter
+from launch import options, shard_job
+from launch.shard_job import ShardProgress
+from omniforcing_jax.data.text_dataset import PromptFeatures, TextDatasetWriter, TextManifest
 from omniforcing_jax.text.encoder_files import EncoderFiles, check_encoder
 from omniforcing_jax.text.prompt_files import PromptList, read_prompts
 from omniforcing_jax.text.text_encoder import TextEncoder
 from omniforcing_jax.text.tokenizer import Tokenizer
+from omniforcing_jax.types import DTYPES
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 SHORTEST = 128  # tokens; prompts are encoded at this length times 1, 2, 4, …
 MAX_LISTED = 5  # truncated prompts that are described
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.encode_prompts", description=__doc__.split("\n")[0]
-    )
+    parser = options.new_parser("launch.encode_prompts", __doc__)
     add = parser.add_argument
     add("--gemma", required=True, help="folder written by checkpoint_converters.gemma3")
     add("--checkpoint", required=True, help="converted LTX-2 checkpoint, for its text projection")
@@ -60,14 +48,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--length", type=int, default=1024, help="tokens per prompt (default 1024, as trained)")
     add("--quantize", choices=("none", "int8"), default="none", help="weights of the text encoder")
-    add("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on accelerators, else float32")
-    add("--distributed", action="store_true", help="one of several processes (TPU pod, Slurm, …)")
+    options.add_dtype(parser)
+    options.add_distributed(parser)
     return parser.parse_args(argv)
 
 
-def describe_prompts(prompts: PromptList, tokenizer: Tokenizer, length: int, report: Report) -> int:
-    """Reports what was read and what will be cut; returns how many prompts are too long."""
-    print_line = report.console.print
+def describe_prompts(
+    prompts: PromptList, tokenizer: Tokenizer, length: int, print_line: Callable[[str], None]
+) -> int:
+    """Prints what was read and what will be cut; returns how many prompts are too long."""
     print_line(
         f"{len(prompts.prompts)} prompts ({prompts.num_read} read, {prompts.num_blank} blank, "
         f"{prompts.num_duplicates} repeated)"
@@ -111,11 +100,12 @@ def encode(
     result: list[PromptFeatures | None] = [None] * len(tokens)
 
     def collect(indices: list[int], video: jax.Array, audio: jax.Array | None) -> None:
-        arrays = [np.asarray(x) if x is not None else None for x in (video, audio)]
+        arrays = [np.asarray(x) for x in (video, audio) if x is not None]
         for row, index in enumerate(indices):
             count = min(len(tokens[index]), encoder.length)
             # copies, as a view would keep the whole batch in memory
-            result[index] = tuple(x[row, -count:].copy() if x is not None else None for x in arrays)
+            own = [x[row, -count:].copy() for x in arrays]
+            result[index] = (own[0], own[1] if len(own) == 2 else None)
         on_done(len(indices))
 
     pending = None  # the device computes one batch while the one before it is fetched
@@ -124,11 +114,8 @@ def encode(
             indices = by_length[length][start : start + batch_size]
             rows = [tokens[i] for i in indices] + filler * (batch_size - len(indices))
             video, audio = encoder.features(*encoder.tokenizer.pad(rows, length))
-            video = jnp.asarray(video).astype(ml_dtypes.bfloat16)
-            if encoder.shared_features:
-                audio = None
-            else:
-                audio = jnp.asarray(audio).astype(ml_dtypes.bfloat16)
+            video = jnp.asarray(video, jnp.bfloat16)
+            audio = None if encoder.shared_features else jnp.asarray(audio, jnp.bfloat16)
             if pending is not None:
                 collect(*pending)
             pending = indices, video, audio
@@ -147,10 +134,10 @@ def padded_length(num_tokens: int, longest: int) -> int:
 
 def make_manifest(
     args: argparse.Namespace, prompts: PromptList, files: EncoderFiles, num_truncated: int
-) -> Manifest:
+) -> TextManifest:
     """What the dataset will be."""
-    connectors, dtype = files.connectors, compute_dtype(args)
-    return Manifest(
+    connectors, dtype = files.connectors, options.dtype_name(args)
+    return TextManifest(
         encoder=files.fingerprint(DTYPES[dtype], args.quantize),
         tokenizer=files.tokenizer.fingerprint,
         model_version=files.model_version,
@@ -170,82 +157,50 @@ def make_manifest(
     )
 
 
-def compute_dtype(args: argparse.Namespace) -> str:
-    """Name of the dtype the encoder runs in."""
-    return args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-
-
 def write(
     writer: TextDatasetWriter,
     encoder: TextEncoder,
     prompts: Sequence[str],
     batch_size: int,
-    report: Report,
+    progress: ShardProgress,
 ) -> None:
     """Encodes and writes what is missing, this process's share of it."""
     writer.load_libraries()
-    main = jax.process_index() == 0
-    if main:
-        writer.begin()
-    barrier("begin")
-    if main and not writer.has_negative:
+
+    def write_negative() -> None:
         writer.write_negative(encode(encoder, [writer.manifest.negative_prompt], batch_size)[0])
-    ranges = {shard: writer.manifest.shard_range(shard) for shard in share(writer.missing())}
-    start = time.perf_counter()
+
     writing: futures.Future | None = None
     with (
+        shard_job.missing_shards(writer, write_negative, progress) as shards,
         futures.ThreadPoolExecutor(1) as pool,  # compresses one shard while the next is encoded
-        report.running(sum(map(len, ranges.values()))) as on_done,
     ):
-        for shard, indices in ranges.items():
+        for shard, indices in shards.items():
             texts = [prompts[i] for i in indices]
-            features = encode(encoder, texts, batch_size, on_done)
+            features = encode(encoder, texts, batch_size, progress.records_done)
             if writing is not None:
                 writing.result()
             writing = pool.submit(writer.write_shard, shard, texts, features)
-            report.shard_done(start)
+            progress.shard_done()
         if writing is not None:
             writing.result()
-    barrier("shards")
-    if main:
-        writer.finish()
-    barrier("finish")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    args = parse_arguments(argv)
-    try:
-        join(args.distributed)
-        report = Report("encoding", "prompts", quiet=jax.process_index() > 0)
-        with termination_interrupts():
-            return run(args, report)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; what is complete is in {args.output}, and the same command continues",
-            file=sys.stderr,
-        )
-        return 130
-
-
-def run(args: argparse.Namespace, report: Report) -> int:
-    """Reads, checks, encodes and writes; returns the exit status."""
+def run(args: argparse.Namespace, progress: ShardProgress) -> None:
+    """Reads, checks, encodes and writes."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
+    print_line = progress.console.print
     prompts = read_prompts(args.prompts, args.column)
     files = check_encoder(args.gemma, args.checkpoint, length=args.length)
-    num_truncated = describe_prompts(prompts, files.tokenizer, args.length, report)
+    num_truncated = describe_prompts(prompts, files.tokenizer, args.length, print_line)
     manifest = make_manifest(args, prompts, files, num_truncated)
     writer = TextDatasetWriter(args.output, manifest)
     if writer.complete:
-        report.console.print(f"{args.output} is complete already")
-        return 0
-    dtype = DTYPES[manifest.compute_dtype]
-    devices = jax.local_devices()
-    report.console.print(
+        print_line(f"{args.output} is complete already")
+        return
+    dtype, devices = options.compute_dtype(args), jax.local_devices()
+    print_line(
         f"loading {args.gemma} as {dtype.__name__} on {len(devices)} x {devices[0].device_kind}"
     )
     encoder = TextEncoder.load(
@@ -254,17 +209,15 @@ def run(args: argparse.Namespace, report: Report) -> int:
         dtype=dtype,
         quantize=args.quantize,
         length=args.length,
-        mesh=local_mesh(),
+        mesh=shard_job.local_mesh(),
     )
-    start = time.perf_counter()
-    write(writer, encoder, prompts.prompts, args.batch_size, report)
-    size = sum(path.stat().st_size for path in writer.folder.iterdir())
-    report.console.print(
-        f"{args.output}: {manifest.num_prompts} prompts in {manifest.num_shards} shards, "
-        f"{size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
-    )
-    return 0
+    write(writer, encoder, prompts.prompts, args.batch_size, progress)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return shard_job.main(run, parse_arguments(argv), "encoding", "prompts")
 
 
 if __name__ == "__main__":
-    end(main())
+    shard_job.end(main())

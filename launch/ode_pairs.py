@@ -16,54 +16,41 @@ those of a run without interruption (on the same hardware, with the same batch s
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
-import sys
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
-from launch.shard_job import (
-    Report,
-    barrier,
-    end,
-    join,
-    local_mesh,
-    share,
-    termination_interrupts,
-)
+from launch import options, shard_job
+from launch.shard_job import ShardProgress
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.data import shards
-from omniforcing_jax.data.ode_pairs import ODE_PAIRS, Manifest, ODEPairsWriter, Pair
-from omniforcing_jax.data.text_dataset import TEXT_ARRAYS, TextDataset, open_text_dataset
+from omniforcing_jax.data.ode_pairs import ODE_PAIRS, ODEPairsManifest, ODEPairsWriter, Pair
+from omniforcing_jax.data.text_dataset import TextDataset, open_text_dataset, own_tokens
 from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.ops.attention import IMPLEMENTATIONS
-from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.guidance import NO_GUIDANCE, AVGuidance, default_guidance
-from omniforcing_jax.sampling.kv_cache import POSITIONS
+from omniforcing_jax.sampling.guidance import NO_GUIDANCE, default_guidance
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import SampleConfig
 from omniforcing_jax.sampling.trajectories import check_autoregressive, schedule_indices
 from omniforcing_jax.scaling import flops
-from omniforcing_jax.training.ode_pair_sampler import Generator, Previews, Recipe, TrajectorySampler
+from omniforcing_jax.training.ode_pair_sampler import Recipe, TrajectorySampler
+from omniforcing_jax.training.previews import ClipDecoder
+from omniforcing_jax.training.source_model import SourceModel
+from omniforcing_jax.types import DTYPES, AVLatents
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 NOT_KNOWN_YET = ("generator",)  # field of the manifest that needs the weights
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.ode_pairs", description=__doc__.split("\n")[0]
-    )
+    parser = options.new_parser("launch.ode_pairs", __doc__)
     add = parser.add_argument
     add("--text", required=True, help="folder written by launch.encode_prompts")
     add("--checkpoint", required=True, help="converted LTX-2: teacher, connectors and decoders")
@@ -72,81 +59,72 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=("params", "ema"), help="of a run (default ema)")
     add("--autoregressive", action="store_true", help="the generator is block-causal")
     add("--layout", choices=LAYOUT_NAMES, help="blocks of the student; default: the generator's")
-    add("--window", type=int, help="recent blocks in the cache (default: as trained, else 7)")
-    add("--anchors", type=int, help="first blocks that are never evicted (default: as trained)")
-    add("--positions", choices=POSITIONS, help="of cached blocks (default: as trained)")
+    options.add_cache(parser)
     add("--frames", type=int, default=121, help="of a clip, 8k + 1 (default 121)")
-    add("--height", type=int, default=512, help="pixels, a multiple of 32 (default 512)")
-    add("--width", type=int, default=768, help="pixels, a multiple of 32 (default 768)")
-    add("--fps", type=float, default=24.0, help="frames per second (default 24)")
+    options.add_size(parser)
     add("--steps", type=int, default=40, help="Euler steps (default 40)")
     add(
         "--timesteps", type=float, nargs="+", default=flow.STUDENT_TIMESTEPS,
         help="of the stored states, besides the clean one, snapped to the schedule: those of the "
         "student (default 1000 909 725 421)",
     )  # fmt: skip
-    add("--cfg-video", type=float, help="guidance by the negative prompt, 1 is off (default 3)")
-    add("--cfg-audio", type=float, help="the same for the sound (default 7)")
-    add("--stg", type=float, help="spatio-temporal guidance, 0 is off (default 1)")
-    add("--stg-block", type=int, nargs="+", help="blocks it perturbs (2.0: 29, 2.3: 28)")
-    add("--modality", type=float, help="modality guidance, 1 is off (default 3)")
-    add("--rescale", type=float, help="pull-back of the contrast, 0 to 1 (default 0.7)")
+    options.add_guidance(parser)
     add("--seed", type=int, default=0)
     add("--repeats", type=int, default=1, help="trajectories per prompt (default 1)")
     add("--batch-size", type=int, help="clips per step of one process (default: one per device)")
     add("--clips-per-shard", type=int, default=8, help="of a file; see above (default 8)")
     add("--previews", type=int, default=4, metavar="N", help="decode the first N clips (default 4)")
     add("--plan", action="store_true", help="say what it would take, and stop")
-    add("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on accelerators, else float32")
-    add("--attention", choices=IMPLEMENTATIONS, default="auto", help="backend (default auto)")
-    add("--distributed", action="store_true", help="one of several processes (TPU pod, Slurm, …)")
+    options.add_dtype(parser)
+    options.add_attention(parser)
+    options.add_distributed(parser)
     return parser.parse_args(argv)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PairsJob:
     """A checked command line: everything that can be wrong has been looked at.
 
     Attributes:
-      generator: the model that is sampled.
-      pipeline: the checkpoint's description, for its decoders.
+      source: the model that is sampled.
       recipe: how it is sampled.
       batch_size: of this process.
       manifest: of the dataset, but for the generator's fingerprint, which needs the weights.
     """
 
-    generator: Generator
-    pipeline: PipelineConfig
+    source: SourceModel
     recipe: Recipe
     batch_size: int
-    manifest: Manifest
+    manifest: ODEPairsManifest
 
 
-def make_plan(args: argparse.Namespace, text: TextDataset) -> Plan:
+def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
     """Checks all options against checkpoint, generator and text before any weight is read.
 
     Raises:
       ValueError: what is wrong, and what would be right.
       OSError: a file that cannot be read.
     """
-    pipeline = PipelineConfig.from_checkpoint(args.checkpoint)
-    generator = Generator.find(args.checkpoint, args.generator, args.weights)
-    generator.check_text(text.manifest, args.text)
-    clip = SampleConfig.for_clip(
+    source = SourceModel.find(args.checkpoint, args.generator, args.weights)
+    source.check_text(text.manifest, args.text)
+    # LTX-2's own guidance for the teacher; a generator has been distilled from it
+    teacher = args.generator is None
+    defaults = default_guidance(source.config.model_version) if teacher else NO_GUIDANCE
+    sampling = SampleConfig.for_clip(
         frames=args.frames,
         height=args.height,
         width=args.width,
         frame_rate=args.fps,
         num_steps=args.steps,
-        guidance=choose_guidance(args, generator.model_version),
-        spatial_compression=pipeline.video_vae.spatial_compression,
+        guidance=options.change_guidance(args, defaults),
+        spatial_compression=source.config.video_vae.spatial_compression,
     )
-    generator.check_latents(pipeline, clip)
-    rollout, num_blocks = plan_blocks(args, generator, clip)
+    source.check_latents(sampling.clip)
+    rollout, num_blocks = plan_blocks(args, source, sampling)
     if rollout is None:
-        clip.check_model(Transformer(generator.transformer))
+        sampling.check_model(Transformer(source.config.transformer))
     else:
-        check_autoregressive(rollout, clip.guidance)
+        check_autoregressive(rollout, sampling.guidance)
     sigmas = flow.student_sigmas(args.timesteps, args.steps)
     devices = len(jax.local_devices())
     batch_size = devices if args.batch_size is None else args.batch_size
@@ -157,61 +135,48 @@ def make_plan(args: argparse.Namespace, text: TextDataset) -> Plan:
     if args.previews < 0:
         raise ValueError(f"--previews must be 0 or more, not {args.previews}")
     if args.previews:
-        pipeline.check_complete()
-    return Plan(
-        generator=generator,
-        pipeline=pipeline,
-        recipe=Recipe(clip, schedule_indices(clip.sigmas, sigmas), args.seed, rollout, num_blocks),
+        source.config.check_complete()
+    return PairsJob(
+        source=source,
+        recipe=Recipe(
+            sampling, schedule_indices(sampling.sigmas, sigmas), args.seed, rollout, num_blocks
+        ),
         batch_size=batch_size,
-        manifest=make_manifest(args, text, generator, clip, rollout, sigmas.tolist()),
-    )
-
-
-def choose_guidance(args: argparse.Namespace, model_version: str) -> AVGuidance:
-    """The scales of the command line over the defaults: LTX-2's for the teacher, else none."""
-    teacher = args.generator is None
-    defaults = default_guidance(model_version) if teacher else NO_GUIDANCE
-    return defaults.changed(
-        cfg_video=args.cfg_video,
-        cfg_audio=args.cfg_audio,
-        stg=args.stg,
-        modality=args.modality,
-        rescale=args.rescale,
-        stg_blocks=args.stg_block and tuple(args.stg_block),
+        manifest=make_manifest(args, text, source, sampling, rollout, sigmas.tolist()),
     )
 
 
 def plan_blocks(
-    args: argparse.Namespace, generator: Generator, clip: SampleConfig
+    args: argparse.Namespace, source: SourceModel, sampling: SampleConfig
 ) -> tuple[RolloutConfig | None, int | None]:
     """How an autoregressive generator is rolled out; a layout that is given must fit the clip."""
     if args.autoregressive and args.generator is None:
         raise ValueError(
             "--autoregressive needs --generator: LTX-2 itself attends to the whole clip at once"
         )
-    if generator.layout_name is not None and not args.autoregressive:
+    config = source.config
+    if config.layout_name is not None and not args.autoregressive:
         raise ValueError(
-            f"{generator.folder} is block-causal (layout {generator.layout_name!r}): add "
-            "--autoregressive"
+            f"{source.folder} is block-causal (layout {config.layout_name!r}): add --autoregressive"
         )
-    name = args.layout or generator.layout_name
+    name = args.layout or config.layout_name
+    if name is None and args.autoregressive:
+        raise ValueError(
+            f"{source.folder} does not say how it cuts a clip into blocks: give --layout "
+            f"{' or '.join(LAYOUT_NAMES)}"
+        )
     if name is None:
-        if args.autoregressive:
-            raise ValueError(
-                f"{generator.folder} does not say how it cuts a clip into blocks: give --layout "
-                f"{' or '.join(LAYOUT_NAMES)}"
-            )
         return None, None
-    layout = BlockLayout.from_name(name, frame_rate=args.fps)
-    num_blocks = blocks_in_clip(layout, clip.clip, args.frames)
+    layout = config.layout(name, args.fps)
+    num_blocks = blocks_in_clip(layout, sampling.clip, args.frames)
     if not args.autoregressive:
         return None, None
     rollout = RolloutConfig(
-        cache=generator.trained_cache.config(layout, args.window, args.anchors, args.positions),
-        sigmas=clip.sigmas,
-        height=clip.clip.height,
-        width=clip.clip.width,
-        context_noise=generator.context_noise,
+        cache=config.cache(layout, args.window, args.anchors, args.positions),
+        sigmas=sampling.sigmas,
+        height=sampling.clip.height,
+        width=sampling.clip.width,
+        context_noise=config.context_noise,
     )
     return rollout, num_blocks
 
@@ -242,11 +207,11 @@ def blocks_in_clip(layout: BlockLayout, clip: ClipGeometry, frames: int) -> int:
 def make_manifest(
     args: argparse.Namespace,
     text: TextDataset,
-    generator: Generator,
-    clip: SampleConfig,
+    source: SourceModel,
+    sampling: SampleConfig,
     rollout: RolloutConfig | None,
     sigmas: list[float],
-) -> Manifest:
+) -> ODEPairsManifest:
     """What the dataset will be, but for the generator's fingerprint: no weights are read."""
     content = json.dumps(dataclasses.asdict(text.manifest), sort_keys=True)
     autoregression = None
@@ -258,23 +223,23 @@ def make_manifest(
             "anchor_blocks": cache.anchor_blocks,
             "positions": cache.positions,
         }
-    config = generator.transformer
-    return Manifest(
+    config = source.config.transformer
+    return ODEPairsManifest(
         generator="",
         text=hashlib.sha256(content.encode()).hexdigest()[:16],
-        model_version=generator.model_version,
-        compute_dtype=args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
-        guidance={k: dataclasses.asdict(g) for k, g in clip.guidance._asdict().items()},
+        model_version=source.config.model_version,
+        compute_dtype=options.dtype_name(args),
+        guidance={k: dataclasses.asdict(g) for k, g in sampling.guidance._asdict().items()},
         autoregression=autoregression,
-        schedule=clip.sigmas,
+        schedule=sampling.sigmas,
         sigmas=tuple(sigmas),
         frames=args.frames,
         resolution=(args.height, args.width),
         frame_rate=args.fps,
-        video_frames=clip.clip.video_frames,
-        audio_frames=clip.clip.audio_frames,
-        height=clip.clip.height,
-        width=clip.clip.width,
+        video_frames=sampling.clip.video_frames,
+        audio_frames=sampling.clip.audio_frames,
+        height=sampling.clip.height,
+        width=sampling.clip.width,
         video_channels=config.video_channels,
         audio_channels=config.audio_channels,
         text_length=text.manifest.text_length,
@@ -289,23 +254,23 @@ def make_manifest(
     )
 
 
-def clip_cost(plan: Plan) -> tuple[int, int]:
+def clip_cost(job: PairsJob) -> tuple[int, int]:
     """Forward passes and FLOPs of one clip."""
-    config, length = plan.generator.transformer, plan.manifest.text_length
-    recipe, clip = plan.recipe, plan.recipe.clip
-    passes, steps = clip.guidance.passes(), len(clip.sigmas) - 1
+    config, length = job.source.config.transformer, job.manifest.text_length
+    recipe, sampling = job.recipe, job.recipe.sampling
+    passes, steps = sampling.guidance.passes(), len(sampling.sigmas) - 1
     if recipe.rollout is not None:
         calls = recipe.num_blocks * (steps + 1)  # the last one writes the history
         blocks = range(recipe.num_blocks)
         work = sum(flops.block_flops(config, recipe.rollout, block, length) for block in blocks)
     else:
         calls = steps
-        audio = clip.clip.audio_frames + config.num_audio_sinks
+        audio = sampling.clip.audio_frames + config.num_audio_sinks
         work = steps * flops.forward_flops(
             config,
-            video_tokens=clip.clip.video_tokens,
+            video_tokens=sampling.clip.video_tokens,
             audio_tokens=audio,
-            video_keys=clip.clip.video_tokens,
+            video_keys=sampling.clip.video_tokens,
             audio_keys=audio,
             text_tokens=length,
         )
@@ -313,34 +278,52 @@ def clip_cost(plan: Plan) -> tuple[int, int]:
     return len(passes) * calls, len(passes) * work + texts * flops.text_flops(config, length)
 
 
-def describe(plan: Plan, text: TextDataset, folder: str, console: Console) -> None:
+def describe(
+    job: PairsJob, text: TextDataset, folder: str, print_line: Callable[[str], None]
+) -> None:
     """Prints what the run makes and what it takes."""
-    m, clip, blocks = plan.manifest, plan.recipe.clip, plan.recipe.num_blocks
-    forwards, work = clip_cost(plan)
+    m, sampling, blocks = job.manifest, job.recipe.sampling, job.recipe.num_blocks
+    forwards, work = clip_cost(job)
     files = pathlib.Path(folder).glob("*.array_record-*")
     text_bytes = sum(path.stat().st_size for path in files) / len(text)
     size = m.clip_bytes + text_bytes
+    passes = ", ".join(sampling.guidance.passes())
     how = "at once" if blocks is None else f"in {blocks} blocks"
     for line in (
         f"{m.num_clips} clips ({m.num_prompts} prompts x {m.repeats}), {m.num_shards} shards",
         f"each {m.frames} frames of {m.resolution[1]}x{m.resolution[0]} with sound, "
-        f"sampled {how} in {len(clip.sigmas) - 1} steps of {', '.join(clip.guidance.passes())}",
+        f"sampled {how} in {len(sampling.sigmas) - 1} steps of {passes}",
         f"stored at sigma {', '.join(f'{s:.4g}' for s in m.sigmas)}",
         f"{size / 1e6:.3g} MB per clip, {size * m.num_clips / 1e9:.3g} GB before compression",
         f"{forwards} forward passes and {work / 1e12:.3g} TFLOP per clip, "
         f"{work * m.num_clips / 1e15:.4g} PFLOP in all",
     ):
-        console.print(line)
+        print_line(line)
+
+
+def write_preview(
+    folder: pathlib.Path, decoder: ClipDecoder, clip: int, states: dict[str, np.ndarray]
+) -> None:
+    """Decodes the last of the states [S, T, C] of a clip, unless that was done already."""
+    path = folder / f"clip_{clip:05d}.mp4"
+    if not path.with_suffix(".png").exists():  # which is written last
+        folder.mkdir(parents=True, exist_ok=True)
+        clean = {name: jnp.asarray(x[-1:], jnp.float32) for name, x in states.items()}
+        decoder.write(path, AVLatents(**clean))
 
 
 def sample_pairs(
     sampler: TrajectorySampler,
     clips: range,
     batch_size: int,
-    previews: Previews,
+    preview: Callable[[int, dict[str, np.ndarray]], None],
     on_done: Callable[[int], None],
 ) -> Iterator[Pair]:
     """Trajectories of some clips, in batches; the last one is filled up with its last clip.
+
+    Args:
+      preview: called with number and states of each clip.
+      on_done: called with the number of clips of each batch.
 
     Raises:
       FloatingPointError: the model produced values that are not finite.
@@ -348,113 +331,60 @@ def sample_pairs(
     for start in range(clips.start, clips.stop, batch_size):
         numbers = range(start, min(start + batch_size, clips.stop))
         filler = [numbers[-1]] * (batch_size - len(numbers))
-        for clip, arrays in zip(numbers, sampler([*numbers, *filler])):
-            previews.write(clip, arrays.states)
-            prompt = sampler.text[clip % len(sampler.text)]
-            features = own_tokens(prompt, sampler.text)
-            yield Pair(prompt["prompt"], features, arrays.states, arrays.velocities)
+        pairs = sampler([*numbers, *filler])[: len(numbers)]
+        for clip, pair in zip(numbers, pairs, strict=True):
+            preview(clip, pair.states)
+            yield pair
         on_done(len(numbers))
 
 
-def own_tokens(element: dict[str, Any], text: TextDataset) -> dict[str, np.ndarray]:
-    """An element's features without the padding, by the names they are stored under."""
-    names = ["video_features"] if text.manifest.shared_features else [*TEXT_ARRAYS]
-    return {name: element[name][element["mask"]] for name in names}
-
-
-def write(
-    writer: ODEPairsWriter,
-    sampler: TrajectorySampler,
-    batch_size: int,
-    previews: Previews,
-    report: Report,
-) -> None:
-    """Samples and writes what is missing, this process's share of it."""
-    main = jax.process_index() == 0
-    if main:
-        writer.begin()
-    barrier("begin")
-    if main and not writer.has_negative:
-        writer.write_negative_arrays(own_tokens(sampler.text.negative, sampler.text))
-    missing = {shard: writer.manifest.shard_range(shard) for shard in share(writer.missing())}
-    start = time.perf_counter()
-    with report.running(sum(map(len, missing.values()))) as on_done:
-        for shard, clips in missing.items():
-            pairs = sample_pairs(sampler, clips, batch_size, previews, on_done)
-            writer.write_shard(shard, pairs)
-            report.shard_done(start)
-    barrier("shards")
-    if main:
-        writer.finish()
-    barrier("finish")
-
-
-def run(args: argparse.Namespace, report: Report) -> int:
-    """Checks, samples and writes; returns the exit status."""
+def run(args: argparse.Namespace, progress: ShardProgress) -> None:
+    """Checks, samples and writes."""
     text = open_text_dataset(args.text)
-    plan = make_plan(args, text)
-    console = report.console
-    describe(plan, text, args.text, console)
+    job = check_arguments(args, text)
+    print_line = progress.console.print
+    describe(job, text, args.text, print_line)
     if args.plan:
-        return 0
-    shards.check_folder(ODE_PAIRS, args.output, plan.manifest, ignore=NOT_KNOWN_YET)
-    dtype, devices = DTYPES[plan.manifest.compute_dtype], jax.local_devices()
-    console.print(
-        f"loading {plan.generator.folder} as {dtype.__name__} on {len(devices)} x "
+        return
+    shards.check_folder(ODE_PAIRS, args.output, job.manifest, ignore=NOT_KNOWN_YET)
+    dtype, devices = DTYPES[job.manifest.compute_dtype], jax.local_devices()
+    print_line(
+        f"loading {job.source.folder} as {dtype.__name__} on {len(devices)} x "
         f"{devices[0].device_kind}"
     )
     sampler = TrajectorySampler(
-        plan.generator,
-        plan.recipe,
+        job.source,
+        job.recipe,
         text,
         dtype=dtype,
         implementation=args.attention,
-        mesh=local_mesh(),
+        mesh=shard_job.local_mesh(),
     )
-    manifest = dataclasses.replace(plan.manifest, generator=sampler.fingerprint)
+    manifest = dataclasses.replace(job.manifest, generator=sampler.fingerprint)
     writer = ODEPairsWriter(args.output, manifest)
     if writer.complete:
-        console.print(f"{args.output} is complete already")
-        return 0
-    previews = Previews(
-        writer.folder / "previews",
-        args.previews,
-        args.checkpoint,
-        plan.pipeline,
-        plan.recipe.clip,
-        dtype,
+        print_line(f"{args.output} is complete already")
+        return
+    decoder = ClipDecoder(args.checkpoint, job.source.config, job.recipe.sampling, dtype)
+
+    def preview(clip: int, states: dict[str, np.ndarray]) -> None:
+        if clip < args.previews:
+            write_preview(writer.folder / "previews", decoder, clip, states)
+
+    write_negative = functools.partial(
+        writer.write_negative_arrays, own_tokens(text.negative, text.manifest)
     )
-    start = time.perf_counter()
-    write(writer, sampler, plan.batch_size, previews, report)
-    size = sum(path.stat().st_size for path in writer.folder.iterdir() if path.is_file())
-    console.print(
-        f"{args.output}: {manifest.num_clips} clips in {manifest.num_shards} shards, "
-        f"{size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
-    )
-    return 0
+    with shard_job.missing_shards(writer, write_negative, progress) as missing:
+        for shard, clips in missing.items():
+            pairs = sample_pairs(sampler, clips, job.batch_size, preview, progress.records_done)
+            writer.write_shard(shard, pairs)
+            progress.shard_done()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = parse_arguments(argv)
-    try:
-        join(args.distributed)
-        report = Report("sampling", "clips", quiet=jax.process_index() > 0)
-        with termination_interrupts():
-            return run(args, report)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; what is complete is in {args.output}, and the same command continues",
-            file=sys.stderr,
-        )
-        return 130
+    return shard_job.main(run, parse_arguments(argv), "sampling", "clips")
 
 
 if __name__ == "__main__":
-    end(main())
+    shard_job.end(main())

@@ -8,6 +8,7 @@ drawn with a few patches each, since 384 would hide the audio.
 """
 
 import argparse
+import dataclasses
 import pathlib
 
 import matplotlib
@@ -37,12 +38,34 @@ def color_cells(mask: np.ndarray, key_blocks: np.ndarray, key_sinks: int) -> np.
     return np.where(mask, kinds[None, :], MASKED)
 
 
-def group_borders(blocks: np.ndarray, sinks: int) -> np.ndarray:
-    """First token of every group (sinks, then blocks), and the end of the sequence."""
-    starts = np.flatnonzero(np.diff(blocks, prepend=-1))
-    if sinks:
-        starts = np.union1d(starts, [sinks])
-    return np.append(starts, len(blocks))
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """One axis of a mask: the tokens of a stream.
+
+    Attributes:
+      stream: "video" or "audio".
+      blocks: block of each token.
+      num_sinks: tokens in front that belong to no block.
+    """
+
+    stream: str
+    blocks: np.ndarray
+    num_sinks: int = 0
+
+    @property
+    def borders(self) -> np.ndarray:
+        """First token of every group (sinks, then blocks), and the end of the sequence."""
+        starts = np.flatnonzero(np.diff(self.blocks, prepend=-1))
+        if self.num_sinks:
+            starts = np.union1d(starts, [self.num_sinks])
+        return np.append(starts, len(self.blocks))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the groups."""
+        letter = self.stream[0].upper()
+        blocks = [f"${letter}_{{{k}}}$" for k in range(self.blocks[-1] + 1)]
+        return ["$s$"] * bool(self.num_sinks) + blocks
 
 
 def spread(ticks: np.ndarray) -> list[int]:
@@ -54,8 +77,17 @@ def spread(ticks: np.ndarray) -> list[int]:
     return kept[::-1]
 
 
-def draw_panel(axes, cells, query, key, title: str) -> None:
-    """Draws one mask; `query` and `key` are (borders, names) of the two axes."""
+def panel_title(query: str, key: str) -> str:
+    """Says what attends to what, with the paper's condition."""
+    condition = rf"$\tau_{key[0]}(k) \leq \tau_{query[0]}(q)$"
+    if query == key:
+        return f"{query.capitalize()} self-attention: {condition}  (Eq. 4)"
+    return f"{key.capitalize()} to {query} ({query} attends to {key}): {condition}  (Eq. 5)"
+
+
+def draw_panel(axes, mask: np.ndarray, query: Tokens, key: Tokens) -> None:
+    """Draws one mask [query tokens, key tokens]."""
+    cells = color_cells(mask, key.blocks, key.num_sinks)
     axes.imshow(
         cells,
         cmap=ListedColormap([WHITE, BLUE, ORANGE, RED]),
@@ -65,35 +97,25 @@ def draw_panel(axes, cells, query, key, title: str) -> None:
         interpolation="nearest",
         extent=(0, cells.shape[1], cells.shape[0], 0),
     )
-    (rows, row_names), (columns, column_names) = query, key
+    rows, columns = query.borders, key.borders
     for border in rows[1:-1]:
         axes.axhline(border, color=LINE, linewidth=0.6)
     for border in columns[1:-1]:
         axes.axvline(border, color=LINE, linewidth=0.6)
-    for spine in axes.spines.values():
-        spine.set(color=LINE, linewidth=1.0)
+    axes.spines[:].set(color=LINE, linewidth=1.0)
 
     # Block names on the top and left, token indices of the block borders opposite.
-    axes.set_xticks((columns[:-1] + columns[1:]) / 2, column_names)
-    axes.set_yticks((rows[:-1] + rows[1:]) / 2, row_names)
-    axes.tick_params(
-        top=True,
-        labeltop=True,
-        bottom=False,
-        labelbottom=False,
-        length=0,
-        pad=3,
-        labelsize=10.5,
-        labelcolor=TEXT,
-    )
-    for twin, axis, borders in (
-        (axes.secondary_xaxis("bottom"), "x", columns),
-        (axes.secondary_yaxis("right"), "y", rows),
-    ):
-        getattr(twin, f"set_{axis}ticks")(spread(borders))
+    axes.set_xticks((columns[:-1] + columns[1:]) / 2, key.names)
+    axes.set_yticks((rows[:-1] + rows[1:]) / 2, query.names)
+    sides = {"top": True, "labeltop": True, "bottom": False, "labelbottom": False}
+    axes.tick_params(**sides, length=0, pad=3, labelsize=10.5, labelcolor=TEXT)
+    below, right = axes.secondary_xaxis("bottom"), axes.secondary_yaxis("right")
+    below.set_xticks(spread(columns))
+    right.set_yticks(spread(rows))
+    for twin in (below, right):
         twin.tick_params(length=3, width=0.6, labelsize=7.5, color=LINE, labelcolor=FAINT)
         twin.spines[:].set_visible(False)
-    axes.set_title(title, fontsize=11.5, color=TEXT, pad=22)
+    axes.set_title(panel_title(query.stream, key.stream), fontsize=11.5, color=TEXT, pad=22)
 
 
 def draw(layout: BlockLayout, num_sinks: int, num_blocks: int, patches: int):
@@ -101,93 +123,50 @@ def draw(layout: BlockLayout, num_sinks: int, num_blocks: int, patches: int):
     video_frames = layout.num_video_frames(num_blocks)
     audio_frames = layout.num_audio_frames(num_blocks)
     masks = layout.masks(video_frames, audio_frames, patches, num_sinks)
-    video = layout.video_token_blocks(video_frames, patches)
-    audio = layout.audio_token_blocks(audio_frames, num_sinks)
-    video_axis = (group_borders(video, 0), [f"$V_{{{k}}}$" for k in range(num_blocks)])
-    audio_axis = (
-        group_borders(audio, num_sinks),
-        ["$s$"] * bool(num_sinks) + [f"$A_{{{k}}}$" for k in range(num_blocks)],
-    )
-
+    video = Tokens("video", layout.video_token_blocks(video_frames, patches))
+    audio = Tokens("audio", layout.audio_token_blocks(audio_frames, num_sinks), num_sinks)
     figure, panels = plt.subplots(2, 2, figsize=(12.5, 13.2))
-    video_keys, audio_keys = (video, 0), (audio, num_sinks)
-    for axes, mask, keys, query, key, title in (
+    draw_panel(panels[0, 0], masks.video, video, video)
+    draw_panel(panels[0, 1], masks.a2v, video, audio)
+    draw_panel(panels[1, 0], masks.v2a, audio, video)
+    draw_panel(panels[1, 1], masks.audio, audio, audio)
+    sinks = f"{num_sinks} sinks + " if num_sinks else ""
+    for i, label in enumerate(
         (
-            panels[0, 0],
-            masks.video,
-            video_keys,
-            video_axis,
-            video_axis,
-            r"Video self-attention: $\tau_v(k) \leq \tau_v(q)$  (Eq. 4)",
-        ),
-        (
-            panels[0, 1],
-            masks.a2v,
-            audio_keys,
-            video_axis,
-            audio_axis,
-            r"Audio to video (video attends to audio): $\tau_a(k) \leq \tau_v(q)$  (Eq. 5)",
-        ),
-        (
-            panels[1, 0],
-            masks.v2a,
-            video_keys,
-            audio_axis,
-            video_axis,
-            r"Video to audio (audio attends to video): $\tau_v(k) \leq \tau_a(q)$  (Eq. 5)",
-        ),
-        (
-            panels[1, 1],
-            masks.audio,
-            audio_keys,
-            audio_axis,
-            audio_axis,
-            r"Audio self-attention: $\tau_a(k) \leq \tau_a(q)$  (Eq. 4)",
-        ),
+            f"video: {video_frames} latents × {patches} patches = {len(video.blocks)} tokens",
+            f"audio: {sinks}{audio_frames} latents = {len(audio.blocks)} tokens",
+        )
     ):
-        draw_panel(axes, color_cells(mask, *keys), query, key, title)
-
-    video_label = f"video: {video_frames} latents × {patches} patches = {len(video)} tokens"
-    sinks_label = f"{num_sinks} sinks + " if num_sinks else ""
-    audio_label = f"audio: {sinks_label}{audio_frames} latents = {len(audio)} tokens"
-    for row, label in enumerate((video_label, audio_label)):
-        panels[row, 0].set_ylabel(f"queries, {label}", fontsize=10, color=TEXT, labelpad=6)
-        panels[1, row].set_xlabel(f"keys, {label}", fontsize=10, color=TEXT, labelpad=22)
-    finish(figure, layout, num_sinks, num_blocks)
+        panels[i, 0].set_ylabel(f"queries, {label}", fontsize=10, color=TEXT, labelpad=6)
+        panels[1, i].set_xlabel(f"keys, {label}", fontsize=10, color=TEXT, labelpad=22)
+    add_title_and_legend(figure, layout, num_sinks, num_blocks)
     return figure
 
 
-def finish(figure, layout: BlockLayout, num_sinks: int, num_blocks: int) -> None:
-    """Adds the title and the legend."""
+def add_title_and_legend(figure, layout: BlockLayout, num_sinks: int, num_blocks: int) -> None:
+    """What the figure shows, and what its colours mean."""
     first = "global prefix" if layout.name == "prefix" else "block 0"
-    entries = [
-        Patch(facecolor=BLUE, edgecolor=LINE, label="allowed"),
-        Patch(facecolor=ORANGE, edgecolor=LINE, label=f"allowed, {first} ($V_0$, $A_0$)"),
-        Patch(facecolor=WHITE, edgecolor=LINE, label="masked"),
-    ]
-    if num_sinks:
-        entries.insert(2, Patch(facecolor=RED, edgecolor=LINE, label="allowed, audio sinks ($s$)"))
+    colors = {
+        "allowed": BLUE,
+        f"allowed, {first} ($V_0$, $A_0$)": ORANGE,
+        "allowed, audio sinks ($s$)": RED,
+        "masked": WHITE,
+    }
+    if not num_sinks:
+        del colors["allowed, audio sinks ($s$)"]
     seconds = layout.pixel_frames(num_blocks) / layout.frame_rate
-    figure.suptitle(
+    title = (
         f"Block-causal masks, layout “{layout.name}”: "
         f"video {layout.first_video_frames}-{layout.video_frames}-{layout.video_frames}-…, "
-        f"audio {layout.first_audio_frames}-{layout.audio_frames}-{layout.audio_frames}-…",
-        fontsize=15,
-        color=TEXT,
-        y=0.985,
+        f"audio {layout.first_audio_frames}-{layout.audio_frames}-{layout.audio_frames}-…"
     )
-    figure.text(
-        0.5,
-        0.948,
-        f"{num_blocks} blocks, {seconds:.2f} s at {layout.frame_rate:g} frames per second",
-        ha="center",
-        fontsize=11,
-        color=FAINT,
-    )
+    length = f"{num_blocks} blocks, {seconds:.2f} s at {layout.frame_rate:g} frames per second"
+    figure.suptitle(title, fontsize=15, color=TEXT, y=0.985)
+    figure.text(0.5, 0.948, length, ha="center", fontsize=11, color=FAINT)
     figure.legend(
-        handles=entries,
+        handles=[Patch(facecolor=c, edgecolor=LINE, label=name) for name, c in colors.items()],
         loc="lower center",
-        ncols=len(entries),
+        ncols=len(colors),
         frameon=False,
         fontsize=11,
         labelcolor=TEXT,

@@ -66,45 +66,40 @@ def read_run(path: pathlib.Path) -> Curves:
 
 def choose_panels(names: list[str]) -> list[Panel]:
     """What to draw of the scalars that there are, in the order of the panels."""
-    panels = []
-    networks = sorted({name.rpartition("/")[0] for name in names if _is_loss(name)}, reverse=True)
-    for network in networks:
-        curves = {name.rpartition("/")[2]: name for name in names
-                  if _is_loss(name) and name.rpartition("/")[0] == network}  # fmt: skip
-        panels.append(Panel(f"{network} losses".strip(), curves, log=True))
+    losses: dict[str, dict[str, str]] = {}
     bands: dict[str, dict[str, str]] = {}
+    norms, updates = {}, {}
     for name in names:
-        match = re.fullmatch(r"(?:.*/)?band/(.+)_([^_]+)", name)
-        if match:
+        network, _, last = name.rpartition("/")
+        if not is_band(name) and last.startswith("loss"):
+            losses.setdefault(network, {})[last] = name
+        elif match := re.fullmatch(r"(?:.*/)?band/(.+)_([^_]+)", name):
             bands.setdefault(match[1], {})[f"σ {match[2].replace('-', '–')}"] = name
-    for title, curves in bands.items():
-        ordered = dict(sorted(curves.items()))
-        panels.append(Panel(f"{title.replace('_', ' ')} loss by noise level", ordered, log=True))
-    for title, what in (
-        ("gradient norm", "grad_norm"),
-        ("relative update size", "relative_update"),
-    ):
-        curves = {}
-        for name in names:
-            network, _, part = name.partition(what)
-            if part in ("", "/audio") and name.startswith(f"{network}{what}"):
-                curves[f"{network.strip('/')} {part.strip('/') or 'all'}".strip()] = name
-        panels.append(Panel(title, curves, log=True))
-    entropies = [name for name in names if "entropy" in name]
-    panels.append(Panel("audio attention entropy", _existing(names, *entropies)))
+        elif match := re.fullmatch(r"(.*?)/?(grad_norm|relative_update)(/audio)?", name):
+            curves = norms if match[2] == "grad_norm" else updates
+            curves[f"{match[1]} {'audio' if match[3] else 'all'}".strip()] = name
+    panels = [
+        Panel(f"{network} losses".strip(), losses[network], log=True)
+        for network in sorted(losses, reverse=True)
+    ]
+    panels += [
+        Panel(f"{title.replace('_', ' ')} loss by noise level", dict(sorted(c.items())), log=True)
+        for title, c in bands.items()
+    ]
     latents = [name for name in names if re.fullmatch(r"sample/(video|audio)_(mean|std)", name)]
-    panels.append(Panel("latents of sample clips", _existing(names, *latents)))
-    panels.append(Panel("steps per second", _existing(names, "speed/steps_per_second")))
-    panels.append(Panel("shares of time, and MFU", _existing(names, *SHARES)))
+    panels += [
+        Panel("gradient norm", norms, log=True),
+        Panel("relative update size", updates, log=True),
+        Panel("audio attention entropy", _labels([n for n in names if "entropy" in n])),
+        Panel("latents of sample clips", _labels(latents)),
+        Panel("steps per second", _labels([n for n in names if n == "speed/steps_per_second"])),
+        Panel("shares of time, and MFU", _labels([n for n in SHARES if n in names])),
+    ]
     return [panel for panel in panels if panel.curves]
 
 
-def _is_loss(name: str) -> bool:
-    return not is_band(name) and name.rpartition("/")[2].startswith("loss")
-
-
-def _existing(names: list[str], *wanted: str) -> dict[str, str]:
-    return {name.rpartition("/")[2].replace("_", " "): name for name in wanted if name in names}
+def _labels(names: list[str]) -> dict[str, str]:
+    return {name.rpartition("/")[2].replace("_", " "): name for name in names}
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -121,13 +116,15 @@ def draw(runs: dict[str, Curves], window: int = 1):
     panels = choose_panels(names)
     rows = -(-len(panels) // COLUMNS)
     figure, grid = plt.subplots(rows, COLUMNS, figsize=(15, 3.5 * rows + 0.8), squeeze=False)
-    for axes, panel in zip(grid.flat, panels):
+    for axes, panel in zip(grid.flat[: len(panels)], panels, strict=True):
         draw_panel(axes, panel, runs, window)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     if len(runs) > 1:
-        handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=label)
-                   for i, label in enumerate(runs)]  # fmt: skip
+        handles = [
+            Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=label)
+            for i, label in enumerate(runs)
+        ]
         figure.legend(handles=handles, loc="upper center", ncols=min(len(runs), 4), frameon=False)
     else:
         figure.suptitle(next(iter(runs)), fontsize=12, color=TEXT)
@@ -145,18 +142,16 @@ def draw_panel(axes, panel: Panel, runs: dict[str, Curves], window: int) -> None
                 continue
             steps, values = curves[name]
             color = COLORS[(r if several else c) % len(COLORS)]
-            style = STYLES[c % len(STYLES)] if several else "-"
-            marker = "." if len(steps) < 3 else None
             if window > 1:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(
                 steps,
                 smooth(values, window),
                 color=color,
-                linestyle=style,
-                marker=marker,
+                linestyle=STYLES[c % len(STYLES)] if several else "-",
+                marker="." if len(steps) < 3 else None,
                 linewidth=1.4,
-                label=label if r == 0 or label not in axes.get_legend_handles_labels()[1] else None,
+                label=label if label not in axes.get_legend_handles_labels()[1] else None,
             )
             positive &= bool((values > 0).all())
     if panel.log and positive:
@@ -202,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
     output = args.output or first / "curves.png"
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure = draw(dict(zip(run_labels(args.runs), curves)), args.smooth)
+    figure = draw(dict(zip(run_labels(args.runs), curves, strict=True)), args.smooth)
     figure.savefig(output, dpi=110)
     plt.close(figure)
     print(f"wrote {output}")

@@ -27,56 +27,42 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from launch import prompt_options
+from launch import options
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION
 from omniforcing_jax.models.video_vae import model as video_vae
-from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.pipeline import PipelineConfig, decode_clip, load_pipeline
 from omniforcing_jax.sampling.guidance import LTX23_GUIDANCE, default_guidance
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, check_prompts, sample
 from omniforcing_jax.streaming import media
-from omniforcing_jax.text import features as text_features
 from omniforcing_jax.text.prompts import PromptEncoder
-
-RANDOM_FEATURE_TOKENS = 128
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.sample_teacher", description=__doc__.split("\n")[0]
-    )
+    parser = options.new_parser("launch.sample_teacher", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder written by checkpoint_converters")
     add("--prompt", metavar="TEXT", help="what to show")
     add("--negative-prompt", metavar="TEXT", help="what not to show, for cfg (default: empty)")
-    prompt_options.add_arguments(parser)
+    options.add_text_source(parser)
     add("--features", metavar="FILE", help="text contexts of the prompt")
     add("--negative-features", metavar="FILE", help="those of the negative prompt, for cfg")
-    add("--output", required=True, help="MP4 file, or - for standard output")
-    add("--overwrite", action="store_true", help="replace an existing file")
+    options.add_clip_file(parser)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=5.0, help="about (default 5)")
     length.add_argument("--frames", type=int, help="exactly, 8k + 1")
-    add("--height", type=int, default=512, help="pixels, a multiple of 32 (default 512)")
-    add("--width", type=int, default=768, help="pixels, a multiple of 32 (default 768)")
-    add("--fps", type=float, default=24.0, help="frames per second (default 24)")
+    options.add_size(parser)
     add("--steps", type=int, help="denoising steps (default: 40 for LTX-2.0, 30 for 2.3)")
     add("--seed", type=int, default=0)
-    add("--cfg-video", type=float, help="guidance by the negative prompt, 1 is off (default 3)")
-    add("--cfg-audio", type=float, help="the same for the sound (default 7)")
-    add("--stg", type=float, help="spatio-temporal guidance, 0 is off (default 1)")
-    add("--stg-block", type=int, nargs="+", help="blocks it perturbs (2.0: 29, 2.3: 28)")
-    add("--modality", type=float, help="modality guidance, 1 is off (default 3)")
-    add("--rescale", type=float, help="pull-back of the contrast, 0 to 1 (default 0.7)")
-    prompt_options.add_dtype(parser)
-    add("--attention", choices=IMPLEMENTATIONS, default="auto", help="backend (default auto)")
+    options.add_guidance(parser)
+    options.add_dtype(parser)
+    options.add_attention(parser)
     return parser.parse_args(argv)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ClipRequest:
     """A checked command line: everything that can be wrong has been looked at.
 
     Attributes:
@@ -89,7 +75,7 @@ class Plan:
     encoder: PromptEncoder | None
 
 
-def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
+def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipRequest:
     """Checks all options against the checkpoint before any weight is read.
 
     Raises:
@@ -108,19 +94,12 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
         )
     defaults = default_guidance(config.model_version)
     steps = 30 if defaults == LTX23_GUIDANCE else 40
-    guidance = defaults.changed(
-        cfg_video=args.cfg_video,
-        cfg_audio=args.cfg_audio,
-        stg=args.stg,
-        modality=args.modality,
-        rescale=args.rescale,
-        stg_blocks=args.stg_block and tuple(args.stg_block),
-    )
+    guidance = options.change_guidance(args, defaults)
     frames = args.frames
     if frames is None:
         step = VIDEO_TEMPORAL_COMPRESSION
         frames = 1 + step * max(round((args.seconds * args.fps - 1) / step), 0)
-    clip = SampleConfig.for_clip(
+    sampling = SampleConfig.for_clip(
         frames=frames,
         height=args.height,
         width=args.width,
@@ -131,24 +110,26 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
     )
     height, width = config.check_size(args.height, args.width)
     channels = config.transformer.video_channels
-    video_vae.check_latents(config.video_vae, (1, clip.clip.video_frames, height, width, channels))
+    video_vae.check_latents(
+        config.video_vae, (1, sampling.clip.video_frames, height, width, channels)
+    )
     model = Transformer(config.transformer)
-    clip.check_model(model)
-    needs_negative = "uncond" in clip.guidance.passes()
+    sampling.check_model(model)
+    needs_negative = "uncond" in sampling.guidance.passes()
     _check_sources(args, needs_negative)
     if args.text_encoder:
-        encoder = prompt_options.make_encoder(args)
+        encoder = options.make_encoder(args)
         negative = args.negative_prompt or ""
         encoder.check([args.prompt, negative])
-        return Plan(clip, args.prompt, negative if needs_negative else None, encoder)
+        return ClipRequest(sampling, args.prompt, negative if needs_negative else None, encoder)
     prompt, negative = _contexts(args, config, needs_negative)
-    check_prompts(model, prompt, negative, clip.guidance)
-    return Plan(clip, prompt, negative, None)
+    check_prompts(model, prompt, negative, sampling.guidance)
+    return ClipRequest(sampling, prompt, negative, None)
 
 
 def _check_sources(args: argparse.Namespace, needs_negative: bool) -> None:
     """Raises ValueError unless there is one source of text, and of the negative if needed."""
-    prompt_options.check_source(args)
+    options.check_source(args)
     if args.negative_features and not args.features:
         raise ValueError("--negative-features goes with --features only")
     if args.negative_prompt is not None and not args.text_encoder:
@@ -170,19 +151,11 @@ def _contexts(args, config: PipelineConfig, needs_negative: bool) -> tuple[Promp
     """Stored or random contexts of the prompt and, if needed, of the negative prompt."""
     dims = config.transformer.text_dims
     if args.random_features:
-        prompt = args.prompt or ""
-        keys = (text_features.prompt_key(prompt), text_features.prompt_key("", seed=1))
-        found = [
-            text_features.random_text_features(key, 1, RANDOM_FEATURE_TOKENS, dims) for key in keys
-        ]
+        texts = (args.prompt or "", 0), ("", 1)
+        found = [options.random_features(text, dims, seed) for text, seed in texts]
     else:
         paths = [path for path in (args.features, args.negative_features) if path]
-        found = [text_features.load_text_features(path, dims) for path in paths]
-        for path, features in zip(paths, found):
-            if features.video_context.shape[0] != 1:
-                raise ValueError(
-                    f"{path} holds {features.video_context.shape[0]} prompts; one clip takes one"
-                )
+        found = [options.load_features(path, dims) for path in paths]
     prompts = [Prompt(f.video_context, f.audio_context, f.mask) for f in found]
     return prompts[0], prompts[1] if needs_negative else None
 
@@ -196,43 +169,45 @@ def stage(console: Console, name: str):
     console.print(f"{name}: {time.perf_counter() - start:.1f} s", highlight=False)
 
 
-def encode_prompts(plan: Plan, console: Console) -> Plan:
+def encode_sentences(request: ClipRequest, console: Console) -> ClipRequest:
     """Turns sentences into contexts.
 
     Raises:
       FloatingPointError: the text encoder made values that are not finite.
     """
-    if plan.encoder is None:
-        return plan
-    texts = [plan.prompt] if plan.negative is None else [plan.prompt, plan.negative]
-    with prompt_options.plain_warnings(console), console.status("encoding the prompt ..."):
-        contexts = plan.encoder.encode(texts)
-    console.print(f"text: {prompt_options.describe(plan.encoder.times).strip()}", highlight=False)
+    if request.encoder is None:
+        return request
+    texts = [request.prompt] if request.negative is None else [request.prompt, request.negative]
+    with options.plain_warnings(console), console.status("encoding the prompt ..."):
+        contexts = request.encoder.encode(texts)
+    console.print(f"text: {options.describe_times(request.encoder.times).strip()}", highlight=False)
     prompt, *negative = [Prompt(*pair) for pair in contexts]
-    return dataclasses.replace(plan, prompt=prompt, negative=negative[0] if negative else None)
+    return dataclasses.replace(request, prompt=prompt, negative=negative[0] if negative else None)
 
 
-def run(args: argparse.Namespace, plan: Plan, writer: media.ClipWriter, console: Console) -> None:
+def run(
+    args: argparse.Namespace, request: ClipRequest, writer: media.ClipWriter, console: Console
+) -> None:
     """Loads the weights, samples, decodes and writes.
 
     Raises:
       FloatingPointError: a model produced values that are not finite.
     """
-    plan = encode_prompts(plan, console)
-    clip = plan.sample
-    dtype = prompt_options.compute_dtype(args)
+    request = encode_sentences(request, console)
+    sampling = request.sample
+    dtype = options.compute_dtype(args)
     with stage(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
         pipeline = load_pipeline(args.checkpoint, dtype=dtype)
-    passes = clip.guidance.passes()
-    with stage(console, f"sampling {len(clip.sigmas) - 1} steps of {', '.join(passes)}"):
+    passes = sampling.guidance.passes()
+    with stage(console, f"sampling {len(sampling.sigmas) - 1} steps of {', '.join(passes)}"):
         latents = sample(
             pipeline.transformer(args.attention),
             # Popped: once sampled, the room is the decoder's.
             pipeline.params.pop("transformer"),
-            plan.prompt,
-            plan.negative,
+            request.prompt,
+            request.negative,
             jax.random.key(args.seed),
-            clip,
+            sampling,
         )
         finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), latents)
     if not (finite.video and finite.audio):
@@ -240,7 +215,8 @@ def run(args: argparse.Namespace, plan: Plan, writer: media.ClipWriter, console:
             "the sampled latents are not finite; try --dtype float32, and check the checkpoint"
         )
     with stage(console, "decoding video and sound"):
-        size = (clip.clip.video_frames, clip.clip.height, clip.clip.width)
+        clip = sampling.clip
+        size = (clip.video_frames, clip.height, clip.width)
         frames, waveform = decode_clip(
             pipeline.config, pipeline.params, latents, size, pipeline.dtype
         )
@@ -260,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         media.check_output_path(args.output, args.overwrite)
         config = PipelineConfig.from_checkpoint(args.checkpoint)
-        plan = make_plan(args, config)
+        request = check_arguments(args, config)
         writer = media.ClipWriter(  # before the weights are read: it checks its settings, too
             args.output,
             width=args.width,
@@ -274,12 +250,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         with writer:
-            run(args, plan, writer, console)
+            run(args, request, writer, console)
     except (FileNotFoundError, ValueError) as error:  # as reading a checkpoint raises
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        print(f"error: {options.with_notes(error)}", file=sys.stderr)
         return 1
     return 0
 

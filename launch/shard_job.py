@@ -1,5 +1,6 @@
 """What the programs that write stored data share: progress, several processes, interruption."""
 
+import argparse
 import contextlib
 import signal
 import sys
@@ -22,6 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from omniforcing_jax.data.shards import ShardWriter
 from omniforcing_jax.distributed import multihost, partitioning
 
 
@@ -42,17 +44,18 @@ def rate_text(rate: float, unit: str) -> str:
     return f"{rate:.1f} {unit}/s" if rate >= 0.1 else f"{3600 * rate:.1f} {unit}/h"
 
 
-class Report:
+class ShardProgress:
     """Progress on standard error; on a terminal a bar, otherwise a line per shard."""
 
-    def __init__(self, doing: str, unit: str, quiet: bool):
+    def __init__(self, doing: str, unit: str):
         """`doing` names the work ("encoding"), `unit` what is counted ("prompts")."""
         self.doing, self.unit = doing, unit
+        quiet = jax.process_index() > 0
         self.console = Console(
             stderr=True, soft_wrap=True, quiet=quiet, highlight=False, markup=False
         )
         columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), RateColumn(unit))
-        self.progress = Progress(
+        self._bar = Progress(
             *columns,
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -62,23 +65,65 @@ class Report:
         )
 
     @contextlib.contextmanager
-    def running(self, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows the progress of `total` records; yields what to call with the number done."""
-        task = self.progress.add_task(self.doing, total=total)
-        with self.progress if self.console.is_terminal else contextlib.nullcontext():
-            yield lambda count: self.progress.advance(task, count)
+    def running(self, total: int) -> Iterator[None]:
+        """Shows the progress of `total` records."""
+        self._start = time.perf_counter()
+        self._task = self._bar.add_task(self.doing, total=total)
+        with self._bar if self.console.is_terminal else contextlib.nullcontext():
+            yield
 
-    def shard_done(self, start: float) -> None:
-        """After a shard; `start` is when the work began."""
-        (task,) = self.progress.tasks
+    def records_done(self, count: int) -> None:
+        """Counts records."""
+        self._bar.advance(self._task, count)
+
+    def shard_done(self) -> None:
+        """Prints a line about the records so far."""
+        (task,) = self._bar.tasks
         if self.console.is_terminal or not task.completed:
             return
-        rate = task.completed / (time.perf_counter() - start)
+        rate = task.completed / (time.perf_counter() - self._start)
         left = (task.total - task.completed) / rate
         self.console.print(
             f"{task.completed:.0f} of {task.total:.0f} {self.unit}, {rate_text(rate, self.unit)}, "
             f"{left / 60:.1f} minutes left"
         )
+
+
+@contextlib.contextmanager
+def missing_shards(
+    writer: ShardWriter, write_negative: Callable[[], None], progress: ShardProgress
+) -> Iterator[dict[int, range]]:
+    """Begins a dataset, yields what this process is to write of it, and completes it.
+
+    Args:
+      writer: of the dataset.
+      write_negative: called by one process if the negative prompt is not stored yet.
+      progress: told of the number of records.
+
+    Yields:
+      {shard: numbers of its records} that are missing, this process's share.
+    """
+    start, main = time.perf_counter(), jax.process_index() == 0
+    if main:
+        writer.begin()
+    multihost.barrier("begin")
+    if main and not writer.has_negative:
+        write_negative()
+    share = writer.missing()[jax.process_index() :: jax.process_count()]
+    ranges = {shard: writer.manifest.shard_range(shard) for shard in share}
+    with progress.running(sum(map(len, ranges.values()))):
+        yield ranges
+    multihost.barrier("shards")
+    if main:
+        writer.finish()
+    multihost.barrier("finish")
+    size = sum(path.stat().st_size for path in writer.folder.iterdir() if path.is_file())
+    shards = range(writer.manifest.num_shards)
+    records = sum(len(writer.manifest.shard_range(shard)) for shard in shards)
+    progress.console.print(
+        f"{writer.folder}: {records} {progress.unit} in {len(shards)} shards, {size / 1e6:.1f} MB, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
 
 
 def local_mesh() -> Mesh | None:
@@ -89,17 +134,42 @@ def local_mesh() -> Mesh | None:
     return partitioning.make_mesh(fsdp=len(devices), devices=devices)
 
 
-def join(distributed: bool) -> None:
-    """Joins the other processes, if there are any (`multihost.find_job`).
+def main(
+    run: Callable[[argparse.Namespace, ShardProgress], None],
+    args: argparse.Namespace,
+    doing: str,
+    unit: str,
+) -> int:
+    """Joins the other processes, runs, and says what went wrong; returns the exit status.
 
-    Raises:
-      ValueError: flags and environment do not say which process this is.
+    Args:
+      run: does the work; SIGTERM, which schedulers send before they kill, interrupts it.
+      args: with `output` and `distributed`.
+      doing, unit: see `ShardProgress`.
     """
     try:
-        multihost.join(multihost.find_job(distributed or None))
+        multihost.join(multihost.find_job(args.distributed or None))
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            run(args, ShardProgress(doing, unit))
+        finally:
+            signal.signal(signal.SIGTERM, previous)
     except multihost.NotJoined as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(multihost.NOT_JOINED)
+        sys.exit(multihost.NOT_JOINED)  # JAX must not be asked for other processes now
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; what is complete is in {args.output}, and the same command continues",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
 
 
 def end(status: int) -> NoReturn:
@@ -107,23 +177,3 @@ def end(status: int) -> NoReturn:
     if status and jax.process_count() > 1:
         multihost.leave(status)
     sys.exit(status)
-
-
-def barrier(name: str) -> None:
-    """Waits for the other processes."""
-    multihost.barrier(name)
-
-
-def share(items: list[int]) -> list[int]:
-    """This process's part of the shards."""
-    return [i for i in items if i % jax.process_count() == jax.process_index()]
-
-
-@contextlib.contextmanager
-def termination_interrupts() -> Iterator[None]:
-    """SIGTERM, which schedulers send before they kill, acts like Ctrl-C."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

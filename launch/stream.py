@@ -24,11 +24,9 @@ import functools
 import io
 import math
 import os
-import queue
 import signal
 import statistics
 import sys
-import threading
 import time
 from typing import Any
 
@@ -37,20 +35,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from launch import prompt_options
+from launch import options
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.ops.attention import IMPLEMENTATIONS, attention
+from omniforcing_jax.ops.attention import attention
 from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
-from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming import media
+from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.session import Chunk, StreamingSession
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
-from omniforcing_jax.text import features as text_features
 from omniforcing_jax.text.prompts import PromptEncoder, TextTimes
 from omniforcing_jax.types import Contexts
 
-RANDOM_FEATURE_TOKENS = 128
 # Parts of a block's time as the report names them.
 PARTS = {
     "text": "text",
@@ -62,26 +58,21 @@ PARTS = {
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.stream", description=__doc__.split("\n")[0]
-    )
+    parser = options.new_parser("launch.stream", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder written by checkpoint_converters")
     add("--prompt", nargs="+", metavar="TEXT[@SECOND]", help="what to show, and from when on")
-    prompt_options.add_arguments(parser)
+    options.add_text_source(parser)
     add("--keep-encoder", action="store_true", help="keep it in memory, and encode when due")
     add("--features", nargs="+", metavar="FILE[@SECOND]", help="text contexts, one per prompt")
-    add("--output", required=True, help="MP4 file, or - for standard output")
-    add("--overwrite", action="store_true", help="replace an existing file")
+    options.add_clip_file(parser)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=5.0, help="length of the clip (default 5)")
     length.add_argument("--endless", action="store_true", help="stream until Ctrl-C")
-    add("--height", type=int, default=512, help="pixels, a multiple of the VAE's 32 (default 512)")
-    add("--width", type=int, default=768, help="pixels, a multiple of the VAE's 32 (default 768)")
+    options.add_size(parser)
     add(
         "--enlarge", type=int, default=1, metavar="N", help="write every pixel as N x N (default 1)"
     )
-    add("--fps", type=float, default=24.0, help="frames per second (default 24)")
     add("--seed", type=int, default=0)
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
@@ -91,23 +82,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     steps.add_argument("--sigmas", type=float, nargs="+", help="noise levels, ending with 0")
     add("--layout", choices=("prefix", "merged"), help="default: the one of the checkpoint")
-    add("--window", type=int, help="recent blocks in the cache (default: as trained, else 7)")
-    add("--anchors", type=int, help="first blocks never evicted (default: as trained, else 0)")
-    add("--positions", choices=POSITIONS, help="default: as trained, else relative")
-    add("--decode", choices=("window", "causal"), help="video decoding (default: as trained)")
-    add("--look-back", type=int, default=4, help="latent frames, window mode (default 4)")
-    add("--look-ahead", type=int, default=1, help="latent frames, window mode (default 1)")
-    add("--blend", type=int, default=1, help="latent frames, window mode (default 1)")
-    prompt_options.add_dtype(parser)
-    add("--attention", choices=IMPLEMENTATIONS, default="auto", help="backend (default auto)")
+    options.add_cache(parser)
+    options.add_decoder(parser)
+    options.add_dtype(parser)
+    options.add_attention(parser)
     return parser.parse_args(argv)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StreamRequest:
     """A checked command line: everything that can be wrong has been looked at.
 
     Attributes:
+      rollout: how blocks are generated.
+      num_blocks: length of the clip; None is without end.
       prompts: sentences or contexts, by the block they start at.
       encoder: of the sentences.
     """
@@ -118,7 +106,7 @@ class Plan:
     encoder: PromptEncoder | None
 
 
-def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
+def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamRequest:
     """Checks all options against the checkpoint before any weight is read.
 
     Raises:
@@ -132,34 +120,28 @@ def make_plan(args: argparse.Namespace, config: PipelineConfig) -> Plan:
     rollout = config.rollout(args.height, args.width, cache=cache, sigmas=sigmas)
     num_blocks = None if args.endless else layout.blocks_for_seconds(args.seconds)
     rollout.cache.blocks_in_positions(num_blocks)
-    prompt_options.check_source(args)
-    prompts: dict[int, str | Contexts] = {}
-    for block, text in _by_block(args.features or args.prompt or [""], layout, num_blocks).items():
-        prompts[block] = text
-        if not args.text_encoder:
-            prompts[block] = _contexts(args, text, config.transformer.text_dims)
+    options.check_source(args)
+    prompts = _by_block(args.features or args.prompt or [""], layout, num_blocks)
     encoder = None
     if args.text_encoder:
-        encoder = prompt_options.make_encoder(args, keep=args.keep_encoder)
+        encoder = options.make_encoder(args, keep=args.keep_encoder)
         encoder.check(list(prompts.values()))
-    return Plan(rollout, num_blocks, prompts, encoder)
+    else:
+        dims = config.transformer.text_dims
+        prompts = {block: _contexts(args, text, dims) for block, text in prompts.items()}
+    return StreamRequest(rollout, num_blocks, prompts, encoder)
 
 
 def _check_decoder(args: argparse.Namespace, config: PipelineConfig) -> None:
     """Raises what making the session's decoder would raise."""
-    StreamingVideoDecoder(
-        config.video_vae,
-        {"decoder": {}, "per_channel_statistics": {}},
-        mode=args.decode or "causal",  # the mode that every decoder can run in
-        look_back=args.look_back,
-        look_ahead=args.look_ahead,
-        blend=args.blend,
-    )
+    mode = args.decode or "causal"  # the mode that every decoder can run in
+    params = {"decoder": {}, "per_channel_statistics": {}}
+    StreamingVideoDecoder(config.video_vae, params, mode=mode, **options.decoder_settings(args))
 
 
 def _check_attention(args: argparse.Namespace, config: PipelineConfig) -> None:
     """Raises ValueError where the backend cannot run the model's heads on this platform."""
-    model, dtype = config.transformer, prompt_options.compute_dtype(args)
+    model, dtype = config.transformer, options.compute_dtype(args)
     attend = functools.partial(attention, implementation=args.attention)
     for heads in (
         (model.video_heads, model.video_head_dim),
@@ -198,13 +180,10 @@ def _split_start(spec: str) -> tuple[str, float]:
 def _contexts(args: argparse.Namespace, text: str, dims: tuple[int, int]) -> Contexts:
     """Those in a file without its padding, or random ones derived from a prompt."""
     if not args.features:
-        key = text_features.prompt_key(text)
-        features = text_features.random_text_features(key, 1, RANDOM_FEATURE_TOKENS, dims)
+        features = options.random_features(text, dims)
         return features.video_context, features.audio_context
-    features = text_features.load_text_features(text, dims)
+    features = options.load_features(text, dims)
     video, audio, mask = features.video_context, features.audio_context, features.mask
-    if len(video) != 1:
-        raise ValueError(f"{text} holds {len(video)} prompts; a stream takes a file for each")
     if mask is None:
         return video, audio
     # The text's keys have no positions: without the padding is the same as not attending to it. A
@@ -215,14 +194,14 @@ def _contexts(args: argparse.Namespace, text: str, dims: tuple[int, int]) -> Con
     return video[:, attended], audio[:, attended]
 
 
-class Report:
+class StreamReport:
     """Progress on standard error: one line per block, totals at the end."""
 
     def __init__(self, frame_rate: float):
-        self.console = Console(stderr=True, soft_wrap=True)
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         self.frame_rate = frame_rate
         self.start = time.perf_counter()
-        self.first_chunk: float | None = None
+        self.first_chunk: float | None = None  # when it came
         self.first_parts = dict.fromkeys(PARTS, 0.0)  # until then
         self.encoding = 0.0  # before the stream began
         self.frames = 0
@@ -232,33 +211,31 @@ class Report:
     def text(self, times: TextTimes) -> None:
         """Prints what encoding the prompts has cost."""
         self.encoding = times.total
-        self.console.print(f"text        {prompt_options.describe(times)}", highlight=False)
+        self.console.print(f"text        {options.describe_times(times)}")
 
     def chunk(self, chunk: Chunk) -> None:
         """Adds one chunk and prints its line."""
-        count = chunk.frames.shape[1]
-        self.frames += count
+        count, times = chunk.frames.shape[1], chunk.timings
+        parts = {part: getattr(times, part) for part in PARTS}
         now = time.perf_counter()
         if self.first_chunk is None:
-            for part in PARTS:
-                self.first_parts[part] += getattr(chunk.timings, part)
-        if count and self.first_chunk is None:
-            self.first_chunk = now
-        t = chunk.timings
-        self.seconds += t.total
-        media_seconds = self.frames / self.frame_rate
+            self.first_parts = {p: x + parts[p] for p, x in self.first_parts.items()}
+            if count:
+                self.first_chunk = now
+        self.frames += count
+        self.seconds += times.total
         played = now - self.first_chunk if self.first_chunk else 0.0
-        name = f"block {chunk.block:4d}" if chunk.block >= 0 else "tail      "
-        speed = count / t.total
+        lead = self.frames / self.frame_rate - played
+        speed = count / times.total
+        name = "tail      "
         if chunk.block >= 0:
+            name = f"block {chunk.block:4d}"
             self.speeds.append(speed)
-        # text takes time once per prompt
-        parts = {p: getattr(t, p) for p in PARTS if p != "text" or t.text >= 0.005}
+        if times.text < 0.005:  # as it is but for the first block of a prompt
+            del parts["text"]
         self.console.print(
-            f"{name}  {t.total:6.2f} s  ({_list_parts(parts)})  {count:3d} frames  "
-            f"{speed:6.1f} FPS  x{speed / self.frame_rate:.2f} real time  "
-            f"lead {media_seconds - played:+.2f} s",
-            highlight=False,
+            f"{name}  {times.total:6.2f} s  ({_list_parts(parts)})  {count:3d} frames  "
+            f"{speed:6.1f} FPS  x{speed / self.frame_rate:.2f} real time  lead {lead:+.2f} s"
         )
 
     @property
@@ -276,55 +253,19 @@ class Report:
         if not self.frames:
             self.console.print("nothing was generated")
             return
-        table = Table(show_header=False)
-        table.add_row(
-            "clip", f"{output}: {self.frames} frames, {self.frames / self.frame_rate:.2f} s"
-        )
+        length = self.frames / self.frame_rate
         parts = self.first_parts | {"text": self.encoding + self.first_parts["text"]}
-        table.add_row(
-            "first chunk after",
-            f"{self.seconds_to_first_chunk:.2f} s with compilation ({_list_parts(parts)})",
-        )
+        first = f"{self.seconds_to_first_chunk:.2f} s with compilation ({_list_parts(parts)})"
         average = f"{self.frames / self.seconds:.1f} FPS with compilation"
+        table = Table(show_header=False)
+        table.add_row("clip", f"{output}: {self.frames} frames, {length:.2f} s")
+        table.add_row("first chunk after", first)
         table.add_row("speed", f"{self.median_fps:.1f} FPS (median block), {average}")
         self.console.print(table)
 
 
 def _list_parts(seconds: dict[str, float]) -> str:
     return ", ".join(f"{PARTS[part]} {x:.2f}" for part, x in seconds.items())
-
-
-class BackgroundWriter:
-    """Encodes chunks in a thread, so that the encoder and the accelerator work at the same time."""
-
-    def __init__(self, writer: media.ClipWriter, enlarge: int = 1):
-        self._writer, self._enlarge = writer, enlarge
-        self._queue: queue.Queue[Chunk | None] = queue.Queue(maxsize=4)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="clip-writer")
-        self._thread.start()
-
-    def _run(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            if self._error is None:
-                try:
-                    frames = chunk.frames[0].repeat(self._enlarge, 1).repeat(self._enlarge, 2)
-                    self._writer.write(frames, chunk.waveform[0])
-                except BaseException as error:  # re-raised in the main thread by put or close
-                    self._error = error
-
-    def put(self, chunk: Chunk) -> None:
-        """Queues a chunk; waits while the encoder is far behind."""
-        if self._error is not None:
-            raise self._error
-        self._queue.put(chunk)
-
-    def close(self) -> None:
-        """Waits until everything is written."""
-        self._queue.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
 
 
 class Interrupt:
@@ -347,27 +288,33 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._previous)
 
 
-def encode_prompts(plan: Plan, report: Report) -> Plan:
+def encode_sentences(request: StreamRequest, report: StreamReport) -> StreamRequest:
     """Turns sentences into contexts: all, or the first one if the encoder is kept for the others.
 
     Raises:
       FloatingPointError: the text encoder made values that are not finite.
     """
-    if plan.encoder is None:
-        return plan
-    due = {0: plan.prompts[0]} if plan.encoder.keep else plan.prompts
-    with prompt_options.plain_warnings(report.console):
-        contexts = plan.encoder.encode(list(due.values()))
-    report.text(plan.encoder.times)
-    return dataclasses.replace(plan, prompts=plan.prompts | dict(zip(due, contexts)))
+    if request.encoder is None:
+        return request
+    due = {0: request.prompts[0]} if request.encoder.keep else request.prompts
+    with options.plain_warnings(report.console):
+        contexts = request.encoder.encode(list(due.values()))
+    report.text(request.encoder.times)
+    encoded = dict(zip(due, contexts, strict=True))
+    return dataclasses.replace(request, prompts=request.prompts | encoded)
 
 
-def run(session: StreamingSession, plan: Plan, writer: BackgroundWriter, report: Report) -> None:
+def run(
+    session: StreamingSession,
+    request: StreamRequest,
+    writer: BackgroundWriter,
+    report: StreamReport,
+) -> None:
     """Generates, reports and writes blocks until the clip is complete or interrupted."""
-    with Interrupt() as interrupt, prompt_options.plain_warnings(report.console):
-        while plan.num_blocks is None or session.num_blocks < plan.num_blocks:
-            if session.num_blocks and session.num_blocks in plan.prompts:
-                session.set_prompt(plan.prompts[session.num_blocks])
+    with Interrupt() as interrupt, options.plain_warnings(report.console):
+        while request.num_blocks is None or session.num_blocks < request.num_blocks:
+            if session.num_blocks and session.num_blocks in request.prompts:
+                session.set_prompt(request.prompts[session.num_blocks])
             chunk = session.step()
             report.chunk(chunk)
             writer.put(chunk)
@@ -389,7 +336,7 @@ def clip_settings(args: argparse.Namespace, config: PipelineConfig) -> dict[str,
     }
 
 
-def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, Plan]:
+def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, StreamRequest]:
     """Checks everything that can be checked before weights are read.
 
     Raises:
@@ -399,49 +346,43 @@ def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, Plan]:
     if args.enlarge < 1:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
-    plan = make_plan(args, config)
+    request = check_arguments(args, config)
     media.ClipWriter(io.BytesIO(), **clip_settings(args, config)).close()  # it checks its settings
-    return config, plan
+    return config, request
 
 
-def stream(args: argparse.Namespace, config: PipelineConfig, plan: Plan) -> Report:
+def stream(
+    args: argparse.Namespace, config: PipelineConfig, request: StreamRequest
+) -> StreamReport:
     """Streams the clip; what it cost. A closed pipe ends it as Ctrl-C does.
 
     Raises:
       FloatingPointError: the text encoder made values that are not finite.
       OSError: the clip could not be written; a note says where what there is of it lies.
     """
-    dtype = prompt_options.compute_dtype(args)
-    report = Report(args.fps)
-    plan = encode_prompts(plan, report)
+    dtype = options.compute_dtype(args)
+    report = StreamReport(args.fps)
+    request = encode_sentences(request, report)
     report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
     pipeline = load_pipeline(args.checkpoint, dtype=dtype)
     session = pipeline.session(
-        plan.rollout,
-        plan.prompts[0],
-        prompts=plan.encoder,
+        request.rollout,
+        request.prompts[0],
+        prompts=request.encoder,
         seed=args.seed,
-        max_blocks=plan.num_blocks,
+        max_blocks=request.num_blocks,
         implementation=args.attention,
         decode_mode=args.decode,
-        look_back=args.look_back,
-        look_ahead=args.look_ahead,
-        blend=args.blend,
+        **options.decoder_settings(args),
     )
     settings = clip_settings(args, config)
     with (
         contextlib.suppress(BrokenPipeError),
         media.ClipWriter(args.output, overwrite=args.overwrite, **settings) as clip,
     ):
-        writer = BackgroundWriter(clip, args.enlarge)
         report.start = time.perf_counter()
-        try:
-            run(session, plan, writer, report)
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first exception is the one to report
-                writer.close()
-            raise
-        writer.close()
+        with BackgroundWriter(clip, args.enlarge) as writer:
+            run(session, request, writer, report)
         clip.close()  # not left to the end of the block, where an error would get no note
     report.summary(args.output)
     return report
@@ -451,26 +392,22 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     try:
-        config, plan = prepare(args)
+        config, request = prepare(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        stream(args, config, plan)
+        stream(args, config, request)
     except (FloatingPointError, OSError) as error:
-        print(f"error: {_with_notes(error)}", file=sys.stderr)
+        print(f"error: {options.with_notes(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print(_with_notes(error) or "interrupted", file=sys.stderr)
+        print(options.with_notes(error) or "interrupted", file=sys.stderr)
         return 130  # as a shell reports an end by SIGINT
     finally:
         if args.output == media.STDOUT:
             _flush_stdout()
     return 0
-
-
-def _with_notes(error: BaseException) -> str:
-    return "\n".join(filter(None, [str(error), *getattr(error, "__notes__", ())]))
 
 
 def _flush_stdout() -> None:

@@ -30,7 +30,7 @@ STREAMS = ("video", "audio")
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class ODEPairsManifest:
     """What a folder of ODE trajectories holds, and everything that decides it.
 
     Attributes:
@@ -109,12 +109,15 @@ class Manifest:
     @property
     def array_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shapes [S, T, C] of the stored states and velocities."""
+        states = len(self.sigmas)
         video = (self.video_frames * self.height * self.width, self.video_channels)
-        shapes = {}
-        for stream, shape in zip(STREAMS, (video, (self.audio_frames, self.audio_channels))):
-            shapes[stream] = (len(self.sigmas), *shape)
-            shapes[f"{stream}_velocity"] = (len(self.sigmas) - 1, *shape)
-        return shapes
+        audio = (self.audio_frames, self.audio_channels)
+        return {
+            "video": (states, *video),
+            "video_velocity": (states - 1, *video),
+            "audio": (states, *audio),
+            "audio_velocity": (states - 1, *audio),
+        }
 
     @property
     def clip_bytes(self) -> int:
@@ -122,7 +125,7 @@ class Manifest:
         return sum(2 * int(np.prod(shape)) for shape in self.array_shapes.values())
 
 
-def _record(manifest: Manifest) -> Any:
+def _record(manifest: ODEPairsManifest) -> Any:
     """tfds' description of a record."""
     import tensorflow_datasets as tfds
 
@@ -140,7 +143,7 @@ ODE_PAIRS = shards.Kind(
     title="ODE trajectories",
     records="clips",
     program="launch.ode_pairs",
-    manifest=Manifest,
+    manifest=ODEPairsManifest,
     features=_record,
 )
 
@@ -164,7 +167,7 @@ class Pair:
 class ODEPairsWriter(shards.ShardWriter):
     """Writes a folder of ODE trajectories; see `ShardWriter`."""
 
-    def __init__(self, folder: str | os.PathLike, manifest: Manifest):
+    def __init__(self, folder: str | os.PathLike, manifest: ODEPairsManifest):
         """Checks the folder; nothing is written.
 
         Raises:
@@ -215,7 +218,7 @@ class ODEPairs:
       negative: text features of the negative prompt, in the form of an element's.
     """
 
-    manifest: Manifest
+    manifest: ODEPairsManifest
     negative: dict[str, np.ndarray]
     _source: Any
 

@@ -11,21 +11,21 @@ NumPy's protocol for examples has no bfloat16, so that is stored as uint16:
 neither.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from omniforcing_jax.io.paths import TEMPORARY, new_file
+
 SPLIT = "train"
 _MANIFEST = "manifest.json"
 _NEGATIVE = "negative.safetensors"
-_TEMPORARY = ".new"  # suffix of what is not complete
 # One record per chunk: training reads single records in random order. zstd saves a quarter.
 _ARRAY_RECORD_OPTIONS = "group_size:1,zstd:1"
 
@@ -82,7 +82,7 @@ def check_folder(
         raise ValueError(f"{folder} is a file; expected a folder, or nothing yet")
     if not (folder / _MANIFEST).exists():
         there = folder.iterdir() if folder.exists() else ()
-        others = [path.name for path in there if not path.name.endswith(_TEMPORARY)]
+        others = [path.name for path in there if not path.name.endswith(TEMPORARY)]
         if others:
             raise ValueError(f"{folder} holds other files ({others[0]}); choose a new folder")
         return
@@ -126,7 +126,7 @@ class ShardWriter:
     def begin(self) -> None:
         """Creates the folder, or removes what an interrupted run left incomplete."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(f".*{_TEMPORARY}"):
+        for path in self.folder.glob(f".*{TEMPORARY}"):
             path.unlink()
         if not (self.folder / _MANIFEST).exists():
             self._write_manifest(complete=False)
@@ -170,7 +170,7 @@ class ShardWriter:
 
         features = self.kind.features(self.manifest)
         count = 0
-        with _new_file(self.shard_path(shard)) as temporary:
+        with new_file(self.shard_path(shard)) as temporary:
             writer = ArrayRecordWriter(str(temporary), _ARRAY_RECORD_OPTIONS)
             try:
                 for example in examples:
@@ -184,9 +184,8 @@ class ShardWriter:
 
     def write_negative_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Stores the features [tokens, W] of the negative prompt."""
-        with _new_file(self.folder / _NEGATIVE) as temporary:
+        with new_file(self.folder / _NEGATIVE) as temporary:
             save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, temporary)
-            temporary.chmod(0o644)  # safetensors makes private files, this one is for sharing
 
     def finish(self) -> None:
         """Writes tfds' description and marks the dataset complete.
@@ -225,7 +224,7 @@ class ShardWriter:
     def _write_manifest(self, complete: bool) -> None:
         content = {"format": self.kind.format, "kind": self.kind.name, "complete": complete}
         content |= _fields(self.manifest)
-        with _new_file(self.folder / _MANIFEST) as temporary:
+        with new_file(self.folder / _MANIFEST) as temporary:
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
 
@@ -253,12 +252,12 @@ def open_shards(kind: Kind, folder: str | os.PathLike) -> tuple[Any, Any, dict[s
             "continues where it stopped"
         )
     writer = ShardWriter(kind, folder, manifest)
-    lost = [writer.shard_path(s).name for s in writer.missing()]
-    lost += [name for name in (_NEGATIVE, "dataset_info.json") if not (folder / name).exists()]
-    if lost:
+    paths = [writer.shard_path(shard) for shard in range(manifest.num_shards)]
+    needed = [*paths, folder / _NEGATIVE, folder / "dataset_info.json"]
+    if lost := [path.name for path in needed if not path.exists()]:
         raise ValueError(f"{folder} is damaged, missing: {', '.join(lost)}; copy it again")
     builder = tfds.builder_from_directory(folder)
-    num_bytes = sum(writer.shard_path(s).stat().st_size for s in range(manifest.num_shards))
+    num_bytes = sum(path.stat().st_size for path in paths)
     if num_bytes != builder.info.splits[SPLIT].num_bytes:
         raise ValueError(
             f"{folder} is damaged: its shards have {num_bytes} bytes, they were written with "
@@ -297,17 +296,3 @@ def _read_manifest(kind: Kind, folder: pathlib.Path) -> tuple[Any, bool]:
             f"{path} is not the manifest of {kind.title} that this version writes ({error!r}); "
             f"make them again with {kind.program}, in a new folder"
         ) from error
-
-
-@contextlib.contextmanager
-def _new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary name for a file that appears under its own name, complete, at the end."""
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -33,7 +33,7 @@ PromptFeatures = tuple[np.ndarray, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class TextManifest:
     """What a folder of text features holds.
 
     Attributes:
@@ -95,7 +95,7 @@ def record_features(manifest: Any) -> dict[str, Any]:
     """tfds' description of a record's text.
 
     Args:
-      manifest: a `Manifest`, or one of another kind of data that holds text features as well.
+      manifest: a `TextManifest`, or one of another kind of data that holds text features as well.
     """
     import tensorflow_datasets as tfds
 
@@ -113,7 +113,7 @@ def record_features(manifest: Any) -> dict[str, Any]:
     return features
 
 
-def _features_dict(manifest: Manifest) -> Any:
+def _features_dict(manifest: TextManifest) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(record_features(manifest))
@@ -125,7 +125,7 @@ TEXT_FEATURES = shards.Kind(
     title="text features",
     records="prompts",
     program="launch.encode_prompts",
-    manifest=Manifest,
+    manifest=TextManifest,
     features=_features_dict,
 )
 
@@ -133,7 +133,7 @@ TEXT_FEATURES = shards.Kind(
 class TextDatasetWriter(shards.ShardWriter):
     """Writes a folder of text features; see `ShardWriter`."""
 
-    def __init__(self, folder: str | os.PathLike, manifest: Manifest):
+    def __init__(self, folder: str | os.PathLike, manifest: TextManifest):
         """Checks the folder; nothing is written.
 
         Raises:
@@ -204,7 +204,7 @@ class TextDataset:
       negative: those of the negative prompt, in the form of an element.
     """
 
-    manifest: Manifest
+    manifest: TextManifest
     negative: dict[str, Any]
     _source: Any
 
@@ -292,20 +292,28 @@ def pad_features(arrays: Mapping[str, np.ndarray], manifest: Any) -> dict[str, n
 
     Args:
       arrays: "video_features" and, unless shared, "audio_features".
-      manifest: a `Manifest`, or one of another kind of data that holds text features as well.
+      manifest: a `TextManifest`, or one of another kind of data that holds text features as well.
 
     Returns:
       The same arrays and their "mask" [S].
     """
     num_tokens = len(arrays["video_features"])
     padded = {"mask": np.arange(manifest.text_length) >= manifest.text_length - num_tokens}
-    for name in ("video_features",) if manifest.shared_features else TEXT_ARRAYS:
+    for name in TEXT_ARRAYS[:1] if manifest.shared_features else TEXT_ARRAYS:
         x = np.zeros((manifest.text_length, arrays[name].shape[-1]), np.uint16)
         x[manifest.text_length - num_tokens :] = arrays[name]
         padded[name] = x.view(ml_dtypes.bfloat16)
     return padded
 
 
-def _element(prompt: str, arrays: Mapping[str, np.ndarray], manifest: Manifest) -> dict[str, Any]:
+def own_tokens(element: Mapping[str, Any], manifest: TextManifest) -> dict[str, np.ndarray]:
+    """An element's features [tokens, W] without the padding, by the names they are stored under."""
+    names = TEXT_ARRAYS[:1] if manifest.shared_features else TEXT_ARRAYS
+    return {name: element[name][element["mask"]] for name in names}
+
+
+def _element(
+    prompt: str, arrays: Mapping[str, np.ndarray], manifest: TextManifest
+) -> dict[str, Any]:
     padded = pad_features(arrays, manifest)
     return {"prompt": prompt, "audio_features": padded["video_features"], **padded}

@@ -40,8 +40,6 @@ HOW_TO_JOIN = (
 )
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-
-
 # In messages about connections; the lower layers know no types of errors.
 _CONNECTION = ("Gloo", "gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
@@ -90,9 +88,6 @@ def find_job(
     Raises:
       ValueError: flags and variables contradict each other or are not complete.
     """
-    given = _given(coordinator, num_processes, process_id, environment)
-    in_slurm = all(name in environment for name in _SLURM)
-    tasks = int(environment["SLURM_NTASKS"]) if in_slurm else 1
     by_flag = any(value is not None for value in (coordinator, num_processes, process_id))
     if distributed is False:
         if by_flag:
@@ -100,40 +95,39 @@ def find_job(
                 "--nodistributed contradicts --coordinator, --num_processes and --process_id"
             )
         return None
+    address, count, index = _ENVIRONMENT
+    given = {
+        "coordinator": coordinator or environment.get(address) or None,
+        "num_processes": _number(num_processes, count, environment),
+        "process_id": _number(process_id, index, environment),
+    }
+    in_slurm = all(name in environment for name in _SLURM)
+    tasks = int(environment["SLURM_NTASKS"]) if in_slurm else 1
     if given["coordinator"] is not None and in_slurm:  # SLURM knows the rest
         slurm = {"num_processes": tasks, "process_id": int(environment["SLURM_PROCID"])}
         given |= {name: value for name, value in slurm.items() if given[name] is None}
     there = [name for name, value in given.items() if value is not None]
+    missing = [name for name, value in given.items() if value is None]
     on_tpu_pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-    if len(there) < len(given) and not by_flag and (distributed or on_tpu_pod):
+    if missing and not by_flag and (distributed or on_tpu_pod):
         return Job()  # JAX reads these variables, too, and finds the rest
+    if there and missing:
+        raise ValueError(
+            f"--{' and --'.join(there)} without --{' and --'.join(missing)}: {HOW_TO_JOIN}"
+        )
     if there:
-        missing = [name for name in given if name not in there]
-        if missing:
-            raise ValueError(
-                f"--{' and --'.join(there)} without --{' and --'.join(missing)}: {HOW_TO_JOIN}"
-            )
         return _checked(Job(**given))
     return Job() if tasks > 1 else None
 
 
-def _given(coordinator, num_processes, process_id, environment) -> dict:
-    def number(value, variable):
-        if value is not None or variable not in environment:
-            return value
-        try:
-            return int(environment[variable])
-        except ValueError:
-            raise ValueError(
-                f"{variable} must be a number, not {environment[variable]!r}"
-            ) from None
-
-    address, count, index = _ENVIRONMENT
-    return {
-        "coordinator": coordinator or environment.get(address) or None,
-        "num_processes": number(num_processes, count),
-        "process_id": number(process_id, index),
-    }
+def _number(value: int | None, variable: str, environment: Mapping[str, str]) -> int | None:
+    """A flag's number, or else that of an environment variable."""
+    if value is not None or variable not in environment:
+        return value
+    try:
+        return int(environment[variable])
+    except ValueError:
+        raise ValueError(f"{variable} must be a number, not {environment[variable]!r}") from None
 
 
 def _checked(job: Job) -> Job:
@@ -154,7 +148,7 @@ def join(job: Job | None, *, timeout: float = 300, heartbeat: int = 100) -> None
     """Joins the others; to be called before anything else is asked of JAX.
 
     Where all is known, the processes first call the roll at the coordinator's port: if one does not
-    come, JAX itself would abort all others without a word about which.
+    come within its `initialization_timeout`, JAX (0.10.2) aborts all others and names none.
 
     Args:
       job: from `find_job`; None does nothing.
@@ -202,44 +196,44 @@ def roll_call(job: Job, timeout: float) -> None:
       NotJoined: processes are missing (says which), came twice, or think that there are more or
         fewer than process 0 does.
     """
-    host, port = job.coordinator.rsplit(":", 1)
-    host = host.strip("[]")
+    host, _, port = job.coordinator.rpartition(":")
     deadline = time.monotonic() + timeout
     if job.process_id == 0:
-        _call(job, int(port), deadline, timeout)
+        problem = _call(job, int(port), deadline, timeout)
     else:
-        _answer(job, host, int(port), deadline, timeout)
+        problem = _answer(job, (host.strip("[]"), int(port)), deadline, timeout)
+    if problem is not None:
+        raise NotJoined(problem)
 
 
-def _call(job: Job, port: int, deadline: float, timeout: float) -> None:
+def _call(job: Job, port: int, deadline: float, timeout: float) -> str | None:
+    """Process 0's part: waits for the others, and tells them what is wrong."""
+    ipv6 = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
     try:
         listener = socket.create_server(
-            ("", port), family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
-            dualstack_ipv6=socket.has_dualstack_ipv6(), backlog=1024,
-        )  # fmt: skip
+            ("", port), family=family, dualstack_ipv6=ipv6, backlog=1024
+        )
     except OSError as error:
-        raise NotJoined(
+        return (
             f"process 0 cannot listen at port {port} of {job.coordinator}: {error}; choose "
             "another port, or end the program that uses it"
-        ) from None
+        )
+    came = {0: "this host"}  # hosts of the processes
+    connections: list[socket.socket] = []
+    problem = None
     with listener, contextlib.ExitStack() as stack:
-        came: dict[int, str] = {}  # hosts of the processes
-        connections: list[socket.socket] = []
-        problem = None
-        while problem is None and len(came) < job.num_processes - 1:
-            left = deadline - time.monotonic()
-            missing = sorted(set(range(1, job.num_processes)) - came.keys())
-            if left <= 0:
-                problem = (
-                    f"{_named(missing)} of {job.num_processes} did not come to {job.coordinator} "
-                    f"within {timeout:g} s: look at what {_named(missing)} printed"
-                )
-                break
-            listener.settimeout(left)
+        while problem is None and len(came) < job.num_processes:
+            listener.settimeout(max(deadline - time.monotonic(), 1e-3))
             try:
                 connection, address = listener.accept()
             except TimeoutError:
-                continue
+                missing = _named(sorted(set(range(job.num_processes)) - came.keys()))
+                problem = (
+                    f"{missing} of {job.num_processes} did not come to {job.coordinator} within "
+                    f"{timeout:g} s: look at what {missing} printed"
+                )
+                break
             stack.enter_context(connection)
             said = _read(connection, 5.0)
             if set(said) != {"process_id", "num_processes"}:
@@ -252,55 +246,49 @@ def _call(job: Job, port: int, deadline: float, timeout: float) -> None:
                     f"process {index} ({host}) was started with --num_processes {count}, "
                     f"process 0 with {job.num_processes}"
                 )
-            elif index == 0 or index in came:
-                first = "this host" if index == 0 else came[index]
-                problem = f"process {index} came twice, from {first} and from {host}"
+            elif index in came:
+                problem = f"process {index} came twice, from {came[index]} and from {host}"
             came[index] = host
         for connection in connections:
             with contextlib.suppress(OSError):
-                connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+                _write(connection, {"problem": problem})
         for connection in connections:  # they hang up first, so that the port is free
             _read(connection, 5.0)
-    if problem is not None:
-        raise NotJoined(problem)
+    return problem
 
 
-def _answer(job: Job, host: str, port: int, deadline: float, timeout: float) -> None:
+def _answer(job: Job, address: tuple[str, int], deadline: float, timeout: float) -> str | None:
+    """The part of the others: says that this process is there, and returns what is wrong."""
     while True:
         try:
-            connection = socket.create_connection((host, port), timeout=5)
+            connection = socket.create_connection(address, timeout=5)
             break
         except OSError as error:
             if time.monotonic() + 0.2 > deadline:
-                raise NotJoined(
+                return (
                     f"process 0 did not answer at {job.coordinator} within {timeout:g} s "
                     f"({error}): is it running, and may this host reach that port?"
-                ) from None
+                )
             time.sleep(0.2)
     with connection:
-        content = {"process_id": job.process_id, "num_processes": job.num_processes}
-        connection.sendall(json.dumps(content).encode() + b"\n")
+        _write(connection, {"process_id": job.process_id, "num_processes": job.num_processes})
         answer = _read(connection, timeout + 10)  # process 0 may have started later
-    if "problem" not in answer:
-        raise NotJoined(f"process 0 at {job.coordinator} ended while it waited for the others")
-    if answer["problem"] is not None:
-        raise NotJoined(answer["problem"])
+    ended = f"process 0 at {job.coordinator} ended while it waited for the others"
+    return answer.get("problem", ended)
+
+
+def _write(connection: socket.socket, content: dict) -> None:
+    connection.sendall(json.dumps(content).encode() + b"\n")
 
 
 def _read(connection: socket.socket, seconds: float) -> dict:
     """One line of JSON; empty if none comes."""
-    deadline, line = time.monotonic() + seconds, b""
+    connection.settimeout(seconds)
     try:
-        while not line.endswith(b"\n") and len(line) < 4096:
-            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-            more = connection.recv(4096)
-            if not more:
-                break
-            line += more
-        content = json.loads(line)
-        return content if isinstance(content, dict) else {}
+        content = json.loads(connection.makefile("rb").readline(4096))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _named(processes: list[int], limit: int = 16) -> str:
@@ -438,45 +426,32 @@ class Watchdog:
         if seconds < 0:
             raise ValueError(f"watchdog: seconds must be 0 (off) or more, not {seconds}")
         self._seconds, self._name, self._end, self._file = seconds, name, end, file
-        self._changed = threading.Condition()
-        self._deadline, self._allowed, self._last, self._open = 0.0, seconds, "start", False
-        self._thread: threading.Thread | None = None
+        self._timer = threading.Timer(0, lambda: None)  # of the current wait
+        self._open = False
 
     def __enter__(self) -> "Watchdog":
-        if self._seconds:
-            self._open = True
-            self.alive("the start", patience=4)
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        self._open = self._seconds > 0
+        self.alive("the start", patience=4)
         return self
 
     def __exit__(self, *exception) -> None:
-        with self._changed:
-            self._open = False
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
+        self._open = False
+        self._timer.cancel()
 
     def alive(self, what: str, patience: float = 1.0) -> None:
         """Says that something was done, and that the next may take `patience` times as long."""
-        with self._changed:
-            self._last, self._allowed = what, self._seconds * patience
-            self._deadline = time.monotonic() + self._allowed
-            self._changed.notify()
+        self._timer.cancel()
+        if self._open:
+            seconds = self._seconds * patience
+            self._timer = threading.Timer(seconds, self._bark, (what, seconds))
+            self._timer.daemon = True
+            self._timer.start()
 
-    def _watch(self) -> None:
-        with self._changed:
-            while self._open:
-                left = self._deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            if not self._open:
-                return
+    def _bark(self, last: str, seconds: float) -> None:
         file = self._file or sys.stderr
         print(
             f"error: {self._name} on {socket.gethostname()} hangs: nothing was done for "
-            f"{self._allowed:g} s since {self._last}. It ends with status {HUNG}; started again, "
+            f"{seconds:g} s since {last}. It ends with status {HUNG}; started again, "
             "the run goes on from its last checkpoint. What its threads were doing:",
             file=file,
             flush=True,

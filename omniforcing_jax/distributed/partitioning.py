@@ -255,3 +255,9 @@ def _ways(axes: tuple[str, ...] | str | None, mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows [B, ...] of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """`batch_sharding` where it divides the rows; otherwise every device holds all of them."""
+    fits = rows % _ways(BATCH_AXES, mesh) == 0
+    return batch_sharding(mesh) if fits else NamedSharding(mesh, P())

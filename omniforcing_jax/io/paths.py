@@ -5,9 +5,15 @@ by TensorStore, which speaks both itself. Training data (ArrayRecord) must be on
 file system, as its reader opens plain files.
 """
 
+import contextlib
 import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
 
 from etils import epath
+
+TEMPORARY = ".new"  # ends the names of files that are not complete
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -20,3 +26,22 @@ def locate(path: str | os.PathLike) -> epath.Path:
     if is_remote(path):
         return epath.Path(path)
     return epath.Path(os.path.abspath(os.fspath(path)))
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary name for a local file that appears under its own name, complete, at the end.
+
+    If the block raises, or the process dies, an older file of that name stays what it was.
+    """
+    handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # temporary files are private, the result is for sharing
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

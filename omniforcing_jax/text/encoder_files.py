@@ -96,8 +96,7 @@ def check_encoder(
             f"{gemma}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the text "
             f"tower embeds {config.vocab_size}; they belong to different models"
         )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        check_tower(checkpointer, tower_path(gemma), boxed_tower(config))
+    check_tower(tower_path(gemma), boxed_tower(config))
     weights = (
         _weights_fingerprint(gemma, TEXT_TOWER, "checkpoint_converters.gemma3"),
         _weights_fingerprint(
@@ -191,23 +190,22 @@ def boxed_tower(config: GemmaConfig) -> Any:
     return jax.eval_shape(lambda key: init_boxed_params(config, key), jax.random.key(0))
 
 
-def check_tower(checkpointer: ocp.Checkpointer, path: pathlib.Path, boxed: Any) -> list[str]:
-    """Names of the tower's leaves; ValueError unless just these are on disk."""
-    tree = checkpointer.metadata(path).item_metadata.tree
-    found = {leaf_name(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(tree)}
-    expected = {leaf_name(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(nn.unbox(boxed))}
+def check_tower(path: pathlib.Path, boxed: Any) -> None:
+    """Raises ValueError unless just the leaves of `boxed` are on disk, in their shapes."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
+    found, expected = _shapes(tree), _shapes(nn.unbox(boxed))
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
     problems += [
-        f"{name} has shape {list(found[name])}, must be {list(expected[name])}"
+        f"{name} has shape {found[name]}, must be {expected[name]}"
         for name in sorted(expected.keys() & found.keys())
-        if tuple(found[name]) != tuple(expected[name])
+        if found[name] != expected[name]
     ]
     if problems:
         raise ValueError(f"{path} does not fit its config.json: {'; '.join(problems)}")
-    return sorted(expected)
 
 
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """A leaf's keys, joined by "/"."""
-    return "/".join(key.key for key in path)
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    """Shapes of a tree's leaves by their keys, joined by "/"."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {"/".join(key.key for key in path): list(leaf.shape) for path, leaf in leaves}

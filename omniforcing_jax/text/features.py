@@ -6,18 +6,18 @@ one. Contexts depend on the prompt only: they are computed once and the text enc
 large as a transformer, stays out of memory while sampling and training.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
-import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from omniforcing_jax.io.paths import new_file
 
 _KIND = "context"
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -65,22 +65,17 @@ def save_text_features(
       ValueError: arrays of a wrong shape or dtype, or with values that are not finite.
     """
     path = pathlib.Path(path)
-    arrays = dict(zip(_NAMES, (np.asarray(video_context), np.asarray(audio_context))))
+    arrays = {
+        "video_context": np.asarray(video_context),
+        "audio_context": np.asarray(audio_context),
+    }
     if mask is not None:
         arrays["mask"] = np.asarray(mask).astype(bool)
     _check(path, arrays)
     metadata = {"kind": _KIND, "prompt": prompt, "model_version": model_version}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with new_file(path) as temporary:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         save_file(contiguous, temporary, metadata)
-        os.chmod(temporary, 0o644)  # a temporary file is private, the result is for sharing
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
 
 
 def load_text_features(path: str | os.PathLike, expected_dims: tuple[int, int]) -> TextFeatures:
@@ -158,7 +153,7 @@ def random_text_features(
       Features with an empty prompt and model version.
     """
     contexts = []
-    for subkey, dim in zip(jax.random.split(key), dims):
+    for subkey, dim in zip(jax.random.split(key), dims, strict=True):
         x = jax.random.normal(subkey, (batch, length, dim))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))
         contexts.append(x.astype(dtype))
@@ -182,25 +177,27 @@ def _check_contents(path: pathlib.Path, names: set[str], metadata: dict[str, str
 
 
 def _check(path: pathlib.Path, arrays: dict[str, np.ndarray | jax.Array]) -> None:
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    video, audio = (shapes[name] for name in _NAMES)
+    """Raises ValueError for arrays that are not the contexts (and mask) of prompts."""
+    video, audio = (arrays[name] for name in _NAMES)
     problems = [
-        f"{name} has shape {list(shapes[name])}; expected [batch, tokens, width], none of them 0"
+        f"{name} has shape {list(arrays[name].shape)}; expected [batch, tokens, width], none of "
+        "them 0"
         for name in _NAMES
-        if len(shapes[name]) != 3 or 0 in shapes[name]
+        if arrays[name].ndim != 3 or 0 in arrays[name].shape
     ]
     if not problems:
-        if video[:2] != audio[:2]:
+        tokens, mask = video.shape[:2], arrays.get("mask")
+        if audio.shape[:2] != tokens:
             problems.append(
-                f"video_context is for {video[0]} x {video[1]} tokens, audio_context for "
-                f"{audio[0]} x {audio[1]}; expected the same"
+                f"video_context is for {tokens[0]} x {tokens[1]} tokens, audio_context for "
+                f"{audio.shape[0]} x {audio.shape[1]}; expected the same"
             )
-        if "mask" in shapes and shapes["mask"] != video[:2]:
-            problems.append(f"mask has shape {list(shapes['mask'])}; expected {list(video[:2])}")
-    dtypes = [arrays[name].dtype for name in _NAMES]
-    if dtypes[0] != dtypes[1] or dtypes[0] not in _DTYPES:
+        if mask is not None and mask.shape != tokens:
+            problems.append(f"mask has shape {list(mask.shape)}; expected {list(tokens)}")
+    if video.dtype != audio.dtype or video.dtype not in _DTYPES:
         problems.append(
-            f"the contexts are {dtypes[0]} and {dtypes[1]}; expected both bfloat16 or both float32"
+            f"the contexts are {video.dtype} and {audio.dtype}; expected both bfloat16 or both "
+            "float32"
         )
     else:
         problems += [

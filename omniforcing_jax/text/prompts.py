@@ -5,10 +5,12 @@
 
 Gemma 3 12B is as large as the sampler and is needed for a moment per prompt. By default it is
 loaded when a prompt is not in the cache and unloaded afterwards; a live session that changes
-prompts while it plays keeps it (`keep`), as int8 if both shall fit on one device.
+prompts while it plays keeps it (`keep`), as int8 if both shall fit on one device. It meets the same
+prompts again and again; with their contexts on disk the encoder need not even be loaded.
 """
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import time
@@ -19,7 +21,8 @@ import jax.numpy as jnp
 
 from omniforcing_jax.models import quantization
 from omniforcing_jax.text.encoder_files import check_encoder
-from omniforcing_jax.text.prompt_cache import PromptCache
+from omniforcing_jax.text.features import TextFeatures, load_text_features, save_text_features
+from omniforcing_jax.text.prompt_files import prompt_hash
 from omniforcing_jax.text.text_encoder import TextEncoder
 from omniforcing_jax.types import Contexts
 
@@ -50,6 +53,71 @@ class TextTimes:
     def total(self) -> float:
         """Sum of the seconds."""
         return self.lookup + self.load + self.encode
+
+
+class PromptCache:
+    """Contexts by prompt, for one text encoder.
+
+    Several processes can share a folder, and so can several encoders: entries appear complete or
+    not at all, and their names depend on the encoder.
+    """
+
+    def __init__(self, folder: str | os.PathLike, fingerprint: str, dims: tuple[int, int]):
+        """Opens a cache, creating its folder.
+
+        Args:
+          folder: of the cache.
+          fingerprint: of the encoder (`TextEncoder.fingerprint`).
+          dims: (Wv, Wa), widths of its contexts (`TransformerConfig.text_dims`).
+
+        Raises:
+          ValueError: the folder cannot be created, or not be written to.
+        """
+        self._folder, self._fingerprint, self._dims = pathlib.Path(folder), fingerprint, dims
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"the prompt cache {folder} cannot be created: {error}") from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"the prompt cache {folder} cannot be written to")
+
+    def path(self, prompt: str) -> pathlib.Path:
+        """File of a prompt's entry, whether it exists or not."""
+        key = hashlib.sha256(f"{self._fingerprint} {prompt_hash(prompt)}".encode()).hexdigest()
+        return self._folder / f"{key}.safetensors"
+
+    def get(self, prompt: str) -> TextFeatures | None:
+        """Contexts of a prompt, or None if they are not stored.
+
+        An entry that cannot be read counts as missing, with a warning; `put` replaces it.
+        """
+        path = self.path(prompt)
+        try:
+            features = load_text_features(path, self._dims)
+            if features.prompt != prompt.strip():
+                raise ValueError(f"{path} is for another prompt, {features.prompt[:60]!r}")
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
+            warnings.warn(f"ignored an entry of the prompt cache: {error}", stacklevel=2)
+            return None
+        return features
+
+    def put(self, prompt: str, features: TextFeatures) -> None:
+        """Stores the contexts of a prompt, replacing an earlier entry.
+
+        Raises:
+          ValueError: contexts of a wrong shape or dtype, or with values that are not finite.
+          OSError: the folder cannot be written to.
+        """
+        save_text_features(
+            self.path(prompt),
+            features.video_context,
+            features.audio_context,
+            prompt.strip(),
+            features.model_version,
+            features.mask,
+        )
 
 
 class PromptEncoder:
@@ -94,9 +162,8 @@ class PromptEncoder:
             connectors = self._files.connectors
             fingerprint = self._files.fingerprint(dtype, quantize)
             fingerprint += "" if length == 1024 else f"-{length}"
-            self._cache = _open_cache(
-                cache, fingerprint, (connectors.video_dim, connectors.audio_dim)
-            )
+            dims = (connectors.video_dim, connectors.audio_dim)
+            self._cache = PromptCache(cache, fingerprint, dims)
         self.keep = keep
         self.times = TextTimes()
 
@@ -166,13 +233,3 @@ class PromptEncoder:
         if self._encoder is not None:
             self._encoder.close()
             self._encoder = None
-
-
-def _open_cache(folder: str | os.PathLike, fingerprint: str, dims: tuple[int, int]) -> PromptCache:
-    try:
-        cache = PromptCache(folder, fingerprint, dims)
-    except OSError as error:
-        raise ValueError(f"the prompt cache {folder} cannot be created: {error}") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"the prompt cache {folder} cannot be written to")
-    return cache

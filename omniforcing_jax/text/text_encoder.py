@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.io import checkpoints
@@ -33,14 +32,13 @@ from omniforcing_jax.models.text.connectors import (
 from omniforcing_jax.models.text.gemma import LayerProjection, TextTower
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.text.encoder_files import (
+    EncoderFiles,
     boxed_tower,
     check_encoder,
     check_tower,
-    leaf_name,
     tower_path,
 )
 from omniforcing_jax.text.features import TextFeatures
-from omniforcing_jax.text.tokenizer import Tokenizer
 
 _to_int8 = jax.jit(quantization.quantize, static_argnums=1)
 
@@ -50,21 +48,16 @@ class TextEncoder:
 
     Attributes:
       tokenizer: of the Gemma folder.
-      length: tokens per prompt, padding included; a multiple of the connectors' registers.
+      length: S, tokens per prompt with padding; a multiple of the connectors' registers.
       shared_features: video and audio features are one array (LTX-2.0).
-      model_version: of the LTX-2 model the connectors belong to.
       fingerprint: see `EncoderFiles.fingerprint`.
     """
 
     def __init__(
         self,
-        config: GemmaConfig,
-        connectors: ConnectorConfig,
+        files: EncoderFiles,
         params: Mapping[str, Any],
         *,
-        tokenizer: Tokenizer,
-        model_version: str,
-        fingerprint: str,
         dtype: jnp.dtype = jnp.bfloat16,
         quantize: str = "none",
         length: int = 1024,
@@ -73,19 +66,20 @@ class TextEncoder:
         """Use `load`; this takes what is in memory already.
 
         Args:
+          files: what the parameters belong to.
           params: {"tower": of `TextTower`, "projections": from `layer_projections`, "connectors":
             video_connector and audio_connector of `TextConnectors`}.
+          dtype, quantize, length: see `load`.
           mesh: where `params` lies; None is one device.
         """
-        self.tokenizer = tokenizer
-        self.length = length
-        self.shared_features = not connectors.separate_projections
-        self.model_version = model_version
-        self.fingerprint = fingerprint
+        self.tokenizer, self.length = files.tokenizer, length
+        self.shared_features = not files.connectors.separate_projections
+        self.fingerprint = files.fingerprint(dtype, quantize)
+        self._model_version = files.model_version
         self._params: dict[str, Any] | None = dict(params)
         self._mesh = mesh
-        self._tower = TextTower(config, dtype, quantize)
-        self._connectors = TextConnectors(connectors, dtype)
+        self._tower = TextTower(files.config, dtype, quantize)
+        self._connectors = TextConnectors(files.connectors, dtype)
 
     @classmethod
     def load(
@@ -119,7 +113,7 @@ class TextEncoder:
         tower = load_text_tower(gemma, config, dtype=dtype, quantize=quantize, mesh=mesh)
         sharding = None  # the first device
         if mesh is not None:
-            boxed = _boxed_connectors(connectors, config.num_states)
+            boxed = boxed_connectors(connectors, config.num_states)
             sharding = partitioning.shardings(boxed, mesh)
         loaded = checkpoints.load_params(checkpoint, "connectors", dtype=dtype, sharding=sharding)
         params = {
@@ -127,18 +121,7 @@ class TextEncoder:
             "projections": layer_projections(loaded, connectors, mesh),
             "connectors": {name: loaded[name] for name in ("video_connector", "audio_connector")},
         }
-        return cls(
-            config,
-            connectors,
-            params,
-            tokenizer=files.tokenizer,
-            model_version=files.model_version,
-            fingerprint=files.fingerprint(dtype, quantize),
-            dtype=dtype,
-            quantize=quantize,
-            length=length,
-            mesh=mesh,
-        )
+        return cls(files, params, dtype=dtype, quantize=quantize, length=length, mesh=mesh)
 
     def features(
         self, token_ids: jax.typing.ArrayLike, mask: jax.typing.ArrayLike
@@ -152,13 +135,8 @@ class TextEncoder:
         Raises:
           ValueError: shapes that do not fit, or the encoder was closed.
         """
-        result = _features(
-            self._tower,
-            self._connectors.config,
-            self._open(),
-            self._place(token_ids),
-            self._place(mask),
-        )
+        arrays = (self._place(token_ids), self._place(mask))
+        result = _features(self._tower, self._connectors.config, self._open(), *arrays)
         if self.shared_features:
             return result["shared"], result["shared"]
         return result["video"], result["audio"]
@@ -194,7 +172,7 @@ class TextEncoder:
         token_ids, mask = self.tokenizer.encode_batch(prompts, self.length)
         contexts = self.contexts(*self.features(token_ids, mask), mask)
         text = "\n".join(prompt.strip() for prompt in prompts)
-        return TextFeatures(*contexts, mask=None, prompt=text, model_version=self.model_version)
+        return TextFeatures(*contexts, mask=None, prompt=text, model_version=self._model_version)
 
     def close(self) -> None:
         """Frees the weights' device memory; the encoder cannot be used any more."""
@@ -211,9 +189,7 @@ class TextEncoder:
         """On the device, or with the batch split over the mesh where it divides."""
         if self._mesh is None:
             return jnp.asarray(x)
-        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        spec = P(partitioning.BATCH_AXES) if np.shape(x)[0] % ways == 0 else P()
-        return jax.device_put(x, NamedSharding(self._mesh, spec))
+        return jax.device_put(x, partitioning.row_sharding(self._mesh, np.shape(x)[0]))
 
 
 # jitted here, not per encoder: one that is loaded again is not compiled again
@@ -250,26 +226,23 @@ def load_text_tower(
       FileNotFoundError: the folder has no weights.
       ValueError: they are not of the shapes that the configuration gives.
     """
-    path = tower_path(folder)
-    boxed = boxed_tower(config)
-    shardings = {}
-    if mesh is not None:
-        tree = partitioning.shardings(boxed, mesh)
-        shardings = {leaf_name(p): s for p, s in jax.tree.leaves_with_path(tree)}
+    path, boxed = tower_path(folder), boxed_tower(config)
+    check_tower(path, boxed)
+    handler = ocp.PyTreeCheckpointHandler()
+    shapes = nn.unbox(boxed)
     alone = SingleDeviceSharding(jax.local_devices()[0])
-    params: dict[str, Any] = {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        for name in check_tower(checkpointer, path, boxed):
-            sharding = shardings.get(name, alone)
-            leaf = _restore_leaf(checkpointer, path, name, dtype, sharding)
-            *parents, last = name.split("/")
-            if quantize == "int8" and last in quantization.INPUT_AXIS:
-                leaf = _to_int8(leaf, quantization.INPUT_AXIS[last])
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = jax.block_until_ready(leaf)  # or two large leaves would be in flight
-    return params
+    shardings = jax.tree.map(lambda _: alone, shapes)
+    if mesh is not None:
+        shardings = partitioning.shardings(boxed, mesh)
+
+    def load(keys, _, sharding):
+        leaf = _restore_leaf(handler, path, keys, dtype, sharding)
+        axis = quantization.INPUT_AXIS.get(keys[-1].key)
+        if quantize == "int8" and axis is not None:
+            leaf = _to_int8(leaf, axis)
+        return jax.block_until_ready(leaf)  # or two large leaves would be in flight
+
+    return jax.tree_util.tree_map_with_path(load, shapes, shardings)
 
 
 def layer_projections(
@@ -307,22 +280,17 @@ def layer_projections(
     return result
 
 
-def _restore_leaf(
-    checkpointer: ocp.Checkpointer,
-    path: pathlib.Path,
-    name: str,
-    dtype: jnp.dtype,
-    sharding: jax.sharding.Sharding,
-) -> jax.Array:
+def _restore_leaf(handler, path: pathlib.Path, keys, dtype: jnp.dtype, sharding) -> jax.Array:
+    """One leaf of the checkpoint in `path`, by its keys in the tree."""
     item: Any = 0
     restore_args: Any = ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
-    for key in reversed(name.split("/")):
-        item, restore_args = {key: item}, {key: restore_args}
+    for key in reversed(keys):
+        item, restore_args = {key.key: item}, {key.key: restore_args}
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    return jax.tree.leaves(checkpointer.restore(path, args=args))[0]
+    return jax.tree.leaves(handler.restore(path, args=args))[0]
 
 
-def _boxed_connectors(config: ConnectorConfig, num_states: int) -> Any:
+def boxed_connectors(config: ConnectorConfig, num_states: int) -> Any:
     """Abstract parameters of `TextConnectors` with their logical axis names."""
     states = jnp.zeros((1, config.num_registers, config.text_channels, num_states))
     mask = jnp.ones((1, config.num_registers))

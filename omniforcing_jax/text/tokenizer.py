@@ -18,7 +18,6 @@ import numpy as np
 
 BOS, PAD = "<bos>", "<pad>"
 PAD_ID = 0
-_FILES = ("tokenizer.json", "tokenizer.model")
 _MAX_LISTED = 3  # truncated prompts that a warning describes
 _MAX_EXCERPT = 60  # characters of the text that was cut
 
@@ -147,68 +146,60 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
       ValueError: the file is broken, or not a tokenizer with <bos> and with <pad> as id 0.
     """
     folder = pathlib.Path(folder)
-    for name, load in zip(_FILES, (_load_tokenizers, _load_sentencepiece)):
-        if (folder / name).is_file():
-            return load(folder / name)
-    what = f"has no {' or '.join(_FILES)}" if folder.is_dir() else "does not exist"
+    for name, load in (("tokenizer.json", _tokenizers), ("tokenizer.model", _sentencepiece)):
+        path = folder / name
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        try:
+            size, bos_id, pad_id, encode, decode = load(content)
+        except ImportError:
+            raise
+        except Exception as error:  # the libraries raise nothing more specific
+            raise ValueError(
+                f"{path} cannot be read ({error}); copy {name} from the release of Gemma 3 again"
+            ) from error
+        _check_ids(path, bos_id, pad_id)
+        return Tokenizer(size, bos_id, hashlib.sha256(content).hexdigest(), encode, decode)
+    what = "has no tokenizer.json or tokenizer.model" if folder.is_dir() else "does not exist"
     raise FileNotFoundError(
         f"{folder} {what}; expected the folder of Gemma 3, where the tokenizer lies beside "
         "config.json"
     )
 
 
-def _load_tokenizers(path: pathlib.Path) -> Tokenizer:
+def _tokenizers(content: bytes) -> tuple:
+    """(number of ids, of <bos>, of <pad>, encode, decode) of a tokenizer.json."""
     import tokenizers  # here, as samplers that read stored features need no tokenizer
 
-    content = path.read_bytes()
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(_broken(path, error)) from error
+    tokenizer = tokenizers.Tokenizer.from_buffer(content)
     # padding, truncation and <bos> are ours, whatever the file asks for
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    _check_ids(path, tokenizer.token_to_id(BOS), tokenizer.token_to_id(PAD))
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    return Tokenizer(
-        vocab_size=1 + max(tokenizer.get_vocab(with_added_tokens=True).values()),
-        bos_id=tokenizer.token_to_id(BOS),
-        fingerprint=hashlib.sha256(content).hexdigest(),
-        _encode=encode,
-        _decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-    )
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    return size, tokenizer.token_to_id(BOS), tokenizer.token_to_id(PAD), encode, decode
 
 
-def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
+def _sentencepiece(content: bytes) -> tuple:
+    """The same of a tokenizer.model."""
     import sentencepiece
 
-    content = path.read_bytes()
     model = sentencepiece.SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(content)
-    except Exception as error:  # RuntimeError or OSError, depending on what is wrong
-        raise ValueError(_broken(path, error)) from error
-    special = [i if i >= 0 else None for i in (model.bos_id(), model.pad_id())]
-    _check_ids(path, *special)
+    model.LoadFromSerializedProto(content)
 
     def encode(texts: list[str]) -> list[list[int]]:
         # explicit, as a model file can turn these on
         return model.encode(texts, out_type=int, add_bos=False, add_eos=False)
 
-    return Tokenizer(
-        vocab_size=model.get_piece_size(),
-        bos_id=model.bos_id(),
-        fingerprint=hashlib.sha256(content).hexdigest(),
-        _encode=encode,
-        _decode=model.decode,
-    )
-
-
-def _broken(path: pathlib.Path, error: Exception) -> str:
-    return f"{path} cannot be read ({error}); copy {path.name} from the release of Gemma 3 again"
+    bos_id, pad_id = (i if i >= 0 else None for i in (model.bos_id(), model.pad_id()))
+    return model.get_piece_size(), bos_id, pad_id, encode, model.decode
 
 
 def _check_ids(path: pathlib.Path, bos_id: int | None, pad_id: int | None) -> None:

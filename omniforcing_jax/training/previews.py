@@ -1,7 +1,11 @@
-"""What a student under training makes, to look at: clips with sound, latent statistics, entropy."""
+"""Clips to look at: decoded latents as files, and what a student under training makes.
 
-import dataclasses
+`ClipDecoder` turns latents into an MP4 with a picture beside it; `SampleHook` samples the same
+prompts again and again while a student is trained.
+"""
+
 import functools
+import os
 import pathlib
 import tempfile
 import traceback
@@ -16,9 +20,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from omniforcing_jax.distributed import partitioning
-from omniforcing_jax.geometry import draw_noise
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.io import checkpoints
-from omniforcing_jax.pipeline import decode_clip
+from omniforcing_jax.pipeline import PipelineConfig, decode_clip
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.whole_clip import audio_attention_entropy
 from omniforcing_jax.streaming import media
@@ -42,7 +46,7 @@ def training_hooks(
     """The hook that samples clips every `sample_every` steps; none if that is 0."""
     if not e.config.sample_every:
         return ()
-    return (Hook(e.config.sample_every, Previews(e, stage, frozen, workdir / "samples")),)
+    return (Hook(e.config.sample_every, SampleHook(e, stage, frozen, workdir / "samples")),)
 
 
 def full_generator(e: Experiment, stage: Any) -> BidirectionalGenerator | UnrolledGenerator:
@@ -53,28 +57,23 @@ def full_generator(e: Experiment, stage: Any) -> BidirectionalGenerator | Unroll
     return UnrolledGenerator(model, e.rollout, e.config.clip.blocks, e.config.clip.blocks)
 
 
-@dataclasses.dataclass
-class Previews:
+class SampleHook:
     """Samples the same prompts from the same noise whenever it is called.
 
-    Files: `SAMPLES/STEP_PROMPT.mp4` and `.png`, the latter with waveform and spectrogram.
+    Files: `FOLDER/STEP_PROMPT.mp4` and `.png`, the latter with waveform and spectrogram.
     """
 
-    experiment: Experiment
-    stage: Any
-    frozen: Frozen
-    folder: epath.Path
-
-    def __post_init__(self):
-        e = self.experiment
+    def __init__(self, e: Experiment, stage: Any, frozen: Frozen, folder: epath.Path):
+        """Reads the first `sample_clips` prompts of the experiment's data."""
+        self.experiment, self.stage, self.frozen, self.folder = e, stage, frozen, folder
         count = min(e.config.sample_clips, len(e.data))
         elements = [text_arrays(e.data[i], e.data.manifest) for i in range(count)]
         names = [n for n in elements[0] if "features" in n or n == "mask"]
         self.batch = {n: np.stack([element[n] for element in elements]) for n in names}
-        self.generator = full_generator(e, self.stage)
+        self.generator = full_generator(e, stage)
 
     def __call__(self, step: int, state: TrainState) -> Scalars:
-        """Samples, measures, decodes, and writes files.
+        """Samples, measures, decodes, and writes files; returns the measures.
 
         All processes sample; process 0 decodes and writes. If it cannot, it warns: a picture less
         is no reason to end a run.
@@ -132,28 +131,15 @@ class Previews:
         }
 
     def _write(self, step: int, latents: AVLatents) -> None:
-        e = self.experiment
-        params = {
-            name: checkpoints.load_params(
-                e.config.checkpoint, name, dtype=jnp.float32 if name == "vocoder" else e.dtype
-            )
-            for name in DECODERS
-        }
+        e, clip = self.experiment, self.generator.clip
+        decoder = ClipDecoder(e.config.checkpoint, e.pipeline, clip, e.dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as local:  # the folder may be on object storage
-            self._decode(pathlib.Path(local), step, latents, params)
+            for i in range(latents.video.shape[0]):
+                one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i : i + 1]), latents)
+                decoder.write(pathlib.Path(local) / f"{step:06d}_{i}.mp4", one)
             for file in pathlib.Path(local).iterdir():
                 epath.Path(file).copy(self.folder / file.name, overwrite=True)
-
-    def _decode(self, folder: pathlib.Path, step: int, latents: AVLatents, params: Any) -> None:
-        e, clip = self.experiment, self.generator.clip
-        config = e.pipeline
-        size = (clip.video_frames, clip.height, clip.width)
-        for i in range(latents.video.shape[0]):
-            one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i : i + 1]), latents)
-            frames, waveform = decode_clip(config, params, one, size, e.dtype)
-            path = folder / f"{step:06d}_{i}.mp4"
-            write_clip(path, frames, waveform, clip.frame_rate, config.vocoder.sample_rate)
 
 
 def _statistics(latents: AVLatents) -> dict[str, jax.Array]:
@@ -164,6 +150,42 @@ def _statistics(latents: AVLatents) -> dict[str, jax.Array]:
         "sample/audio_mean": jnp.mean(latents.audio),
         "sample/audio_std": jnp.std(latents.audio),
     }
+
+
+class ClipDecoder:
+    """Decodes latents of one size into files; reads the decoders when the first clip comes."""
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike,
+        config: PipelineConfig,
+        clip: ClipGeometry,
+        dtype: jnp.dtype,
+    ):
+        """
+        Args:
+          checkpoint: a converted checkpoint, for its decoders.
+          config: of the checkpoint.
+          clip: size and frame rate of the latents.
+          dtype: in which the VAEs compute.
+        """
+        self._checkpoint, self._config, self._clip, self._dtype = checkpoint, config, clip, dtype
+
+    def write(self, path: pathlib.Path, latents: AVLatents) -> None:
+        """Writes a clip [1, T, C] as `write_clip` does."""
+        clip, config = self._clip, self._config
+        size = (clip.video_frames, clip.height, clip.width)
+        frames, waveform = decode_clip(config, self._params, latents, size, self._dtype)
+        write_clip(path, frames, waveform, clip.frame_rate, config.vocoder.sample_rate)
+
+    @functools.cached_property
+    def _params(self) -> dict[str, Any]:
+        return {
+            name: checkpoints.load_params(
+                self._checkpoint, name, dtype=jnp.float32 if name == "vocoder" else self._dtype
+            )
+            for name in DECODERS
+        }
 
 
 def write_clip(

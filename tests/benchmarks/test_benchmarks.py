@@ -101,7 +101,7 @@ def cells(row: str) -> dict[str, str]:
     """A table of one row."""
     header, line, values = ([c.strip() for c in x.split("|")[1:-1]] for x in row.splitlines())
     assert len(header) == len(values) and set(line) == {"---"}
-    return dict(zip(header, values))
+    return dict(zip(header, values, strict=True))
 
 
 def test_row():
@@ -309,7 +309,7 @@ def test_random_weights_are_scaled_by_their_fan_in():
     )
     params = jax.device_get(stream.random_params(shapes, jax.random.key(0), jnp.float32))
     kernels = params["blocks"]["q"]["kernel"], params["conv_in"]["kernel"]
-    for kernel, fan_in in zip(kernels, (400, 9 * 128)):
+    for kernel, fan_in in zip(kernels, (400, 9 * 128), strict=True):
         assert kernel.std() == pytest.approx(fan_in**-0.5, rel=0.02)
         rows = kernel.reshape(-1, kernel.shape[-1])  # the second kernel is larger than the pool
         assert len(np.unique(rows, axis=0)) == len(rows)

@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from omniforcing_jax.data import shards
 from omniforcing_jax.data.text_dataset import (
     TEXT_FEATURES,
-    Manifest,
     TextDatasetWriter,
+    TextManifest,
     grain_batches,
     open_text_dataset,
 )
@@ -24,7 +24,7 @@ from omniforcing_jax.text.prompt_files import prompt_hash
 
 LENGTH = 16
 PROMPTS = ["a calm sea", "a storm 😀", "two\nlines", "fog", "rain", "snow", "night"]
-SHARED = Manifest(
+SHARED = TextManifest(
     encoder="fingerprint",
     tokenizer="vocabulary",
     model_version="2.0.0",
@@ -305,8 +305,8 @@ def test_a_thread_that_writes_imports_nothing(tmp_path):
     program = """
 import json, sys
 import ml_dtypes, numpy as np
-from omniforcing_jax.data.text_dataset import Manifest, TextDatasetWriter
-manifest = Manifest(**json.loads(sys.argv[2]))
+from omniforcing_jax.data.text_dataset import TextDatasetWriter, TextManifest
+manifest = TextManifest(**json.loads(sys.argv[2]))
 writer = TextDatasetWriter(sys.argv[1], manifest)
 writer.begin()
 assert "tensorflow_datasets" not in sys.modules

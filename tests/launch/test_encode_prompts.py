@@ -222,10 +222,10 @@ def test_features_do_not_depend_on_neighbours(folders):
     together = encode_prompts.encode(encoder, long, 2)
     assert {length for _, length in encoder.shapes} == {128, 256, 512}
     assert {batch for batch, _ in encoder.shapes} == {2}
-    for prompt, found in zip(long, together):
+    for prompt, found in zip(long, together, strict=True):
         (alone,) = encode_prompts.encode(encoder, [prompt], 2)
         assert (found[1] is None) == (alone[1] is None) == encoder.shared_features
-        for a, b in zip(found, alone):
+        for a, b in zip(found, alone, strict=True):
             if a is not None:
                 np.testing.assert_array_equal(a, b)
 
@@ -265,12 +265,12 @@ def test_with_the_real_encoder(
     stored = [np.stack([element[name] for element in elements]) for name in names]
     token_ids, mask = encoder.tokenizer.encode_batch(prompts, length)
     np.testing.assert_array_equal(stored[2], mask)
-    for found, features in zip(stored, encoder.features(token_ids, mask)):
+    for found, features in zip(stored[:2], encoder.features(token_ids, mask), strict=True):
         # bfloat16 has 8 bits; padded to another length, the encoder rounds differently
         features = np.where(mask[..., None], features, 0)
         np.testing.assert_allclose(found.astype(np.float32), features, rtol=2**-8, atol=1e-5)
     contexts = encoder.encode(prompts)
     for found, context in zip(
-        encoder.contexts(*stored), (contexts.video_context, contexts.audio_context)
+        encoder.contexts(*stored), (contexts.video_context, contexts.audio_context), strict=True
     ):
         np.testing.assert_allclose(found, context, atol=0.02)  # of a standard deviation of 0.6

@@ -24,11 +24,12 @@ from launch import sample_teacher, stream
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
 from omniforcing_jax.streaming import media
-from omniforcing_jax.streaming.session import StreamingSession
+from omniforcing_jax.streaming.background import BackgroundWriter
+from omniforcing_jax.streaming.session import Chunk, StreamingSession
 from omniforcing_jax.text import encoder_files
 from omniforcing_jax.text import features as text_features
 from omniforcing_jax.text.text_encoder import TextEncoder
-from omniforcing_jax.training.ode_pair_sampler import Generator
+from omniforcing_jax.training.source_model import SourceModel
 
 SIZE = ["--height", "64", "--width", "64", "--decode", "causal", "--sigmas", "1", "0.7", "0"]
 
@@ -51,9 +52,9 @@ def write_features(path, prompt, width=32):
     return str(path)
 
 
-def make_plan(checkpoint, *more, **changes):
+def check(checkpoint, *more, **changes):
     config = dataclasses.replace(PipelineConfig.from_checkpoint(checkpoint), **changes)
-    return stream.make_plan(stream.parse_arguments(arguments(checkpoint, "-", *more)), config)
+    return stream.check_arguments(stream.parse_arguments(arguments(checkpoint, "-", *more)), config)
 
 
 def test_clip_with_two_prompts(checkpoint, tmp_path, capsys):
@@ -80,8 +81,8 @@ def test_clip_with_two_prompts(checkpoint, tmp_path, capsys):
 
 
 def sentences(gemma, cache, *prompts):
-    more = ["--text-encoder", str(gemma), "--prompt-cache", str(cache), "--seconds", "2"]
-    return [*more, "--prompt", *prompts]
+    more = ["--text-encoder", str(gemma), "--prompt-cache", str(cache), "--text-length", "128"]
+    return [*more, "--seconds", "2", "--prompt", *prompts]
 
 
 def test_clip_of_sentences(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
@@ -150,9 +151,9 @@ def test_released_student(checkpoint, tmp_path):
     assert config.transformer.cross_gate_timestep_scale == 1
     more = ["--height", "64", "--width", "64", "--seconds", "1", "--random-features"]
     args = ["--checkpoint", str(converted), "--output", str(tmp_path / "clip.mp4"), *more]
-    plan = stream.make_plan(stream.parse_arguments(args), config)
-    assert plan.rollout.num_steps == 3 and config.transformer.num_audio_sinks == 16
-    assert plan.rollout.cache.layout.name == "prefix"
+    request = stream.check_arguments(stream.parse_arguments(args), config)
+    assert request.rollout.num_steps == 3 and config.transformer.num_audio_sinks == 16
+    assert request.rollout.cache.layout.name == "prefix"
     assert stream.main(args) == 0
     frames, *_ = media.read_clip(tmp_path / "clip.mp4")
     assert frames.shape == (25, 64, 64, 3)
@@ -341,7 +342,7 @@ def test_who_samples_nothing_takes_fewer_components(checkpoint, partial_checkpoi
     part = PipelineConfig.from_checkpoint(partial_checkpoint)
     assert dataclasses.replace(part, missing=()) == whole
     encoder_files.check_encoder(random_gemma, partial_checkpoint)
-    assert Generator.find(partial_checkpoint, None, None).transformer == whole.transformer
+    assert SourceModel.find(partial_checkpoint, None, None).config.transformer == whole.transformer
 
 
 @pytest.mark.parametrize(
@@ -383,9 +384,9 @@ def test_window_decode_is_refused_for_a_causal_decoder(checkpoint):
     causal = dataclasses.replace(
         PipelineConfig.from_checkpoint(checkpoint).video_vae, causal_decoder=True
     )
-    make_plan(checkpoint, "--random-features", video_vae=causal)
+    check(checkpoint, "--random-features", video_vae=causal)
     with pytest.raises(ValueError, match="trained causal"):
-        make_plan(checkpoint, "--random-features", "--decode", "window", video_vae=causal)
+        check(checkpoint, "--random-features", "--decode", "window", video_vae=causal)
 
 
 def test_padding_of_stored_features_is_left_out(checkpoint, tmp_path):
@@ -394,8 +395,8 @@ def test_padding_of_stored_features_is_left_out(checkpoint, tmp_path):
     video, audio = rng.normal(size=(2, 1, 6, 32)).astype(np.float32)
     mask = np.array([[True, True, False, True, False, False]])
     text_features.save_text_features(path, video, audio, "a calm sea", "2.0.0", mask)
-    plan = make_plan(checkpoint, "--features", str(path))
-    for context, stored in zip(plan.prompts[0], (video, audio)):
+    request = check(checkpoint, "--features", str(path))
+    for context, stored in zip(request.prompts[0], (video, audio), strict=True):
         np.testing.assert_array_equal(context, stored[:, [0, 1, 3]])
 
 
@@ -407,7 +408,7 @@ def test_features_that_are_no_prompt_are_refused(checkpoint, tmp_path, batch, ma
     path, contexts = tmp_path / "odd.safetensors", np.ones((batch, 6, 32), np.float32)
     text_features.save_text_features(path, contexts, contexts, "a calm sea", "2.0.0", mask)
     with pytest.raises(ValueError, match=message):
-        make_plan(checkpoint, "--features", str(path))
+        check(checkpoint, "--features", str(path))
 
 
 def test_features_of_another_model_are_refused(checkpoint, tmp_path, capsys):
@@ -442,8 +443,8 @@ def test_writer_errors_reach_the_main_thread():
         def write(self, frames, waveform):
             raise OSError("disk full")
 
-    writer = stream.BackgroundWriter(Broken())
-    chunk = stream.Chunk(0, 0, 0, np.zeros((1, 1, 2, 2, 3), np.uint8), jnp.zeros((1, 0, 2)), None)
+    writer = BackgroundWriter(Broken())
+    chunk = Chunk(0, 0, 0, np.zeros((1, 1, 2, 2, 3), np.uint8), jnp.zeros((1, 0, 2)), None)
     writer.put(chunk)
     with pytest.raises(OSError, match="disk full"):
         writer.close()

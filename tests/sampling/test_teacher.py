@@ -417,7 +417,9 @@ def test_script_defaults_follow_the_version(checkpoint):
         deep = dataclasses.replace(config.transformer, num_layers=48)
         config = dataclasses.replace(config, transformer=deep, model_version=version)
         arguments = ["--checkpoint", "x", "--output", "x.mp4", "--random-features", *options]
-        return sample_teacher.make_plan(sample_teacher.parse_arguments(arguments), config).sample
+        return sample_teacher.check_arguments(
+            sample_teacher.parse_arguments(arguments), config
+        ).sample
 
     older, newer = plan("2.0.0"), plan("2.3.0")
     assert (len(older.sigmas) - 1, older.guidance) == (40, LTX20_GUIDANCE)

@@ -161,7 +161,9 @@ def test_model_weights_instead_of_features(golden_dir):
 def test_features_before_the_connectors_are_refused(tmp_path):
     path = tmp_path / "prompt.safetensors"
     save_file(
-        dict(zip(("video_context", "audio_context"), contexts())), path, METADATA | {"kind": "x"}
+        dict(zip(("video_context", "audio_context"), contexts(), strict=True)),
+        path,
+        METADATA | {"kind": "x"},
     )
     with pytest.raises(ValueError, match=r"of kind 'x'.*expected text features of kind 'context'"):
         load_text_features(path, DIMS)

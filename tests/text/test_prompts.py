@@ -31,7 +31,7 @@ def loads(monkeypatch):
 @pytest.fixture
 def make(random_gemma, random_checkpoint, tmp_path):
     def encoder(**options):
-        defaults = {"cache": tmp_path / "cache", "dtype": jnp.float32}
+        defaults = {"cache": tmp_path / "cache", "dtype": jnp.float32, "length": 128}
         return PromptEncoder(random_gemma, random_checkpoint("2.0"), **defaults | options)
 
     return encoder
@@ -46,7 +46,7 @@ def test_what_is_in_the_cache_loads_nothing(make, loads, tmp_path, monkeypatch):
     first = make()
     assert not loads  # constructing reads no weights
     sea, storm, again = first.encode([SEA, STORM, SEA])
-    assert sea[0].shape == (1, 1024, 32) and sea[1].shape == (1, 1024, 32)
+    assert sea[0].shape == (1, 128, 32) and sea[1].shape == (1, 128, 32)
     assert np.abs(sea[0] - storm[0]).max() > 0.05
     assert_same(again, sea)
     assert len(loads) == 1 and (first.times.encoded, first.times.found) == (2, 0)
@@ -82,9 +82,9 @@ def test_another_encoder_has_other_entries(make, loads, random_gemma, random_che
     params = checkpoints.load_params(trained, "connectors")
     checkpoints.save_params(trained, "connectors", params)
     for _ in range(2):
-        PromptEncoder(random_gemma, trained, cache=tmp_path / "cache", dtype=jnp.float32).contexts(
-            SEA
-        )
+        PromptEncoder(
+            random_gemma, trained, cache=tmp_path / "cache", dtype=jnp.float32, length=128
+        ).contexts(SEA)
     assert [options["quantize"] for options in loads] == ["none", "int8", "none"]
     assert len(list((tmp_path / "cache").iterdir())) == 3
 

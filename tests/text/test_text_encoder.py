@@ -56,7 +56,7 @@ def test_contexts_from_token_ids_match_the_reference(name, golden_gemma, golden_
 def test_sentences_become_contexts(encoder, random_checkpoint):
     result = encoder.encode(PROMPTS)
     widths = (32, 32)
-    for context, width in zip((result.video_context, result.audio_context), widths):
+    for context, width in zip((result.video_context, result.audio_context), widths, strict=True):
         assert context.shape == (2, 128, width) and context.dtype == jnp.float32
         np.testing.assert_allclose(np.mean(np.square(context), axis=-1), 1.0, atol=1e-3)
     assert result.mask is None
@@ -189,7 +189,7 @@ MESH = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
-from omniforcing_jax import partitioning
+from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.text.text_encoder import TextEncoder
 
 gemma, checkpoint = sys.argv[1:]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from launch import ode_pairs
-from omniforcing_jax.data.ode_pairs import Manifest, ODEPairsWriter, Pair, open_ode_pairs
-from omniforcing_jax.data.text_dataset import Manifest as TextManifest
+from omniforcing_jax.data.ode_pairs import ODEPairsManifest, ODEPairsWriter, Pair, open_ode_pairs
 from omniforcing_jax.data.text_dataset import (
     TextDatasetWriter,
+    TextManifest,
     grain_batches,
     open_text_dataset,
 )
@@ -396,7 +396,7 @@ def test_records_of_separate_features(tmp_path):
         open_text_dataset(tmp_path / "pairs")
 
 
-MANIFEST = Manifest(
+MANIFEST = ODEPairsManifest(
     generator="g",
     text="t",
     model_version="2.3.0",

@@ -1,0 +1,221 @@
+"""Options that several programs share: how they are declared, checked, and turned into objects."""
+
+import argparse
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from omniforcing_jax.models import quantization
+from omniforcing_jax.ops.attention import IMPLEMENTATIONS
+from omniforcing_jax.sampling.guidance import AVGuidance
+from omniforcing_jax.sampling.kv_cache import POSITIONS
+from omniforcing_jax.text import features as text_features
+from omniforcing_jax.text.features import TextFeatures
+from omniforcing_jax.text.prompts import PromptEncoder, TextTimes, default_cache
+from omniforcing_jax.types import DTYPES
+
+NO_CACHE = "none"
+_RANDOM_TOKENS = 128
+_SOURCES = ("--text-encoder", "--features", "--random-features")
+_ENCODER_OPTIONS = ("--prompt-cache", "--quantize-encoder", "--text-length", "--keep-encoder")
+
+
+def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
+    """A parser for `python -m PROGRAM`, described by the first line of its module's docstring."""
+    return argparse.ArgumentParser(prog=f"python -m {program}", description=doc.split("\n")[0])
+
+
+def add_text_source(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the text encoder and --random-features."""
+    add = parser.add_argument
+    add("--text-encoder", metavar="FOLDER", help="converted Gemma 3, which encodes --prompt")
+    add("--quantize-encoder", choices=quantization.MODES, help="its weights (default none)")
+    add("--text-length", type=int, help="tokens per prompt (default 1024, as LTX-2 was trained)")
+    add(
+        "--prompt-cache", metavar="FOLDER",
+        help=f"where encoded prompts are kept (default: in the user's cache; {NO_CACHE}: nowhere)",
+    )  # fmt: skip
+    add("--random-features", action="store_true", help="stand-in contexts for random weights")
+
+
+def add_clip_file(parser: argparse.ArgumentParser) -> None:
+    """Adds --output and --overwrite of a clip."""
+    parser.add_argument("--output", required=True, help="MP4 file, or - for standard output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Adds --height, --width and --fps."""
+    add = parser.add_argument
+    add("--height", type=int, default=512, help="pixels, a multiple of 32 (default 512)")
+    add("--width", type=int, default=768, help="pixels, a multiple of 32 (default 768)")
+    add("--fps", type=float, default=24.0, help="frames per second (default 24)")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the rolling cache; see `TrainedCache.config`."""
+    add = parser.add_argument
+    add("--window", type=int, help="recent blocks in the cache (default: as trained, else 7)")
+    add("--anchors", type=int, help="first blocks never evicted (default: as trained, else 0)")
+    add("--positions", choices=POSITIONS, help="default: as trained, else relative")
+
+
+def add_decoder(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the streaming video decoder."""
+    add = parser.add_argument
+    add("--decode", choices=("window", "causal"), help="video decoding (default: as trained)")
+    add("--look-back", type=int, default=4, help="latent frames, window mode (default 4)")
+    add("--look-ahead", type=int, default=1, help="latent frames, window mode (default 1)")
+    add("--blend", type=int, default=1, help="latent frames, window mode (default 1)")
+
+
+def decoder_settings(args: argparse.Namespace) -> dict[str, int]:
+    """Arguments of `StreamingVideoDecoder` besides its mode."""
+    return {"look_back": args.look_back, "look_ahead": args.look_ahead, "blend": args.blend}
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """Adds the scales of guidance; see `change_guidance`."""
+    add = parser.add_argument
+    add("--cfg-video", type=float, help="guidance by the negative prompt, 1 is off (default 3)")
+    add("--cfg-audio", type=float, help="the same for the sound (default 7)")
+    add("--stg", type=float, help="spatio-temporal guidance, 0 is off (default 1)")
+    add("--stg-block", type=int, nargs="+", help="blocks it perturbs (2.0: 29, 2.3: 28)")
+    add("--modality", type=float, help="modality guidance, 1 is off (default 3)")
+    add("--rescale", type=float, help="pull-back of the contrast, 0 to 1 (default 0.7)")
+
+
+def change_guidance(args: argparse.Namespace, defaults: AVGuidance) -> AVGuidance:
+    """The defaults, except for the scales that the command line gives."""
+    return defaults.changed(
+        cfg_video=args.cfg_video,
+        cfg_audio=args.cfg_audio,
+        stg=args.stg,
+        modality=args.modality,
+        rescale=args.rescale,
+        stg_blocks=args.stg_block and tuple(args.stg_block),
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype; see `compute_dtype`."""
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="default: bfloat16 on accelerators, else float32"
+    )
+
+
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    """Adds --attention."""
+    parser.add_argument(
+        "--attention", choices=IMPLEMENTATIONS, default="auto", help="backend (default auto)"
+    )
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Adds --distributed."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes (TPU pod, Slurm, …)",
+    )
+
+
+def dtype_name(args: argparse.Namespace) -> str:
+    """--dtype, or the name of what suits the device."""
+    return args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def compute_dtype(args: argparse.Namespace) -> jnp.dtype:
+    """That of --dtype, or what suits the device."""
+    return DTYPES[dtype_name(args)]
+
+
+def check_source(args: argparse.Namespace) -> None:
+    """Checks that there is one source of text, and nothing that it does not use.
+
+    Raises:
+      ValueError: what is wrong, and what would be right.
+    """
+
+    def given(option: str):
+        return vars(args).get(option.removeprefix("--").replace("-", "_"))
+
+    sources = [option for option in _SOURCES if given(option)]
+    if len(sources) != 1:
+        found = " and ".join(sources) or "none of them"
+        raise ValueError(
+            "give one source of text: --text-encoder FOLDER with --prompt TEXT, --features FILE, "
+            f"or --random-features (with --prompt TEXT); found {found}"
+        )
+    if args.text_encoder and args.prompt is None:
+        raise ValueError("--text-encoder needs --prompt TEXT (which may be empty)")
+    if args.features and args.prompt is not None:
+        raise ValueError("--prompt goes with --text-encoder or --random-features, not --features")
+    unused = [option for option in _ENCODER_OPTIONS if given(option)]
+    if unused and not args.text_encoder:
+        raise ValueError(f"{unused[0]} has no effect without --text-encoder")
+
+
+def load_features(path: str, dims: tuple[int, int]) -> TextFeatures:
+    """The stored contexts [1, S, Wv] and [1, S, Wa] of one prompt.
+
+    Raises:
+      FileNotFoundError, ValueError: as `text_features.load_text_features`, or the file holds
+        several prompts.
+    """
+    features = text_features.load_text_features(path, dims)
+    count = len(features.video_context)
+    if count != 1:
+        raise ValueError(f"{path} holds {count} prompts; one clip takes one file for each prompt")
+    return features
+
+
+def random_features(prompt: str, dims: tuple[int, int], seed: int = 0) -> TextFeatures:
+    """Contexts [1, 128, W] float32 that depend on the prompt's text and the seed alone."""
+    key = text_features.prompt_key(prompt, seed)
+    return text_features.random_text_features(key, 1, _RANDOM_TOKENS, dims)
+
+
+def make_encoder(args: argparse.Namespace, *, keep: bool = False) -> PromptEncoder:
+    """The text encoder that the command line describes; no weights are read.
+
+    Raises:
+      FileNotFoundError, ValueError: see `PromptEncoder`.
+    """
+    cache = None if args.prompt_cache == NO_CACHE else args.prompt_cache or default_cache()
+    return PromptEncoder(
+        args.text_encoder,
+        args.checkpoint,
+        cache=cache,
+        dtype=compute_dtype(args),
+        quantize=args.quantize_encoder or "none",
+        length=1024 if args.text_length is None else args.text_length,
+        keep=keep,
+    )
+
+
+def describe_times(times: TextTimes) -> str:
+    """One line on what encoding has cost."""
+    return (
+        f"{times.total:6.2f} s  (look-up {times.lookup:.2f}, load {times.load:.2f}, encode "
+        f"{times.encode:.2f})  {times.encoded} encoded, {times.found} from the cache"
+    )
+
+
+def with_notes(error: BaseException) -> str:
+    """An error's message and its notes, such as where an unfinished clip lies."""
+    return "\n".join(filter(None, [str(error), *getattr(error, "__notes__", ())]))
+
+
+@contextlib.contextmanager
+def plain_warnings(console: Console) -> Iterator[None]:
+    """Shows warnings as a line each, without the place in the code that they come from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: console.print(
+            f"warning: {message}", markup=False, highlight=False
+        )
+        yield
