@@ -269,7 +269,7 @@ def test_sampling_starts_from_noise():
     with pytest.raises(ValueError, match=r"sigmas\[0\] must be 1, not 0.5"):
         dataclasses.replace(clip(), sigmas=(0.5, 0.0))
     with pytest.raises(ValueError, match="audio_frames must be positive"):
-        dataclasses.replace(clip(), audio_frames=0)
+        dataclasses.replace(clip().clip, audio_frames=0)
 
 
 def bad_input(**changes):
@@ -424,8 +424,11 @@ def test_script_defaults_follow_the_version(checkpoint):
     older, newer = plan("2.0.0"), plan("2.3.0")
     assert (len(older.sigmas) - 1, older.guidance) == (40, LTX20_GUIDANCE)
     assert (len(newer.sigmas) - 1, newer.guidance) == (30, LTX23_GUIDANCE)
-    assert (older.video_frames, older.audio_frames) == (16, 126)  # 121 frames for 5 seconds
+    assert (older.clip.video_frames, older.clip.audio_frames) == (
+        16,
+        126,
+    )  # 121 frames for 5 seconds
     off = "--cfg-video 1 --cfg-audio 1 --stg 0 --modality 1 --rescale 0 --seconds 1 --steps 8"
     changed = plan("2.0.0", *off.split())
-    assert changed.guidance.passes() == ("cond",) and changed.video_frames == 4
+    assert changed.guidance.passes() == ("cond",) and changed.clip.video_frames == 4
     assert len(changed.sigmas) == 9
