@@ -16,7 +16,7 @@ import sys
 
 from omniforcing_jax.scaling import aot, cost, dry_run, planning, proposals
 from omniforcing_jax.scaling import devices as hardware
-from omniforcing_jax.training.config.experiment import STAGES
+from omniforcing_jax.training.config.settings import STAGES
 
 # Sizes that can be rented, for --smallest.
 MACHINES = {

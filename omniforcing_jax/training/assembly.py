@@ -1,7 +1,6 @@
 """Putting a checked experiment onto a mesh: parameters, train state, frozen networks."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ from omniforcing_jax.models.transformer.model import (
     init_boxed_params,
     init_params,
 )
+from omniforcing_jax.training.batches import text_arrays
 from omniforcing_jax.training.config.experiment import Experiment, make_stage
 from omniforcing_jax.training.objectives.common import Frozen
 from omniforcing_jax.training.objectives.dmd import DMD
@@ -59,11 +59,11 @@ def abstract_state(
     allocated."""
 
     def network(name: str, config: TransformerConfig, ema: bool, mesh):
-        return _abstract_network(e.model(config), mesh, e.optimizers[name], ema)
+        return _abstract_network(e.model(config), mesh, e.config.optimizers[name], ema)
 
-    generator = network("generator", e.student, e.ema is not None, mesh)
+    generator = network("generator", e.student, e.config.ema is not None, mesh)
     critic = None
-    if "critic" in e.optimizers:
+    if "critic" in e.config.optimizers:
         critic = network("critic", e.teacher, False, scores or mesh)
     return create_state(generator, critic)
 
@@ -110,8 +110,8 @@ def assemble(
             allow_new=NEW_PARAMETERS,
             init=lambda: init_params(student, jax.random.key(c.seed)),
         )
-        optimizers = {name: make_optimizer(config) for name, config in e.optimizers.items()}
-        generator = create_network(generator, optimizers["generator"], ema=bool(e.ema))
+        optimizers = {name: make_optimizer(config) for name, config in c.optimizers.items()}
+        generator = create_network(generator, optimizers["generator"], ema=c.ema is not None)
         critic = None
         if state.critic is not None:
             with jax.set_mesh(scores or mesh):
@@ -207,9 +207,3 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True)
     negative = text_arrays(e.data.negative, e.data.manifest)
     negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
     return Frozen(weights, connectors, negative)
-
-
-def text_arrays(element: Mapping[str, Any], manifest: Any) -> dict[str, Any]:
-    """The arrays of a dataset's element that a stage reads; shared features travel once."""
-    drop = {"prompt", "prompt_hash", *(("audio_features",) if manifest.shared_features else ())}
-    return {name: value for name, value in element.items() if name not in drop}

@@ -43,8 +43,8 @@ from omniforcing_jax.training.objectives.ode_regression import ODERegression, Re
 from omniforcing_jax.training.objectives.scores import ScoreConfig
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import TrainState, create_network, create_state
-from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
-from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
+from omniforcing_jax.training.students.unrolled import UnrolledStudent
 from omniforcing_jax.types import AVLatents
 from pocket.known_answer import plot as known_answer_plot
 from pocket.known_answer.gaussian_world import DISTANCES, best_regression_student
@@ -256,7 +256,7 @@ def run(settings: Settings) -> dict[str, Any]:
     pretrained, curves = pretrain(problem)
     stages = {STAGES[0]: curves}
 
-    first = BidirectionalGenerator(network, world.clip, problem.sigmas)
+    first = BidirectionalStudent(network, world.clip, problem.sigmas)
     bidirectional, stages[STAGES[1]] = distribution_matching(
         problem, STAGES[1], first, (1e-3, 1e-3), pretrained, pretrained
     )
@@ -270,7 +270,7 @@ def run(settings: Settings) -> dict[str, Any]:
     for objective in data:
         found = regress(problem, objective, bidirectional, data[objective])
         students[objective], stages[f"{STAGES[2]} ({objective})"] = found
-    last = UnrolledGenerator(
+    last = UnrolledStudent(
         problem.causal_network, problem.rollout, NUM_BLOCKS, scored_blocks=NUM_BLOCKS
     )
     student, stages[STAGES[3]] = distribution_matching(

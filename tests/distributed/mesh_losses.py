@@ -26,7 +26,7 @@ from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig  # noqa: E402
 from omniforcing_jax.training.objectives.ode_regression import ODERegression, RegressionConfig  # noqa: E402
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer  # noqa: E402
 from omniforcing_jax.training.state import create_network, create_state, state_shardings  # noqa: E402
-from omniforcing_jax.training.students.unrolled import UnrolledGenerator  # noqa: E402
+from omniforcing_jax.training.students.unrolled import UnrolledStudent  # noqa: E402
 from tests.tiny_model import random_contexts, random_params  # noqa: E402
 
 BATCH, BLOCKS = 8, 2
@@ -58,7 +58,7 @@ def main(stage: str, axes: dict[str, int]) -> list[dict[str, float]]:
         if stage == "stage3":
             state = create_state(generator, create_network(params[1], OPTIMIZER, ema=False))
             trained = DMD(
-                UnrolledGenerator(model, ROLLOUT, BLOCKS, BLOCKS),
+                UnrolledStudent(model, ROLLOUT, BLOCKS, BLOCKS),
                 model,
                 model,
                 TextInput(),

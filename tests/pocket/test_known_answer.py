@@ -123,13 +123,16 @@ class AffineGenerator:
     def clip(self) -> ClipGeometry:
         return WORLD.clip
 
-    def sample(self, weights, contexts, keys, step_key, whole=None) -> AVLatents:
+    def simulate(self, weights, contexts, keys, step_key) -> None:
+        """There are no steps before the only one."""
+
+    def sample(self, weights, contexts, keys, step_key) -> AVLatents:
         index = jnp.arange(keys.shape[0]) % WORLD.num_prompts
         noise = join(draw_noise(keys, WORLD.clip, TEACHER))
         return WORLD.split(weights["mean"][index] + noise @ weights["factor"].T)
 
-    def sample_with_pullback(self, weights, contexts, keys, step_key, whole=None):
-        sample, pullback = jax.vjp(lambda w: self.sample(w, contexts, keys, step_key), weights)
+    def sample_with_pullback(self, weights, contexts, keys, trace):
+        sample, pullback = jax.vjp(lambda w: self.sample(w, contexts, keys, trace), weights)
         return sample, lambda cotangent: pullback(cotangent)[0]
 
 

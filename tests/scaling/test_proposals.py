@@ -7,7 +7,7 @@ import pytest
 from launch import plan
 from omniforcing_jax.scaling import aot, cost, dry_run, proposals
 from omniforcing_jax.scaling import devices as hardware
-from omniforcing_jax.training.config.experiment import ConfigError
+from omniforcing_jax.training.config.settings import ConfigError
 
 COMPILED = pathlib.Path(__file__).parents[2] / "docs" / "scaling.json"
 

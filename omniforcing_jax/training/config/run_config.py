@@ -24,6 +24,7 @@ MAY_DIFFER = frozenset(
         "remat",
         "attention",
         "gather_weights",
+        "reduce_dtype",
         "separate_scores",
     )
 )

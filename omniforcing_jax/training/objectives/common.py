@@ -11,7 +11,7 @@ import numpy as np
 
 from omniforcing_jax.distributed.partitioning import constrain
 from omniforcing_jax.models.text.connectors import TextConnectors
-from omniforcing_jax.types import Contexts
+from omniforcing_jax.types import Contexts, RandomUse
 
 Gradient = Callable[[Any, dict[str, jax.Array]], tuple[Any, Any]]
 
@@ -83,6 +83,13 @@ def checked_seed(seed: int) -> np.uint32:
     return np.uint32(seed)
 
 
+def on_devices(value: np.generic, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+    """A number as programs take it, moved to the devices by name; the same on all processes."""
+    if sharding is None:
+        return jax.device_put(value)
+    return jax.make_array_from_callback((), sharding, lambda index: np.asarray(value)[index])
+
+
 def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
     """Of everything that is random in a step of training."""
     return jax.random.fold_in(jax.random.key(seed), step)
@@ -103,9 +110,10 @@ def sample_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
-def fold(keys: jax.Array, what: int) -> jax.Array:
-    """`fold_in` for [B] keys: independent draws for different uses."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, what)
+def fold(keys: jax.Array, use: RandomUse | int | jax.Array) -> jax.Array:
+    """`fold_in` for [B] keys: independent draws for different uses, or steps."""
+    use = int(use) if isinstance(use, RandomUse) else use
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, use)
 
 
 def accumulate(

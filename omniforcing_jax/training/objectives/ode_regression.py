@@ -37,22 +37,18 @@ from omniforcing_jax.training.objectives.common import (
     fold,
     jit_step,
     numbered,
+    on_devices,
     sample_keys,
     step_key,
 )
 from omniforcing_jax.training.objectives.losses import LossWeights
-from omniforcing_jax.training.objectives.scores import ScoreConfig
 from omniforcing_jax.training.optimizers import EMAConfig
 from omniforcing_jax.training.state import TrainState, cast_params, update_network
 from omniforcing_jax.training.students.blockwise import NoisyBlock, teacher_forced_gradient
-from omniforcing_jax.types import AVLatents
+from omniforcing_jax.types import AVLatents, RandomUse
 
 OBJECTIVES = ("velocity", "x0", "flow")
-_LEVEL, _NOISE, _CLEAN = 21, 22, 23  # uses of a sample's key
-
-
-def _all_levels() -> ScoreConfig:
-    return ScoreConfig(min_timestep=1, max_timestep=1000)
+_OF_THE_STAGE = {"setting": False}  # see `config.settings`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +63,16 @@ class RegressionConfig:
       include_clean: the clean state is among those drawn. It has no loss of its own (and the loss
         is scaled so that its expectation does not change), but is history to later blocks.
       clean_history: probability with which a training step shows clean instead of noisy history.
-      score: noise levels of the "flow" objective; all that a sampler may visit by default.
-      microbatches, seed: as in `DMDConfig`.
+      microbatches, seed: as in `DMDConfig`; they and `weights` are settings of every stage.
     """
 
     objective: str = "velocity"
-    weights: LossWeights = dataclasses.field(default_factory=LossWeights)
     level_per_block: bool = True
     include_clean: bool = True
     clean_history: float = 0.0
-    score: ScoreConfig = dataclasses.field(default_factory=_all_levels)
-    microbatches: int = 1
-    seed: int = 0
+    weights: LossWeights = dataclasses.field(default=LossWeights(), metadata=_OF_THE_STAGE)
+    microbatches: int = dataclasses.field(default=1, metadata=_OF_THE_STAGE)
+    seed: int = dataclasses.field(default=0, metadata=_OF_THE_STAGE)
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -166,7 +160,11 @@ class ODERegression:
         """
         draw = np.random.default_rng((self.config.seed, step)).random()
         run = self.clean_history_step if draw < self.config.clean_history else self.noisy_step
-        return run(state, frozen, batch, checked_seed(self.config.seed))
+        return run(state, frozen, batch, self._seed)
+
+    @functools.cached_property
+    def _seed(self) -> jax.Array:
+        return on_devices(checked_seed(self.config.seed), self.shardings and self.shardings.step)
 
     @functools.cached_property
     def noisy_step(self):
@@ -233,17 +231,18 @@ class ODERegression:
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return jax.random.randint(key, shape, 1, len(scores.sigma_table()))
 
-        level = scores.sigma_of(self._per_block(keys, draw), self.config.score)
+        level = jnp.asarray(scores.sigma_table())[self._per_block(keys, draw)]
         weight = jnp.ones_like(level)
         if self.config.include_clean:  # as often as among the student's levels
             last = self.rollout.num_steps
             drawn = self._per_block(
-                fold(keys, _CLEAN), lambda key, shape: jax.random.randint(key, shape, 0, last + 1)
+                fold(keys, RandomUse.CLEAN_STATE),
+                lambda key, shape: jax.random.randint(key, shape, 0, last + 1),
             )
             level = jnp.where(drawn < last, level, 0.0)
             weight = (drawn < last) * ((last + 1) / last)
         sigma = sigmas_per_frame(level, self.layout, self.clip)
-        noise = draw_noise(fold(keys, _NOISE), self.clip, self.model)
+        noise = draw_noise(fold(keys, RandomUse.REGRESSION_NOISE), self.clip, self.model)
         noisy = jax.tree.map(flow.add_noise, clean, noise, sigma)
         target = jax.tree.map(jnp.subtract, noise, clean)
         return Problem(clean, noisy, target, weight, level)
@@ -251,7 +250,7 @@ class ODERegression:
     def _per_block(self, keys: jax.Array, draw) -> jax.Array:
         """[B, K] draws, independent or one for all blocks of a sample."""
         count = self.num_blocks if self.config.level_per_block else 1
-        values = jax.vmap(lambda key: draw(key, (count,)))(fold(keys, _LEVEL))
+        values = jax.vmap(lambda key: draw(key, (count,)))(fold(keys, RandomUse.REGRESSION_LEVEL))
         return jnp.broadcast_to(values, (keys.shape[0], self.num_blocks))
 
     def _gather(self, states: AVLatents, index: jax.Array) -> AVLatents:

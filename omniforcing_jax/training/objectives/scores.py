@@ -122,8 +122,10 @@ def draw_guidance(keys: jax.Array, config: ScoreConfig) -> AVLatents:
     return AVLatents(draw(0, config.video_cfg), draw(1, config.audio_cfg))
 
 
-def guide(predictions: Mapping[str, jax.Array], cfg: jax.Array, config: ScoreConfig) -> jax.Array:
-    """The teacher's guided prediction of one stream, as `guidance.guide` but of each sample.
+def guide_each(
+    predictions: Mapping[str, jax.Array], cfg: jax.Array, config: ScoreConfig
+) -> jax.Array:
+    """The teacher's guided prediction of one stream: `guidance.guide` with a scale per sample.
 
     Args:
       predictions: {pass: clean prediction [B, T, C]} of `config.passes()`.
