@@ -11,8 +11,9 @@ import pytest
 from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.sampling.whole_clip import clip_velocity
+from omniforcing_jax.training.config.settings import DMDStage
 from omniforcing_jax.training.objectives.common import Frozen, TextInput, numbered
-from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig
+from omniforcing_jax.training.objectives.dmd import DMD
 from omniforcing_jax.training.objectives.scores import ScoreConfig
 from omniforcing_jax.types import AVLatents
 from pocket.known_answer import gaussian_world
@@ -137,7 +138,7 @@ class AffineGenerator:
 
 
 def affine_dmd() -> DMD:
-    return DMD(AffineGenerator(), TEACHER, TEACHER, TextInput(), None, None, DMDConfig(score=SCORE))
+    return DMD(AffineGenerator(), TEACHER, TEACHER, TextInput(), None, None, DMDStage(score=SCORE))
 
 
 def true_weights() -> dict[str, jax.Array]:

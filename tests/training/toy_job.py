@@ -95,14 +95,14 @@ def main(process_id, num_processes, port, run, result, steps, mishap="none:0:-1"
             mishap.step(step)
             return jitted(state, nothing, batch)
 
-    handler = training_checkpoints._IteratorHandler
-    save = handler.save
+    handler = training_checkpoints._JsonHandler
+    save = handler.async_save
 
-    def save_or_die(self, directory, args):
-        mishap.save(args.state["index"])
-        return save(self, directory, args)
+    async def save_or_die(self, directory, args):
+        mishap.save(args.item.get("index"))
+        return await save(self, directory, args=args)
 
-    handler.save = save_or_die
+    handler.async_save = save_or_die
     checkpoints = training_checkpoints.TrainingCheckpoints
     read = checkpoints._read_state
 

@@ -246,8 +246,7 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
             num_blocks=c.clip.blocks,
             text=text,
             optimizer=optimizers["generator"],
-            config=c.objective,
-            ema=c.ema,
+            config=c,
             shardings=shardings,
         )
     exit_weights = c.exit_weights or None
@@ -269,8 +268,7 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
         text=text,
         generator_optimizer=optimizers["generator"],
         critic_optimizer=optimizers["critic"],
-        config=c.objective,
-        ema=c.ema,
+        config=c,
         blocks=blocks,
         shardings=shardings,
     )

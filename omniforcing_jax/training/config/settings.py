@@ -25,12 +25,13 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.training.loop import LoopConfig
-from omniforcing_jax.training.objectives.dmd import DMDConfig
+from omniforcing_jax.training.objectives.common import checked_seed
 from omniforcing_jax.training.objectives.losses import LossWeights
-from omniforcing_jax.training.objectives.ode_regression import RegressionConfig
 from omniforcing_jax.training.objectives.scores import ScoreConfig
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig
 from omniforcing_jax.types import DTYPES
+
+OBJECTIVES = ("velocity", "x0", "flow")
 
 
 class ConfigError(ValueError):
@@ -149,7 +150,8 @@ class ComputeConfig:
     Attributes:
       remat: "none", "full", or a policy of `jax.checkpoint_policies`.
       reduce_dtype: in which gradients of weights are added up over devices.
-      gather_weights: see `DMDConfig`.
+      gather_weights: gather the generator's compute-dtype weights once per update, rather than
+        layer by layer in every pass of a rollout: faster, and they have to fit on a device.
       separate_scores: teacher and critic on half of the devices, the student on the others, `mesh`
         being the shape of either half.
     """
@@ -170,6 +172,31 @@ class ComputeConfig:
         if self.attention not in IMPLEMENTATIONS:
             raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, not {self.attention!r}")
         check_remat(self.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionConfig:
+    """The objective of stage II.
+
+    Attributes:
+      objective: "velocity" (Eq. 6), "x0", or "flow": an autoregressive teacher.
+      level_per_block: a noise level for every block; False: one for the clip (needed by LTX-2.3 and
+        later, which modulate by the sample's level).
+      include_clean: the clean state is among those drawn. It has no loss of its own (and the loss
+        is scaled so that its expectation does not change), but is history to later blocks.
+      clean_history: probability with which a training step shows clean instead of noisy history.
+    """
+
+    objective: str = "velocity"
+    level_per_block: bool = True
+    include_clean: bool = True
+    clean_history: float = 0.0
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, not {self.objective!r}")
+        if not 0 <= self.clean_history <= 1:
+            raise ValueError(f"clean_history must lie in [0, 1], not {self.clean_history}")
 
 
 # AdamW on float32 masters. A schedule counts the updates of its own network.
@@ -219,24 +246,16 @@ class StageConfig:
 
     @property
     def optimizers(self) -> dict[str, OptimizerConfig]:
-        """Of every trained network."""
-        return {"generator": self.generator_optimizer}
+        """Of every trained network: the generator, and the critic if there is one."""
+        names = ("generator", "critic")
+        found = {name: getattr(self, f"{name}_optimizer", None) for name in names}
+        return {name: config for name, config in found.items() if config is not None}
 
     @property
     def loop(self) -> LoopConfig:
         """How long the loop runs, and what it leaves behind."""
         names = {field.name for field in dataclasses.fields(LoopConfig)}
         return LoopConfig(**{name: x for name, x in vars(self).items() if name in names})
-
-    @property
-    def objective(self) -> DMDConfig | RegressionConfig:
-        """Settings of the stage's module."""
-        raise NotImplementedError
-
-    @property
-    def trained_blocks(self) -> tuple[str, int]:
-        """(name of the setting, how many blocks the student is trained on in a row)."""
-        return "clip.blocks", self.clip.blocks
 
     @property
     def layout(self) -> BlockLayout:
@@ -273,7 +292,7 @@ class StageConfig:
         """Everything that is wrong with settings that are right one by one."""
         problems = Problems()
         problems.attempt("student.timesteps", lambda: self.student.sigmas)
-        problems.attempt("settings", lambda: self.objective)
+        problems.attempt("seed", lambda: checked_seed(self.seed))
         problems.attempt("loop", lambda: self.loop)
         shape = problems.attempt("mesh", lambda: self.mesh_shape(num_devices))
         return problems + list(self.contradictions()) + self._batch_problems(shape)
@@ -304,9 +323,13 @@ class StageConfig:
                 "none"
             )
 
-    def _positions_that_are_not_trained(self) -> Iterator[str]:
-        """The student must have been trained as it will be streamed."""
-        s, (name, blocks) = self.student, self.trained_blocks
+    def untrained_positions(self, name: str, blocks: int) -> Iterator[str]:
+        """The student must have been trained as it will be streamed.
+
+        Args:
+          name, blocks: the setting that says on how many blocks in a row it is trained.
+        """
+        s = self.student
         reached = 1 + s.anchors + s.window
         if s.positions != "relative" or reached < blocks:
             return
@@ -341,23 +364,10 @@ class DMDStage(StageConfig):
     exit_weights: tuple[float, ...] = ()
     score: ScoreConfig = ScoreConfig(video_cfg=(3.0, 3.0), audio_cfg=(5.0, 5.0))
 
-    @property
-    def optimizers(self) -> dict[str, OptimizerConfig]:
-        return super().optimizers | {"critic": self.critic_optimizer}
-
-    @property
-    def objective(self) -> DMDConfig:
-        return DMDConfig(
-            weights=self.loss,
-            score=self.score,
-            critic_updates=self.critic_updates,
-            microbatches=self.microbatches,
-            seed=self.seed,
-            gather_weights=self.compute.gather_weights,
-        )
-
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        if self.critic_updates < 1:
+            yield f"critic_updates: must be at least 1, not {self.critic_updates}"
         if self.compute.separate_scores and self.microbatches != 1:
             yield (
                 "compute.separate_scores: takes a batch in one piece; microbatches must be 1, not "
@@ -392,12 +402,6 @@ class StageII(StageConfig):
     num_steps: int = 3000
     regression: RegressionConfig = RegressionConfig()
 
-    @property
-    def objective(self) -> RegressionConfig:
-        return dataclasses.replace(
-            self.regression, weights=self.loss, microbatches=self.microbatches, seed=self.seed
-        )
-
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         if self.compute.gather_weights:
@@ -409,7 +413,7 @@ class StageII(StageConfig):
                 "student.context_noise: must be 0 with regression.clean_history > 0, whose history "
                 "has no noise"
             )
-        yield from self._positions_that_are_not_trained()
+        yield from self.untrained_positions("clip.blocks", self.clip.blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,13 +428,9 @@ class StageIII(DMDStage):
     rollout_blocks: int = 6
     detach_history: bool = True
 
-    @property
-    def trained_blocks(self) -> tuple[str, int]:
-        return "rollout_blocks", self.rollout_blocks
-
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        yield from self._positions_that_are_not_trained()
+        yield from self.untrained_positions("rollout_blocks", self.rollout_blocks)
 
 
 STAGES = {config.stage: config for config in (StageI, StageII, StageIII)}
@@ -442,9 +442,8 @@ STAGES = {config.stage: config for config in (StageI, StageII, StageIII)}
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings of a dataclass as nested dicts, tuples as they are."""
     return {
-        field.name: to_dict(value) if dataclasses.is_dataclass(value) else value
-        for field in _settings(config)
-        for value in (getattr(config, field.name),)
+        name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in vars(config).items()
     }
 
 
@@ -464,7 +463,7 @@ def parse(config: Mapping[str, Any], problems: Problems) -> StageConfig:
 
 
 def _parse(default: Any, values: Mapping[str, Any], prefix: str, problems: Problems) -> Any:
-    fields = {field.name: field for field in _settings(default)}
+    fields = {field.name: field for field in dataclasses.fields(default)}
     for name in sorted({*values} - {*fields}):
         problems.append(f"{prefix}{name}: there is no such setting; there are {', '.join(fields)}")
     found = {}
@@ -487,11 +486,6 @@ def _parse(default: Any, values: Mapping[str, Any], prefix: str, problems: Probl
         prefix.rstrip(".") or "settings", lambda: dataclasses.replace(default, **found)
     )
     return default if made is None else made
-
-
-def _settings(config: Any) -> list[dataclasses.Field]:
-    """The fields that are settings; others are filled in from settings of other groups."""
-    return [field for field in dataclasses.fields(config) if field.metadata.get("setting", True)]
 
 
 def _kinds(kind: Any) -> tuple[Any, ...]:

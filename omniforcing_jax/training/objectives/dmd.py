@@ -25,6 +25,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import keep_pathways
 from omniforcing_jax.sampling.whole_clip import clip_velocity
+from omniforcing_jax.training.config.settings import DMDStage
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import (
     Frozen,
@@ -38,9 +39,7 @@ from omniforcing_jax.training.objectives.common import (
     sample_keys,
     step_key,
 )
-from omniforcing_jax.training.objectives.losses import LossWeights
-from omniforcing_jax.training.objectives.scores import BlockContext, ScoreConfig
-from omniforcing_jax.training.optimizers import EMAConfig
+from omniforcing_jax.training.objectives.scores import BlockContext
 from omniforcing_jax.training.state import Network, TrainState, cast_params, update_network
 from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
 from omniforcing_jax.training.students.blockwise import NoisyBlock, teacher_forced_gradient
@@ -48,34 +47,6 @@ from omniforcing_jax.training.students.unrolled import UnrolledStudent
 from omniforcing_jax.types import AVLatents, RandomUse
 
 Student = BidirectionalStudent | UnrolledStudent
-
-
-@dataclasses.dataclass(frozen=True)
-class DMDConfig:
-    """Settings of both DMD stages.
-
-    Attributes:
-      weights: lambda_v and lambda_a.
-      score: noise levels, guidance and context of the score networks.
-      critic_updates: critic updates per generator update (5 in the paper's recipe).
-      microbatches: parts a batch is cut into.
-      seed: of everything random in training.
-      gather_weights: gather the generator's compute-dtype weights once per update, rather than
-        layer by layer in every pass of a rollout: faster, and they have to fit on a device.
-    """
-
-    weights: LossWeights = LossWeights()
-    score: ScoreConfig = ScoreConfig()
-    critic_updates: int = 5
-    microbatches: int = 1
-    seed: int = 0
-    gather_weights: bool = False
-
-    def __post_init__(self):
-        for name in ("critic_updates", "microbatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        checked_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +58,6 @@ class DMD:
       teacher, critic: bidirectional models of the score networks, in their compute dtype.
       text: contexts from batches.
       generator_optimizer, critic_optimizer: from `optimizers.make_optimizer`.
-      ema: of the generator; None keeps none.
       blocks: for block-causal scores, how the score networks see a clip.
       shardings: NamedShardings of the train state; None on a single device.
     """
@@ -98,8 +68,7 @@ class DMD:
     text: TextInput
     generator_optimizer: optax.GradientTransformation
     critic_optimizer: optax.GradientTransformation
-    config: DMDConfig
-    ema: EMAConfig | None = None
+    config: DMDStage
     blocks: BlockContext | None = None
     shardings: TrainState | None = None
 
@@ -180,12 +149,12 @@ class DMD:
           loss, sigma: [B] per-sample losses, and the noise levels they were taken at.
         """
         is_generator = name == "generator"
-        metrics = losses.report(name, loss, self.config.weights, sigma)
+        metrics = losses.report(name, loss, self.config.loss, sigma)
         network, info = update_network(
             network,
             grads,
             self.generator_optimizer if is_generator else self.critic_optimizer,
-            self.ema if is_generator else None,
+            self.config.ema if is_generator else None,
             step,
             loss=metrics[f"{name}/loss"],
         )
@@ -208,7 +177,7 @@ class DMD:
           params: its masters.
           weights: the same as they are differentiated.
         """
-        if not self.config.gather_weights or self.shardings is None:
+        if not self.config.compute.gather_weights or self.shardings is None:
             return self.generator, weights
         model = self.generator.model
         rules = dataclasses.replace(model.rules, gathered=True)
@@ -251,7 +220,7 @@ class DMD:
         """dL/dx of the DMD loss at the samples x [B, T, C]; per-sample losses [B], sigmas [B]."""
         gradient, sigma = self.score_gradient(critic, frozen, x, contexts, keys)
         loss = jax.tree.map(losses.dmd_loss, gradient)
-        weights = AVLatents(self.config.weights.video, self.config.weights.audio)
+        weights = AVLatents(self.config.loss.video, self.config.loss.audio)
         # the mean over samples, tokens and channels
         cotangent = jax.tree.map(lambda weight, g: weight * g / g.size, weights, gradient)
         return cotangent, (loss, sigma)
@@ -334,7 +303,7 @@ class DMD:
             clip = self.generator.clip
             velocity = clip_velocity(self.critic, params, noisy, sigma, contexts, clip)
             per_sample = jax.tree.map(losses.flow_matching_loss, velocity, x, noise)
-            return losses.total(per_sample, self.config.weights), per_sample
+            return losses.total(per_sample, self.config.loss), per_sample
 
         grads, per_sample = jax.grad(loss, has_aux=True)(critic)
         return grads, (per_sample, sigma)
@@ -350,7 +319,7 @@ class DMD:
                 return jnp.sum(jnp.square(velocity - (noise - clean)), axis=(1, 2)) / size
 
             shares = jax.tree.map(share, x0, block.x, *block.targets, sizes)
-            return losses.total(shares, self.config.weights), shares
+            return losses.total(shares, self.config.loss), shares
 
         blocks = jnp.broadcast_to(sigma[:, None], (sigma.shape[0], self.blocks.num_blocks))
         grads, shares = teacher_forced_gradient(

@@ -17,8 +17,9 @@ import optax  # noqa: E402
 
 from omniforcing_jax.distributed import partitioning  # noqa: E402
 from omniforcing_jax.training.assembly import abstract_params  # noqa: E402
+from omniforcing_jax.training.config.settings import DMDStage  # noqa: E402
 from omniforcing_jax.training.objectives.common import Frozen, TextInput  # noqa: E402
-from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig  # noqa: E402
+from omniforcing_jax.training.objectives.dmd import DMD  # noqa: E402
 from omniforcing_jax.training.objectives.split_dmd import SplitDMD, SplitFrozen, move, split_meshes  # noqa: E402
 from omniforcing_jax.training.optimizers import EMAConfig  # noqa: E402
 from omniforcing_jax.training.state import create_network, create_state, state_shardings  # noqa: E402
@@ -40,8 +41,8 @@ def make_dmd(stage: str) -> DMD:
         generator = UnrolledStudent(MODEL, ROLLOUT, BLOCKS, BLOCKS)
     else:
         generator = BidirectionalStudent(MODEL, CLIP, SIGMAS)
-    config = DMDConfig(critic_updates=2)
-    return DMD(generator, MODEL, MODEL, TextInput(), OPTIMIZER, OPTIMIZER, config, EMAConfig(0.5))
+    config = DMDStage(critic_updates=2, ema=EMAConfig(0.5))
+    return DMD(generator, MODEL, MODEL, TextInput(), OPTIMIZER, OPTIMIZER, config)
 
 
 def place(tree, mesh, sharding=None):
