@@ -260,10 +260,7 @@ class StageConfig:
     @property
     def layout(self) -> BlockLayout:
         """How clips are cut into blocks."""
-        clip = self.clip
-        return BlockLayout.from_name(
-            clip.layout, frame_rate=clip.frame_rate, num_sinks=self.student.num_sinks
-        )
+        return BlockLayout.from_name(self.clip.layout, frame_rate=self.clip.frame_rate)
 
     def rollout(self, height: int, width: int) -> RolloutConfig:
         """How the student is unrolled, for a video of so many latents."""
