@@ -7,7 +7,8 @@ import textwrap
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
-from omniforcing_jax import partitioning, rollout
+from omniforcing_jax.distributed import partitioning
+from omniforcing_jax.sampling import student as rollout
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.models.transformer.config import tiny
@@ -61,7 +62,8 @@ RESTORE = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
-from omniforcing_jax import checkpoints, partitioning
+from omniforcing_jax.distributed import partitioning
+from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.transformer.model import Transformer, init_boxed_params
 from omniforcing_jax.pipeline import PipelineConfig
 

@@ -138,7 +138,7 @@ MESH = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from jax.sharding import NamedSharding, PartitionSpec as P
-from omniforcing_jax import partitioning
+from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.training.optimizers import *
 from omniforcing_jax.training.objectives.common import accumulate
 from omniforcing_jax.training.state import *

@@ -200,7 +200,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from jax.sharding import NamedSharding, PartitionSpec as P
-from omniforcing_jax import partitioning
+from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.training.state import state_shardings
 from omniforcing_jax.training.training_checkpoints import TrainingCheckpoints, load_generator
 from tests.training.toy_stage import *
