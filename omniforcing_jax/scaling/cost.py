@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from omniforcing_jax.scaling import flops
 from omniforcing_jax.scaling.devices import Device
 from omniforcing_jax.training.config.experiment import Experiment
+from omniforcing_jax.types import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +179,11 @@ def traffic(e: Experiment, work: Work, weights: int) -> Traffic:
     shape, config = e.mesh_shape, e.teacher
     size = jnp.dtype(e.dtype).itemsize
     held = weights * size / shape["tensor"]  # of a network once it is gathered
+    reduced = held * jnp.dtype(DTYPES[e.config.compute.reduce_dtype]).itemsize / size
     ways = shape["fsdp"] * shape["sequence"]
-    fsdp = (work.gathers + work.reductions) * held * (ways - 1) / ways
+    fsdp = (work.gathers * held + work.reductions * reduced) * (ways - 1) / ways
     # gradients are scattered already when the copies of `data` are added up: there and back
-    data = work.reductions * 2 * held / ways * (shape["data"] - 1) / shape["data"]
+    data = work.reductions * 2 * reduced / ways * (shape["data"] - 1) / shape["data"]
     samples = _rows(e) / (shape["data"] * shape["fsdp"])
     tokens = sum(tokens * count for tokens, count in work.passes) * samples
     d, c = config.video_dim, config.audio_dim

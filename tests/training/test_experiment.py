@@ -379,6 +379,15 @@ def test_settings_of_another_type(full_size):
     ]
 
 
+def test_gradients_are_added_up_in_float32_unless_the_config_says_otherwise(full_size):
+    e = checked("stage1", full_size)
+    assert e.dtype == jnp.bfloat16 and e.model(e.student).rules.reduce_dtype == jnp.float32
+    e = checked("stage1", full_size, **{"compute.reduce_dtype": "bfloat16"})
+    assert e.model(e.student).rules.reduce_dtype == jnp.bfloat16
+    (problem,) = problems_of("stage1", full_size, **{"compute.reduce_dtype": "float16"})
+    assert problem.startswith("compute: reduce_dtype must be one of")
+
+
 def test_settings_go_to_a_tree_and_back():
     for stage, usual in settings.STAGES.items():
         problems = settings.Problems()
