@@ -39,7 +39,10 @@ NEW_PARAMETERS = ("audio_sinks", "q_head_norm", "k_head_norm", "alpha")
 
 def abstract_params(model: Transformer, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
     """Shapes of a model's parameters with their places on the mesh."""
-    boxed = _boxed(model)
+    return _placed(_boxed(model), mesh, dtype)
+
+
+def _placed(boxed: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
         nn.unbox(boxed),
@@ -136,12 +139,7 @@ def abstract_connectors(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
         mask = jnp.ones((1, length), bool)
         return module.init(jax.random.key(0), video, audio, mask, method="contexts")["params"]
 
-    boxed = jax.eval_shape(init)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, e.dtype, sharding=s),
-        nn.unbox(boxed),
-        partitioning.shardings(boxed, mesh),
-    )
+    return _placed(jax.eval_shape(init), mesh, e.dtype)
 
 
 def abstract_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:

@@ -170,14 +170,8 @@ def check(
         raise ConfigError(problems)
 
     if source is not None:
-        problems += (
-            attempt(
-                "generator",
-                lambda: fit.source_problems(
-                    c, source.version, source.settings, pipeline, allow_config_change
-                ),
-            )
-            or []
+        problems += fit.source_problems(
+            c, source.version, {} if allow_config_change else source.settings, pipeline
         )
     problems += fit.preview_problems(c, content)
     student = attempt("student", lambda: _student(c, pipeline, source))

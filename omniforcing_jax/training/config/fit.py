@@ -38,17 +38,13 @@ def head_problems(student: TransformerConfig, mesh_shape: Mapping[str, int]) -> 
 
 
 def source_problems(
-    c: StageConfig,
-    version: str,
-    run: Mapping[str, Any],
-    pipeline: PipelineConfig,
-    allow_config_change: bool,
+    c: StageConfig, version: str, run: Mapping[str, Any], pipeline: PipelineConfig
 ) -> list[str]:
     """Where the student starts must be of the teacher's version, and, if it is a causal student
     already, be made like this one: parameters that it lacks would start anew.
 
     Args:
-      version, run: of the source; the settings of its run, {} for a converted checkpoint.
+      version, run: of the source; the settings of its run, {} where they may differ.
     """
     problems = []
     if version != pipeline.model_version:
@@ -56,12 +52,12 @@ def source_problems(
             f"generator: {c.generator} is of version {version}, the teacher of "
             f"{pipeline.model_version}; student and teacher must be of the same model"
         )
-    if run.get("stage") in ("stage2", "stage3") and not allow_config_change:
+    if run.get("stage") in ("stage2", "stage3"):
         usual, differing = STAGES[run["stage"]](), []
         for group, name in INHERITED:
             now = getattr(getattr(c, group), name)
             # a run from before the setting existed did what the setting's default does
-            then = run[group].get(name, getattr(getattr(usual, group), name))
+            then = run.get(group, {}).get(name, getattr(getattr(usual, group), name))
             then = tuple(then) if isinstance(then, list) else then
             if then != now:
                 differing.append(f"{group}.{name} ({then} there, {now} here)")

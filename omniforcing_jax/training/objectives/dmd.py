@@ -107,26 +107,15 @@ class DMD:
     @functools.cached_property
     def generator_step(self):
         """Jitted (state, frozen, batch, seed) -> (state, metrics); the state is donated."""
-
-        def step(state: TrainState, frozen: Frozen, batch, seed: jax.Array):
-            network, metrics = self._update("generator", state, frozen, batch, seed)
-            return state.replace(generator=network), metrics
-
-        return jit_step(step, self.shardings)
+        return jit_step(functools.partial(self._step, "generator"), self.shardings)
 
     @functools.cached_property
     def critic_step(self):
         """Jitted (state, frozen, batch, seed) -> (state, metrics); the state is donated."""
+        return jit_step(functools.partial(self._step, "critic"), self.shardings)
 
-        def step(state: TrainState, frozen: Frozen, batch, seed: jax.Array):
-            network, metrics = self._update("critic", state, frozen, batch, seed)
-            return state.replace(critic=network, step=state.step + 1), metrics
-
-        return jit_step(step, self.shardings)
-
-    def _update(self, name: str, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
-        """The generator, or the critic, after one update."""
-        network = getattr(state, name)
+    def _step(self, name: str, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+        """The state after one update of "generator" or "critic", which ends the step."""
         gradient_of = self.generator_gradient if name == "generator" else self.critic_gradient
         weights = self.cast("generator", state.generator.params)
         critic = self.cast("critic", state.critic.params)
@@ -138,7 +127,10 @@ class DMD:
             self.config.microbatches,
             self.shardings and getattr(self.shardings, name).params,
         )
-        return self.updated(name, network, grads, loss, sigma, state.step)
+        network, metrics = self.updated(name, getattr(state, name), grads, loss, sigma, state.step)
+        if name == "generator":
+            return state.replace(generator=network), metrics
+        return state.replace(critic=network, step=state.step + 1), metrics
 
     def updated(
         self, name: str, network: Network, grads: Any, loss: AVLatents, sigma, step: jax.Array
