@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from etils import epath
 
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.distributed.multihost import Watchdog
@@ -184,36 +185,18 @@ def train(
       ValueError: the checkpoint does not fit the state or the configuration, or the processes do
         not have the same configuration or folder.
     """
-    workdir = locate(workdir)
-    run_config = dict(run_config or {})
-    watchdog = watchdog or Watchdog(0)
-    multihost.check_same("the configuration", json.dumps(run_config, sort_keys=True))
-    multihost.check_shared(workdir)
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            TrainingCheckpoints(workdir, keep_last=config.keep_last, keep_every=config.keep_every)
-        )
-        restored = checkpoints.restore(
-            state, batches, run_config, allow_config_change=config.allow_config_change
-        ) or Restored(0, state, {})
-        watchdog.alive(f"step {restored.step} was restored", patience=FIRST_STEPS_PATIENCE)
-        if jax.process_index() == 0:
-            text = json.dumps({"format": 1, "config": run_config}, indent=1)
-            (workdir / "config.json").write_text(text)
-        writer = MetricWriter(workdir, start_step=restored.step, tensorboard=config.tensorboard)
-        stack.callback(writer.close)
-        if restored.step:
-            writer.say(f"resumed from step {restored.step:,} in {checkpoints.folder}")
-        watch = Stopwatch(flops_per_step, tokens_per_step)
-        run = _Run(config, run_config, batches, checkpoints, writer, watch, watchdog, restored)
-        interrupt = stack.enter_context(_interrupts())
-
+    run_config, watchdog = dict(run_config or {}), watchdog or Watchdog(0)
+    watch = Stopwatch(flops_per_step, tokens_per_step)
+    with (
+        _opened(locate(workdir), state, batches, config, run_config, watch, watchdog) as run,
+        _interrupts() as interrupt,
+    ):
         reason = "finished"
         while run.done < config.num_steps:
             if interrupt.reason is not None:
                 reason = interrupt.reason
                 break
-            if checkpoints.reached_preemption(run.done):
+            if run.checkpoints.reached_preemption(run.done):
                 reason = "preempted"
                 break
             try:
@@ -230,11 +213,38 @@ def train(
         run.save()
         if reason == "finished":
             run.record()  # the checkpoint has these averages, should the run be extended
-
-        checkpoints.wait()
-        watchdog.alive("the last save")
-        writer.say(f"{reason} after {run.done:,} steps; state in {checkpoints.folder}")
+        run.finish(reason)
         return Outcome(run.state, run.done, reason)
+
+
+@contextlib.contextmanager
+def _opened(
+    workdir: epath.Path,
+    state: TrainState,
+    batches: DataIterator,
+    config: LoopConfig,
+    run_config: dict,
+    watch: Stopwatch,
+    watchdog: Watchdog,
+) -> Iterator["_Run"]:
+    """The run as its latest checkpoint left it, or at its start."""
+    multihost.check_same("the configuration", json.dumps(run_config, sort_keys=True))
+    multihost.check_shared(workdir)
+    with TrainingCheckpoints(
+        workdir, keep_last=config.keep_last, keep_every=config.keep_every
+    ) as checkpoints:
+        restored = checkpoints.restore(
+            state, batches, run_config, allow_config_change=config.allow_config_change
+        ) or Restored(0, state, {})
+        watchdog.alive(f"step {restored.step} was restored", patience=FIRST_STEPS_PATIENCE)
+        if jax.process_index() == 0:
+            text = json.dumps({"format": 1, "config": run_config}, indent=1)
+            (workdir / "config.json").write_text(text)
+        writer = MetricWriter(workdir, start_step=restored.step, tensorboard=config.tensorboard)
+        with contextlib.closing(writer):
+            if restored.step:
+                writer.say(f"resumed from step {restored.step:,} in {checkpoints.folder}")
+            yield _Run(config, run_config, batches, checkpoints, writer, watch, watchdog, restored)
 
 
 class _Run:
@@ -337,6 +347,13 @@ class _Run:
             )
         self.saved = self.done
         self._alive(f"the save of step {self.done}")
+
+    def finish(self, reason: str) -> None:
+        """Returns when the last save is complete."""
+        self.checkpoints.wait()
+        self.watchdog.alive("the last save")
+        where = f"state in {self.checkpoints.folder}"
+        self.writer.say(f"{reason} after {self.done:,} steps; {where}")
 
     def _diverged(self, step: int, bad: list[str], scalars: Scalars) -> TrainingDiverged:
         name = min(bad, key=lambda n: ("loss" not in n, "grad_norm" not in n))

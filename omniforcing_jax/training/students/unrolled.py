@@ -155,20 +155,11 @@ class UnrolledStudent:
 
             return jax.vjp(again, weights)[1](cotangent)[0]
         blocks = self._block_inputs(trace, cotangent)
-        exit_kv, text_pullback = jax.vjp(exit_text, weights)
-        gradients, text_gradients, _ = blockwise_gradient(
-            self.model,
-            weights,
-            exit_kv,
-            blocks,
-            trace.cache,
-            self._rope(),
-            self.rollout,
-            _inner_product,
+        where = trace.cache, self._rope(), self.rollout
+        gradients, _ = blockwise_gradient(
+            self.model, weights, exit_text, blocks, *where, _inner_product
         )
-        text_gradients = jax.tree.map(lambda g, t: g.astype(t.dtype), text_gradients, exit_kv)
-        (through_text,) = text_pullback(text_gradients)
-        return jax.tree.map(lambda g, t: g + t.astype(g.dtype), gradients, through_text)
+        return gradients
 
     def _replay(self, weights, texts, trace: UnrolledTrace, keys) -> AVLatents:
         """The scored blocks again from their exit inputs, with gradient along the whole rollout."""
