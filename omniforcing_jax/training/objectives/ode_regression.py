@@ -120,11 +120,8 @@ class ODERegression:
           step: `state.step` as the host knows it: it decides which history is shown.
         """
         draw = np.random.default_rng((self.config.seed, step)).random()
-        run = (
-            self.clean_history_step
-            if draw < self.config.regression.clean_history
-            else self.noisy_step
-        )
+        clean = draw < self.config.regression.clean_history
+        run = self.clean_history_step if clean else self.noisy_step
         return run(state, frozen, batch, self._seed)
 
     @functools.cached_property

@@ -267,9 +267,8 @@ def _joined(first: BlockTrace | None, rest: BlockTrace | None) -> AVLatents:
         return first.x0
     if first is not None:
         return join_blocks(first.x0, rest.x0)
-    return join_blocks(
-        *(jax.tree.map(lambda x, at=at: x[at], rest.x0) for at in (0, slice(1, None)))
-    )
+    later = jax.tree.map(lambda x: x[1:], rest.x0)
+    return join_blocks(jax.tree.map(lambda x: x[0], rest.x0), later)
 
 
 def _inner_product(x0: AVLatents, cotangent: AVLatents) -> tuple[jax.Array, None]:
@@ -291,6 +290,5 @@ def noise_of_block(
         noise = block_noise(key, block, config, model, 1, first=first)
         return jax.tree.map(lambda n: n[:, 0], noise)
 
-    return jax.tree.map(
-        lambda n: jnp.moveaxis(n, 0, 1), jax.vmap(one)(fold(keys, RandomUse.ROLLOUT_NOISE))
-    )
+    noise = jax.vmap(one)(fold(keys, RandomUse.ROLLOUT_NOISE))
+    return jax.tree.map(lambda n: jnp.moveaxis(n, 0, 1), noise)
