@@ -1,6 +1,7 @@
 """Putting a checked experiment onto a mesh: parameters, train state, frozen networks."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from omniforcing_jax.models.transformer.model import (
 )
 from omniforcing_jax.training.batches import text_arrays
 from omniforcing_jax.training.config.experiment import Experiment, make_stage
-from omniforcing_jax.training.objectives.common import Frozen
+from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.objectives.dmd import DMD
 from omniforcing_jax.training.objectives.ode_regression import ODERegression
 from omniforcing_jax.training.objectives.split_dmd import SplitDMD, SplitFrozen, split_meshes
@@ -149,7 +150,11 @@ def abstract_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
         return Frozen(None, connectors, None)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
-    return Frozen(teacher, connectors, _abstract_text(e, 1, everywhere))
+    negative = jax.eval_shape(_text_contexts(e), connectors, _abstract_text(e, 1, everywhere))
+    negative = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), negative
+    )
+    return Frozen(teacher, connectors, negative)
 
 
 def abstract_batch(e: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -185,7 +190,7 @@ def _abstract_text(e: Experiment, size: int, sharding) -> dict[str, jax.ShapeDty
 
 
 def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True) -> Frozen:
-    """Teacher, connectors and the negative prompt, in the compute dtype."""
+    """Teacher, connectors and the negative prompt's contexts, in the compute dtype."""
     c = e.config
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     weights = None
@@ -202,6 +207,16 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True)
 
     connectors = checkpoints.load_params(c.checkpoint, "connectors", dtype=e.dtype, sharding=place)
     connectors = {name: connectors[name] for name in places}
+    if weights is None:
+        return Frozen(None, connectors, None)
     negative = text_arrays(e.data.negative, e.data.manifest)
     negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
-    return Frozen(weights, connectors, negative)
+    contexts = jax.jit(_text_contexts(e), out_shardings=everywhere)
+    return Frozen(weights, connectors, contexts(connectors, negative))
+
+
+def _text_contexts(e: Experiment) -> Callable[[Any, dict[str, Any]], dict[str, jax.Array]]:
+    """(parameters of the connectors, stored text) -> contexts, under the names that a batch has."""
+    text = TextInput(TextConnectors(e.connectors, e.dtype))
+    names = ("video_context", "audio_context")
+    return lambda params, batch: dict(zip(names, text.contexts(params, batch)))

@@ -404,5 +404,9 @@ def test_state_is_described_without_memory(full_size):
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     state = assembly.abstract_state(e, mesh)
     assert all(isinstance(x, jax.ShapeDtypeStruct) and x.sharding for x in jax.tree.leaves(state))
+    frozen = assembly.abstract_frozen(e, mesh)
+    # the negative prompt has gone through the connectors, once for all steps
+    shapes = {name: x.shape for name, x in frozen.negative.items()}
+    assert shapes == {"video_context": (1, 1024, 3840), "audio_context": (1, 1024, 3840)}
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype("float32")}

@@ -23,8 +23,7 @@ class Frozen:
     Attributes:
       teacher: of the bidirectional transformer; None where a stage has no teacher.
       connectors: of `TextConnectors`; None when batches hold contexts instead of features.
-      negative: the negative prompt as a batch of one: features and mask, or contexts; None without
-        guidance.
+      negative: contexts of the negative prompt, a batch of one; None without guidance.
     """
 
     teacher: Any = None
@@ -53,7 +52,7 @@ class TextInput:
           batch: {"video_context", "audio_context"}, or {"video_features", "audio_features",
             "mask"} (with `audio_features` absent where both streams share them).
         """
-        if self.connectors is None:
+        if "video_context" in batch:
             return batch["video_context"], batch["audio_context"]
         video = batch["video_features"]
         audio = batch.get("audio_features", video)
