@@ -31,6 +31,7 @@ from omniforcing_jax.scaling import dry_run, planning
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
+from omniforcing_jax.training.config.settings import STAGES
 from omniforcing_jax.training.loop import train
 from omniforcing_jax.training.metrics import JSONL, read_records
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
@@ -43,7 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train")
     add = parser.add_argument
-    add("--stage", choices=experiment.STAGES, default="stage3")
+    add("--stage", choices=tuple(STAGES), default="stage3")
     add("--size", choices=tuple(synthetic.SIZES), default="tiny")
     add("--layers", type=int, help="of the transformer (default: as the size has)")
     add("--height", type=int, default=64, help="pixels (default 64)")
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> dict:
                 state,
                 frozen,
                 batches,
-                e.loop,
+                e.config.loop,
                 folder,
                 flops_per_step=plan.flops_per_step,
                 tokens_per_step=plan.tokens_per_step,
@@ -175,8 +176,8 @@ def random_state(e: Experiment, abstract):
             params,
             getattr(abstract, name).params,
         )
-        ema = name == "generator" and e.ema is not None
-        return create_network(params, make_optimizer(e.optimizers[name]), ema=ema)
+        ema = name == "generator" and e.config.ema is not None
+        return create_network(params, make_optimizer(e.config.optimizers[name]), ema=ema)
 
     generator = network("generator", e.student, 0)
     return create_state(generator, network("critic", e.teacher, 1) if abstract.critic else None)

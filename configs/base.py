@@ -1,126 +1,19 @@
-"""What the configs of the three stages have in common: every setting, at the paper's values.
+"""What the configs of the three stages have in common.
 
-A config file's `get_config(variant)` starts from `training(stage)` and changes what differs.
-Settings are changed on the command line by `--config.name=value`; a name that does not exist is an
-error.
+A config file's `get_config(variant)` starts from `training(stage)`, which has every setting at the
+paper's value, and changes what differs; omniforcing_jax/training/config/settings.py says what they
+mean. Settings are changed on the command line by `--config.name=value`; a name that does not exist
+is an error.
 """
 
 import ml_collections
 
+from omniforcing_jax.training.config import settings
+
 
 def training(stage: str) -> ml_collections.ConfigDict:
-    """All settings of a stage ("stage1", "stage2" or "stage3")."""
-    c = ml_collections.ConfigDict()
-    c.stage = stage
-    c.seed = 0
-
-    # What is trained on what. `checkpoint` is a converted LTX-2: teacher, start of the critic,
-    # connectors and decoders. `generator` is where the student starts: a run of another stage, a
-    # converted checkpoint, or "" for `checkpoint`; of a run, the average ("ema") or the "params".
-    c.checkpoint = "checkpoints/ltx2"
-    c.generator = ""
-    c.generator_weights = "ema"
-    c.data = "data/prompts"
-
-    # The clip, in pixels and blocks: six prefix blocks at 24 frames per second are 121 frames.
-    c.clip = ml_collections.ConfigDict(
-        {"height": 512, "width": 768, "layout": "prefix", "blocks": 6, "frame_rate": 24.0}
-    )
-    # The student: noise levels, audio sink tokens and the other stabilisers of the paper's Table 3,
-    # and how it will be streamed. Stage I has no use for all but the first.
-    c.student = ml_collections.ConfigDict(
-        {
-            "timesteps": (1000.0, 909.0, 725.0, 421.0),
-            "num_sinks": 0 if stage == "stage1" else 16,
-            "sink_rope": "identity",  # or "incremental"
-            "extra_qk_norm": False,
-            "tanh_gated_attention": False,
-            "window": 4,  # a stream then stays at the positions of six trained blocks
-            "anchors": 0,
-            "positions": "relative",
-            "context_noise": 0.0,
-        }
-    )
-
-    # Batch and length.
-    c.batch_size = 32
-    c.microbatches = 1
-    c.num_steps = {"stage1": 2000, "stage2": 3000, "stage3": 2000}[stage]
-
-    # Optimizers (AdamW on float32 masters). A schedule counts the updates of its own network.
-    optimizer = ml_collections.ConfigDict(
-        {
-            "learning_rate": 2e-5,
-            "beta1": 0.9,
-            "beta2": 0.999,
-            "eps": 1e-8,
-            "weight_decay": 0.01,
-            "clip_norm": 1.0,
-            "schedule": "constant",
-            "warmup_steps": 0,
-            "decay_steps": 0,
-            "end_scale": 0.0,
-            "audio_learning_rate_scale": 1.0,
-            "train": "all",  # or "audio"
-        }
-    )
-    c.generator_optimizer = optimizer
-    c.ema = ml_collections.ConfigDict({"decay": 0.99, "start_step": 200})
-    c.loss = ml_collections.ConfigDict({"video": 1.0, "audio": 1.0})  # lambda_v, lambda_a
-
-    if stage == "stage2":
-        c.regression = ml_collections.ConfigDict(
-            {
-                "objective": "velocity",  # Eq. 6; or "x0"; or "flow": an autoregressive teacher
-                "level_per_block": True,
-                "include_clean": True,
-                "clean_history": 0.0,
-            }
-        )
-    else:
-        c.critic_optimizer = ml_collections.ConfigDict(optimizer.to_dict())
-        c.critic_updates = 5  # per update of the generator
-        # Probabilities of the steps at which the student exits, one per timestep; () is uniform.
-        # Uniform matches the mixture of all exits, (0, ..., 0, 1) the clip after all steps.
-        c.exit_weights = ()
-        c.score = ml_collections.ConfigDict(
-            {
-                "video_cfg": (3.0, 3.0),  # the teacher's guidance: a range to draw from
-                "audio_cfg": (5.0, 5.0),
-                "stg": 0.0,  # its spatio-temporal guidance, and the blocks this perturbs
-                "stg_blocks": (),
-                "min_timestep": 20,
-                "max_timestep": 980,
-                "context": "bidirectional",  # or "block_causal": what the student sees
-            }
-        )
-    if stage == "stage3":
-        c.rollout_blocks = 6  # more than clip.blocks: only the last clip.blocks are scored
-        c.detach_history = True
-
-    # Machines. fsdp = -1 takes the devices that the other axes leave.
-    c.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
-    c.compute = ml_collections.ConfigDict(
-        {
-            "dtype": "bfloat16",
-            "remat": "full",  # "none", "full", or a policy of jax.checkpoint_policies
-            "attention": "auto",
-            "gather_weights": False,
-            # teacher and critic on half of the devices, the student on the others, `mesh` being
-            # the shape of either half
-            "separate_scores": False,
-        }
-    )
-
-    # Records, checkpoints, sample clips (`sample_every` 0: none).
-    c.log_every = 10
-    c.checkpoint_every = 100
-    c.keep_last = 3
-    c.keep_every = 500
-    c.tensorboard = True
-    c.sample_every = 100
-    c.sample_clips = 2
-    return c
+    """All settings of a stage ("stage1", "stage2" or "stage3"), at their defaults."""
+    return ml_collections.ConfigDict(settings.to_dict(settings.STAGES[stage]()))
 
 
 def tiny(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

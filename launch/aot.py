@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 from omniforcing_jax.scaling import aot, cost, devices, dry_run
-from omniforcing_jax.training.config.experiment import ConfigError
+from omniforcing_jax.training.config.settings import ConfigError
 
 # What docs/scaling.md shows: (target, program, mesh, settings).
 CASES = (

@@ -16,7 +16,7 @@ import sys
 
 from omniforcing_jax.scaling import aot, cost, dry_run, planning, proposals
 from omniforcing_jax.scaling import devices as hardware
-from omniforcing_jax.training.config.experiment import STAGES
+from omniforcing_jax.training.config.settings import STAGES
 
 # Sizes that can be rented, for --smallest.
 MACHINES = {
@@ -139,7 +139,9 @@ def compare(file: pathlib.Path) -> str:
             continue
         kind, _ = hardware.parse(r["target"])
         mesh = {name: int(n) for name, n in (pair.split("=") for pair in r["mesh"].split(","))}
-        c = aot.stage_config(r["program"], mesh, "19b", r["settings"])
+        # these rows were compiled when gradients of weights were added up in the compute dtype
+        changes = {"compute.reduce_dtype": "bfloat16"} | r["settings"]
+        c = aot.stage_config(r["program"], mesh, "19b", changes)
         devices = hardware.device_count(r["target"])
         e = dry_run.make_experiment(c, devices)
         planned = proposals.evaluate(e, kind, hardware.DEVICES[kind], devices)

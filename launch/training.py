@@ -10,24 +10,22 @@ import dataclasses
 import json
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 from rich.console import Console
 
-from configs import base
-from omniforcing_jax.distributed import multihost, partitioning
+from omniforcing_jax.distributed import multihost
 from omniforcing_jax.distributed.multihost import Watchdog
 from omniforcing_jax.io.paths import locate
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.training import assembly
+from omniforcing_jax.training.batches import DeviceBatches
 from omniforcing_jax.training.config import experiment
-from omniforcing_jax.training.config.experiment import ConfigError, Experiment
+from omniforcing_jax.training.config.experiment import Experiment
+from omniforcing_jax.training.config.settings import ConfigError
 from omniforcing_jax.training.loop import FIRST_STEPS_PATIENCE, Outcome, TrainingDiverged, train
 from omniforcing_jax.training.training_checkpoints import latest_step
 
@@ -65,117 +63,50 @@ _WATCHDOG_SECONDS = flags.DEFINE_float(
 )
 
 
-class DeviceBatches:
-    """Batches as arrays over the mesh, of which this process reads the rows its devices hold.
-
-    Where an axis of the mesh repeats rows on several processes (`tensor`, `sequence`), each of them
-    reads them.
-    """
-
-    def __init__(self, source: Any, batch_size: int, seed: int, mesh: jax.sharding.Mesh):
-        from omniforcing_jax.data.text_dataset import grain_batches
-
-        self._manifest, self._size = source.manifest, batch_size
-        self._sharding = partitioning.batch_sharding(mesh)
-        held = self._sharding.addressable_devices_indices_map((batch_size,)).values()
-        everyone = np.arange(batch_size)
-        self._rows = np.unique(np.concatenate([everyone[index] for index in held]))
-        self._iterator = grain_batches(source, batch_size, seed=seed, rows=self._rows.tolist())
-
-    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-        return self
-
-    def __next__(self) -> dict[str, jax.Array]:
-        rows = assembly.text_arrays(next(self._iterator), self._manifest)
-        return {name: self._place(x) for name, x in rows.items()}
-
-    def _place(self, x: np.ndarray) -> jax.Array:
-        """[rows of this process, ...] -> [B, ...] over the mesh."""
-
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(self._size)
-            first = np.searchsorted(self._rows, start)
-            return x[first : first + stop - start]
-
-        shape = (self._size, *x.shape[1:])
-        return jax.make_array_from_callback(shape, self._sharding, part)
-
-    def get_state(self) -> Any:
-        """Where the iterator stands, in batches: the same for all processes."""
-        return self._iterator.get_state()
-
-    def set_state(self, state: Any) -> None:
-        """Goes there."""
-        self._iterator.set_state(state)
-
-
 def run(stage: str) -> int:
     """Joins, checks, trains; returns the exit status."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells dozens of lines about every save
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def refuse(text: str, status: int = 2) -> int:
+        console.print(f"error: {text}", markup=False)
+        return status
+
     try:
         job = multihost.find_job(
             _DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         )
     except ValueError as error:
-        console.print(f"error: {error}", markup=False)
-        return 2
+        return refuse(str(error))
     try:
         multihost.join(job, timeout=_JOIN_SECONDS.value, heartbeat=_HEARTBEAT_SECONDS.value)
     except multihost.NotJoined as error:
-        console.print(f"error: {job}: {error}", markup=False)
-        return multihost.NOT_JOINED
+        return refuse(f"{job}: {error}", multihost.NOT_JOINED)
+
+    devices = _DEVICES.value if _PLAN.value and _DEVICES.value else jax.device_count()
+    allow = _ALLOW_CHANGE.value
     try:
-        e, plan = _checked(stage)
+        e = experiment.check(_CONFIG.value, devices, stage=stage, allow_config_change=allow)
+        if not _PLAN.value and not _WORKDIR.value:
+            raise ConfigError(["--workdir: name a folder for the run"])
     except ConfigError as error:
-        console.print(f"error: the config cannot be run:\n{error}", markup=False)
-        return 2
+        return refuse(f"the config cannot be run:\n{error}")
+    plan = planning.make_plan(e)
     if _PLAN.value:
         print(planning.describe(e, plan))
         return 0
+
     with Watchdog(_WATCHDOG_SECONDS.value, name=_name()) as watchdog:
-        return _guarded(e, plan, console, watchdog)
-
-
-def _checked(stage: str) -> tuple[Experiment, planning.Plan]:
-    devices = _DEVICES.value if _PLAN.value and _DEVICES.value else jax.device_count()
-    e = experiment.check(
-        _CONFIG.value,
-        base.training(stage),
-        devices,
-        allow_config_change=_ALLOW_CHANGE.value,
-    )
-    plan = planning.make_plan(e)
-    if not _PLAN.value and not _WORKDIR.value:
-        raise ConfigError(["--workdir: name a folder for the run"])
-    return e, plan
-
-
-def _guarded(e: Experiment, plan: planning.Plan, console: Console, watchdog: Watchdog) -> int:
-    """Trains; whatever goes wrong is said, and does not keep the other processes waiting."""
-    try:
-        outcome = _train(e, plan, locate(_WORKDIR.value), console, watchdog)
-        by_signal = outcome.reason in ("preempted", "stopped by SIGTERM")
-        interrupted = outcome.reason == "stopped by SIGINT"
-        return multihost.STOPPED if by_signal else 130 if interrupted else 0
-    except KeyboardInterrupt:
-        status, text = 130, "interrupted"
-    except Exception as error:
-        expected = isinstance(error, (TrainingDiverged, ValueError, OSError))
-        if jax.process_count() == 1:
-            if not expected:
-                raise
-            status, text = 1, str(error)
-        else:
-            status, text = multihost.explain(error)
-            if not expected and status != multihost.LOST:
-                traceback.print_exc()
-            text = f"{_name()}: {text}"
-    console.print(f"error: {text}", markup=False)
-    if jax.process_count() > 1:
-        multihost.leave(status)
-    return status
+        try:
+            return _status(_train(e, plan, locate(_WORKDIR.value), console, watchdog))
+        except KeyboardInterrupt:
+            status = refuse("interrupted", 130)
+        except Exception as error:
+            status = refuse(*_explained(error))
+        if jax.process_count() > 1:
+            multihost.leave(status)  # or the other processes would wait for this one
+        return status
 
 
 def _train(
@@ -183,14 +114,15 @@ def _train(
 ) -> Outcome:
     from omniforcing_jax.training.previews import training_hooks
 
+    c = e.config
     multihost.check_shared(workdir)  # or some would find a checkpoint, and others none
     manifest = json.dumps(dataclasses.asdict(e.data.manifest), sort_keys=True)
-    multihost.check_same(f"what is in {e.config.data}", manifest)
+    multihost.check_same(f"what is in {c.data}", manifest)
     fresh = latest_step(workdir) is None
     if jax.process_index() == 0:
-        what = e.config.generator or e.config.checkpoint
         console.print(planning.describe(e, plan), markup=False)
-        console.print(f"loading {what if fresh else workdir} and {e.config.checkpoint}")
+        start = (c.generator or c.checkpoint) if fresh else workdir
+        console.print(f"loading {start} and {c.checkpoint}")
     mesh, scores = assembly.make_meshes(e)
     with jax.set_mesh(mesh):
         stage, state, frozen = assembly.assemble(e, mesh, scores, fresh=fresh)
@@ -199,8 +131,8 @@ def _train(
             stage,
             state,
             frozen,
-            DeviceBatches(e.data, e.config.batch_size, e.config.seed, mesh),
-            dataclasses.replace(e.loop, allow_config_change=_ALLOW_CHANGE.value),
+            DeviceBatches(e.data, c.batch_size, c.seed, mesh),
+            dataclasses.replace(c.loop, allow_config_change=_ALLOW_CHANGE.value),
             workdir,
             run_config=json.loads(json.dumps(e.run_config())),
             hooks=training_hooks(e, stage, frozen if scores is None else frozen.student, workdir),
@@ -208,6 +140,25 @@ def _train(
             tokens_per_step=plan.tokens_per_step,
             watchdog=watchdog,
         )
+
+
+def _status(outcome: Outcome) -> int:
+    if outcome.reason in ("preempted", "stopped by SIGTERM"):
+        return multihost.STOPPED
+    return 130 if outcome.reason == "stopped by SIGINT" else 0
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """(what is said, exit status); an error that nobody expects is shown with its traceback."""
+    expected = isinstance(error, (TrainingDiverged, ValueError, OSError))
+    if jax.process_count() == 1:
+        if not expected:
+            raise error
+        return str(error), 1
+    status, text = multihost.explain(error)
+    if not expected and status != multihost.LOST:
+        traceback.print_exception(error)
+    return f"{_name()}: {text}", status
 
 
 def _name() -> str:

@@ -1,5 +1,7 @@
 """Types that all packages share."""
 
+import enum
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,23 @@ Contexts = tuple[jax.Array, jax.Array]
 
 # What networks compute in, by the names that configs and command lines use.
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+class RandomUse(enum.IntEnum):
+    """What a training sample's random key is folded with: an independent draw for each use.
+
+    What a run draws follows from these numbers, so they are never given anew.
+    """
+
+    EXIT = 1
+    ROLLOUT_NOISE = 2
+    SCORE_SIGMA = 11
+    SCORE_NOISE = 12
+    GUIDANCE = 13
+    SAMPLE = 14
+    REGRESSION_LEVEL = 21
+    REGRESSION_NOISE = 22
+    CLEAN_STATE = 23
 
 
 @flax.struct.dataclass

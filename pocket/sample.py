@@ -39,7 +39,7 @@ from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.training.previews import write_clip
-from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
+from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
 from omniforcing_jax.types import AVLatents, Contexts
 from pocket.measure import make_table, marks
 from pocket.measures.frechet import clip_features, frechet_distance
@@ -145,7 +145,7 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
             return sample(model, weights, contexts, negative, keys, whole)
     else:
         sigmas = config.sigmas(args.timesteps)
-        student = BidirectionalGenerator(model, whole.clip, sigmas)
+        student = BidirectionalStudent(model, whole.clip, sigmas)
         generate = jax.jit(lambda contexts, keys: student.generate(weights, contexts, keys))
 
     def run(contexts: Contexts, numbers: list[int]) -> Clips:

@@ -9,11 +9,10 @@ batch and `sequence` the tokens of the video.
 Set the mesh with `jax.set_mesh`: under `with mesh:` Flax silently drops sharding constraints.
 """
 
-import contextlib
-import contextvars
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -50,6 +49,23 @@ LOGICAL_AXIS_RULES = (
     ("heads", "tensor"),
     ("mlp", "tensor"),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRules:
+    """How the weights of products travel between devices; passed from `Transformer` to `product`.
+
+    Attributes:
+      gathered: they are whole on every device already, but for the split over `tensor`.
+      keep_gathered: what was gathered for a product stays for its backward pass. That is right
+        where the layer is rematerialised, and its backward pass comes right behind; elsewhere the
+        weights of all layers would be held whole, so that pass gathers them once more.
+      reduce_dtype: in which gradients are added up over devices.
+    """
+
+    gathered: bool = False
+    keep_gathered: bool = False
+    reduce_dtype: Any = jnp.float32
 
 
 def make_mesh(
@@ -125,6 +141,7 @@ def product(
     x: jax.Array,
     kernel: jax.Array,
     axes: tuple[str | None, ...],
+    rules: WeightRules = WeightRules(),
     *,
     split_tokens: bool = False,
 ) -> jax.Array:
@@ -133,8 +150,9 @@ def product(
     Left to itself, the partitioner decides product by product whether weights or activations
     travel, moves a batch to the weights where that looks cheaper, and reduces gradients whole. Here
     the weight is gathered along `WEIGHT_AXES` in its compute dtype, right before its use, and its
-    gradient is reduced and scattered in one step. Over `tensor`, a weight [E, heads or mlp] makes
-    its share of the outputs, and one [heads or mlp, E] sums the shares of its inputs.
+    gradient is reduced and scattered in one step, in `rules.reduce_dtype`, and then rounded to the
+    compute dtype. Over `tensor`, a weight [E, heads or mlp] makes its share of the outputs, and one
+    [heads or mlp, E] sums the shares of its inputs.
 
     Args:
       x: [B, ..., E].
@@ -149,7 +167,7 @@ def product(
     if mesh.empty or mesh.size == 1:
         return x @ kernel
     held = _fitting(axes, kernel.shape, mesh)
-    if _weights_are_whole.get():
+    if rules.gathered:
         held = tuple(None if axis == WEIGHT_AXES else axis for axis in held)
     rows = BATCH_AXES if x.shape[0] % _ways(BATCH_AXES, mesh) == 0 else None
     split = split_tokens and x.ndim == 3 and x.shape[1] % mesh.shape["sequence"] == 0
@@ -161,22 +179,42 @@ def product(
         kernel=P(*held),
         y=P(rows, *between, last[1]),
         copies=_ways(copied, mesh),
+        keep=rules.keep_gathered,
+        reduce_dtype=jnp.dtype(rules.reduce_dtype),
     )
     return _split_product(x, kernel, spec)
 
 
 class _Split(NamedTuple):
-    """Where operands and result of a product lie, and how many devices hold the same rows of x."""
+    """Where operands and result of a product lie, how many devices hold the same rows of x, and two
+    of the `WeightRules`."""
 
     x: P
     kernel: P
     y: P
     copies: int
+    keep: bool
+    reduce_dtype: jnp.dtype
 
     @property
     def gathered(self) -> int | None:
         """The axis of the kernel that is gathered."""
         return self.kernel.index(WEIGHT_AXES) if WEIGHT_AXES in tuple(self.kernel) else None
+
+    @property
+    def whole(self) -> P:
+        """Where the kernel lies once it is gathered."""
+        return P(*(axis if axis == "tensor" else None for axis in self.kernel))
+
+    def gather(self, kernel: jax.Array) -> jax.Array:
+        """On a device: its part of the kernel -> all of it."""
+        if self.gathered is None:
+            return kernel
+        # One mesh axis after the other: no more bytes than both at once, whereas a gather over all
+        # devices of a TPU slice may be compiled to an all-reduce, with twice the bytes.
+        for name in reversed(WEIGHT_AXES):
+            kernel = jax.lax.all_gather(kernel, name, axis=self.gathered, tiled=True)
+        return kernel
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -186,26 +224,23 @@ def _split_product(x: jax.Array, kernel: jax.Array, split: _Split) -> jax.Array:
 
 def _product_forward(x, kernel, split):
     def local(x, kernel):
-        if split.gathered is not None:
-            # One mesh axis after the other: no more bytes than both at once, whereas a gather over
-            # all devices of a TPU slice may be compiled to an all-reduce, with twice the bytes.
-            for name in reversed(WEIGHT_AXES):
-                kernel = jax.lax.all_gather(kernel, name, axis=split.gathered, tiled=True)
+        kernel = split.gather(kernel)
         y = x @ kernel
         return (jax.lax.psum(y, "tensor") if split.x[-1] == "tensor" else y), kernel
 
-    whole = P(*(axis if axis == "tensor" else None for axis in split.kernel))
-    y, kernel = _manual(local, (split.x, split.kernel), (split.y, whole))(x, kernel)
-    # Kept whole for the backward pass: that of a rematerialised layer comes right behind.
-    return y, (x, kernel)
+    y, whole = _manual(local, (split.x, split.kernel), (split.y, split.whole))(x, kernel)
+    return y, (x, whole if split.keep else kernel)
 
 
 def _product_backward(split, residuals, gradient):
     def local(x, kernel, gradient):
+        kernel = kernel if split.keep else split.gather(kernel)
         of_x = gradient @ kernel.T
         if split.y[-1] == "tensor":
             of_x = jax.lax.psum(of_x, "tensor")
-        of_kernel = jnp.einsum("...e,...m->em", x, gradient)
+        of_kernel = jnp.einsum(
+            "...e,...m->em", x, gradient, preferred_element_type=split.reduce_dtype
+        )
         if split.copies > 1:  # the same sum on several devices, which are about to be added up
             of_kernel = of_kernel / split.copies
         scattered = () if split.gathered is None else WEIGHT_AXES
@@ -213,10 +248,11 @@ def _product_backward(split, residuals, gradient):
             of_kernel = jax.lax.psum_scatter(
                 of_kernel, name, scatter_dimension=split.gathered, tiled=True
             )
-        return of_x, jax.lax.psum(of_kernel, tuple(a for a in MESH_AXES[:3] if a not in scattered))
+        of_kernel = jax.lax.psum(of_kernel, tuple(a for a in MESH_AXES[:3] if a not in scattered))
+        return of_x, of_kernel.astype(kernel.dtype)
 
-    whole = P(*(axis if axis == "tensor" else None for axis in split.kernel))
-    specs = (split.x, whole, split.y), (split.x, split.kernel)
+    held = split.whole if split.keep else split.kernel
+    specs = (split.x, held, split.y), (split.x, split.kernel)
     return _manual(local, *specs)(*residuals, gradient)
 
 
@@ -226,19 +262,6 @@ _split_product.defvjp(_product_forward, _product_backward)
 def _manual(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
     # What the devices of an axis hold in common cannot be inferred here.
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-_weights_are_whole = contextvars.ContextVar("weights_are_whole", default=False)
-
-
-@contextlib.contextmanager
-def whole_weights(whole: bool = True) -> Iterator[None]:
-    """Programs traced in here take their weights to be whole already: nothing is gathered."""
-    token = _weights_are_whole.set(whole)
-    try:
-        yield
-    finally:
-        _weights_are_whole.reset(token)
 
 
 def _fitting(names, shape, mesh) -> tuple[Any, ...]:

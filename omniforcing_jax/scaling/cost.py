@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from omniforcing_jax.scaling import flops
 from omniforcing_jax.scaling.devices import Device
 from omniforcing_jax.training.config.experiment import Experiment
+from omniforcing_jax.types import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def updates(e: Experiment) -> dict[str, Work]:
         return {"generator": _gradient(e, one, e.clip.video_tokens, remat) * c.microbatches}
     clip = _clip_flops(e, e.teacher, text) + _text(e.teacher, text)
     score = _forward(e, clip, e.clip.video_tokens)
-    if e.settings.score.context == "block_causal":
+    if c.score.context == "block_causal":
         block_pass = _rollout_pass(e, e.teacher, e.config.clip.blocks, text)
         score = _blocks(e, block_pass, e.config.clip.blocks) * 2
     steps = len(e.sigmas) - 1
@@ -92,11 +93,11 @@ def updates(e: Experiment) -> dict[str, Work]:
             tuple((tokens, (3 + remat) * count) for tokens, count in scored.passes),
         )
     # all passes of the teacher are one of as many times the rows: one gather
-    scores = score * (1 + len(e.settings.score.passes()))
+    scores = score * (1 + len(c.score.passes()))
     scores = dataclasses.replace(scores, gathers=2 * score.gathers)
     critic = _gradient(e, clip, e.clip.video_tokens, remat)
     per_microbatch = {"generator": sample + last + scores, "critic": sample + critic}
-    if e.settings.gather_weights:
+    if c.compute.gather_weights:
         for name in per_microbatch:
             work = per_microbatch[name]
             fewer = work.gathers - sample.gathers + 1 / c.microbatches
@@ -109,7 +110,7 @@ def step(e: Experiment) -> Work:
     work = updates(e)
     if "critic" not in work:
         return work["generator"]
-    return work["critic"] + work["generator"] * (1 / e.settings.critic_updates)
+    return work["critic"] + work["generator"] * (1 / e.config.critic_updates)
 
 
 def _rows(e: Experiment) -> float:
@@ -178,10 +179,11 @@ def traffic(e: Experiment, work: Work, weights: int) -> Traffic:
     shape, config = e.mesh_shape, e.teacher
     size = jnp.dtype(e.dtype).itemsize
     held = weights * size / shape["tensor"]  # of a network once it is gathered
+    reduced = held * jnp.dtype(DTYPES[e.config.compute.reduce_dtype]).itemsize / size
     ways = shape["fsdp"] * shape["sequence"]
-    fsdp = (work.gathers + work.reductions) * held * (ways - 1) / ways
+    fsdp = (work.gathers * held + work.reductions * reduced) * (ways - 1) / ways
     # gradients are scattered already when the copies of `data` are added up: there and back
-    data = work.reductions * 2 * held / ways * (shape["data"] - 1) / shape["data"]
+    data = work.reductions * 2 * reduced / ways * (shape["data"] - 1) / shape["data"]
     samples = _rows(e) / (shape["data"] * shape["fsdp"])
     tokens = sum(tokens * count for tokens, count in work.passes) * samples
     d, c = config.video_dim, config.audio_dim

@@ -10,7 +10,6 @@ from typing import Any
 import ml_collections
 
 from checkpoint_converters import synthetic
-from configs import base
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig
@@ -56,7 +55,7 @@ def make_experiment(
     c = ml_collections.ConfigDict(c.to_dict())
     c.generator = ""
     data = _Data(c, content, text_length)
-    return experiment.check(c, base.training(c.stage), num_devices, data, content)
+    return experiment.check(c, num_devices, data, content)
 
 
 class _Data:

@@ -50,7 +50,7 @@ def make_plan(e: Experiment) -> Plan:
     memory["generator: gradients"] = _bytes(state.generator.params)
     compute = abstract_params(e.model(e.student), mesh, e.dtype)
     memory["generator: compute weights"] = _bytes(compute)
-    if e.config.stage != "stage2" and e.settings.gather_weights:
+    if e.config.compute.gather_weights:
         ways = e.mesh_shape["fsdp"] * e.mesh_shape["sequence"]
         memory["generator: whole weights for rollouts"] = _bytes(compute) * ways
     if state.critic is not None:

@@ -21,7 +21,8 @@ from omniforcing_jax.scaling.devices import (
     device_count,
     parse,
 )
-from omniforcing_jax.training.config.experiment import ConfigError, Experiment
+from omniforcing_jax.training.config.experiment import Experiment
+from omniforcing_jax.training.config.settings import ConfigError
 
 # Bytes of temporaries per video token on a device and unit of the video's width, at the worst
 # moment of a layer's backward pass; copies of a layer's gathered weights that live at a time; and
@@ -142,7 +143,7 @@ def evaluate(e: Experiment, kind: str, device: Device, devices: int) -> Proposal
     return Proposal(
         mesh=dict(e.mesh_shape),
         microbatches=e.config.microbatches,
-        gather_weights=e.config.compute.get("gather_weights", False),
+        gather_weights=e.config.compute.gather_weights,
         memory=peak_memory(e, plan),
         seconds=(times.overlapped, times.summed),
         mfu=cost.model_flops_utilisation(work, times.summed, device, devices),

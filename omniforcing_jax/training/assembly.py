@@ -1,7 +1,7 @@
 """Putting a checked experiment onto a mesh: parameters, train state, frozen networks."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +18,9 @@ from omniforcing_jax.models.transformer.model import (
     init_boxed_params,
     init_params,
 )
+from omniforcing_jax.training.batches import text_arrays
 from omniforcing_jax.training.config.experiment import Experiment, make_stage
-from omniforcing_jax.training.objectives.common import Frozen
+from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.objectives.dmd import DMD
 from omniforcing_jax.training.objectives.ode_regression import ODERegression
 from omniforcing_jax.training.objectives.split_dmd import SplitDMD, SplitFrozen, split_meshes
@@ -39,7 +40,10 @@ NEW_PARAMETERS = ("audio_sinks", "q_head_norm", "k_head_norm", "alpha")
 
 def abstract_params(model: Transformer, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
     """Shapes of a model's parameters with their places on the mesh."""
-    boxed = _boxed(model)
+    return _placed(_boxed(model), mesh, dtype)
+
+
+def _placed(boxed: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
         nn.unbox(boxed),
@@ -59,11 +63,11 @@ def abstract_state(
     allocated."""
 
     def network(name: str, config: TransformerConfig, ema: bool, mesh):
-        return _abstract_network(e.model(config), mesh, e.optimizers[name], ema)
+        return _abstract_network(e.model(config), mesh, e.config.optimizers[name], ema)
 
-    generator = network("generator", e.student, e.ema is not None, mesh)
+    generator = network("generator", e.student, e.config.ema is not None, mesh)
     critic = None
-    if "critic" in e.optimizers:
+    if "critic" in e.config.optimizers:
         critic = network("critic", e.teacher, False, scores or mesh)
     return create_state(generator, critic)
 
@@ -110,8 +114,8 @@ def assemble(
             allow_new=NEW_PARAMETERS,
             init=lambda: init_params(student, jax.random.key(c.seed)),
         )
-        optimizers = {name: make_optimizer(config) for name, config in e.optimizers.items()}
-        generator = create_network(generator, optimizers["generator"], ema=bool(e.ema))
+        optimizers = {name: make_optimizer(config) for name, config in c.optimizers.items()}
+        generator = create_network(generator, optimizers["generator"], ema=c.ema is not None)
         critic = None
         if state.critic is not None:
             with jax.set_mesh(scores or mesh):
@@ -136,12 +140,7 @@ def abstract_connectors(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
         mask = jnp.ones((1, length), bool)
         return module.init(jax.random.key(0), video, audio, mask, method="contexts")["params"]
 
-    boxed = jax.eval_shape(init)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, e.dtype, sharding=s),
-        nn.unbox(boxed),
-        partitioning.shardings(boxed, mesh),
-    )
+    return _placed(jax.eval_shape(init), mesh, e.dtype)
 
 
 def abstract_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
@@ -151,7 +150,11 @@ def abstract_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
         return Frozen(None, connectors, None)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
-    return Frozen(teacher, connectors, _abstract_text(e, 1, everywhere))
+    negative = jax.eval_shape(_text_contexts(e), connectors, _abstract_text(e, 1, everywhere))
+    negative = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), negative
+    )
+    return Frozen(teacher, connectors, negative)
 
 
 def abstract_batch(e: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -187,7 +190,7 @@ def _abstract_text(e: Experiment, size: int, sharding) -> dict[str, jax.ShapeDty
 
 
 def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True) -> Frozen:
-    """Teacher, connectors and the negative prompt, in the compute dtype."""
+    """Teacher, connectors and the negative prompt's contexts, in the compute dtype."""
     c = e.config
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     weights = None
@@ -204,12 +207,16 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True)
 
     connectors = checkpoints.load_params(c.checkpoint, "connectors", dtype=e.dtype, sharding=place)
     connectors = {name: connectors[name] for name in places}
+    if weights is None:
+        return Frozen(None, connectors, None)
     negative = text_arrays(e.data.negative, e.data.manifest)
     negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
-    return Frozen(weights, connectors, negative)
+    contexts = jax.jit(_text_contexts(e), out_shardings=everywhere)
+    return Frozen(weights, connectors, contexts(connectors, negative))
 
 
-def text_arrays(element: Mapping[str, Any], manifest: Any) -> dict[str, Any]:
-    """The arrays of a dataset's element that a stage reads; shared features travel once."""
-    drop = {"prompt", "prompt_hash", *(("audio_features",) if manifest.shared_features else ())}
-    return {name: value for name, value in element.items() if name not in drop}
+def _text_contexts(e: Experiment) -> Callable[[Any, dict[str, Any]], dict[str, jax.Array]]:
+    """(parameters of the connectors, stored text) -> contexts, under the names that a batch has."""
+    text = TextInput(TextConnectors(e.connectors, e.dtype))
+    names = ("video_context", "audio_context")
+    return lambda params, batch: dict(zip(names, text.contexts(params, batch)))

@@ -3,8 +3,10 @@
     outcome = train(stage, state, frozen, batches, LoopConfig(num_steps=2000), "outputs/stage1")
 
 The host never waits for the step that it has just dispatched: while the devices compute step n + 1,
-it fetches the scalars of step n, looks for NaN, and writes records. A run that was stopped, or
-killed, goes on from its latest complete checkpoint when the same call is made again.
+it fetches the scalars of step n, looks for NaN, and writes records. A step may move nothing between
+host and devices that it does not move by name (`jax.device_put`): such a transfer is an error. A
+run that was stopped, or killed, goes on from its latest complete checkpoint when the same call is
+made again.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from etils import epath
 
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.distributed.multihost import Watchdog
@@ -35,7 +38,11 @@ from omniforcing_jax.training.metrics import (
 )
 from omniforcing_jax.training.parameter_groups import GROUPS
 from omniforcing_jax.training.state import TrainState
-from omniforcing_jax.training.training_checkpoints import DataIterator, TrainingCheckpoints
+from omniforcing_jax.training.training_checkpoints import (
+    DataIterator,
+    Restored,
+    TrainingCheckpoints,
+)
 
 Scalars = dict[str, float]
 # How many times as long as later ones the first steps may take before the watchdog barks: they
@@ -49,7 +56,7 @@ class Stage(Protocol):
     def train_step(
         self, state: TrainState, frozen: Any, batch: dict[str, jax.Array], step: int
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Dispatches one step, without waiting for it.
+        """Dispatches one step, without waiting for it, and without implicit transfers.
 
         Args:
           state: donated; its counter is `step`.
@@ -178,104 +185,97 @@ def train(
       ValueError: the checkpoint does not fit the state or the configuration, or the processes do
         not have the same configuration or folder.
     """
-    workdir = locate(workdir)
-    run_config = dict(run_config or {})
-    watchdog = watchdog or Watchdog(0)
-    multihost.check_same("the configuration", json.dumps(run_config, sort_keys=True))
-    multihost.check_shared(workdir)
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            TrainingCheckpoints(workdir, keep_last=config.keep_last, keep_every=config.keep_every)
-        )
-        restored = checkpoints.restore(
-            state, batches, run_config, allow_config_change=config.allow_config_change
-        )
-        averages, start = Averages(), 0
-        if restored is not None:
-            state, start = restored.state, restored.step
-            averages.set_state(restored.averages)
-        watchdog.alive(f"step {start} was restored", patience=FIRST_STEPS_PATIENCE)
-        if jax.process_index() == 0:
-            text = json.dumps({"format": 1, "config": run_config}, indent=1)
-            (workdir / "config.json").write_text(text)
-        writer = MetricWriter(workdir, start_step=start, tensorboard=config.tensorboard)
-        stack.callback(writer.close)
-        if restored is not None:
-            writer.say(f"resumed from step {start:,} in {checkpoints.folder}")
-        loop = _Loop(
-            stage=stage,
-            frozen=frozen,
-            batches=batches,
-            config=config,
-            run_config=run_config,
-            hooks=hooks,
-            checkpoints=checkpoints,
-            writer=writer,
-            averages=averages,
-            watch=Stopwatch(flops_per_step, tokens_per_step),
-            watchdog=watchdog,
-            interrupt=stack.enter_context(_interrupts()),
-            state=state,
-            start=start,
-            done=start,
-            logged=start,
-        )
-        outcome = loop.run()
-        checkpoints.wait()
-        watchdog.alive("the last save")
-        writer.say(f"{outcome.reason} after {outcome.step:,} steps; state in {checkpoints.folder}")
-        return outcome
-
-
-@dataclasses.dataclass
-class _Loop:
-    stage: Stage
-    frozen: Any
-    batches: DataIterator
-    config: LoopConfig
-    run_config: dict
-    hooks: Sequence[Hook]
-    checkpoints: TrainingCheckpoints
-    writer: MetricWriter
-    averages: Averages
-    watch: Stopwatch
-    watchdog: Watchdog
-    interrupt: "_Interrupt"
-    state: TrainState
-    start: int
-    done: int
-    logged: int
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    last: Scalars = dataclasses.field(default_factory=dict)
-    saved: int | None = None
-
-    def run(self) -> Outcome:
-        self.saved = self.start
+    run_config, watchdog = dict(run_config or {}), watchdog or Watchdog(0)
+    watch = Stopwatch(flops_per_step, tokens_per_step)
+    with (
+        _opened(locate(workdir), state, batches, config, run_config, watch, watchdog) as run,
+        _interrupts() as interrupt,
+    ):
         reason = "finished"
-        while self.done < self.config.num_steps:
-            stopped = self.interrupt.reason
-            if stopped is None and self.checkpoints.reached_preemption(self.done):
-                stopped = "preempted"
-            if stopped is not None:
-                reason = stopped
+        while run.done < config.num_steps:
+            if interrupt.reason is not None:
+                reason = interrupt.reason
+                break
+            if run.checkpoints.reached_preemption(run.done):
+                reason = "preempted"
                 break
             try:
-                with self.watch.measure("data"):
-                    batch = next(self.batches)
+                with watch.measure("data"):
+                    batch = next(batches)
             except StopIteration:
                 reason = "out of data"
                 break
-            self._step(batch)
-            self._after_step()
-        self._save()
-        if reason == "finished" and self.logged < self.done:
-            self._record(self.done)  # the checkpoint has these averages, should the run be extended
-        return Outcome(self.state, self.done, reason)
+            run.step(stage, frozen, batch)
+            # before the hooks: one that fails loses nothing, and is not met again after a restart
+            if run.done % config.checkpoint_every == 0 or run.done == config.num_steps:
+                run.save()
+            run.call(hooks)
+        run.save()
+        if reason == "finished":
+            run.record()  # the checkpoint has these averages, should the run be extended
+        run.finish(reason)
+        return Outcome(run.state, run.done, reason)
 
-    def _step(self, batch: Any) -> None:
+
+@contextlib.contextmanager
+def _opened(
+    workdir: epath.Path,
+    state: TrainState,
+    batches: DataIterator,
+    config: LoopConfig,
+    run_config: dict,
+    watch: Stopwatch,
+    watchdog: Watchdog,
+) -> Iterator["_Run"]:
+    """The run as its latest checkpoint left it, or at its start."""
+    multihost.check_same("the configuration", json.dumps(run_config, sort_keys=True))
+    multihost.check_shared(workdir)
+    with TrainingCheckpoints(
+        workdir, keep_last=config.keep_last, keep_every=config.keep_every
+    ) as checkpoints:
+        restored = checkpoints.restore(
+            state, batches, run_config, allow_config_change=config.allow_config_change
+        ) or Restored(0, state, {})
+        watchdog.alive(f"step {restored.step} was restored", patience=FIRST_STEPS_PATIENCE)
+        if jax.process_index() == 0:
+            text = json.dumps({"format": 1, "config": run_config}, indent=1)
+            (workdir / "config.json").write_text(text)
+        writer = MetricWriter(workdir, start_step=restored.step, tensorboard=config.tensorboard)
+        with contextlib.closing(writer):
+            if restored.step:
+                writer.say(f"resumed from step {restored.step:,} in {checkpoints.folder}")
+            yield _Run(config, run_config, batches, checkpoints, writer, watch, watchdog, restored)
+
+
+class _Run:
+    """A run under way: its state, the step whose scalars are not fetched yet, and its records."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        run_config: dict,
+        batches: DataIterator,
+        checkpoints: TrainingCheckpoints,
+        writer: MetricWriter,
+        watch: Stopwatch,
+        watchdog: Watchdog,
+        restored: Restored,
+    ):
+        self.config, self.run_config, self.batches = config, run_config, batches
+        self.checkpoints, self.writer = checkpoints, writer
+        self.watch, self.watchdog = watch, watchdog
+        self.state = restored.state
+        self.start = self.done = self.logged = self.saved = restored.step
+        self.averages = Averages()
+        self.averages.set_state(restored.averages)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.last: Scalars = {}
+
+    def step(self, stage: Stage, frozen: Any, batch: Any) -> None:
+        """Dispatches a step, and looks at the one before."""
         compiled = num_compilations()
-        with self.watch.measure("step"):
-            self.state, scalars = self.stage.train_step(self.state, self.frozen, batch, self.done)
+        with self.watch.measure("step"), jax.transfer_guard("disallow"):
+            self.state, scalars = stage.train_step(self.state, frozen, batch, self.done)
         compiled = num_compilations() - compiled
         if compiled and self.done - self.start >= self.config.compile_steps:
             warnings.warn(
@@ -287,11 +287,9 @@ class _Loop:
         self.done += 1
         self.pending = (self.done, scalars)
 
-    def _after_step(self) -> None:
-        # before the hooks: one that fails loses nothing, and is not met again after a restart
-        if self.done % self.config.checkpoint_every == 0 or self.done == self.config.num_steps:
-            self._save()
-        hooks = [hook for hook in self.hooks if self.done % hook.every == 0]
+    def call(self, hooks: Sequence[Hook]) -> None:
+        """Calls the hooks that are due."""
+        hooks = [hook for hook in hooks if self.done % hook.every == 0]
         if hooks:
             self._collect()
         with self.watch.measure("other"):
@@ -322,6 +320,11 @@ class _Loop:
         compiling = self.done - self.start < self.config.compile_steps
         self.watchdog.alive(what, patience=FIRST_STEPS_PATIENCE if compiling else 1)
 
+    def record(self) -> None:
+        """Writes what was not recorded yet."""
+        if self.logged < self.done:
+            self._record(self.done)
+
     def _record(self, step: int) -> None:
         record = self.averages.take()
         record |= self.watch.read(step - self.logged) | memory_use()
@@ -329,7 +332,8 @@ class _Loop:
         self.writer.write(step, record)
         self.writer.say(console_line(step, self.config.num_steps, record))
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Starts to save the state, unless it is saved."""
         self._collect()  # so that no state is saved whose step was not checked
         if self.saved == self.done:
             return
@@ -343,6 +347,13 @@ class _Loop:
             )
         self.saved = self.done
         self._alive(f"the save of step {self.done}")
+
+    def finish(self, reason: str) -> None:
+        """Returns when the last save is complete."""
+        self.checkpoints.wait()
+        self.watchdog.alive("the last save")
+        where = f"state in {self.checkpoints.folder}"
+        self.writer.say(f"{reason} after {self.done:,} steps; {where}")
 
     def _diverged(self, step: int, bad: list[str], scalars: Scalars) -> TrainingDiverged:
         name = min(bad, key=lambda n: ("loss" not in n, "grad_norm" not in n))

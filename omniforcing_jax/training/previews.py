@@ -27,14 +27,14 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.whole_clip import audio_attention_entropy
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.contact_sheet import contact_sheet
-from omniforcing_jax.training.assembly import text_arrays
-from omniforcing_jax.training.config.checks import DECODERS
+from omniforcing_jax.training.batches import text_arrays
 from omniforcing_jax.training.config.experiment import Experiment
+from omniforcing_jax.training.config.fit import DECODERS
 from omniforcing_jax.training.loop import Hook, Scalars
 from omniforcing_jax.training.objectives.common import Frozen, checked_seed, sample_keys
 from omniforcing_jax.training.state import TrainState
-from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
-from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
+from omniforcing_jax.training.students.unrolled import UnrolledStudent
 from omniforcing_jax.types import AVLatents
 
 _ENTROPY_SIGMA = 0.5
@@ -49,12 +49,12 @@ def training_hooks(
     return (Hook(e.config.sample_every, SampleHook(e, stage, frozen, workdir / "samples")),)
 
 
-def full_generator(e: Experiment, stage: Any) -> BidirectionalGenerator | UnrolledGenerator:
+def full_generator(e: Experiment, stage: Any) -> BidirectionalStudent | UnrolledStudent:
     """The student as it is sampled: the whole clip, all steps."""
     if e.config.stage == "stage1":
         return stage.generator
     model = stage.model if e.config.stage == "stage2" else stage.generator.model
-    return UnrolledGenerator(model, e.rollout, e.config.clip.blocks, e.config.clip.blocks)
+    return UnrolledStudent(model, e.rollout, e.config.clip.blocks, e.config.clip.blocks)
 
 
 class SampleHook:

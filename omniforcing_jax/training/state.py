@@ -233,7 +233,7 @@ def cast_params(
       dtype: compute dtype.
       shardings: NamedShardings of the masters (`partitioning.shardings`); None without a mesh.
       gather: hold the copy whole on every device (but for the split over `tensor`), so that one
-        all-gather serves all forwards of a rollout; see `partitioning.whole_weights`. Otherwise the
+        all-gather serves all forwards of a rollout; see `partitioning.WeightRules`. Otherwise the
         copy lies as the masters do, and each use gathers its layer in `dtype`.
 
     Returns:

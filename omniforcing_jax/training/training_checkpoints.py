@@ -18,7 +18,6 @@ run that was resumed equals one that was not, bit for bit.
 import base64
 import contextlib
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.io import checkpoints
@@ -35,6 +35,7 @@ from omniforcing_jax.training.config.run_config import check_config, listed, pla
 from omniforcing_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+_ITERATOR_FILE = "iterator.json"
 # what reading a damaged checkpoint raises; running out of memory is none of these
 _DAMAGED = (ValueError, OSError, KeyError)
 
@@ -68,36 +69,6 @@ class CheckpointNotSaved(OSError):
     """A save failed, a full disk for instance; the checkpoints before it are as they were."""
 
 
-class _IteratorHandler(ocp.CheckpointHandler):
-    """Process 0 writes where the iterators of all processes stand."""
-
-    _FILE = "iterator.json"
-
-    def save(self, directory, args: "_IteratorSave") -> None:
-        state = args.state
-        if isinstance(state, bytes):
-            state = {"base64": base64.b64encode(state).decode()}
-        if jax.process_index() == 0:
-            (directory / self._FILE).write_text(json.dumps(state))
-
-    def restore(self, directory, args=None) -> dict | bytes:
-        del args
-        state = json.loads((directory / self._FILE).read_text())
-        return base64.b64decode(state["base64"]) if set(state) == {"base64"} else state
-
-
-@ocp.args.register_with_handler(_IteratorHandler, for_save=True)
-@dataclasses.dataclass
-class _IteratorSave(ocp.args.CheckpointArgs):
-    state: dict | bytes
-
-
-@ocp.args.register_with_handler(_IteratorHandler, for_restore=True)
-@dataclasses.dataclass
-class _IteratorRestore(ocp.args.CheckpointArgs):  # the manager knows handlers by both
-    pass
-
-
 @dataclasses.dataclass
 class _Noted:
     """A part of a save under way, in the background."""
@@ -111,6 +82,30 @@ class _Noted:
         except Exception as error:
             self.note(error)
             raise
+
+
+class _NotesFailures:
+    """A handler that hands the error of a save that fails in the background to `note`.
+
+    The manager itself tells of it when the next save begins. With several processes not even then:
+    it waits for all of them before.
+    """
+
+    note: Callable[[Exception], None] = staticmethod(lambda error: None)
+
+    async def async_save(self, *args, **settings) -> list[_Noted]:
+        futures = await super().async_save(*args, **settings)
+        return [_Noted(future, self.note) for future in futures or ()]
+
+
+class _StateHandler(_NotesFailures, ocp.PyTreeCheckpointHandler):
+    def __init__(self):
+        # uncompressed: weights hardly shrink, and zstd would be the bottleneck
+        super().__init__(use_compression=False)
+
+
+class _JsonHandler(_NotesFailures, ocp.JsonCheckpointHandler):
+    """What process 0 writes."""
 
 
 class TrainingCheckpoints:
@@ -135,13 +130,16 @@ class TrainingCheckpoints:
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._failure: Exception | None = None
+        handlers = {
+            "state": _StateHandler(),
+            "data": _JsonHandler(_ITERATOR_FILE),
+            "run": _JsonHandler(),
+        }
+        for handler in handlers.values():
+            handler.note = self._note
         self._manager = ocp.CheckpointManager(
             self.folder,
-            item_handlers={
-                "state": self._noting_failures(_state_handler()),
-                "data": _IteratorHandler(),
-                "run": self._noting_failures(ocp.JsonCheckpointHandler()),
-            },
+            item_handlers=handlers,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep_last,
                 keep_period=None if read_only else keep_every,
@@ -184,7 +182,7 @@ class TrainingCheckpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state),
-                    data=_IteratorSave(batches.get_state()),
+                    data=ocp.args.JsonSave(_to_json(batches.get_state())),
                     run=ocp.args.JsonSave({"config": plain(config), "averages": dict(averages)}),
                 ),
             )
@@ -208,21 +206,8 @@ class TrainingCheckpoints:
         with self._reporting():
             self._manager.wait_until_finished()
 
-    def _noting_failures(self, handler: ocp.AsyncCheckpointHandler) -> ocp.AsyncCheckpointHandler:
-        """The manager itself tells of a failure when the next save begins.
-
-        With several processes not even then: it waits for all of them before.
-        """
-        save = handler.async_save
-
-        def note(error: Exception) -> None:
-            self._failure = error
-
-        async def async_save(*args, **settings) -> list[_Noted]:
-            return [_Noted(future, note) for future in await save(*args, **settings) or ()]
-
-        handler.async_save = async_save
-        return handler
+    def _note(self, error: Exception) -> None:
+        self._failure = error
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -289,9 +274,10 @@ class TrainingCheckpoints:
     def _read_small(self, step: int) -> tuple[dict, dict | bytes, dict]:
         folder = self.folder / str(step)
         run = ocp.JsonCheckpointHandler().restore(folder / "run")
-        return run, _IteratorHandler().restore(folder / "data"), self.saved_arrays(step)
+        data = ocp.JsonCheckpointHandler(_ITERATOR_FILE).restore(folder / "data")
+        return run, _from_json(data), self.saved_arrays(step)
 
-    def saved_arrays(self, step: int) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    def saved_arrays(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """{path: shape and dtype} of a checkpoint's state, without reading it."""
         metadata = self._manager.item_metadata(step)["state"]
         if metadata is None:
@@ -304,7 +290,7 @@ class TrainingCheckpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(template),
             partial_restore=partial,
         )
-        return _state_handler().restore(self.folder / str(step) / "state", args=args)
+        return _StateHandler().restore(self.folder / str(step) / "state", args=args)
 
     def read_part(self, step: int, template: Any) -> Any:
         """The part of a checkpoint's state that `template` (nested dicts) names."""
@@ -325,9 +311,12 @@ class TrainingCheckpoints:
             self._manager.reload()
 
 
-def _state_handler() -> ocp.PyTreeCheckpointHandler:
-    # uncompressed: weights hardly shrink, and zstd would be the bottleneck
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
+def _to_json(state: dict | bytes) -> dict:
+    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else state
+
+
+def _from_json(state: dict) -> dict | bytes:
+    return base64.b64decode(state["base64"]) if set(state) == {"base64"} else state
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
@@ -400,9 +389,8 @@ def load_generator(
                 f"there are: {', '.join(map(str, steps)) or 'none'}"
             )
         step = steps[-1] if step is None else step
-        prefix = ("generator", which)
-        arrays = run.saved_arrays(step)
-        saved = {key[2:]: leaf for key, leaf in arrays.items() if key[:2] == prefix}
+        prefix, arrays = f"generator/{which}/", run.saved_arrays(step)
+        saved = {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
         if not saved:
             raise ValueError(f"{path}: step {step} has no generator/{which}; the run kept none")
         new, template = _match(path, saved, expected, allow_new)
@@ -411,11 +399,14 @@ def load_generator(
 
 
 def _match(path, saved: Mapping, expected: Any, allow_new: tuple[str, ...]) -> tuple[dict, dict]:
-    """({path: leaf} of the new parameters, tree of those to be loaded)."""
+    """({"a/b": leaf} of the new parameters, tree of those to be loaded)."""
     wanted = _by_path(expected)
-    new = {names: leaf for names, leaf in wanted.items()
-           if names not in saved and set(names) & set(allow_new)}  # fmt: skip
-    found = {names: leaf for names, leaf in wanted.items() if names not in new}
+    new = {
+        name: leaf
+        for name, leaf in wanted.items()
+        if name not in saved and set(name.split("/")) & set(allow_new)
+    }
+    found = {name: leaf for name, leaf in wanted.items() if name not in new}
     problems = _differences(saved, found)
     if problems:
         hint = "" if new else "; if they are new, name them in allow_new"
@@ -423,15 +414,14 @@ def _match(path, saved: Mapping, expected: Any, allow_new: tuple[str, ...]) -> t
             f"{path} does not hold this model's parameters: {listed(problems)}"
             f"{hint if any('missing' in p for p in problems) else ''}"
         )
-    return new, _tree(found)
+    return new, unflatten_dict(found, sep="/")
 
 
 def _with_new(params: dict, new: Mapping, init: Callable[[], Any] | None) -> dict:
     if not new:
         return params
     if init is None:
-        names = ", ".join("/".join(path) for path in new)
-        raise ValueError(f"{names}: new, so `init` must say how to initialise them")
+        raise ValueError(f"{', '.join(new)}: new, so `init` must say how to initialise them")
     shardings = {path: _sharding(leaf) for path, leaf in new.items()}
 
     def draw():  # compiled: what is not returned is not computed
@@ -439,7 +429,7 @@ def _with_new(params: dict, new: Mapping, init: Callable[[], Any] | None) -> dic
         return {path: leaves[path].astype(leaf.dtype) for path, leaf in new.items()}
 
     drawn = jax.jit(draw, out_shardings=shardings)()
-    return _tree(_by_path(params) | drawn)
+    return unflatten_dict(_by_path(params) | drawn, sep="/")
 
 
 def _sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
@@ -458,38 +448,18 @@ def _abstract(state: TrainState) -> TrainState:
     return jax.tree.map(describe, state)
 
 
-def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """{path: leaf}, whatever the containers."""
-
-    def name(key) -> str:
-        match key:
-            case jax.tree_util.DictKey():
-                return str(key.key)
-            case jax.tree_util.SequenceKey():
-                return str(key.idx)
-        return key.name
-
+def _by_path(tree: Any) -> dict[str, Any]:
+    """{"a/b/c": leaf}, whatever the containers."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(name(key) for key in path): leaf for path, leaf in leaves}
-
-
-def _tree(leaves: Mapping[tuple[str, ...], Any]) -> dict:
-    """Nested dicts from {path: leaf}."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _differences(saved: Mapping, wanted: Mapping) -> list[str]:
-    problems = [f"{'/'.join(path)} is missing" for path in wanted if path not in saved]
-    problems += [f"{'/'.join(path)} is not in the model" for path in saved if path not in wanted]
-    for path, leaf in wanted.items():
-        if path in saved and tuple(saved[path].shape) != tuple(leaf.shape):
-            problems.append(f"{'/'.join(path)} is {saved[path].shape}, must be {leaf.shape}")
+    problems = [f"{name} is missing" for name in wanted if name not in saved]
+    problems += [f"{name} is not in the model" for name in saved if name not in wanted]
+    for name, leaf in wanted.items():
+        if name in saved and tuple(saved[name].shape) != tuple(leaf.shape):
+            problems.append(f"{name} is {saved[name].shape}, must be {leaf.shape}")
     return problems
 
 

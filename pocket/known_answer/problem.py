@@ -16,7 +16,7 @@ from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.sampling.whole_clip import clip_x0
-from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
+from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
 from omniforcing_jax.types import AVLatents
 from pocket.known_answer.gaussian_world import GaussianTeacher, GaussianWorld, make_teacher
 
@@ -172,7 +172,7 @@ def sample_as_trained(problem: Problem, generator, params) -> AVLatents:
     Stage I draws a step per sample, stage III one per batch: here a third of the samples each.
     """
     key, contexts = problem.key(10), tuple(problem.test_text.values())
-    if isinstance(generator, BidirectionalGenerator):
+    if isinstance(generator, BidirectionalStudent):
         return _training_samples(generator, params, contexts, key, key)
     parts, exits = [], generator.num_steps
     share = problem.settings.samples // exits // problem.world.num_prompts

@@ -36,15 +36,16 @@ from omniforcing_jax.models.transformer.model import init_params
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trajectories import sample_trajectory, schedule_indices
+from omniforcing_jax.training.config.settings import DMDStage, RegressionConfig, StageII
 from omniforcing_jax.training.metrics import Averages
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
-from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig
-from omniforcing_jax.training.objectives.ode_regression import ODERegression, RegressionConfig
+from omniforcing_jax.training.objectives.dmd import DMD
+from omniforcing_jax.training.objectives.ode_regression import ODERegression
 from omniforcing_jax.training.objectives.scores import ScoreConfig
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import TrainState, create_network, create_state
-from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
-from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
+from omniforcing_jax.training.students.unrolled import UnrolledStudent
 from omniforcing_jax.types import AVLatents
 from pocket.known_answer import plot as known_answer_plot
 from pocket.known_answer.gaussian_world import DISTANCES, best_regression_student
@@ -158,8 +159,10 @@ def pretrain(problem: Problem):
     model = problem.network
     config = RolloutConfig(CacheConfig(layout), problem.sigmas, height=1, width=1)
     # one block has no history, so clean states would teach nothing
-    regression = RegressionConfig("flow", include_clean=False, seed=settings.seed)
-    stage = ODERegression(model, config, 1, TextInput(), optimizer, regression, EMA)
+    regression = StageII(
+        seed=settings.seed, ema=EMA, regression=RegressionConfig("flow", include_clean=False)
+    )
+    stage = ODERegression(model, config, 1, TextInput(), optimizer, regression)
     params = jax.jit(lambda key: init_params(model, key))(problem.key(4))
     text = problem.world.prompt_batch(settings.batch)
 
@@ -179,13 +182,13 @@ def distribution_matching(
 ):
     """Stage I or III, by its generator, from given weights; parameters and curves."""
     settings, num_steps = problem.settings, problem.settings.steps[STAGES.index(name)]
-    config = DMDConfig(score=ScoreConfig(**UNGUIDED), seed=settings.seed)
+    config = DMDStage(seed=settings.seed, ema=EMA, score=ScoreConfig(**UNGUIDED))
     optimizers = (
         adam(learning_rates[0], num_steps // config.critic_updates, beta1=0.0),
         adam(learning_rates[1], num_steps, beta1=0.0),
     )
     teacher, teacher_params = problem.teacher
-    stage = DMD(generator, teacher, problem.network, TextInput(), *optimizers, config, EMA)
+    stage = DMD(generator, teacher, problem.network, TextInput(), *optimizers, config)
     state = create_state(
         create_network(_copy(params), optimizers[0], ema=True),
         create_network(_copy(critic), optimizers[1], ema=False),
@@ -231,8 +234,8 @@ def regress(problem: Problem, objective: str, params, data: dict[str, jax.Array]
     """Stage II from stage I's weights and new sinks; parameters and curves."""
     settings, model = problem.settings, problem.causal_network
     optimizer = adam(1e-3, settings.steps[2], beta2=0.99)
-    config = RegressionConfig(objective, seed=settings.seed)
-    stage = ODERegression(model, problem.rollout, NUM_BLOCKS, TextInput(), optimizer, config, EMA)
+    config = StageII(seed=settings.seed, ema=EMA, regression=RegressionConfig(objective))
+    stage = ODERegression(model, problem.rollout, NUM_BLOCKS, TextInput(), optimizer, config)
     sinks = jax.jit(lambda key: init_params(model, key)["audio_sinks"])(problem.key(7))
     params = _copy(params | {"audio_sinks": sinks})
     state = create_state(create_network(params, optimizer, ema=True))
@@ -256,7 +259,7 @@ def run(settings: Settings) -> dict[str, Any]:
     pretrained, curves = pretrain(problem)
     stages = {STAGES[0]: curves}
 
-    first = BidirectionalGenerator(network, world.clip, problem.sigmas)
+    first = BidirectionalStudent(network, world.clip, problem.sigmas)
     bidirectional, stages[STAGES[1]] = distribution_matching(
         problem, STAGES[1], first, (1e-3, 1e-3), pretrained, pretrained
     )
@@ -270,7 +273,7 @@ def run(settings: Settings) -> dict[str, Any]:
     for objective in data:
         found = regress(problem, objective, bidirectional, data[objective])
         students[objective], stages[f"{STAGES[2]} ({objective})"] = found
-    last = UnrolledGenerator(
+    last = UnrolledStudent(
         problem.causal_network, problem.rollout, NUM_BLOCKS, scored_blocks=NUM_BLOCKS
     )
     student, stages[STAGES[3]] = distribution_matching(

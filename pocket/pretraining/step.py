@@ -39,7 +39,7 @@ class Pretraining:
     ) -> tuple[TrainState, Scalars]:
         """One update; `state` is donated."""
         del step
-        return self._step(state, frozen, batch, checked_seed(self.seed))
+        return self._step(state, frozen, *jax.device_put((batch, checked_seed(self.seed))))
 
     @functools.cached_property
     def _step(self):

@@ -21,12 +21,18 @@ from omniforcing_jax.models.transformer.model import Transformer  # noqa: E402
 from omniforcing_jax.sampling.kv_cache import CacheConfig  # noqa: E402
 from omniforcing_jax.sampling.student import RolloutConfig  # noqa: E402
 from omniforcing_jax.training.assembly import abstract_params  # noqa: E402
+from omniforcing_jax.training.config.settings import (  # noqa: E402
+    ComputeConfig,
+    RegressionConfig,
+    StageII,
+    StageIII,
+)
 from omniforcing_jax.training.objectives.common import Frozen, TextInput  # noqa: E402
-from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig  # noqa: E402
-from omniforcing_jax.training.objectives.ode_regression import ODERegression, RegressionConfig  # noqa: E402
-from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer  # noqa: E402
+from omniforcing_jax.training.objectives.dmd import DMD  # noqa: E402
+from omniforcing_jax.training.objectives.ode_regression import ODERegression  # noqa: E402
+from omniforcing_jax.training.optimizers import OptimizerConfig, make_optimizer  # noqa: E402
 from omniforcing_jax.training.state import create_network, create_state, state_shardings  # noqa: E402
-from omniforcing_jax.training.students.unrolled import UnrolledGenerator  # noqa: E402
+from omniforcing_jax.training.students.unrolled import UnrolledStudent  # noqa: E402
 from tests.tiny_model import random_contexts, random_params  # noqa: E402
 
 BATCH, BLOCKS = 8, 2
@@ -58,21 +64,20 @@ def main(stage: str, axes: dict[str, int]) -> list[dict[str, float]]:
         if stage == "stage3":
             state = create_state(generator, create_network(params[1], OPTIMIZER, ema=False))
             trained = DMD(
-                UnrolledGenerator(model, ROLLOUT, BLOCKS, BLOCKS),
+                UnrolledStudent(model, ROLLOUT, BLOCKS, BLOCKS),
                 model,
                 model,
                 TextInput(),
                 OPTIMIZER,
                 OPTIMIZER,
-                DMDConfig(microbatches=2, gather_weights=True),
-                EMAConfig(),
+                StageIII(microbatches=2, compute=ComputeConfig(gather_weights=True)),
                 shardings=state_shardings(state),
             )
         else:
             state, frozen = create_state(generator), Frozen()
             trained = ODERegression(
                 model, ROLLOUT, BLOCKS, TextInput(), OPTIMIZER,
-                RegressionConfig(objective="flow"), EMAConfig(), shardings=state_shardings(state),
+                StageII(regression=RegressionConfig("flow")), shardings=state_shardings(state),
             )  # fmt: skip
             clip, rng = trained.clip, np.random.default_rng(0)
             shapes = clip.zeros(model, BATCH)

@@ -143,7 +143,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 from etils import epath
 from jax.experimental import multihost_utils
-from launch.training import DeviceBatches
+from omniforcing_jax.training.batches import DeviceBatches
 from omniforcing_jax.distributed import multihost, partitioning
 
 multihost.join(multihost.find_job(None, f"127.0.0.1:{port}", 2, index), timeout=120)

@@ -11,8 +11,9 @@ import pytest
 from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.sampling.whole_clip import clip_velocity
+from omniforcing_jax.training.config.settings import DMDStage
 from omniforcing_jax.training.objectives.common import Frozen, TextInput, numbered
-from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig
+from omniforcing_jax.training.objectives.dmd import DMD
 from omniforcing_jax.training.objectives.scores import ScoreConfig
 from omniforcing_jax.types import AVLatents
 from pocket.known_answer import gaussian_world
@@ -123,18 +124,21 @@ class AffineGenerator:
     def clip(self) -> ClipGeometry:
         return WORLD.clip
 
-    def sample(self, weights, contexts, keys, step_key, whole=None) -> AVLatents:
+    def simulate(self, weights, contexts, keys, step_key) -> None:
+        """There are no steps before the only one."""
+
+    def sample(self, weights, contexts, keys, step_key) -> AVLatents:
         index = jnp.arange(keys.shape[0]) % WORLD.num_prompts
         noise = join(draw_noise(keys, WORLD.clip, TEACHER))
         return WORLD.split(weights["mean"][index] + noise @ weights["factor"].T)
 
-    def sample_with_pullback(self, weights, contexts, keys, step_key, whole=None):
-        sample, pullback = jax.vjp(lambda w: self.sample(w, contexts, keys, step_key), weights)
+    def sample_with_pullback(self, weights, contexts, keys, trace):
+        sample, pullback = jax.vjp(lambda w: self.sample(w, contexts, keys, trace), weights)
         return sample, lambda cotangent: pullback(cotangent)[0]
 
 
 def affine_dmd() -> DMD:
-    return DMD(AffineGenerator(), TEACHER, TEACHER, TextInput(), None, None, DMDConfig(score=SCORE))
+    return DMD(AffineGenerator(), TEACHER, TEACHER, TextInput(), None, None, DMDStage(score=SCORE))
 
 
 def true_weights() -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import pytest
 from launch import plan
 from omniforcing_jax.scaling import aot, cost, dry_run, proposals
 from omniforcing_jax.scaling import devices as hardware
-from omniforcing_jax.training.config.experiment import ConfigError
+from omniforcing_jax.training.config.settings import ConfigError
 
 COMPILED = pathlib.Path(__file__).parents[2] / "docs" / "scaling.json"
 
@@ -33,11 +33,12 @@ def test_work_of_a_stage_by_hand():
 
 
 def test_traffic_by_hand():
-    """One pass and one gradient: weights twice, and half of the tokens' exchanges leave."""
+    """One pass and one gradient: weights in bfloat16 and gradients in float32, and half of the
+    tokens' exchanges leave."""
     e = experiment("stage2", 32, {"fsdp": 16, "sequence": 2})
     work = cost.Work(0.0, 0.0, gathers=1, reductions=1, passes=((6144, 1.0),))
     t = cost.traffic(e, work, weights=10**9)
-    assert t.fsdp == pytest.approx(2 * 2e9 * 31 / 32)
+    assert t.fsdp == pytest.approx((2e9 + 4e9) * 31 / 32)
     assert (t.data, t.tensor) == (0, 0)
     rows = 32 / 16
     assert t.sequence == pytest.approx(48 * rows * 3072 * (6 * 4096 + 4 * 2048) * 2 * 1 / 2)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from checkpoint_converters import synthetic
-from configs import base, stage1, stage2, stage3
+from configs import stage1, stage2, stage3
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.training import assembly
-from omniforcing_jax.training.config import experiment
-from omniforcing_jax.training.config.experiment import ConfigError
+from omniforcing_jax.training.config import experiment, settings
+from omniforcing_jax.training.config.settings import ConfigError
 
 GIB = 2**30
 MODULES = {"stage1": stage1, "stage2": stage2, "stage3": stage3}
@@ -54,7 +54,7 @@ def config_of(stage: str, folder, variant: str = "19b", **changes):
 
 def checked(stage: str, folder, devices: int = 32, variant: str = "19b", **changes):
     config = config_of(stage, folder, variant, **changes)
-    return experiment.check(config, base.training(stage), devices)
+    return experiment.check(config, devices)
 
 
 def problems_of(*args, **kwargs) -> list[str]:
@@ -79,18 +79,18 @@ def test_the_papers_settings(full_size):
     for stage, steps in (("stage1", 2000), ("stage2", 3000), ("stage3", 2000)):
         e = checked(stage, full_size)
         c = e.config
-        assert (c.batch_size, c.num_steps, e.optimizers["generator"].learning_rate) == (
+        assert (c.batch_size, c.num_steps, c.optimizers["generator"].learning_rate) == (
             32, steps, 2e-5,
         )  # fmt: skip
         assert e.student.num_audio_sinks == (0 if stage == "stage1" else 16)
         assert e.layout.name == "prefix"
         if stage != "stage2":
-            assert e.settings.score.video_cfg == (3.0, 3.0)
-            assert e.settings.score.audio_cfg == (5.0, 5.0)
-            assert e.settings.critic_updates == 5
+            assert c.score.video_cfg == (3.0, 3.0)
+            assert c.score.audio_cfg == (5.0, 5.0)
+            assert c.critic_updates == 5
     v2 = checked("stage1", full_size, variant="19b-v2")
     np.testing.assert_allclose(v2.sigmas, [1.0, 0.750697, 0.544771, 0.0], atol=1e-6)
-    assert checked("stage2", full_size).settings.objective == "velocity"
+    assert checked("stage2", full_size).config.regression.objective == "velocity"
 
 
 def test_plan_of_the_full_model(full_size):
@@ -185,12 +185,12 @@ def test_unknown_and_missing_settings(full_size):
         c.student.num_sink = 4
         del c.batch_size
     with pytest.raises(ConfigError) as error:
-        experiment.check(c, base.training("stage1"), 1)
+        experiment.check(c, 1)
     text = str(error.value)
     assert "student.num_sink: there is no such setting" in text
     assert "batch_size: is missing" in text
     with pytest.raises(ConfigError, match="this config is for 'stage1'"):
-        experiment.check(config_of("stage1", full_size), base.training("stage2"), 1)
+        experiment.check(config_of("stage1", full_size), 1, stage="stage2")
 
 
 @pytest.mark.parametrize(
@@ -334,9 +334,68 @@ def test_a_student_goes_on_as_it_was_trained(full_size, tmp_path):
     assert "student.sink_rope (incremental there, identity here)" in problem
     assert "timesteps" not in problem and "layout" not in problem
     changed = config_of("stage3", full_size, generator=str(run))
-    experiment.check(changed, base.training("stage3"), 32, allow_config_change=True)
+    experiment.check(changed, 32, allow_config_change=True)
     write("stage1")
     checked("stage2", full_size, generator=str(run), **other)
+
+
+def test_a_damaged_source_is_a_problem_among_others(full_size, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for text, message in (
+        ('{"format": 1, "config": {"mod', "is not JSON"),
+        ('{"format": 1}', "has no 'config'"),
+        ('{"format": 1, "config": {"student_config": {}}}', "has no 'model_version'"),
+    ):
+        (run / "config.json").write_text(text)
+        problems = problems_of("stage2", full_size, generator=str(run), batch_size=33)
+        assert any(p.startswith("generator: ") and message in p for p in problems)
+        assert any(p.startswith("batch_size: 33") for p in problems)
+
+
+def test_a_source_from_before_a_setting_existed_had_its_default(full_size, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = json.loads(json.dumps(checked("stage2", full_size).run_config()))
+    del config["student"]["tanh_gated_attention"], config["compute"]
+    (run / "config.json").write_text(json.dumps({"format": 1, "config": config}))
+    checked("stage3", full_size, generator=str(run))
+    changes = {"student.tanh_gated_attention": True}
+    (problem,) = problems_of("stage3", full_size, generator=str(run), **changes)
+    assert "student.tanh_gated_attention (False there, True here)" in problem
+
+
+def test_settings_of_another_type(full_size):
+    c = config_of("stage1", full_size)
+    c.batch_size = None
+    c.clip = None
+    c.keep_every = None
+    c.student.timesteps = [1000, 725]
+    with pytest.raises(ConfigError) as error:
+        experiment.check(c, 1)
+    assert error.value.problems == [
+        "batch_size: must be int, not None",
+        "clip: must be a group of settings, not None",
+    ]
+
+
+def test_gradients_are_added_up_in_float32_unless_the_config_says_otherwise(full_size):
+    e = checked("stage1", full_size)
+    assert e.dtype == jnp.bfloat16 and e.model(e.student).rules.reduce_dtype == jnp.float32
+    e = checked("stage1", full_size, **{"compute.reduce_dtype": "bfloat16"})
+    assert e.model(e.student).rules.reduce_dtype == jnp.bfloat16
+    (problem,) = problems_of("stage1", full_size, **{"compute.reduce_dtype": "float16"})
+    assert problem.startswith("compute: reduce_dtype must be one of")
+
+
+def test_settings_go_to_a_tree_and_back():
+    for stage, usual in settings.STAGES.items():
+        problems = settings.Problems()
+        tree = json.loads(json.dumps(settings.to_dict(usual())))
+        assert settings.parse(tree, problems) == usual()
+        assert not problems and tree["stage"] == stage
+    with pytest.raises(ConfigError, match="must be one of stage1, stage2, stage3, not 'stage4'"):
+        settings.parse({"stage": "stage4"}, problems)
 
 
 def test_state_is_described_without_memory(full_size):
@@ -345,5 +404,9 @@ def test_state_is_described_without_memory(full_size):
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     state = assembly.abstract_state(e, mesh)
     assert all(isinstance(x, jax.ShapeDtypeStruct) and x.sharding for x in jax.tree.leaves(state))
+    frozen = assembly.abstract_frozen(e, mesh)
+    # the negative prompt has gone through the connectors, once for all steps
+    shapes = {name: x.shape for name, x in frozen.negative.items()}
+    assert shapes == {"video_context": (1, 1024, 3840), "audio_context": (1, 1024, 3840)}
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype("float32")}

@@ -9,7 +9,6 @@ import sys
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -133,9 +132,10 @@ def test_divergence_names_the_parameter_group(stage, tmp_path):
             state, scalars = stage.train_step(state, frozen, batch, step)
             scalars = {f"generator/{name}": value for name, value in scalars.items()}
             if step == 2:
-                scalars["generator/grad_norm"] = jnp.float32(jnp.inf)
-                scalars["generator/grad_norm/v2a_attn"] = jnp.float32(jnp.inf)
-                scalars["generator/band/high"] = jnp.float32(jnp.nan)
+                infinite, nothing = jax.device_put((np.float32(np.inf), np.float32(np.nan)))
+                scalars["generator/grad_norm"] = infinite
+                scalars["generator/grad_norm/v2a_attn"] = infinite
+                scalars["generator/band/high"] = nothing
             return state, scalars
 
     with pytest.raises(TrainingDiverged) as error:
@@ -199,10 +199,19 @@ def test_a_stage_whose_counter_is_wrong_is_not_saved(stage, tmp_path):
     class Forgetful:
         def train_step(self, state, frozen, batch, step):
             state, scalars = stage.train_step(state, frozen, batch, step)
-            return state.replace(step=state.step - 1), scalars
+            return state.replace(step=state.step - jax.device_put(np.int32(1))), scalars
 
     with pytest.raises(ValueError, match="state says step 0 after 5 steps"):
         train_toy(tmp_path, stage=Forgetful(), state=stage.init_state())
+
+
+def test_a_step_that_moves_arrays_without_saying_so_is_an_error(stage, tmp_path):
+    class Careless:
+        def train_step(self, state, frozen, batch, step):
+            return stage.jitted(state, frozen, batch)
+
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train_toy(tmp_path, stage=Careless(), state=stage.init_state())
 
 
 def test_loop_config_problems_are_reported_together():

@@ -29,8 +29,9 @@ from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.streaming import media
 from omniforcing_jax.training import ode_pair_sampler
+from omniforcing_jax.training.config.settings import RegressionConfig, StageII
 from omniforcing_jax.training.objectives.common import TextInput
-from omniforcing_jax.training.objectives.ode_regression import ODERegression, RegressionConfig
+from omniforcing_jax.training.objectives.ode_regression import ODERegression
 from omniforcing_jax.training.ode_pair_sampler import TrajectorySampler
 from omniforcing_jax.training.optimizers import OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import create_network, create_state
@@ -317,7 +318,7 @@ def stage_two(checkpoint, manifest, **changes):
         num_blocks=layout.num_blocks_for(manifest.video_frames),
         text=TextInput(),
         optimizer=make_optimizer(OptimizerConfig(1e-4)),
-        config=RegressionConfig(**changes),
+        config=StageII(regression=RegressionConfig(**changes)),
     )
 
 

@@ -93,16 +93,16 @@ def main(process_id, num_processes, port, run, result, steps, mishap="none:0:-1"
     class Stage:
         def train_step(self, state, frozen, batch, step):
             mishap.step(step)
-            return jitted(state, np.float32(0), batch)
+            return jitted(state, nothing, batch)
 
-    handler = training_checkpoints._IteratorHandler
-    save = handler.save
+    handler = training_checkpoints._JsonHandler
+    save = handler.async_save
 
-    def save_or_die(self, directory, args):
-        mishap.save(args.state["index"])
-        return save(self, directory, args)
+    async def save_or_die(self, directory, args):
+        mishap.save(args.item.get("index"))
+        return await save(self, directory, args=args)
 
-    handler.save = save_or_die
+    handler.async_save = save_or_die
     checkpoints = training_checkpoints.TrainingCheckpoints
     read = checkpoints._read_state
 
@@ -115,6 +115,7 @@ def main(process_id, num_processes, port, run, result, steps, mishap="none:0:-1"
     try:
         with jax.set_mesh(mesh), multihost.Watchdog(20, name=str(job)) as dog:
             toy = ToyStage()
+            nothing = place(np.float32(0), lambda x: P())
             state = toy.init_state(place(toy_params(), split))
             jitted = jax.jit(
                 toy.jitted.__wrapped__,

@@ -105,7 +105,7 @@ class ToyStage:
 
     def train_step(self, state, frozen, batch, step):
         del step
-        return self.jitted(state, frozen, batch)
+        return self.jitted(state, frozen, jax.device_put(batch))
 
 
 RUN_CONFIG = {"optimizer": {"learning_rate": 1e-2, "betas": (0.9, 0.999)}, "seed": 0}
@@ -138,12 +138,16 @@ def main(workdir: str, num_steps: str, where: str, at: str) -> None:
 
         stage.train_step = train_step
     else:
-        save = training_checkpoints._IteratorHandler.save
+        save = training_checkpoints._JsonHandler.async_save
 
-        def save_iterator(self, directory, args):
-            return die() if args.state["index"] == int(at) else save(self, directory, args)
+        async def save_iterator(self, directory, args):
+            return (
+                die()
+                if args.item.get("index") == int(at)
+                else await save(self, directory, args=args)
+            )
 
-        training_checkpoints._IteratorHandler.save = save_iterator
+        training_checkpoints._JsonHandler.async_save = save_iterator
     train_toy(workdir, int(num_steps), stage)
 
 

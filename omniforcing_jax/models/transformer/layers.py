@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax.distributed.partitioning import constrain, product
+from omniforcing_jax.distributed.partitioning import WeightRules, constrain, product
 from omniforcing_jax.models.transformer.rope import Rope
 from omniforcing_jax.ops.attention import attention, attention_entropy
 
@@ -36,6 +36,7 @@ def linear(
     features: int,
     axes: tuple[str | None, str | None],
     dtype: jnp.dtype,
+    rules: WeightRules = WeightRules(),
     *,
     use_bias: bool = True,
     zero_init: bool = False,
@@ -51,7 +52,7 @@ def linear(
 
     def dot_general(x, kernel, dimensions, **kwargs):
         del dimensions, kwargs  # nn.Dense contracts the last axis with the first
-        return product(x, kernel, axes, split_tokens=split_tokens)
+        return product(x, kernel, axes, rules, split_tokens=split_tokens)
 
     bias_axes = tuple(None if axis == "embed" else axis for axis in axes[1:])
     kernel_init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
@@ -108,11 +109,13 @@ class FeedForward(nn.Module):
     dtype: jnp.dtype
     use_bias: bool = True
     split_tokens: bool = False
+    rules: WeightRules = WeightRules()
 
     def setup(self):
+        how = self.dtype, self.rules
         options = {"use_bias": self.use_bias, "split_tokens": self.split_tokens}
-        self.up = linear(4 * self.dim, ("embed", "mlp"), self.dtype, **options)
-        self.down = linear(self.dim, ("mlp", "embed"), self.dtype, **options)
+        self.up = linear(4 * self.dim, ("embed", "mlp"), *how, **options)
+        self.down = linear(self.dim, ("mlp", "embed"), *how, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(nn.gelu(self.up(x), approximate=True))
@@ -123,10 +126,12 @@ class CaptionProjection(nn.Module):
 
     dim: int
     dtype: jnp.dtype
+    rules: WeightRules = WeightRules()
 
     def setup(self):
-        self.linear_1 = linear(self.dim, (None, "embed"), self.dtype, split_tokens=True)
-        self.linear_2 = linear(self.dim, ("embed", None), self.dtype, split_tokens=True)
+        how = self.dtype, self.rules
+        self.linear_1 = linear(self.dim, (None, "embed"), *how, split_tokens=True)
+        self.linear_2 = linear(self.dim, ("embed", None), *how, split_tokens=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(nn.gelu(self.linear_1(x), approximate=True))
@@ -158,18 +163,20 @@ class Attention(nn.Module):
     split_tokens: tuple[bool, bool] = (False, False)
     measured: bool = False
     implementation: str = "auto"
+    rules: WeightRules = WeightRules()
 
     def setup(self):
         inner = self.heads * self.head_dim
         q_split, kv_split = self.split_tokens
-        self.q = linear(inner, ("embed", "heads"), self.dtype, split_tokens=q_split)
-        self.k = linear(inner, ("embed", "heads"), self.dtype, split_tokens=kv_split)
-        self.v = linear(inner, ("embed", "heads"), self.dtype, split_tokens=kv_split)
-        self.out = linear(self.out_dim, ("heads", "embed"), self.dtype, split_tokens=q_split)
+        how = self.dtype, self.rules
+        self.q = linear(inner, ("embed", "heads"), *how, split_tokens=q_split)
+        self.k = linear(inner, ("embed", "heads"), *how, split_tokens=kv_split)
+        self.v = linear(inner, ("embed", "heads"), *how, split_tokens=kv_split)
+        self.out = linear(self.out_dim, ("heads", "embed"), *how, split_tokens=q_split)
         self.q_norm = RMSNorm(inner, self.eps, self.dtype)
         self.k_norm = RMSNorm(inner, self.eps, self.dtype)
         if self.gated:
-            self.gate = linear(self.heads, ("embed", None), self.dtype, zero_init=True)
+            self.gate = linear(self.heads, ("embed", None), *how, zero_init=True)
         if self.head_norm:
             self.q_head_norm = HeadNorm(self.head_dim, self.eps, self.dtype)
             self.k_head_norm = HeadNorm(self.head_dim, self.eps, self.dtype)

@@ -10,12 +10,14 @@ the layers and applies the output heads. A block attends
 with the same parameters. It predicts the velocity v = noise - x0. Axis letters: see `layers.py`.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.blocks import KvEnds
-from omniforcing_jax.distributed.partitioning import WHOLE, constrain
+from omniforcing_jax.distributed.partitioning import WHOLE, WeightRules, constrain
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.inputs import (
     ClipMask,
@@ -48,6 +50,7 @@ class Block(nn.Module):
     implementation: str
     causal: ClipMask | None = None
     return_kv: bool = False
+    rules: WeightRules = WeightRules()
 
     def setup(self):
         c = self.config
@@ -69,6 +72,7 @@ class Block(nn.Module):
                 split_tokens=split,
                 measured=measured,
                 implementation=self.implementation,
+                rules=self.rules,
             )
 
         video, audio = (c.video_heads, c.video_head_dim), (c.audio_heads, c.audio_head_dim)
@@ -82,9 +86,13 @@ class Block(nn.Module):
         self.a2v_attn = attention(*audio, c.video_dim, (True, False))
         self.v2a_attn = attention(*audio, c.audio_dim, (False, True))
         self.video_ff = FeedForward(
-            c.video_dim, self.dtype, use_bias=c.video_ff_bias, split_tokens=True
+            c.video_dim,
+            self.dtype,
+            use_bias=c.video_ff_bias,
+            split_tokens=True,
+            rules=self.rules,
         )
-        self.audio_ff = FeedForward(c.audio_dim, self.dtype)
+        self.audio_ff = FeedForward(c.audio_dim, self.dtype, rules=self.rules)
         self.video_table = _table(self, "video_table", c.table_rows, c.video_dim)
         self.audio_table = _table(self, "audio_table", c.table_rows, c.audio_dim)
         self.video_cross_table = _table(self, "video_cross_table", 5, c.video_dim)
@@ -216,6 +224,7 @@ class Transformer(nn.Module):
       return_kv: return the new keys and values of all layers (for the rolling cache).
       remat: "none", "full", or the name of a policy in `jax.checkpoint_policies`.
       unroll: layers in one step of the scan; more take longer to compile, and may run faster.
+      rules: how weights travel between devices; `keep_gathered` follows from `remat`.
     """
 
     config: TransformerConfig
@@ -225,23 +234,25 @@ class Transformer(nn.Module):
     return_kv: bool = False
     remat: str = "none"
     unroll: int = 1
+    rules: WeightRules = WeightRules()
 
     def setup(self):
         c = self.config
-        self.video_in = linear(c.video_dim, (None, "embed"), self.dtype, split_tokens=True)
-        self.audio_in = linear(c.audio_dim, (None, "embed"), self.dtype)
+        how = self.dtype, self._rules()
+        self.video_in = linear(c.video_dim, (None, "embed"), *how, split_tokens=True)
+        self.audio_in = linear(c.audio_dim, (None, "embed"), *how)
         if c.caption_channels is not None:
-            self.video_caption = CaptionProjection(c.video_dim, self.dtype)
-            self.audio_caption = CaptionProjection(c.audio_dim, self.dtype)
-        self.video_adaln = AdaLN(c.video_dim, c.table_rows, self.dtype)
-        self.audio_adaln = AdaLN(c.audio_dim, c.table_rows, self.dtype)
-        self.video_cross_adaln = AdaLN(c.video_dim, 4, self.dtype)
-        self.audio_cross_adaln = AdaLN(c.audio_dim, 4, self.dtype)
-        self.a2v_gate_adaln = AdaLN(c.video_dim, 1, self.dtype)
-        self.v2a_gate_adaln = AdaLN(c.audio_dim, 1, self.dtype)
+            self.video_caption = CaptionProjection(c.video_dim, *how)
+            self.audio_caption = CaptionProjection(c.audio_dim, *how)
+        self.video_adaln = AdaLN(c.video_dim, c.table_rows, *how)
+        self.audio_adaln = AdaLN(c.audio_dim, c.table_rows, *how)
+        self.video_cross_adaln = AdaLN(c.video_dim, 4, *how)
+        self.audio_cross_adaln = AdaLN(c.audio_dim, 4, *how)
+        self.a2v_gate_adaln = AdaLN(c.video_dim, 1, *how)
+        self.v2a_gate_adaln = AdaLN(c.audio_dim, 1, *how)
         if c.text_adaln:
-            self.video_prompt_adaln = AdaLN(c.video_dim, 2, self.dtype)
-            self.audio_prompt_adaln = AdaLN(c.audio_dim, 2, self.dtype)
+            self.video_prompt_adaln = AdaLN(c.video_dim, 2, *how)
+            self.audio_prompt_adaln = AdaLN(c.audio_dim, 2, *how)
         if c.keyframe_embedding:
             self.keyframe_embedding = _table(self, "keyframe_embedding", 1, c.video_dim)
         if c.num_audio_sinks:
@@ -250,8 +261,11 @@ class Transformer(nn.Module):
         self.blocks = self._scanned_block()
         self.video_out_table = _table(self, "video_out_table", 2, c.video_dim)
         self.audio_out_table = _table(self, "audio_out_table", 2, c.audio_dim)
-        self.video_out = linear(c.video_channels, ("embed", None), self.dtype, split_tokens=True)
-        self.audio_out = linear(c.audio_channels, ("embed", None), self.dtype)
+        self.video_out = linear(c.video_channels, ("embed", None), *how, split_tokens=True)
+        self.audio_out = linear(c.audio_channels, ("embed", None), *how)
+
+    def _rules(self) -> WeightRules:
+        return dataclasses.replace(self.rules, keep_gathered=self.remat == "full")
 
     def _scanned_block(self) -> Block:
         block = Block
@@ -270,7 +284,14 @@ class Transformer(nn.Module):
         call = {**shared, "in_axes": (0, 0, 0, nn.broadcast, nn.broadcast)}
         text_kv = {**shared, "in_axes": (nn.broadcast, nn.broadcast)}
         scanned = nn.scan(block, methods={"__call__": call, "text_kv": text_kv})
-        return scanned(self.config, self.dtype, self.implementation, self.causal, self.return_kv)
+        return scanned(
+            self.config,
+            self.dtype,
+            self.implementation,
+            self.causal,
+            self.return_kv,
+            self._rules(),
+        )
 
     def __call__(
         self,

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.distributed.partitioning import WHOLE, constrain
+from omniforcing_jax.distributed.partitioning import WHOLE, WeightRules, constrain
 from omniforcing_jax.models.transformer.layers import linear
 
 NUM_SINUSOIDS = 256
@@ -29,13 +29,15 @@ class AdaLN(nn.Module):
     dim: int
     rows: int
     dtype: jnp.dtype
+    rules: WeightRules = WeightRules()
 
     @nn.compact
     def __call__(self, timestep: jax.Array) -> tuple[jax.Array, jax.Array]:
+        how = self.dtype, self.rules
         x = timestep_embedding(timestep).astype(self.dtype)
-        x = linear(self.dim, (None, "embed"), self.dtype, name="linear_1")(x)
-        embedded = linear(self.dim, ("embed", None), self.dtype, name="linear_2")(nn.silu(x))
-        rows = linear(self.rows * self.dim, ("embed", "mlp"), self.dtype, name="linear")(
+        x = linear(self.dim, (None, "embed"), *how, name="linear_1")(x)
+        embedded = linear(self.dim, ("embed", None), *how, name="linear_2")(nn.silu(x))
+        rows = linear(self.rows * self.dim, ("embed", "mlp"), *how, name="linear")(
             nn.silu(embedded)
         )
         # few numbers that every product with thousands of tokens needs whole

@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 # Settings, by any part of their name, in which a resumed run may differ: they change how long and
 # where it runs and what it tells; what it computes changes by rounding at most.
 MAY_DIFFER = frozenset(
@@ -24,6 +26,7 @@ MAY_DIFFER = frozenset(
         "remat",
         "attention",
         "gather_weights",
+        "reduce_dtype",
         "separate_scores",
     )
 )
@@ -35,7 +38,7 @@ def check_config(path: str | os.PathLike, saved: Mapping, now: Mapping) -> None:
     Raises:
       ValueError: they differ in a setting that is not in `MAY_DIFFER`; lists all of these.
     """
-    old, new = _flat(dict(saved)), _flat(plain(now))
+    old, new = (flatten_dict(config, sep=".") for config in (dict(saved), plain(now)))
     fields = [
         f"{name}: {old.get(name, 'absent')!r} then, {new.get(name, 'absent')!r} now"
         for name in sorted(old.keys() | new.keys())
@@ -51,15 +54,6 @@ def check_config(path: str | os.PathLike, saved: Mapping, now: Mapping) -> None:
 def plain(config: Mapping[str, Any]) -> dict:
     """As it comes back from JSON."""
     return json.loads(json.dumps(config))
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict):
-        return {prefix[:-1]: config}
-    flat = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.")
-    return flat
 
 
 def listed(problems: Sequence[str], limit: int = 40) -> str:

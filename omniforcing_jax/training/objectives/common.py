@@ -11,7 +11,7 @@ import numpy as np
 
 from omniforcing_jax.distributed.partitioning import constrain
 from omniforcing_jax.models.text.connectors import TextConnectors
-from omniforcing_jax.types import Contexts
+from omniforcing_jax.types import Contexts, RandomUse
 
 Gradient = Callable[[Any, dict[str, jax.Array]], tuple[Any, Any]]
 
@@ -23,8 +23,7 @@ class Frozen:
     Attributes:
       teacher: of the bidirectional transformer; None where a stage has no teacher.
       connectors: of `TextConnectors`; None when batches hold contexts instead of features.
-      negative: the negative prompt as a batch of one: features and mask, or contexts; None without
-        guidance.
+      negative: contexts of the negative prompt, a batch of one; None without guidance.
     """
 
     teacher: Any = None
@@ -53,7 +52,7 @@ class TextInput:
           batch: {"video_context", "audio_context"}, or {"video_features", "audio_features",
             "mask"} (with `audio_features` absent where both streams share them).
         """
-        if self.connectors is None:
+        if "video_context" in batch:
             return batch["video_context"], batch["audio_context"]
         video = batch["video_features"]
         audio = batch.get("audio_features", video)
@@ -83,6 +82,13 @@ def checked_seed(seed: int) -> np.uint32:
     return np.uint32(seed)
 
 
+def on_devices(value: np.generic, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+    """A number as programs take it, moved to the devices by name; the same on all processes."""
+    if sharding is None:
+        return jax.device_put(value)
+    return jax.make_array_from_callback((), sharding, lambda index: np.asarray(value)[index])
+
+
 def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
     """Of everything that is random in a step of training."""
     return jax.random.fold_in(jax.random.key(seed), step)
@@ -103,9 +109,10 @@ def sample_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
-def fold(keys: jax.Array, what: int) -> jax.Array:
-    """`fold_in` for [B] keys: independent draws for different uses."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, what)
+def fold(keys: jax.Array, use: RandomUse | int | jax.Array) -> jax.Array:
+    """`fold_in` for [B] keys: independent draws for different uses, or steps."""
+    use = int(use) if isinstance(use, RandomUse) else use
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, use)
 
 
 def accumulate(

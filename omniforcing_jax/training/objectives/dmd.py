@@ -25,6 +25,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import keep_pathways
 from omniforcing_jax.sampling.whole_clip import clip_velocity
+from omniforcing_jax.training.config.settings import DMDStage
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import (
     Frozen,
@@ -34,47 +35,18 @@ from omniforcing_jax.training.objectives.common import (
     fold,
     jit_step,
     numbered,
+    on_devices,
     sample_keys,
     step_key,
 )
-from omniforcing_jax.training.objectives.losses import LossWeights
-from omniforcing_jax.training.objectives.scores import BlockContext, ScoreConfig
-from omniforcing_jax.training.optimizers import EMAConfig
-from omniforcing_jax.training.state import TrainState, cast_params, update_network
-from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
+from omniforcing_jax.training.objectives.scores import BlockContext
+from omniforcing_jax.training.state import Network, TrainState, cast_params, update_network
+from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
 from omniforcing_jax.training.students.blockwise import NoisyBlock, teacher_forced_gradient
-from omniforcing_jax.training.students.unrolled import UnrolledGenerator
-from omniforcing_jax.types import AVLatents
+from omniforcing_jax.training.students.unrolled import UnrolledStudent
+from omniforcing_jax.types import AVLatents, RandomUse
 
-_SIGMA, _NOISE, _GUIDANCE, SAMPLE = 11, 12, 13, 14  # uses of a sample's key
-
-
-@dataclasses.dataclass(frozen=True)
-class DMDConfig:
-    """Settings of both DMD stages.
-
-    Attributes:
-      weights: lambda_v and lambda_a.
-      score: noise levels, guidance and context of the score networks.
-      critic_updates: critic updates per generator update (5 in the paper's recipe).
-      microbatches: parts a batch is cut into.
-      seed: of everything random in training.
-      gather_weights: gather the generator's compute-dtype weights once per update, rather than
-        layer by layer in every pass of a rollout: faster, and they have to fit on a device.
-    """
-
-    weights: LossWeights = dataclasses.field(default_factory=LossWeights)
-    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
-    critic_updates: int = 5
-    microbatches: int = 1
-    seed: int = 0
-    gather_weights: bool = False
-
-    def __post_init__(self):
-        for name in ("critic_updates", "microbatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        checked_seed(self.seed)
+Student = BidirectionalStudent | UnrolledStudent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +58,17 @@ class DMD:
       teacher, critic: bidirectional models of the score networks, in their compute dtype.
       text: contexts from batches.
       generator_optimizer, critic_optimizer: from `optimizers.make_optimizer`.
-      ema: of the generator; None keeps none.
       blocks: for block-causal scores, how the score networks see a clip.
       shardings: NamedShardings of the train state; None on a single device.
     """
 
-    generator: BidirectionalGenerator | UnrolledGenerator
+    generator: Student
     teacher: Transformer
     critic: Transformer
     text: TextInput
     generator_optimizer: optax.GradientTransformation
     critic_optimizer: optax.GradientTransformation
-    config: DMDConfig
-    ema: EMAConfig | None = None
+    config: DMDStage
     blocks: BlockContext | None = None
     shardings: TrainState | None = None
 
@@ -113,6 +83,7 @@ class DMD:
             raise ValueError(
                 "block-causal scores need a rollout that is scored from its first block"
             )
+        self.config.score.perturbation.check_layers(self.teacher.config.num_layers)
 
     def train_step(
         self, state: TrainState, frozen: Frozen, batch: dict[str, jax.Array], step: int
@@ -123,73 +94,87 @@ class DMD:
           batch: text of B samples, see `TextInput.contexts`. Nothing else is needed.
           step: `state.step` as the host knows it: it decides whether the generator is updated.
         """
-        metrics, seed = {}, checked_seed(self.config.seed)
+        metrics = {}
         if step % self.config.critic_updates == 0:
-            state, metrics = self.generator_step(state, frozen, batch, seed)
-        state, more = self.critic_step(state, frozen, batch, seed)
+            state, metrics = self.generator_step(state, frozen, batch, self._seed)
+        state, more = self.critic_step(state, frozen, batch, self._seed)
         return state, metrics | more
+
+    @functools.cached_property
+    def _seed(self) -> jax.Array:
+        return on_devices(checked_seed(self.config.seed), self.shardings and self.shardings.step)
 
     @functools.cached_property
     def generator_step(self):
         """Jitted (state, frozen, batch, seed) -> (state, metrics); the state is donated."""
-
-        def step(state: TrainState, frozen: Frozen, batch, seed: jax.Array):
-            network, metrics = self._update("generator", state, frozen, batch, seed)
-            return state.replace(generator=network), metrics
-
-        return jit_step(step, self.shardings)
+        return jit_step(functools.partial(self._step, "generator"), self.shardings)
 
     @functools.cached_property
     def critic_step(self):
         """Jitted (state, frozen, batch, seed) -> (state, metrics); the state is donated."""
+        return jit_step(functools.partial(self._step, "critic"), self.shardings)
 
-        def step(state: TrainState, frozen: Frozen, batch, seed: jax.Array):
-            network, metrics = self._update("critic", state, frozen, batch, seed)
-            return state.replace(critic=network, step=state.step + 1), metrics
-
-        return jit_step(step, self.shardings)
-
-    def _update(self, name: str, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
-        """The generator, or the critic, after one update."""
-        is_generator = name == "generator"
-        gradient_of = self.generator_gradient if is_generator else self.critic_gradient
-        generator, critic, whole = self._compute(state)
+    def _step(self, name: str, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+        """The state after one update of "generator" or "critic", which ends the step."""
+        gradient_of = self.generator_gradient if name == "generator" else self.critic_gradient
+        weights = self.cast("generator", state.generator.params)
+        critic = self.cast("critic", state.critic.params)
+        fixed = self.fixed(state.generator.params, weights)
         key = self.update_key(name, seed, state.step)
-        shardings = self.shardings and getattr(self.shardings, name).params
         grads, (loss, sigma) = accumulate(
-            lambda batch: gradient_of(generator, critic, frozen, batch, key, whole),
+            lambda batch: gradient_of(weights, critic, frozen, batch, key, fixed),
             numbered(batch),
             self.config.microbatches,
-            shardings,
+            self.shardings and getattr(self.shardings, name).params,
         )
-        metrics = losses.report(name, loss, self.config.weights, sigma)
+        network, metrics = self.updated(name, getattr(state, name), grads, loss, sigma, state.step)
+        if name == "generator":
+            return state.replace(generator=network), metrics
+        return state.replace(critic=network, step=state.step + 1), metrics
+
+    def updated(
+        self, name: str, network: Network, grads: Any, loss: AVLatents, sigma, step: jax.Array
+    ) -> tuple[Network, dict[str, jax.Array]]:
+        """The generator, or the critic, moved along its gradients, and the scalars of the update.
+
+        Args:
+          loss, sigma: [B] per-sample losses, and the noise levels they were taken at.
+        """
+        is_generator = name == "generator"
+        metrics = losses.report(name, loss, self.config.loss, sigma)
         network, info = update_network(
-            getattr(state, name),
+            network,
             grads,
             self.generator_optimizer if is_generator else self.critic_optimizer,
-            self.ema if is_generator else None,
-            state.step,
+            self.config.ema if is_generator else None,
+            step,
             loss=metrics[f"{name}/loss"],
         )
-        return network, metrics | {f"{name}/{key}": value for key, value in info.items()}
+        return network, metrics | {f"{name}/{what}": value for what, value in info.items()}
 
     def update_key(self, name: str, seed: jax.Array, step: jax.Array) -> jax.Array:
         """Of the update of "generator" or "critic" in a step."""
         return jax.random.fold_in(step_key(seed, step), int(name == "critic"))
 
-    def _compute(self, state: TrainState) -> tuple[Any, Any, Any | None]:
-        """Generator and critic in the dtype they compute in, and the generator's weights whole."""
+    def cast(self, name: str, params: Any, *, gather: bool = False) -> Any:
+        """Masters of "generator" or "critic" in the dtype that the network computes in."""
+        model = self.generator.model if name == "generator" else self.critic
+        places = self.shardings and getattr(self.shardings, name).params
+        return cast_params(params, model.dtype, shardings=places, gather=gather)
 
-        def compute(name: str, model: Transformer, gather: bool = False):
-            places = self.shardings and getattr(self.shardings, name).params
-            params = getattr(state, name).params
-            return cast_params(params, model.dtype, shardings=places, gather=gather)
+    def fixed(self, params: Any, weights: Any) -> tuple[Student, Any]:
+        """The generator for passes without gradient, and its weights.
 
-        whole = None
-        if self.config.gather_weights and self.shardings is not None:
-            whole = compute("generator", self.generator.model, gather=True)
-        generator = compute("generator", self.generator.model)
-        return generator, compute("critic", self.critic), whole
+        Args:
+          params: its masters.
+          weights: the same as they are differentiated.
+        """
+        if not self.config.compute.gather_weights or self.shardings is None:
+            return self.generator, weights
+        model = self.generator.model
+        rules = dataclasses.replace(model.rules, gathered=True)
+        student = dataclasses.replace(self.generator, model=model.clone(rules=rules))
+        return student, self.cast("generator", params, gather=True)
 
     def generator_gradient(
         self,
@@ -198,7 +183,7 @@ class DMD:
         frozen: Frozen,
         batch: dict[str, jax.Array],
         key: jax.Array,
-        whole: Any | None = None,
+        fixed: tuple[Student, Any] | None = None,
     ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
         """Gradient of the DMD loss with respect to the generator's weights.
 
@@ -206,18 +191,18 @@ class DMD:
           weights, critic: parameters in the compute dtype.
           batch: with "row" [b], the samples' rows in the global batch.
           key: of the step.
-          whole: the generator's weights once more, whole on every device: for passes without
-            gradient.
+          fixed: from `fixed`; None: the generator and `weights`.
 
         Returns:
           Gradients of the mean over samples, and per-sample losses [b] and sigmas [b].
         """
+        student, fixed_weights = fixed or (self.generator, weights)
         contexts = self.text.contexts(frozen.connectors, batch)
         of_samples, of_step = jax.random.split(key)
         keys = sample_keys(of_samples, batch["row"])
-        x, pullback = self.generator.sample_with_pullback(
-            weights, contexts, fold(keys, SAMPLE), of_step, whole
-        )
+        of_rollout = fold(keys, RandomUse.SAMPLE)
+        trace = student.simulate(fixed_weights, contexts, of_rollout, of_step)
+        x, pullback = self.generator.sample_with_pullback(weights, contexts, of_rollout, trace)
         cotangent, values = self.score(critic, frozen, x, contexts, keys)
         return pullback(cotangent), values
 
@@ -227,12 +212,9 @@ class DMD:
         """dL/dx of the DMD loss at the samples x [B, T, C]; per-sample losses [B], sigmas [B]."""
         gradient, sigma = self.score_gradient(critic, frozen, x, contexts, keys)
         loss = jax.tree.map(losses.dmd_loss, gradient)
-        cotangent = AVLatents(
-            *(
-                weight * g / g.size  # the mean over samples, tokens and channels
-                for weight, g in zip(self.config.weights, (gradient.video, gradient.audio))
-            )
-        )
+        weights = AVLatents(self.config.loss.video, self.config.loss.audio)
+        # the mean over samples, tokens and channels
+        cotangent = jax.tree.map(lambda weight, g: weight * g / g.size, weights, gradient)
         return cotangent, (loss, sigma)
 
     def score_gradient(
@@ -273,13 +255,13 @@ class DMD:
         skipped = (score.perturbation.skipped,) * 2
         keep = keep_pathways(passes, skipped, self.teacher.config.num_layers, sigma.size)
         predictions = self._x0(self.teacher, frozen.teacher, *rows, texts, keep)
-        cfg = scores.draw_guidance(fold(keys, _GUIDANCE), score)
+        cfg = scores.draw_guidance(fold(keys, RandomUse.GUIDANCE), score)
 
         def guide(predictions: jax.Array, cfg: jax.Array) -> jax.Array:
             """[B * passes, T, C] -> [B, T, C]."""
             apart = predictions.reshape(-1, len(passes), *predictions.shape[1:])
             by_name = {name: apart[:, i] for i, name in enumerate(passes)}
-            return scores.guide(by_name, cfg, score)
+            return scores.guide_each(by_name, cfg, score)
 
         return jax.tree.map(guide, predictions, cfg)
 
@@ -290,13 +272,14 @@ class DMD:
         frozen: Frozen,
         batch: dict[str, jax.Array],
         key: jax.Array,
-        whole: Any | None = None,
+        fixed: tuple[Student, Any] | None = None,
     ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
         """Gradient of the flow matching loss by the critic's weights; as `generator_gradient`."""
+        student, fixed_weights = fixed or (self.generator, weights)
         contexts = self.text.contexts(frozen.connectors, batch)
         of_samples, of_step = jax.random.split(key)
         keys = sample_keys(of_samples, batch["row"])
-        x = self.generator.sample(weights, contexts, fold(keys, SAMPLE), of_step, whole)
+        x = student.sample(fixed_weights, contexts, fold(keys, RandomUse.SAMPLE), of_step)
         return self.fit_critic(critic, jax.lax.stop_gradient(x), contexts, keys)
 
     def fit_critic(
@@ -312,7 +295,7 @@ class DMD:
             clip = self.generator.clip
             velocity = clip_velocity(self.critic, params, noisy, sigma, contexts, clip)
             per_sample = jax.tree.map(losses.flow_matching_loss, velocity, x, noise)
-            return losses.total(per_sample, self.config.weights), per_sample
+            return losses.total(per_sample, self.config.loss), per_sample
 
         grads, per_sample = jax.grad(loss, has_aux=True)(critic)
         return grads, (per_sample, sigma)
@@ -328,7 +311,7 @@ class DMD:
                 return jnp.sum(jnp.square(velocity - (noise - clean)), axis=(1, 2)) / size
 
             shares = jax.tree.map(share, x0, block.x, *block.targets, sizes)
-            return losses.total(shares, self.config.weights), shares
+            return losses.total(shares, self.config.loss), shares
 
         blocks = jnp.broadcast_to(sigma[:, None], (sigma.shape[0], self.blocks.num_blocks))
         grads, shares = teacher_forced_gradient(
@@ -346,8 +329,8 @@ class DMD:
 
     def _noised(self, x: AVLatents, keys: jax.Array) -> tuple[jax.Array, AVLatents, AVLatents]:
         """Noise levels [B], noisy samples and noise."""
-        sigma = scores.draw_sigmas(fold(keys, _SIGMA), self.config.score)
-        noise = draw_noise(fold(keys, _NOISE), self.generator.clip, self.critic)
+        sigma = scores.draw_sigmas(fold(keys, RandomUse.SCORE_SIGMA), self.config.score)
+        noise = draw_noise(fold(keys, RandomUse.SCORE_NOISE), self.generator.clip, self.critic)
         return sigma, jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), x, noise), noise
 
 

@@ -4,8 +4,8 @@ Every loss is the mean over the samples of a number that depends on one sample a
 makes gradient accumulation exact: the mean over microbatches is the mean over the batch.
 """
 
+import dataclasses
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ _EPS = 1e-8
 SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-class LossWeights(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
     """lambda_v and lambda_a."""
 
     video: float = 1.0

@@ -28,6 +28,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.whole_clip import clip_velocity, sigmas_per_frame
+from omniforcing_jax.training.config.settings import StageII
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import (
     Frozen,
@@ -37,57 +38,13 @@ from omniforcing_jax.training.objectives.common import (
     fold,
     jit_step,
     numbered,
+    on_devices,
     sample_keys,
     step_key,
 )
-from omniforcing_jax.training.objectives.losses import LossWeights
-from omniforcing_jax.training.objectives.scores import ScoreConfig
-from omniforcing_jax.training.optimizers import EMAConfig
 from omniforcing_jax.training.state import TrainState, cast_params, update_network
 from omniforcing_jax.training.students.blockwise import NoisyBlock, teacher_forced_gradient
-from omniforcing_jax.types import AVLatents
-
-OBJECTIVES = ("velocity", "x0", "flow")
-_LEVEL, _NOISE, _CLEAN = 21, 22, 23  # uses of a sample's key
-
-
-def _all_levels() -> ScoreConfig:
-    return ScoreConfig(min_timestep=1, max_timestep=1000)
-
-
-@dataclasses.dataclass(frozen=True)
-class RegressionConfig:
-    """Settings of stage II.
-
-    Attributes:
-      objective: "velocity", "x0" or "flow".
-      weights: lambda_v and lambda_a.
-      level_per_block: a noise level for every block; False: one for the clip (needed by LTX-2.3 and
-        later, which modulate by the sample's level).
-      include_clean: the clean state is among those drawn. It has no loss of its own (and the loss
-        is scaled so that its expectation does not change), but is history to later blocks.
-      clean_history: probability with which a training step shows clean instead of noisy history.
-      score: noise levels of the "flow" objective; all that a sampler may visit by default.
-      microbatches, seed: as in `DMDConfig`.
-    """
-
-    objective: str = "velocity"
-    weights: LossWeights = dataclasses.field(default_factory=LossWeights)
-    level_per_block: bool = True
-    include_clean: bool = True
-    clean_history: float = 0.0
-    score: ScoreConfig = dataclasses.field(default_factory=_all_levels)
-    microbatches: int = 1
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {OBJECTIVES}, not {self.objective!r}")
-        if not 0 <= self.clean_history <= 1:
-            raise ValueError(f"clean_history must lie in [0, 1], not {self.clean_history}")
-        if self.microbatches < 1:
-            raise ValueError(f"microbatches must be at least 1, not {self.microbatches}")
-        checked_seed(self.seed)
+from omniforcing_jax.types import AVLatents, RandomUse
 
 
 @flax.struct.dataclass
@@ -119,7 +76,6 @@ class ODERegression:
       num_blocks: of the clips.
       text: contexts from batches.
       optimizer: from `optimizers.make_optimizer`.
-      ema: None keeps no average.
       shardings: NamedShardings of the train state; None on a single device.
     """
 
@@ -128,13 +84,12 @@ class ODERegression:
     num_blocks: int
     text: TextInput
     optimizer: optax.GradientTransformation
-    config: RegressionConfig
-    ema: EMAConfig | None = None
+    config: StageII
     shardings: TrainState | None = None
 
     def __post_init__(self):
         by_sample = self.model.config.text_adaln or self.model.config.cross_timestep != "own"
-        if by_sample and self.config.level_per_block:
+        if by_sample and self.config.regression.level_per_block:
             raise ValueError(
                 "this model modulates by the sample's noise level (LTX-2.3 and later), so its "
                 "blocks cannot have levels of their own in one pass; set level_per_block to False"
@@ -165,8 +120,13 @@ class ODERegression:
           step: `state.step` as the host knows it: it decides which history is shown.
         """
         draw = np.random.default_rng((self.config.seed, step)).random()
-        run = self.clean_history_step if draw < self.config.clean_history else self.noisy_step
-        return run(state, frozen, batch, checked_seed(self.config.seed))
+        clean = draw < self.config.regression.clean_history
+        run = self.clean_history_step if clean else self.noisy_step
+        return run(state, frozen, batch, self._seed)
+
+    @functools.cached_property
+    def _seed(self) -> jax.Array:
+        return on_devices(checked_seed(self.config.seed), self.shardings and self.shardings.step)
 
     @functools.cached_property
     def noisy_step(self):
@@ -192,13 +152,13 @@ class ODERegression:
         values = accumulate(gradient, numbered(batch), self.config.microbatches, params)
         grads, (per_block, sigma) = values
         per_sample = jax.tree.map(lambda x: jnp.sum(x, axis=1), per_block)  # [B]
-        metrics = losses.report("generator", per_sample, self.config.weights)
+        metrics = losses.report("generator", per_sample, self.config.loss)
         metrics |= losses.bands("generator", self._per_level(per_block), sigma.reshape(-1))
         network, info = update_network(
             state.generator,
             grads,
             self.optimizer,
-            self.ema,
+            self.config.ema,
             state.step,
             loss=metrics["generator/loss"],
         )
@@ -209,7 +169,7 @@ class ODERegression:
         """Draws every block's level and gathers, or makes, its noisy tokens and their target."""
         clean = AVLatents(batch["video"][:, -1], batch["audio"][:, -1])
         clean = jax.tree.map(lambda x: x.astype(jnp.float32), clean)
-        if self.config.objective == "flow":
+        if self.config.regression.objective == "flow":
             return self._flow_problem(clean, keys)
         last = batch["sigmas"].shape[1] - 1
         drawn = self._per_block(
@@ -218,7 +178,7 @@ class ODERegression:
         level = jnp.take_along_axis(batch["sigmas"], drawn, axis=1)  # [B, K]
         noisy = self._gather(AVLatents(batch["video"], batch["audio"]), drawn)
         target = clean
-        if self.config.objective == "velocity":
+        if self.config.regression.objective == "velocity":
             velocity = AVLatents(batch["video_velocity"], batch["audio_velocity"])
             target = self._gather(velocity, jnp.minimum(drawn, last - 1))
         # Drawing the clean state leaves a share of the blocks without loss.
@@ -227,31 +187,32 @@ class ODERegression:
 
     @property
     def _clean_states(self) -> int:
-        return int(self.config.include_clean)
+        return int(self.config.regression.include_clean)
 
     def _flow_problem(self, clean: AVLatents, keys: jax.Array) -> Problem:
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return jax.random.randint(key, shape, 1, len(scores.sigma_table()))
 
-        level = scores.sigma_of(self._per_block(keys, draw), self.config.score)
+        level = jnp.asarray(scores.sigma_table())[self._per_block(keys, draw)]
         weight = jnp.ones_like(level)
-        if self.config.include_clean:  # as often as among the student's levels
+        if self.config.regression.include_clean:  # as often as among the student's levels
             last = self.rollout.num_steps
             drawn = self._per_block(
-                fold(keys, _CLEAN), lambda key, shape: jax.random.randint(key, shape, 0, last + 1)
+                fold(keys, RandomUse.CLEAN_STATE),
+                lambda key, shape: jax.random.randint(key, shape, 0, last + 1),
             )
             level = jnp.where(drawn < last, level, 0.0)
             weight = (drawn < last) * ((last + 1) / last)
         sigma = sigmas_per_frame(level, self.layout, self.clip)
-        noise = draw_noise(fold(keys, _NOISE), self.clip, self.model)
+        noise = draw_noise(fold(keys, RandomUse.REGRESSION_NOISE), self.clip, self.model)
         noisy = jax.tree.map(flow.add_noise, clean, noise, sigma)
         target = jax.tree.map(jnp.subtract, noise, clean)
         return Problem(clean, noisy, target, weight, level)
 
     def _per_block(self, keys: jax.Array, draw) -> jax.Array:
         """[B, K] draws, independent or one for all blocks of a sample."""
-        count = self.num_blocks if self.config.level_per_block else 1
-        values = jax.vmap(lambda key: draw(key, (count,)))(fold(keys, _LEVEL))
+        count = self.num_blocks if self.config.regression.level_per_block else 1
+        values = jax.vmap(lambda key: draw(key, (count,)))(fold(keys, RandomUse.REGRESSION_LEVEL))
         return jnp.broadcast_to(values, (keys.shape[0], self.num_blocks))
 
     def _gather(self, states: AVLatents, index: jax.Array) -> AVLatents:
@@ -267,7 +228,7 @@ class ODERegression:
         return jax.tree.map(gather, states, per_frame)
 
     def _predict(self, noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Array:
-        if self.config.objective == "x0":
+        if self.config.regression.objective == "x0":
             return flow.velocity_to_x0(noisy, velocity, sigma)
         return velocity
 
@@ -278,7 +239,9 @@ class ODERegression:
         sigma = sigmas_per_frame(problem.sigma, layout, clip)
         weight = sigmas_per_frame(problem.weight, layout, clip)
         given = (
-            jax.tree.map(lambda s: s[:, :1], sigma) if not self.config.level_per_block else sigma
+            jax.tree.map(lambda s: s[:, :1], sigma)
+            if not self.config.regression.level_per_block
+            else sigma
         )
 
         def loss(weights):
@@ -288,7 +251,7 @@ class ODERegression:
                 self._block_losses, prediction, problem.target, weight, self._frame_blocks()
             )
             per_sample = jax.tree.map(lambda x: jnp.sum(x, axis=1), per_block)
-            return losses.total(per_sample, self.config.weights), per_block
+            return losses.total(per_sample, self.config.loss), per_block
 
         return jax.grad(loss, has_aux=True)(weights)
 
@@ -320,7 +283,7 @@ class ODERegression:
                 return jnp.sum(weight * error, axis=(1, 2)) / size
 
             shares = jax.tree.map(share, x0, block.x, target, weight, sizes)
-            return losses.total(shares, self.config.weights), shares
+            return losses.total(shares, self.config.loss), shares
 
         weight = sigmas_per_frame(problem.weight, self.layout, self.clip)
         weight = AVLatents(

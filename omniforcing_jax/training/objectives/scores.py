@@ -20,7 +20,6 @@ import numpy as np
 from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.guidance import Guidance
 from omniforcing_jax.sampling.kv_cache import RollingCache
@@ -122,8 +121,10 @@ def draw_guidance(keys: jax.Array, config: ScoreConfig) -> AVLatents:
     return AVLatents(draw(0, config.video_cfg), draw(1, config.audio_cfg))
 
 
-def guide(predictions: Mapping[str, jax.Array], cfg: jax.Array, config: ScoreConfig) -> jax.Array:
-    """The teacher's guided prediction of one stream, as `guidance.guide` but of each sample.
+def guide_each(
+    predictions: Mapping[str, jax.Array], cfg: jax.Array, config: ScoreConfig
+) -> jax.Array:
+    """The teacher's guided prediction of one stream: `guidance.guide` with a scale per sample.
 
     Args:
       predictions: {pass: clean prediction [B, T, C]} of `config.passes()`.
@@ -197,20 +198,15 @@ def block_causal_velocity(
     text = _text(model, params, contexts, sigma)
     clean_text = _text(model, params, contexts, jnp.full_like(sigma, config.context_noise))
 
+    level = jnp.full_like(sigma, config.context_noise)
+
     def step(cache: RollingCache, clean: AVLatents, noisy: AVLatents, first: bool):
-        return teacher_forced_block(
-            model,
-            params,
-            cache,
-            clean,
-            noisy,
-            sigma,
-            (text, clean_text),
-            rope,
-            config,
-            first=first,
-            keep=keep,
-        )
+        """A noisy block's velocity; then its clean version joins the history."""
+        forward = bind(model, params, cache, rope, config, first=first, keep=keep)
+        x0, _ = forward(noisy, sigma, text)
+        velocity = jax.tree.map(lambda x, x0: flow.x0_to_velocity(x, x0, sigma), noisy, x0)
+        _, kv = forward(jax.lax.stop_gradient(clean), level, clean_text, return_kv=True)
+        return kv_cache.write(cache, kv, config.patches, first=first), velocity
 
     first_clean, clean = split_blocks(x0, layout, patches)
     first_noisy, later_noisy = split_blocks(noisy, layout, patches)
@@ -220,34 +216,6 @@ def block_causal_velocity(
         return first
     _, rest = jax.lax.scan(lambda c, b: step(c, *b, False), cache, (clean, later_noisy))
     return join_blocks(first, rest)
-
-
-def teacher_forced_block(
-    model: Transformer,
-    params,
-    cache: RollingCache,
-    clean: AVLatents,
-    noisy: AVLatents,
-    sigma: jax.Array,
-    texts: tuple[TextKV, TextKV],
-    rope: ClipRope,
-    config: RolloutConfig,
-    *,
-    first: bool,
-    keep: Pathways | None = None,
-) -> tuple[RollingCache, AVLatents]:
-    """Velocity of a noisy block given the clean ones before it; its clean version joins them.
-
-    Args:
-      texts: text K/V at `sigma` and at the context's noise level.
-      keep: [L, B] arrays per pathway, zero skips it, of the noisy and of the clean block.
-    """
-    forward = bind(model, params, cache, rope, config, first=first, keep=keep)
-    x0, _ = forward(noisy, sigma, texts[0])
-    velocity = jax.tree.map(lambda x, x0: flow.x0_to_velocity(x, x0, sigma), noisy, x0)
-    level = jnp.full_like(sigma, config.context_noise)
-    _, kv = forward(jax.lax.stop_gradient(clean), level, texts[1], return_kv=True)
-    return kv_cache.write(cache, kv, config.patches, first=first), velocity
 
 
 def _text(model: Transformer, params, contexts: Contexts, sigma: jax.Array) -> TextKV:

@@ -32,17 +32,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax.distributed import partitioning
-from omniforcing_jax.training.objectives import losses
 from omniforcing_jax.training.objectives.common import (
     Frozen,
     checked_seed,
     fold,
     numbered,
+    on_devices,
     sample_keys,
 )
-from omniforcing_jax.training.objectives.dmd import DMD, SAMPLE
-from omniforcing_jax.training.state import Network, TrainState, cast_params, update_network
-from omniforcing_jax.types import AVLatents
+from omniforcing_jax.training.objectives.dmd import DMD
+from omniforcing_jax.training.state import Network, TrainState
+from omniforcing_jax.types import AVLatents, RandomUse
 
 
 @flax.struct.dataclass
@@ -162,12 +162,18 @@ class SplitDMD:
         """As `DMD.train_step`; `batch` lies on the student's mesh."""
         metrics = {}
         there = move(batch, self.scores)
-        at = np.int32(step), checked_seed(self.dmd.config.seed)
+        numbers = np.int32(step), checked_seed(self.dmd.config.seed)
+        at, at_scores = (
+            [on_devices(number, NamedSharding(mesh, P())) for number in numbers]
+            for mesh in (self.student, self.scores)
+        )
         if step % self.dmd.config.critic_updates == 0:
             with jax.set_mesh(self.student):
                 trace, x = self._simulate(state.generator, frozen.student, batch, *at)
             with jax.set_mesh(self.scores):
-                scored = self._score(state.critic, frozen.scores, there, move(x, self.scores), *at)
+                scored = self._score(
+                    state.critic, frozen.scores, there, move(x, self.scores), *at_scores
+                )
             with jax.set_mesh(self.student):
                 scored = move(scored, self.student)
                 network, metrics = self._update_generator(
@@ -178,7 +184,7 @@ class SplitDMD:
             x = self._sample(state.generator, frozen.student, batch, *at)
         with jax.set_mesh(self.scores):
             x = move(x, self.scores)
-            critic, more = self._update_critic(state.critic, frozen.scores, there, x, *at)
+            critic, more = self._update_critic(state.critic, frozen.scores, there, x, *at_scores)
         with jax.set_mesh(self.student):
             counter = self._next(state.step)
         return state.replace(critic=critic, step=counter), metrics | more
@@ -229,16 +235,8 @@ class SplitDMD:
 
     def _inputs(self, name: str, network: Network, frozen: Frozen, batch):
         """Weights of a network in the dtype it computes in, and contexts."""
-        model = self.dmd.generator.model if name == "generator" else self.dmd.critic
-        places = self._places(name).params
-        weights = cast_params(network.params, model.dtype, shardings=places)
+        weights = self.dmd.cast(name, network.params)
         return weights, self.text.contexts(frozen.connectors, batch)
-
-    def _whole_weights(self, params: Any) -> Any | None:
-        if not self.dmd.config.gather_weights:
-            return None
-        places, model = self._places("generator").params, self.dmd.generator.model
-        return cast_params(params, model.dtype, shardings=places, gather=True)
 
     def _places(self, name: str) -> Network:
         return getattr(self.dmd.shardings, name)
@@ -251,13 +249,11 @@ class SplitDMD:
         """(generator, frozen, batch, step, seed) -> (trace, x)."""
 
         def simulate(network: Network, frozen: Frozen, batch, step, seed):
-            generator = self.dmd.generator
             weights, contexts = self._inputs("generator", network, frozen, batch)
             keys, of_step = self._draws("generator", batch, step, seed)
-            keys = fold(keys, SAMPLE)
-            whole = self._whole_weights(network.params)
-            trace = generator.simulate(weights, contexts, keys, of_step, whole)
-            return trace, generator.sample_of(weights, contexts, trace)
+            student, fixed = self.dmd.fixed(network.params, weights)
+            trace = student.simulate(fixed, contexts, fold(keys, RandomUse.SAMPLE), of_step)
+            return trace, self.generator.sample_of(weights, contexts, trace)
 
         return jax.jit(simulate, out_shardings=(None, self._rows(self.student)))
 
@@ -280,9 +276,9 @@ class SplitDMD:
             cotangent, (loss, sigma) = scored
             weights, contexts = self._inputs("generator", network, frozen, batch)
             keys, _ = self._draws("generator", batch, step, seed)
-            generator = self.dmd.generator
-            gradients = generator.pull_back(weights, contexts, fold(keys, SAMPLE), trace, cotangent)
-            return self._updated("generator", network, gradients, loss, sigma, step)
+            keys = fold(keys, RandomUse.SAMPLE)
+            _, pullback = self.generator.sample_with_pullback(weights, contexts, keys, trace)
+            return self._updated("generator", network, pullback(cotangent), loss, sigma, step)
 
         places = (self._places("generator"), None)
         return jax.jit(update, donate_argnums=(0, 3), out_shardings=places)
@@ -294,9 +290,8 @@ class SplitDMD:
         def sample(network: Network, frozen: Frozen, batch, step, seed):
             weights, contexts = self._inputs("generator", network, frozen, batch)
             keys, of_step = self._draws("critic", batch, step, seed)
-            whole = self._whole_weights(network.params)
-            keys = fold(keys, SAMPLE)
-            return self.dmd.generator.sample(weights, contexts, keys, of_step, whole)
+            student, fixed = self.dmd.fixed(network.params, weights)
+            return student.sample(fixed, contexts, fold(keys, RandomUse.SAMPLE), of_step)
 
         return jax.jit(sample, out_shardings=self._rows(self.student))
 
@@ -314,17 +309,9 @@ class SplitDMD:
         return jax.jit(update, donate_argnums=0, out_shardings=places)
 
     def _updated(self, name: str, network: Network, gradients, loss, sigma, step):
-        metrics = losses.report(name, loss, self.dmd.config.weights, sigma)
         gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, network.params)
-        new, info = update_network(
-            network,
-            jax.lax.with_sharding_constraint(gradients, self._places(name).params),
-            getattr(self.dmd, f"{name}_optimizer"),
-            self.dmd.ema if name == "generator" else None,
-            step,
-            loss=metrics[f"{name}/loss"],
-        )
-        return new, metrics | {f"{name}/{key}": value for key, value in info.items()}
+        gradients = jax.lax.with_sharding_constraint(gradients, self._places(name).params)
+        return self.dmd.updated(name, network, gradients, loss, sigma, step)
 
     @functools.cached_property
     def _next(self):

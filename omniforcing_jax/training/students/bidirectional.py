@@ -1,11 +1,10 @@
 """The student of stage I: a few steps over the whole clip at once, and how a gradient reaches it.
 
 Both students of distribution matching (the other one is in `unrolled`) have the same methods.
-`sample` makes clips without gradient, for the critic. `sample_with_pullback` also returns the
-function from a gradient with respect to the clip to a gradient with respect to the weights:
-backward simulation (DMD2) means that the clip comes from the student's own steps, and that only the
-last of them is differentiated. `simulate`, `sample_of` and `pull_back` are the same in three parts,
-for programs of their own (`split_dmd`).
+`sample` makes clips without gradient, for the critic. `simulate` makes a trace of what leads to the
+last step; from it `sample_with_pullback` makes the clips, and the function from a gradient with
+respect to them to a gradient with respect to the weights: backward simulation (DMD2) means that the
+clip comes from the student's own steps, and that only the last of them is differentiated.
 """
 
 import dataclasses
@@ -22,14 +21,11 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.whole_clip import clip_x0
 from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students.exits import (
-    EXIT,
-    NOISE,
     check_exit_weights,
-    check_sigmas,
+    check_starts_from_noise,
     exit_steps,
-    rollout_weights,
 )
-from omniforcing_jax.types import AVLatents, Contexts
+from omniforcing_jax.types import AVLatents, Contexts, RandomUse
 
 Pullback = Callable[[AVLatents], Any]
 
@@ -43,7 +39,7 @@ class BidirectionalTrace:
 
 
 @dataclasses.dataclass(frozen=True)
-class BidirectionalGenerator:
+class BidirectionalStudent:
     """Stage I: a few steps over the whole clip at once.
 
     Attributes:
@@ -59,7 +55,7 @@ class BidirectionalGenerator:
     exit_weights: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        check_sigmas(self.sigmas)
+        check_starts_from_noise(self.sigmas)
         check_exit_weights(self.exit_weights, self.num_steps)
 
     @property
@@ -68,68 +64,29 @@ class BidirectionalGenerator:
         return len(self.sigmas) - 1
 
     def sample(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        step_key: jax.Array,
-        whole: Any | None = None,
+        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
     ) -> AVLatents:
-        """Clips [B, T, C] float32 from [B] keys.
-
-        Args:
-          step_key: of the training step.
-          whole: the weights whole on every device, if there is such a copy.
-        """
-        with rollout_weights(weights, whole) as weights:
-            x, sigma = self._simulate(weights, contexts, keys)
-            return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
-
-    def sample_with_pullback(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        step_key: jax.Array,
-        whole: Any | None = None,
-    ) -> tuple[AVLatents, Pullback]:
-        """As `sample`, and the map from dL/dclip to dL/dweights."""
-        trace = self.simulate(weights, contexts, keys, step_key, whole)
-        sample, pullback = self._last_step(weights, contexts, trace)
-        return sample, lambda cotangent: pullback(cotangent)[0]
+        """Clips [B, T, C] float32 from [B] keys and the key of the training step."""
+        return self.sample_of(weights, contexts, self.simulate(weights, contexts, keys, step_key))
 
     def simulate(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        step_key: jax.Array,
-        whole: Any | None = None,
+        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
     ) -> BidirectionalTrace:
-        """What `sample_of` and `pull_back` start from; arguments as `sample`."""
+        """All steps but the last, without gradient; arguments as `sample`."""
         del step_key
-        with rollout_weights(weights, whole) as fixed:
-            return BidirectionalTrace(*self._simulate(fixed, contexts, keys))
+        return BidirectionalTrace(*self._simulate(weights, contexts, keys))
 
     def sample_of(self, weights: Any, contexts: Contexts, trace: BidirectionalTrace) -> AVLatents:
         """The clips [B, T, C] float32 of a trace."""
         return clip_x0(self.model, weights, trace.exit_input, trace.sigma, contexts, self.clip)
 
-    def pull_back(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        trace: BidirectionalTrace,
-        cotangent: AVLatents,
-    ) -> Any:
-        """dL/dclip -> dL/dweights."""
+    def sample_with_pullback(
+        self, weights: Any, contexts: Contexts, keys: jax.Array, trace: BidirectionalTrace
+    ) -> tuple[AVLatents, Pullback]:
+        """The clips of a trace, and the map from dL/dclip to dL/dweights."""
         del keys
-        _, pullback = self._last_step(weights, contexts, trace)
-        return pullback(cotangent)[0]
-
-    def _last_step(self, weights, contexts, trace: BidirectionalTrace):
-        return jax.vjp(lambda weights: self.sample_of(weights, contexts, trace), weights)
+        sample, pullback = jax.vjp(lambda w: self.sample_of(w, contexts, trace), weights)
+        return sample, lambda cotangent: pullback(cotangent)[0]
 
     def generate(self, weights: Any, contexts: Contexts, keys: jax.Array) -> AVLatents:
         """Clips [B, T, C] float32 after all steps, as in use."""
@@ -145,9 +102,9 @@ class BidirectionalGenerator:
         last sample of the batch has exited.
         """
         if exits is None:
-            exits = exit_steps(fold(keys, EXIT), self.num_steps, self.exit_weights)
+            exits = exit_steps(fold(keys, RandomUse.EXIT), self.num_steps, self.exit_weights)
         sigmas = jnp.asarray(self.sigmas, jnp.float32)
-        noise_keys = fold(keys, NOISE)
+        noise_keys = fold(keys, RandomUse.ROLLOUT_NOISE)
 
         def step(i, carry):
             x, exit_input = carry

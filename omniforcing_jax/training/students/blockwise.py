@@ -10,6 +10,7 @@ differentiating a scan over the cache would keep one cache per block.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,26 +52,26 @@ BlockLoss = Callable[[AVLatents, Any], tuple[jax.Array, Any]]
 def blockwise_gradient(
     model: Transformer,
     weights: Any,
-    text: TextKV,
+    text_of: Callable[[Any], TextKV],
     blocks: tuple[BlockInput | None, BlockInput | None],
     cache: RollingCache,
     rope: ClipRope,
     config: RolloutConfig,
     loss: BlockLoss,
-) -> tuple[Any, TextKV, Any]:
-    """Gradient of the sum of `loss` over blocks, with respect to the weights and the text K/V.
+) -> tuple[Any, Any]:
+    """Gradient of the sum of `loss` over blocks, with respect to the weights.
 
     Args:
       weights: parameters in the compute dtype.
-      text: text K/V for the noise level of the blocks.
+      text_of: weights -> text K/V for the noise level of the blocks.
       blocks: block 0 (None when the cache already holds it), and later blocks stacked (or None).
       cache: the cache in front of the first of them. If nothing is evicted, it may be the one after
         the last of them with its counter set back: what lies behind the counter is not read.
 
     Returns:
-      Gradients of the weights and of `text`, float32, and the loss's values per block, stacked in
-      their order.
+      Gradients of the weights, float32, and the loss's values per block, stacked in their order.
     """
+    text, text_pullback = jax.vjp(text_of, weights)
 
     def visit(carry, block: BlockInput, first: bool):
         cache, gradients, text_gradients = carry
@@ -105,7 +106,10 @@ def blockwise_gradient(
         carry, values = jax.lax.scan(lambda c, b: visit(c, b, False), carry, rest)
         all_values.append(values)
     values = jax.tree.map(lambda *v: jnp.concatenate(v), *all_values)
-    return carry[1], carry[2], values
+    _, gradients, text_gradients = carry
+    text_gradients = jax.tree.map(lambda g, t: g.astype(t.dtype), text_gradients, text)
+    (through_text,) = text_pullback(text_gradients)
+    return jax.tree.map(lambda g, t: g + t.astype(g.dtype), gradients, through_text), values
 
 
 @flax.struct.dataclass
@@ -153,8 +157,6 @@ def teacher_forced_gradient(
         return model.apply({"params": weights}, *contexts, level, method="text_kv")
 
     clean_text = text_of(weights, jnp.full(sigma.shape[:1], config.context_noise))
-    text, text_pullback = jax.vjp(lambda w: text_of(w, sigma[:, 0]), weights)
-
     holds = config.cache.holds(num_blocks)
 
     def write_clean(cache, block: AVLatents, first: bool):
@@ -176,9 +178,5 @@ def teacher_forced_gradient(
 
     first = block_input(0, sigma[:, 0], first_kv)
     rest = block_input(1, sigma[:, 1:].T, later_kv) if num_blocks > 1 else None
-    gradients, text_gradients, values = blockwise_gradient(
-        model, weights, text, (first, rest), start, rope, config, loss
-    )
-    text_gradients = jax.tree.map(lambda g, t: g.astype(t.dtype), text_gradients, text)
-    (through_text,) = text_pullback(text_gradients)
-    return jax.tree.map(lambda g, t: g + t.astype(g.dtype), gradients, through_text), values
+    text = functools.partial(text_of, level=sigma[:, 0])
+    return blockwise_gradient(model, weights, text, (first, rest), start, rope, config, loss)

@@ -1,16 +1,9 @@
 """At which step a student of a few steps stops, while it is trained."""
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.sampling import flow
-
-EXIT, NOISE = 1, 2  # uses of a sample's key
 
 
 def exit_step(
@@ -45,14 +38,8 @@ def check_exit_weights(weights: tuple[float, ...] | None, num_steps: int) -> Non
         )
 
 
-def check_sigmas(sigmas: tuple[float, ...]) -> None:
+def check_starts_from_noise(sigmas: tuple[float, ...]) -> None:
+    """Raises ValueError unless a sampler can use them and the first is 1."""
     first = float(flow.check_sigmas(sigmas)[0])
     if abs(first - 1.0) > 1e-6:
         raise ValueError(f"a student starts from noise: sigmas[0] must be 1, not {first}")
-
-
-@contextlib.contextmanager
-def rollout_weights(weights: Any, whole: Any | None) -> Iterator[Any]:
-    """What to trace passes without gradient with: the whole weights where there are some."""
-    with partitioning.whole_weights(whole is not None):
-        yield weights if whole is None else whole

@@ -32,13 +32,11 @@ from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students.bidirectional import Pullback
 from omniforcing_jax.training.students.blockwise import BlockInput, blockwise_gradient
 from omniforcing_jax.training.students.exits import (
-    NOISE,
     check_exit_weights,
-    check_sigmas,
+    check_starts_from_noise,
     exit_step,
-    rollout_weights,
 )
-from omniforcing_jax.types import AVLatents, Contexts
+from omniforcing_jax.types import AVLatents, Contexts, RandomUse
 
 
 @flax.struct.dataclass
@@ -60,7 +58,7 @@ class UnrolledTrace:
 
 
 @dataclasses.dataclass(frozen=True)
-class UnrolledGenerator:
+class UnrolledStudent:
     """Stage III: block after block over the rolling cache, by the sampler's own block step.
 
     Attributes:
@@ -81,7 +79,7 @@ class UnrolledGenerator:
     exit_weights: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        check_sigmas(self.config.sigmas)
+        check_starts_from_noise(self.config.sigmas)
         check_exit_weights(self.exit_weights, self.num_steps)
         if not 1 <= self.scored_blocks <= self.num_blocks:
             raise ValueError(
@@ -103,78 +101,48 @@ class UnrolledGenerator:
         return self.config.num_steps
 
     def sample(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        step_key: jax.Array,
-        whole: Any | None = None,
+        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
     ) -> AVLatents:
         """The scored part [B, T, C] float32 of rollouts from [B] keys.
 
-        Every block exits at the same step, drawn from `step_key`: all hosts draw the same. `whole`
-        are the weights whole on every device, if there is such a copy.
+        Every block exits at the same step, drawn from `step_key`: all hosts draw the same.
         """
-        with rollout_weights(weights, whole) as weights:
-            text = self._text(weights, contexts)
-            return self._window(*self._unroll(weights, text, keys, self._exit(step_key))[:2])
+        return self.sample_of(weights, contexts, self.simulate(weights, contexts, keys, step_key))
 
     def generate(self, weights: Any, contexts: Contexts, keys: jax.Array) -> AVLatents:
         """The scored part [B, T, C] float32 of rollouts with all steps, as in use."""
         text = self._text(weights, contexts)
-        return self._window(*self._unroll(weights, text, keys, None)[:2])
-
-    def sample_with_pullback(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        step_key: jax.Array,
-        whole: Any | None = None,
-    ) -> tuple[AVLatents, Pullback]:
-        """As `sample`, and the map from dL/dclip to dL/dweights; see `pull_back`."""
-        trace = self.simulate(weights, contexts, keys, step_key, whole)
-
-        def pullback(cotangent: AVLatents) -> Any:
-            return self.pull_back(weights, contexts, keys, trace, cotangent)
-
-        return self.sample_of(weights, contexts, trace), pullback
+        return _joined(*self._unroll(weights, text, keys, None)[:2])
 
     def simulate(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        step_key: jax.Array,
-        whole: Any | None = None,
+        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
     ) -> UnrolledTrace:
-        """What `sample_of` and `pull_back` start from; arguments as `sample`."""
+        """A rollout without gradient; arguments as `sample`."""
         exit_step = self._exit(step_key)
-        with rollout_weights(weights, whole) as fixed:
-            text = self._text(fixed, contexts)
-            first, rest, cache = self._unroll(fixed, text, keys, exit_step)
+        first, rest, cache = self._unroll(weights, self._text(weights, contexts), keys, exit_step)
         sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[exit_step])
         return UnrolledTrace(first, rest, cache, sigma)
 
     def sample_of(self, weights: Any, contexts: Contexts, trace: UnrolledTrace) -> AVLatents:
         """The scored part [B, T, C] float32 of a trace."""
         del weights, contexts
-        return self._window(trace.first, trace.rest)
+        return _joined(trace.first, trace.rest)
 
-    def pull_back(
-        self,
-        weights: Any,
-        contexts: Contexts,
-        keys: jax.Array,
-        trace: UnrolledTrace,
-        cotangent: AVLatents,
-    ) -> Any:
-        """dL/dclip -> dL/dweights.
+    def sample_with_pullback(
+        self, weights: Any, contexts: Contexts, keys: jax.Array, trace: UnrolledTrace
+    ) -> tuple[AVLatents, Pullback]:
+        """The scored part of a trace, and the map from dL/dclip to dL/dweights.
 
         The gradient goes through the last step of every scored block, into the weights and into the
         keys and values of the text; earlier steps are detached, and so is the history by default.
         """
 
+        def pullback(cotangent: AVLatents) -> Any:
+            return self._pull_back(weights, contexts, keys, trace, cotangent)
+
+        return self.sample_of(weights, contexts, trace), pullback
+
+    def _pull_back(self, weights, contexts, keys, trace: UnrolledTrace, cotangent: AVLatents):
         def exit_text(weights):
             level = trace.sigma if self.model.config.text_adaln else None
             return self.model.apply({"params": weights}, *contexts, level, method="text_kv")
@@ -187,20 +155,11 @@ class UnrolledGenerator:
 
             return jax.vjp(again, weights)[1](cotangent)[0]
         blocks = self._block_inputs(trace, cotangent)
-        exit_kv, text_pullback = jax.vjp(exit_text, weights)
-        gradients, text_gradients, _ = blockwise_gradient(
-            self.model,
-            weights,
-            exit_kv,
-            blocks,
-            trace.cache,
-            self._rope(),
-            self.rollout,
-            _inner_product,
+        where = trace.cache, self._rope(), self.rollout
+        gradients, _ = blockwise_gradient(
+            self.model, weights, exit_text, blocks, *where, _inner_product
         )
-        text_gradients = jax.tree.map(lambda g, t: g.astype(t.dtype), text_gradients, exit_kv)
-        (through_text,) = text_pullback(text_gradients)
-        return jax.tree.map(lambda g, t: g + t.astype(g.dtype), gradients, through_text)
+        return gradients
 
     def _replay(self, weights, texts, trace: UnrolledTrace, keys) -> AVLatents:
         """The scored blocks again from their exit inputs, with gradient along the whole rollout."""
@@ -218,15 +177,13 @@ class UnrolledGenerator:
             cache = kv_cache.write(cache, kv, config.patches, first=is_first, detach=False)
             return cache, x0
 
-        x0 = None
         if first is not None:
             cache, x0 = step(cache, first.exit_input, True)
-        if rest is None:
-            return x0
-        _, later = jax.lax.scan(lambda c, x: step(c, x, False), cache, rest.exit_input)
-        if x0 is None:
-            x0, later = jax.tree.map(lambda x: x[0], later), jax.tree.map(lambda x: x[1:], later)
-        return join_blocks(x0, later)
+            first = first.replace(x0=x0)
+        if rest is not None:
+            _, x0 = jax.lax.scan(lambda c, x: step(c, x, False), cache, rest.exit_input)
+            rest = rest.replace(x0=x0)
+        return _joined(first, rest)
 
     def _exit(self, step_key: jax.Array) -> jax.Array:
         return exit_step(step_key, self.num_steps, self.exit_weights)
@@ -281,13 +238,6 @@ class UnrolledGenerator:
             before = cache.replace(num_blocks=before.num_blocks)
         return first, rest, before
 
-    def _window(self, first: BlockTrace | None, rest: BlockTrace | None) -> AVLatents:
-        if rest is None:
-            return first.x0
-        if first is None:
-            first, rest = jax.tree.map(lambda x: x[0], rest), jax.tree.map(lambda x: x[1:], rest)
-        return join_blocks(first.x0, rest.x0)
-
     def _block_inputs(self, trace: UnrolledTrace, cotangent: AVLatents):
         first, rest, sigma = trace.first, trace.rest, trace.sigma
         layout, patches = self.config.cache.layout, self.config.patches
@@ -311,6 +261,16 @@ class UnrolledGenerator:
         return first, rest
 
 
+def _joined(first: BlockTrace | None, rest: BlockTrace | None) -> AVLatents:
+    """The clip [B, T, C] of the scored blocks."""
+    if rest is None:
+        return first.x0
+    if first is not None:
+        return join_blocks(first.x0, rest.x0)
+    later = jax.tree.map(lambda x: x[1:], rest.x0)
+    return join_blocks(jax.tree.map(lambda x: x[0], rest.x0), later)
+
+
 def _inner_product(x0: AVLatents, cotangent: AVLatents) -> tuple[jax.Array, None]:
     """Its gradient pulls `cotangent` back."""
     return jnp.sum(x0.video * cotangent.video) + jnp.sum(x0.audio * cotangent.audio), None
@@ -330,4 +290,5 @@ def noise_of_block(
         noise = block_noise(key, block, config, model, 1, first=first)
         return jax.tree.map(lambda n: n[:, 0], noise)
 
-    return jax.tree.map(lambda n: jnp.moveaxis(n, 0, 1), jax.vmap(one)(fold(keys, NOISE)))
+    noise = jax.vmap(one)(fold(keys, RandomUse.ROLLOUT_NOISE))
+    return jax.tree.map(lambda n: jnp.moveaxis(n, 0, 1), noise)

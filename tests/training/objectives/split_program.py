@@ -17,13 +17,14 @@ import optax  # noqa: E402
 
 from omniforcing_jax.distributed import partitioning  # noqa: E402
 from omniforcing_jax.training.assembly import abstract_params  # noqa: E402
+from omniforcing_jax.training.config.settings import DMDStage  # noqa: E402
 from omniforcing_jax.training.objectives.common import Frozen, TextInput  # noqa: E402
-from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig  # noqa: E402
+from omniforcing_jax.training.objectives.dmd import DMD  # noqa: E402
 from omniforcing_jax.training.objectives.split_dmd import SplitDMD, SplitFrozen, move, split_meshes  # noqa: E402
 from omniforcing_jax.training.optimizers import EMAConfig  # noqa: E402
 from omniforcing_jax.training.state import create_network, create_state, state_shardings  # noqa: E402
-from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator  # noqa: E402
-from omniforcing_jax.training.students.unrolled import UnrolledGenerator  # noqa: E402
+from omniforcing_jax.training.students.bidirectional import BidirectionalStudent  # noqa: E402
+from omniforcing_jax.training.students.unrolled import UnrolledStudent  # noqa: E402
 from tests.tiny_model import random_contexts, random_params  # noqa: E402
 from tests.training.objectives.test_dmd import BLOCKS, CLIP, MODEL, ROLLOUT, SIGMAS  # noqa: E402
 
@@ -37,11 +38,11 @@ NEGATIVE = dict(zip(NAMES, random_contexts(MODEL.config, batch=1, seed=7)))
 
 def make_dmd(stage: str) -> DMD:
     if stage == "III":
-        generator = UnrolledGenerator(MODEL, ROLLOUT, BLOCKS, BLOCKS)
+        generator = UnrolledStudent(MODEL, ROLLOUT, BLOCKS, BLOCKS)
     else:
-        generator = BidirectionalGenerator(MODEL, CLIP, SIGMAS)
-    config = DMDConfig(critic_updates=2)
-    return DMD(generator, MODEL, MODEL, TextInput(), OPTIMIZER, OPTIMIZER, config, EMAConfig(0.5))
+        generator = BidirectionalStudent(MODEL, CLIP, SIGMAS)
+    config = DMDStage(critic_updates=2, ema=EMAConfig(0.5))
+    return DMD(generator, MODEL, MODEL, TextInput(), OPTIMIZER, OPTIMIZER, config)
 
 
 def place(tree, mesh, sharding=None):

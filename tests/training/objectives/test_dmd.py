@@ -19,15 +19,16 @@ from omniforcing_jax.sampling.guidance import Guidance, guide
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.whole_clip import clip_x0, sigmas_per_frame
+from omniforcing_jax.training.config.settings import DMDStage
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import Frozen, TextInput, accumulate, numbered
-from omniforcing_jax.training.objectives.dmd import DMD, DMDConfig
+from omniforcing_jax.training.objectives.dmd import DMD
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.objectives.scores import BlockContext, ScoreConfig
 from omniforcing_jax.training.optimizers import EMAConfig
 from omniforcing_jax.training.state import TrainState, create_network, create_state
-from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
-from omniforcing_jax.training.students.unrolled import UnrolledGenerator
+from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
+from omniforcing_jax.training.students.unrolled import UnrolledStudent
 from omniforcing_jax.types import AVLatents
 from tests.tiny_model import QUICK_COMPILE, random_contexts, random_params
 
@@ -44,15 +45,15 @@ jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 def make(stage: str = "III", context: str = "bidirectional", **changes) -> DMD:
     """Either stage with one tiny model in all three roles."""
     generator = (
-        UnrolledGenerator(MODEL, ROLLOUT, BLOCKS, BLOCKS)
+        UnrolledStudent(MODEL, ROLLOUT, BLOCKS, BLOCKS)
         if stage == "III"
-        else BidirectionalGenerator(MODEL, CLIP, SIGMAS)
+        else BidirectionalStudent(MODEL, CLIP, SIGMAS)
     )
-    config = DMDConfig(score=ScoreConfig(context=context), critic_updates=2, **changes)
+    config = DMDStage(
+        score=ScoreConfig(context=context), critic_updates=2, ema=EMAConfig(0.5), **changes
+    )
     blocks = BlockContext(ROLLOUT, BLOCKS) if context == "block_causal" else None
-    return DMD(
-        generator, MODEL, MODEL, TextInput(), OPTIMIZER, OPTIMIZER, config, EMAConfig(0.5), blocks
-    )
+    return DMD(generator, MODEL, MODEL, TextInput(), OPTIMIZER, OPTIMIZER, config, blocks)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_microbatches_give_the_gradient_of_the_batch(inputs):
 def test_generator_gradient_is_that_of_the_written_loss(inputs):
     """Autodiff of lambda_v L_v + lambda_a L_a with targets held fixed, in stage I."""
     weights = LossWeights(0.7, 2.0)
-    dmd = make("I", weights=weights)
+    dmd = make("I", loss=weights)
     frozen, batch = inputs
     generator, critic = random_params(MODEL.config, 1), random_params(MODEL.config, 2)
     contexts = (batch["video_context"], batch["audio_context"])
@@ -138,7 +139,8 @@ def test_generator_gradient_is_that_of_the_written_loss(inputs):
 
     @jit
     def compare(params):
-        sample, pullback = dmd.generator.sample_with_pullback(params, contexts, keys, None)
+        trace = dmd.generator.simulate(params, contexts, keys, None)
+        sample, pullback = dmd.generator.sample_with_pullback(params, contexts, keys, trace)
         g, _ = dmd.score_gradient(critic, frozen, sample, contexts, keys)
         target = jax.tree.map(jnp.subtract, sample, g)
 
@@ -149,7 +151,7 @@ def test_generator_gradient_is_that_of_the_written_loss(inputs):
             )
             return weights.video * video + weights.audio * audio
 
-        cotangent = AVLatents(*(w * x / x.size for w, x in zip(weights, (g.video, g.audio))))
+        cotangent = AVLatents(*(w * x / x.size for w, x in zip((0.7, 2.0), (g.video, g.audio))))
         return pullback(cotangent), pullback(jax.grad(written)(sample))
 
     ours, expected = compare(generator)
@@ -242,7 +244,7 @@ def test_block_causal_critic_gradient(inputs):
             MODEL, params, x0, noisy, sigma, contexts, dmd.blocks
         )
         per_sample = jax.tree.map(losses.flow_matching_loss, velocity, x0, noise)
-        return losses.total(per_sample, dmd.config.weights), per_sample
+        return losses.total(per_sample, dmd.config.loss), per_sample
 
     expected, per_sample = jit(jax.grad(written, has_aux=True))(critic)
     grads, (loss, _) = jit(dmd._block_causal_critic)(critic, contexts, x0, noisy, noise, sigma)
@@ -264,12 +266,12 @@ def test_block_causal_stage_trains(inputs):
 
 def test_contradictory_settings_are_refused():
     with pytest.raises(ValueError, match="needs `blocks`"):
-        dataclasses.replace(make(), config=DMDConfig(score=ScoreConfig(context="block_causal")))
+        dataclasses.replace(make(), config=DMDStage(score=ScoreConfig(context="block_causal")))
     with pytest.raises(ValueError, match="scored from its first block"):
         dataclasses.replace(
             make("I"),
-            config=DMDConfig(score=ScoreConfig(context="block_causal")),
+            config=DMDStage(score=ScoreConfig(context="block_causal")),
             blocks=BlockContext(ROLLOUT, BLOCKS),
         )
-    with pytest.raises(ValueError, match="critic_updates must be at least 1"):
-        DMDConfig(critic_updates=0)
+    (problem,) = DMDStage(critic_updates=0).problems(1)
+    assert problem == "critic_updates: must be at least 1, not 0"

@@ -72,7 +72,7 @@ def test_guided_teacher(golden):
     keys = jax.random.split(jax.random.key(0), 2)
     scale = scores.draw_guidance(keys, ScoreConfig(video_cfg=3.0, audio_cfg=5.0))
     real = jax.tree.map(
-        lambda c, u, w: scores.guide({"cond": c, "uncond": u}, w, ScoreConfig()),
+        lambda c, u, w: scores.guide_each({"cond": c, "uncond": u}, w, ScoreConfig()),
         cond,
         uncond,
         scale,
@@ -153,7 +153,7 @@ def test_guidance_of_scores_is_that_of_the_sampler():
     assert config.passes() == ("cond", "uncond", "perturbed")
     x = jax.random.normal(jax.random.key(0), (3, 2, 5, 4))
     cfg = jnp.array([1.5, 2.5])
-    ours = scores.guide(dict(zip(config.passes(), x)), cfg, config)
+    ours = scores.guide_each(dict(zip(config.passes(), x)), cfg, config)
     for i in range(2):
         settings = Guidance(cfg=float(cfg[i]), stg=0.7, stg_blocks=(1,))
         expected = guide(*x[:, i : i + 1], None, settings)

@@ -16,13 +16,10 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.whole_clip import clip_velocity, sigmas_per_frame
+from omniforcing_jax.training.config.settings import RegressionConfig, StageII
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.objectives.losses import LossWeights
-from omniforcing_jax.training.objectives.ode_regression import (
-    ODERegression,
-    Problem,
-    RegressionConfig,
-)
+from omniforcing_jax.training.objectives.ode_regression import ODERegression, Problem
 from omniforcing_jax.training.state import create_network, create_state
 from omniforcing_jax.types import AVLatents
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
@@ -34,13 +31,12 @@ SIGMAS = np.array([1.0, 0.7, 0.3, 0.0], np.float32)
 jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 
 
-def make(changes=None, **settings) -> ODERegression:
+def make(changes=None, loss=LossWeights(), seed=0, **settings) -> ODERegression:
     changes = {"num_audio_sinks": 2} if changes is None else changes
     model = Transformer(tiny(**changes))
     rollout = RolloutConfig(CacheConfig(LAYOUT, window=3), (1.0, 0.5, 0.0), height=1, width=PATCHES)
-    return ODERegression(
-        model, rollout, BLOCKS, TextInput(), OPTIMIZER, RegressionConfig(**settings)
-    )
+    config = StageII(loss=loss, seed=seed, ema=None, regression=RegressionConfig(**settings))
+    return ODERegression(model, rollout, BLOCKS, TextInput(), OPTIMIZER, config)
 
 
 def make_batch(stage: ODERegression) -> dict[str, jax.Array]:
@@ -136,7 +132,7 @@ def test_levels_of_flow_matching():
 
 def test_masked_loss_by_hand():
     """Weighted mean over frames, and its split over blocks, from the network's own outputs."""
-    stage = make(weights=LossWeights(0.5, 2.0))
+    stage = make(loss=LossWeights(0.5, 2.0))
     problem = draw(stage, 3)
     problem = dataclasses.replace(
         problem, noisy=jax.tree.map(lambda x: x / 100, problem.noisy),
@@ -251,8 +247,8 @@ def test_history_is_chosen_by_step():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="seed must be 0 to"):
-        make(seed=-1)
+    (problem,) = StageII(seed=-1).problems(1)
+    assert problem.startswith("seed: seed must be 0 to")
     with pytest.raises(ValueError, match="level_per_block"):
         make(LTX23_CHANGES)
     with pytest.raises(ValueError, match="one of"):

@@ -20,9 +20,9 @@ from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.whole_clip import clip_x0, sigmas_per_frame
 from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students import exits
-from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
-from omniforcing_jax.training.students.unrolled import UnrolledGenerator, noise_of_block
-from omniforcing_jax.types import AVLatents
+from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
+from omniforcing_jax.training.students.unrolled import UnrolledStudent, noise_of_block
+from omniforcing_jax.types import AVLatents, RandomUse
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
 
 BATCH, BLOCKS = 2, 3
@@ -36,7 +36,7 @@ def make(layout=LAYOUT, *, window=4, num_blocks=BLOCKS, scored=BLOCKS, sinks=SIN
     """A generator with its weights, contexts and keys."""
     model = Transformer(tiny(num_audio_sinks=sinks, **changes))
     config = RolloutConfig(CacheConfig(layout, window=window), SIGMAS, height=1, width=2)
-    generator = UnrolledGenerator(model, config, num_blocks, scored)
+    generator = UnrolledStudent(model, config, num_blocks, scored)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(BATCH))
     return generator, random_params(model.config), random_contexts(model.config, batch=BATCH), keys
 
@@ -59,7 +59,8 @@ def compiled(generator, contexts):
 
     @jit
     def program(params, keys, step_key):
-        sample, pullback = generator.sample_with_pullback(params, contexts, keys, step_key)
+        trace = generator.simulate(params, contexts, keys, step_key)
+        sample, pullback = generator.sample_with_pullback(params, contexts, keys, trace)
         return sample, pullback(cotangent_like(sample))
 
     return program
@@ -85,7 +86,7 @@ def assert_trees_close(actual, expected, tolerance):
 class Uncached:
     """The same rollout by masked passes over whole clips: no cache, no block step."""
 
-    def __init__(self, generator: UnrolledGenerator, params, contexts):
+    def __init__(self, generator: UnrolledStudent, params, contexts):
         self.model, self.params, self.contexts = generator.model, params, contexts
         self.layout, self.config = generator.config.cache.layout, generator.config
         self.clip = ClipGeometry.from_blocks(self.layout, generator.num_blocks, 1, 2)
@@ -315,7 +316,7 @@ def test_sample_is_that_of_the_sampler(self_forcing):
     # one sample, since the sampler draws a batch's noise from one key
     first, one = slice(0, 1), {"num_blocks": BLOCKS, "batch": 1}
     one_text = jax.tree.map(lambda t: t[:, first], text)
-    rope, key = config.rope(model, BLOCKS), fold(keys, exits.NOISE)[0]
+    rope, key = config.rope(model, BLOCKS), fold(keys, RandomUse.ROLLOUT_NOISE)[0]
     expected = student.rollout(model, params, one_text, rope, key, config=config, **one)
     assert_trees_close(jax.tree.map(lambda x: x[first], sample), expected, 2e-5)
     early, _ = program(params, keys, step_key_with_exit(0))
@@ -329,14 +330,14 @@ def test_bidirectional_generator_by_hand():
     """Every sample exits at its own step, none at sigma 0; only its last pass has a gradient."""
     model = Transformer(tiny())
     clip = ClipGeometry.from_blocks(LAYOUT, 2, 1, 2)
-    generator = BidirectionalGenerator(model, clip, SIGMAS)
+    generator = BidirectionalStudent(model, clip, SIGMAS)
     params, contexts = random_params(model.config), random_contexts(model.config, batch=4)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(4))
-    steps = exits.exit_steps(fold(keys, exits.EXIT), 3)
+    steps = exits.exit_steps(fold(keys, RandomUse.EXIT), 3)
     assert len(set(steps.tolist())) > 1, "choose another key: the samples should exit apart"
     sample, grads = compiled(generator, contexts)(params, keys, jax.random.key(0))
     cotangent = cotangent_like(sample)
-    noise_keys = fold(keys, exits.NOISE)
+    noise_keys = fold(keys, RandomUse.ROLLOUT_NOISE)
     x0_of = jit(functools.partial(clip_x0, model, clip=clip))
 
     inputs = []
@@ -381,7 +382,7 @@ def test_exit_weights():
     assert int(exits.exit_step(jax.random.key(0), 3, (0, 0, 1))) == 2
     for bad in ((1.0, 1.0), (0, 0, 0), (1, 1, -1)):
         with pytest.raises(ValueError, match="exit_weights must be 3 numbers"):
-            BidirectionalGenerator(Transformer(tiny()), ClipGeometry(3, 4, 1, 1), SIGMAS, bad)
+            BidirectionalStudent(Transformer(tiny()), ClipGeometry(3, 4, 1, 1), SIGMAS, bad)
 
 
 # -- what is refused --------------------------------------------------------------------------
@@ -391,7 +392,10 @@ def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="scored_blocks must be between 1 and"):
         make(num_blocks=2, scored=3)
     with pytest.raises(ValueError, match="sigmas\\[0\\] must be 1"):
-        BidirectionalGenerator(Transformer(tiny()), ClipGeometry(3, 4, 1, 1), (0.9, 0.0))
+        BidirectionalStudent(Transformer(tiny()), ClipGeometry(3, 4, 1, 1), (0.9, 0.0))
+    with pytest.raises(ValueError, match="sink tokens"):
+        generator, *_ = make()
+        UnrolledStudent(Transformer(tiny()), generator.config, 2, 2)
 
 
 def test_history_carries_no_gradient():

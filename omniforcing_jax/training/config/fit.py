@@ -1,0 +1,151 @@
+"""What the files that a config names must be like: each function lists what does not fit."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omniforcing_jax.models.text.connectors import ConnectorConfig
+from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.training.config.settings import STAGES, StageConfig
+
+DECODERS = ("video_vae", "audio_vae", "vocoder")  # of sample clips
+# Settings that a causal student passes on to the one that starts from it.
+INHERITED = (
+    ("student", "num_sinks"),
+    ("student", "sink_rope"),
+    ("student", "extra_qk_norm"),
+    ("student", "tanh_gated_attention"),
+    ("student", "timesteps"),
+    ("clip", "layout"),
+)
+
+
+def head_problems(student: TransformerConfig, mesh_shape: Mapping[str, int]) -> list[str]:
+    """Attention is split by heads."""
+    tensor, sequence = mesh_shape["tensor"], mesh_shape["sequence"]
+    heads = student.video_heads
+    if heads % tensor:
+        return [f"mesh.tensor: {tensor} does not divide the model's {heads} heads"]
+    if heads % (tensor * sequence):
+        return [
+            f"mesh: tensor {tensor} x sequence {sequence} does not divide the model's {heads} "
+            "heads, which attention is split by"
+        ]
+    return []
+
+
+def source_problems(
+    c: StageConfig, version: str, run: Mapping[str, Any], pipeline: PipelineConfig
+) -> list[str]:
+    """Where the student starts must be of the teacher's version, and, if it is a causal student
+    already, be made like this one: parameters that it lacks would start anew.
+
+    Args:
+      version, run: of the source; the settings of its run, {} where they may differ.
+    """
+    problems = []
+    if version != pipeline.model_version:
+        problems.append(
+            f"generator: {c.generator} is of version {version}, the teacher of "
+            f"{pipeline.model_version}; student and teacher must be of the same model"
+        )
+    if run.get("stage") in ("stage2", "stage3"):
+        usual, differing = STAGES[run["stage"]](), []
+        for group, name in INHERITED:
+            now = getattr(getattr(c, group), name)
+            # a run from before the setting existed did what the setting's default does
+            then = run.get(group, {}).get(name, getattr(getattr(usual, group), name))
+            then = tuple(then) if isinstance(then, list) else then
+            if then != now:
+                differing.append(f"{group}.{name} ({then} there, {now} here)")
+        if differing:
+            problems.append(
+                f"generator: {c.generator} was trained with another {', '.join(differing)}; set "
+                "them alike, or give --allow_config_change if this is meant"
+            )
+    return problems
+
+
+def data_problems(
+    c: StageConfig,
+    manifest: Any,
+    pipeline: PipelineConfig,
+    connectors: ConnectorConfig,
+    rollout: RolloutConfig | None,
+) -> list[str]:
+    """The stored features and trajectories must be for this model and this clip."""
+    problems, m = [], manifest
+    if m.model_version != pipeline.model_version:
+        problems.append(
+            f"data: {c.data} was made for version {m.model_version}, the checkpoint is "
+            f"{pipeline.model_version}"
+        )
+    if (m.video_dim, m.audio_dim) != (connectors.video_dim, connectors.audio_dim):
+        problems.append(
+            f"data: features are {m.video_dim} and {m.audio_dim} wide, the checkpoint's connectors "
+            f"take {connectors.video_dim} and {connectors.audio_dim}"
+        )
+    if m.text_length % connectors.num_registers:
+        problems.append(
+            f"data: text length {m.text_length} is not a multiple of the connectors' "
+            f"{connectors.num_registers} registers"
+        )
+    if c.stage == "stage2" and rollout is not None:
+        problems += _trajectory_problems(c, m, rollout)
+    return problems
+
+
+def _trajectory_problems(c: StageConfig, manifest: Any, rollout: RolloutConfig) -> list[str]:
+    problems, layout, blocks = [], rollout.cache.layout, c.clip.blocks
+    expected = {
+        "video_frames": layout.num_video_frames(blocks),
+        "audio_frames": layout.num_audio_frames(blocks),
+        "height": rollout.height,
+        "width": rollout.width,
+    }
+    found = {name: getattr(manifest, name) for name in expected}
+    if found != expected:
+        problems.append(
+            f"data: trajectories are of clips with {found}, the config's clip has {expected}"
+        )
+    if c.regression.objective == "flow":  # reads their ends only, which any sampler may have made
+        return problems
+    if not _same_levels(manifest.sigmas, rollout.sigmas):
+        steps = len(manifest.schedule) - 1
+        timesteps = " ".join(f"{t:g}" for t in c.student.timesteps)
+        problems.append(
+            f"data: the states of {c.data} are at sigma {_listed(manifest.sigmas)}, of {steps} "
+            f"steps; student.timesteps {timesteps} are sigma {_listed(rollout.sigmas)}: "
+            f"make them with launch.ode_pairs --timesteps {timesteps} --steps "
+            f"{flow.SCHEDULE_STEPS}, or set student.timesteps to those they were made with"
+        )
+    made = manifest.autoregression
+    if made and made["layout"] != layout.name:
+        problems.append(
+            f"data: {c.data} was generated in blocks of layout {made['layout']!r}, clip.layout is "
+            f"{layout.name!r}"
+        )
+    return problems
+
+
+def _same_levels(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Up to what JSON and float32 make of a number."""
+    return len(a) == len(b) and all(math.isclose(x, y, abs_tol=1e-6) for x, y in zip(a, b))
+
+
+def _listed(sigmas: Sequence[float]) -> str:
+    return ", ".join(f"{sigma:.4g}" for sigma in sigmas)
+
+
+def preview_problems(c: StageConfig, content: Mapping[str, Any]) -> list[str]:
+    """What the sample clips need must be there before the first of them is due."""
+    missing = [name for name in DECODERS if name not in content.get("components", ())]
+    if c.sample_every <= 0 or not missing:
+        return []
+    return [
+        f"sample_every: {c.checkpoint} has no {', '.join(missing)} to decode sample clips with; "
+        "convert it again with them, or set sample_every to 0"
+    ]
