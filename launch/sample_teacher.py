@@ -279,9 +279,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        print(f"error: {_with_notes(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(_with_notes(error) or "interrupted", file=sys.stderr)
+        return 130  # as a shell reports an end by SIGINT
     return 0
+
+
+def _with_notes(error: BaseException) -> str:
+    return "\n".join(filter(None, [str(error), *getattr(error, "__notes__", ())]))
 
 
 if __name__ == "__main__":
