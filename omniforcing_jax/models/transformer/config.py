@@ -117,6 +117,16 @@ class TransformerConfig:
         return 9 if self.text_adaln else 6
 
     @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TransformerConfig":
+        """The inverse of `dataclasses.asdict`, also after JSON has made its tuples lists.
+
+        Raises:
+          ValueError: a value that is not supported.
+          TypeError: an unknown field.
+        """
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    @classmethod
     def from_metadata(
         cls, transformer: Mapping[str, Any], model_version: str = "2.0.0"
     ) -> "TransformerConfig":

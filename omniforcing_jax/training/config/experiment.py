@@ -259,9 +259,7 @@ def _source_config(c) -> TransformerConfig | None:
         return None
     source = checkpoints.read_json(locate(c.generator) / "config.json")
     if "student_config" in source["config"]:  # a run's folder
-        fields = source["config"]["student_config"]
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return TransformerConfig(**tuples)
+        return TransformerConfig.from_dict(source["config"]["student_config"])
     return PipelineConfig.from_checkpoint(c.generator).transformer
 
 
