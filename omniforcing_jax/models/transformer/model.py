@@ -7,7 +7,6 @@ heads, which predict the velocity v = noise - x0. Axis letters: see `layers.py`.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import repeat
 
 from omniforcing_jax.distributed.partitioning import WHOLE, constrain
 from omniforcing_jax.models.norms import layer_norm
@@ -129,7 +128,8 @@ class Transformer(nn.Module):
         with jax.named_scope("embed_audio"):
             a, a_stream, a_time = self._embed(audio, video, False, text)
         if sinks:
-            tokens = repeat(self.audio_sinks.astype(self.dtype), "S C -> B S C", B=a.shape[0])
+            tokens = self.audio_sinks.astype(self.dtype)  # [sinks, C]
+            tokens = jnp.broadcast_to(tokens, (a.shape[0], *tokens.shape))
             a = jnp.concatenate([tokens, a], axis=1)  # [B, sinks + T, C]
         # Splitting 25 audio tokens a second costs more than it saves (docs/scaling.md).
         v = None if v is None else constrain(v, "batch", "tokens", WHOLE)
