@@ -257,6 +257,9 @@ def main(argv: list[str] | None = None) -> int:
     except (FloatingPointError, OSError) as error:
         print(f"error: {options.with_notes(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(options.with_notes(error) or "interrupted", file=sys.stderr)
+        return 130  # as a shell reports an end by SIGINT
     return 0
 
 

@@ -201,7 +201,13 @@ def _check_versions(version: str, transformer: TransformerConfig, vae: VideoVAEC
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Configuration and weights: {component: parameter tree}."""
+    """Configuration and weights.
+
+    Attributes:
+      params: {"transformer", "video_vae", "audio_vae", "vocoder": parameter tree}; the VAEs have
+        an "encoder" only if they were loaded with it.
+      dtype: in which the transformer and the VAEs compute.
+    """
 
     config: PipelineConfig
     params: dict[str, Any]
@@ -260,8 +266,16 @@ class Pipeline:
         )
 
 
-def load_pipeline(directory: str | pathlib.Path, *, dtype: jnp.dtype) -> Pipeline:
-    """Restores the components a sampler needs; the vocoder stays fp32, as it is always run.
+def load_pipeline(
+    directory: str | pathlib.Path, *, dtype: jnp.dtype, encoders: bool = False
+) -> Pipeline:
+    """Restores the components that a sampler needs, onto the first device.
+
+    Args:
+      directory: folder written by `checkpoint_converters`.
+      dtype: of the transformer's and the VAEs' parameters; the vocoder's are float32, in which it
+        always computes.
+      encoders: whether the VAEs' encoders are loaded as well; sampling and decoding need none.
 
     Raises:
       FileNotFoundError, ValueError: see `PipelineConfig.from_checkpoint` and `check_complete`;
@@ -271,7 +285,9 @@ def load_pipeline(directory: str | pathlib.Path, *, dtype: jnp.dtype) -> Pipelin
     config.check_complete()
     dtypes = {"transformer": dtype, "video_vae": dtype, "audio_vae": dtype, "vocoder": jnp.float32}
     params = {
-        name: checkpoints.load_params(directory, name, dtype=component_dtype)
+        name: checkpoints.load_params(
+            directory, name, dtype=component_dtype, without=None if encoders else "encoder"
+        )
         for name, component_dtype in dtypes.items()
     }
     return Pipeline(config, params, dtype)

@@ -127,6 +127,7 @@ def load_params(
     *,
     dtype: Any = None,
     sharding: Sharding | ShardingRule | Mapping[str, Any] | None = None,
+    without: str | None = None,
 ) -> dict[str, Any]:
     """Restores the parameters of one component.
 
@@ -138,6 +139,7 @@ def load_params(
       dtype: dtype of the result, cast while loading; None keeps that on disk.
       sharding: one sharding for all leaves, a function (path, shape) -> sharding, or a tree of
         shardings with the structure of the parameters; None puts everything on the first device.
+      without: a top-level name of the parameters, such as "encoder", that is not read.
 
     Returns:
       Nested dict of jax.Arrays.
@@ -147,14 +149,14 @@ def load_params(
       ValueError: unknown component, other format, or a tree of shardings of other structure.
     """
     path = _component_path(folder, component)
-    arrays = _arrays(path)
+    arrays = {name: tree for name, tree in _arrays(path).items() if name != without}
     shardings = _shardings(arrays, sharding)
     restore_args = jax.tree.map(
         lambda _, s: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=s),
         arrays,
         shardings,
     )
-    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    args = ocp.args.PyTreeRestore(item=arrays, restore_args=restore_args, partial_restore=True)
     # without a Checkpointer, which waits for all processes: one may read by itself
     return ocp.PyTreeCheckpointHandler().restore(path, args=args)
 

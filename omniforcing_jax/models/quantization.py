@@ -1,9 +1,9 @@
-"""Weight-only int8: values with one scale per output channel, multiplied without being expanded.
+"""Weight-only int8: integers with one scale per output channel, multiplied without being expanded.
 
 A weight w of an output channel becomes round(w / s) with s = max |w| / 127 over its inputs, so the
-error of a weight is at most s / 2. Activations stay as they are: x W = (x V) s, where V holds the
-integers, which bfloat16 and float32 represent exactly. The weights stay int8 in the device's
-memory, at half of what they take in bfloat16.
+error of a weight is at most s / 2. Activations are not quantised: x W = (x V) s, where V holds the
+integers, which bfloat16 and float32 represent exactly. In the device's memory the weights are int8,
+half the size of bfloat16.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 MODES = ("none", "int8")
-# name of a quantised leaf: the axis its scales are shared along, which is the axis a channel's
-# inputs lie on. A row of an embedding table is a channel.
+# {name of a quantised parameter: axis of a channel's inputs, which share one scale}; each row of an
+# embedding table is a channel
 INPUT_AXIS = {"kernel": -2, "embedding": -1}
 
 _MAX_INT8 = 127

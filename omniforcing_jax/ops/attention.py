@@ -1,10 +1,12 @@
 """Softmax attention behind one function, with masks given as row ends or lengths.
 
-Block-causal masks (Eq. 4-5) and the valid part of the rolling cache have one thing in common: what
-a query may see is a prefix of the keys. So no kernel here is ever handed a dense mask for them:
+Under block-causal masks (Eq. 4-5), and in a rolling cache that is not full, what a query sees is a
+prefix of the keys. Both are therefore given as lengths, not as dense masks:
 
 * `kv_end`, one static integer per query row, for training on whole clips;
 * `kv_length`, one number (or one per sample), for sampling from the cache.
+
+Backends: `xla`, `chunked`, `prefix`, `cudnn`, `splash`; see `attention`.
 
 Axis letters: B batch, T query tokens, S key tokens, N heads, H head dim.
 """
@@ -12,18 +14,19 @@ Axis letters: B batch, T query tokens, S key tokens, N heads, H head dim.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from omniforcing_jax.distributed.partitioning import WHOLE, constrain
 from omniforcing_jax.ops import splash
 
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "prefix", "cudnn", "splash")
 
-# Queries of a chunk of `chunked` attention.
+# Queries in a chunk of `chunked` attention.
 CHUNK = 512
 
-# A flash kernel's tile has at least this many queries and keys. With fewer of either, such as the
-# 25 audio tokens of a block or the single one of block 0, most of it would be padding, and some
-# versions of cuDNN refuse a length of 1. The logits are small there: plain matrix products do.
+# With fewer queries or keys, such as the 25 audio tokens of a block, plain matrix products take the
+# place of a flash kernel: most of its tile would be padding, and the logits are small. Some cuDNN
+# versions also refuse a length of 1, which block 0 has.
 MIN_FLASH_LENGTH = 64
 
 # Each group of equal kv_end is one kernel call in the program; a mask that changes on every row
@@ -45,32 +48,32 @@ def attention(
     """softmax(q k^T * scale) v per head, with the softmax in fp32.
 
     At most one of `kv_end`, `kv_length` and `mask` may be given; without any, every query sees
-    every key. Hidden keys and values need no particular content but must be finite: their weight is
-    zero, and zero times infinity is not.
+    every key. Keys and values that no query sees may hold anything finite (their weight is zero,
+    and zero times infinity is not a number).
 
     Implementations:
-      * `xla`: plain einsum with a dense mask, the reference for the others. Holds fp32 logits
-        [B, N, T, S], so long sequences take much memory.
-      * `chunked`: the same, a few hundred queries after the other, forward and backward: logits
-        [B, N, 512, S]. What a flash kernel needs in memory, on any hardware.
-      * `prefix`: rows with equal `kv_end` attend, unmasked, to a static slice of the keys. No mask
-        and no wasted multiplication; every group runs on the platform's best dense kernel.
-      * `cudnn`: as `prefix`, on cuDNN flash attention (NVIDIA GPU, 16-bit dtypes) except for what
-        has too few queries or keys for a flash kernel.
-      * `splash`: TPU Pallas kernel that computes the mask block by block. On CPU it is interpreted,
-        which is slow and meant for tests.
-      * `auto`: TPU: splash where shapes allow; GPU: where queries and keys are enough for a flash
-        kernel, cudnn for 16-bit dtypes and head dims that it takes and `chunked` for others and
-        when compiling for a GPU that is not here. Otherwise `prefix` for `kv_end` and `xla` for the
-        rest. Dense masks always go to `xla`.
+      * `xla`: einsums with a dense mask, the reference for the others. The float32 logits
+        [B, N, T, S] are in memory, so that long sequences need much of it.
+      * `chunked`: the same for 512 queries at a time, forward and backward: logits [B, N, 512, S].
+        Needs as little memory as a flash kernel, on any hardware.
+      * `prefix`: queries with equal `kv_end` attend, without a mask, to a static slice of the keys,
+        so that nothing is computed for hidden keys. Runs on `cudnn` if it can, else on `xla`.
+      * `cudnn`: as `prefix`, on cuDNN's flash attention (NVIDIA GPU, 16-bit dtypes); on `xla` where
+        queries or keys are too few for a flash kernel.
+      * `splash`: a Pallas kernel for TPUs that computes the mask block by block. On a CPU it is
+        interpreted, which is slow and meant for tests.
+      * `auto`: a dense mask: `xla`. On a TPU: `splash` where the shapes allow it. On a GPU, with
+        enough queries and keys for a flash kernel: `cudnn` where it supports dtype and head dim,
+        else (and when compiling for a GPU that this machine does not have) `chunked`. Everything
+        else: `prefix` with `kv_end`, `xla` without.
 
     Args:
       q: [B, T, N, H].
       k: [B, S, N, H], same dtype as q.
       v: [B, S, N, H], same dtype as q.
       kv_end: numpy int [T] in 1..S; query t attends to keys [0, kv_end[t]). Static.
-      kv_length: every query attends to keys [0, kv_length). A Python int in 1..S cuts the keys
-        statically; a traced scalar or int [B] is taken to be at least 1 without a check.
+      kv_length: every query attends to keys [0, kv_length). A Python int in 1..S slices the keys
+        statically; a traced scalar or int [B] must be at least 1, which is not checked.
       mask: bool, broadcastable to [B, N, T, S], True where attention is allowed; rows without any
         allowed key give zeros. `xla` only.
       scale: factor on the logits, H**-0.5 by default.
@@ -118,36 +121,17 @@ def _run(q, k, v, kv_end, kv_length, mask, scale, implementation: str) -> jax.Ar
     raise ValueError(f"unknown implementation {implementation!r}; known: {IMPLEMENTATIONS}")
 
 
-def attention_flops(batch: int, q_len: int, kv: int | np.ndarray, heads: int, head_dim: int) -> int:
-    """Forward FLOPs of the two matrix products (a multiply-add counts as two).
-
-    Args:
-      batch: B.
-      q_len: T.
-      kv: key length S, or `kv_end` [T] to count only the pairs a block-causal mask allows.
-      heads: N.
-      head_dim: H.
-
-    Raises:
-      ValueError: `kv_end` has not one entry per query.
-    """
-    if np.ndim(kv) and len(kv) != q_len:
-        raise ValueError(f"kv_end has {len(kv)} entries for {q_len} queries")
-    pairs = int(np.sum(kv, dtype=np.int64)) if np.ndim(kv) else q_len * int(kv)
-    return 4 * batch * heads * head_dim * pairs
-
-
 def platform() -> str:
     """Platform the program is being traced for: `tpu`, `gpu`, `absent gpu` or `cpu`.
 
-    The mesh decides where one is set, so that programs can be compiled ahead of time for devices
-    that this machine does not have.
+    That of the mesh, if one is set, so that programs can be compiled ahead of time for devices that
+    this machine does not have.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend()
     if device.platform == "gpu" and jax.default_backend() != "gpu":
-        return "absent gpu"  # cuDNN answers only where it is installed
+        return "absent gpu"  # one can ask cuDNN what it supports only where it is installed
     return device.platform
 
 
@@ -199,7 +183,7 @@ def _chunked(q, k, v, kv_end, kv_length, scale):
         return _masked_xla(q, k, v, kv_end, kv_length, None, scale)
     padding = count * CHUNK - length
     rows = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    rows = jnp.moveaxis(rows.reshape(q.shape[0], count, CHUNK, *q.shape[2:]), 1, 0)
+    rows = rearrange(rows, "B (chunks T) N H -> chunks B T N H", T=CHUNK)
     ends = jnp.full((count, CHUNK), k.shape[1], jnp.int32)
     if kv_end is not None:
         ends = jnp.asarray(np.pad(kv_end, (0, padding), mode="edge").reshape(count, CHUNK))
@@ -212,14 +196,14 @@ def _chunked(q, k, v, kv_end, kv_length, scale):
             mask = mask & (keys < _per_sample(kv_length, q.shape[0])[:, None, None, None])
         return _xla(q, k, v, mask, scale)
 
-    out = jax.lax.map(lambda rows: chunk(*rows), (rows, ends))  # [chunks, B, T, N, H]
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+    out = jax.lax.map(lambda rows: chunk(*rows), (rows, ends))
+    return rearrange(out, "chunks B T N H -> B (chunks T) N H")[:, :length]
 
 
 def _dense(q, k, v, kv_length, scale, kernel):
     """All queries attend to keys [0, kv_length), or to all keys.
 
-    `kernel` is `xla`, or `cudnn` for what is long enough for it.
+    `kernel` is `xla` or `cudnn`; short sequences are computed by `xla` in any case.
     """
     if kernel == "xla" or _is_short(q, k):
         return _masked_xla(q, k, v, None, kv_length, None, scale)
@@ -248,7 +232,7 @@ def _prefix(q, k, v, kv_end, kv_length, scale, kernel):
 
 
 def _masked_xla(q, k, v, kv_end, kv_length, mask, scale):
-    """`_xla` with the mask that `kv_end` or `kv_length` stands for."""
+    """`_xla` with the dense mask of `kv_end` or `kv_length`."""
     keys = jnp.arange(k.shape[1])  # [S]
     if kv_end is not None:
         mask = keys < jnp.asarray(kv_end)[:, None]  # [T, S]
@@ -310,10 +294,10 @@ def _check_kv_end(kv_end, q_len: int, kv_len: int) -> None:
 
 
 def attention_entropy(q: jax.Array, k: jax.Array, kv_end: np.ndarray | None = None) -> jax.Array:
-    """Entropy of each query's attention, over that of uniform attention to the keys it may see.
+    """Entropy of each query's attention, divided by that of uniform attention to what it may see.
 
-    1 is uniform, 0 is one-hot: the collapse that sink tokens prevent (paper section 3.3). Dense, so
-    for short sequences only.
+    1 is uniform, 0 is one-hot: the collapse that sink tokens prevent (paper section 3.3). Holds all
+    logits in memory, so it is for short sequences only.
 
     Args:
       q: [B, T, N, H]; k: [B, S, N, H]; both rotated.

@@ -16,14 +16,14 @@ from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax.distributed.partitioning import BATCH_AXES, HEAD_AXES
 
-# Largest first: the kernel wants blocks in multiples of its 128 lanes, and big ones.
+# Largest first: blocks are multiples of the kernel's 128 lanes, and large ones are faster.
 BLOCK_SIZES = (512, 256, 128)
-# Padding that is accepted for the sake of a larger block.
+# Padding, as a share of the length, that a larger block may cost.
 MAX_PADDING = 1 / 8
 
 
 def supports(q_len: int, kv_len: int, head_dim: int) -> bool:
-    """Whether splash suits these sizes: whole lanes, and at least one block each way."""
+    """Whether the kernel can run these sizes without much padding: at least one block each way."""
     smallest = BLOCK_SIZES[-1]
     return head_dim % 64 == 0 and q_len >= smallest and kv_len >= smallest
 
@@ -31,9 +31,9 @@ def supports(q_len: int, kv_len: int, head_dim: int) -> bool:
 class BlockCausalMask(splash_mask._ComputableMask):
     """Query row t sees keys [0, kv_end[t]); computed in the kernel, never stored.
 
-    The base class hands `q_sequence` to the kernel row by row and calls `mask_function` on it and
-    the key indices; it is meant for query positions, but any int32 per row will do. Equality and
-    hash go by content, which lets the kernel share one mask between heads and calls.
+    For each row the kernel calls `mask_function` with the row's entry of `q_sequence` (normally a
+    query position, but any int32 will do) and the key indices. Masks of equal content are equal and
+    have equal hashes, so that the kernel shares one between heads and calls.
     """
 
     def __init__(self, kv_end: np.ndarray, kv_len: int):

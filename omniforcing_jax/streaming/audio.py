@@ -1,11 +1,11 @@
 """Audio latents to waveform, chunk by chunk, equal to decoding the whole clip at once.
 
-The audio VAE is causal, so its decoder only has to remember two rows per convolution. The vocoder
-looks ahead: samples are emitted once the mel frames they depend on are there, by running it on
-[left context | new frames | right context] and keeping what is settled. The first and the last
-frame of the stream must be real ends of what the vocoder sees, since every layer pads there. While
-the window is not full yet, filler frames stand on its other side, where nothing settled is reached
-by them, so that the vocoder always runs at the same length.
+The audio VAE is causal: its decoder needs the last two rows of each convolution's previous input.
+The vocoder looks ahead: it runs on [left context | new frames | right context], and the samples
+that do not depend on later frames are final and are returned. Every layer of it pads at its input's
+ends, so the stream's first and last frame must lie at these ends. As long as there are fewer frames
+than the window holds, filler frames complete it, at the end from which no final sample depends on
+them, so that the vocoder always runs at the same length.
 """
 
 import functools
@@ -27,7 +27,7 @@ from omniforcing_jax.models.audio.vocoder import STEREO, VocoderConfig, vocode
 
 @struct.dataclass
 class StreamingAudioState:
-    """A stream between two chunks: arrays of fixed shape and three numbers; a pytree.
+    """State of a stream between two chunks: arrays of fixed shape and three numbers; a pytree.
 
     Attributes:
       history: last input rows of every VAE convolution.
@@ -48,10 +48,10 @@ class StreamingAudioState:
 class StreamingAudioDecoder:
     """Decodes a stream of audio latents into a waveform.
 
-    A push costs one VAE decode of the new latents and one vocoder run over
-    `left_context + right_context` mel frames more than it emits. Pushes of one size share one
+    A push decodes the new latents with the VAE and runs the vocoder over
+    `left_context + right_context` mel frames more than it returns. Pushes of one size share one
     compiled vocoder, from the first to the flush, and two compiled VAE decoders (first push and
-    others). The host keeps the sample arithmetic; nothing waits for the device.
+    others). Samples are counted on the host, so nothing waits for the device.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class StreamingAudioDecoder:
           latents: [B, t, C] normalised, t >= 1 of any size.
 
         Returns:
-          The new state and [B, n, 2] float32, the samples that became settled;
+          The new state and [B, n, 2] float32, the samples that became final;
           n = samples_after(T + t, False) - samples_after(T, False) may be 0 at the beginning.
 
         Raises:

@@ -2,12 +2,12 @@
 
 Two ways, because the published decoder looks 13 (LTX-2.3) to 22 (LTX-2.0) latent frames ahead:
 
-* "window" runs the decoder as trained, over the new latents and some of their neighbours. It
-  approximates the decode of the whole clip, and equals it once `look_back` and `look_ahead` cover
-  the receptive field.
-* "causal" runs every convolution causally with the last two frames of its input kept between
-  chunks. It equals the causal decode of the whole clip for every chunking and does no work twice,
-  but published weights were not trained for it.
+* "window" runs the decoder as it was trained, over the new latents and some of their neighbours. It
+  approximates the decode of the whole clip, and equals it if `look_back` and `look_ahead` cover the
+  receptive field.
+* "causal" runs every convolution causally and stores the last two frames of its input between
+  chunks. It equals the causal decode of the whole clip however it is cut, and computes nothing
+  twice, but the published weights were not trained for it.
 
 Counts are in latent frames. With a compression of 8, latent 0 is pixel frame 0 and latent i > 0 is
 pixel frames 8i-7 .. 8i. A window that starts at latent a > 0 loses the first seven frames of a, so
@@ -73,11 +73,9 @@ def _causal_step(config, params, latents, cache, dtype):
     return to_uint8(video), cache
 
 
-@partial(
-    jax.jit, static_argnames=("config", "dtype", "first", "stop", "num_blend", "num_old_latents")
-)
+@partial(jax.jit, static_argnums=(0, 1, 6, 7, 8, 9))
 def _window_step(
-    config, params, history, latents, tail, dtype, first, stop, num_blend, num_old_latents
+    config, dtype, params, history, latents, tail, first, stop, num_blend, num_old_latents
 ):
     """Decodes one window.
 
@@ -126,7 +124,7 @@ class StreamingVideoDecoder:
     ):
         """
         Args:
-          params: tree {decoder, per_channel_statistics, ...}; the encoder is not kept.
+          params: tree {decoder, per_channel_statistics}; other entries are ignored.
           mode: "window" or "causal". The other options are for "window" alone.
           look_back: latents decoded again to the left of the first new frame, at least 1.
           look_ahead: latents to the right of a frame before it is emitted.
@@ -159,6 +157,7 @@ class StreamingVideoDecoder:
             "decoder": jax.tree.map(lambda p: jnp.asarray(p, dtype), params["decoder"]),
             "per_channel_statistics": params["per_channel_statistics"],
         }
+        self._window_step = partial(_window_step, config, dtype, self._params)
 
     def frames_after(self, num_latents: int, flushed: bool = False) -> int:
         """Frames returned in total once `num_latents` latents were pushed.
@@ -229,7 +228,8 @@ class StreamingVideoDecoder:
                 # Nothing was decoded so far, the history is the clip.
                 none = state.latents[:, :0]
                 stop = self.config.pixel_frames(num_history)
-                frames, _, _ = self._decode_window(state.latents, none, state.tail, 0, stop, 0, 0)
+                window = state.latents, none, state.tail
+                frames, _, _ = self._window_step(*window, 0, stop, 0, 0)
             else:
                 frames = to_uint8(state.tail)
         step = self.config.spatial_compression
@@ -247,24 +247,10 @@ class StreamingVideoDecoder:
         stop = self.frames_after(after) - origin
         num_old_latents = max(0, after - self._held_back - self._look_back) - start
         num_blend = min(self._blend * self.config.temporal_compression, state.tail.shape[1])
-        frames, tail, history = self._decode_window(
+        frames, tail, history = self._window_step(
             state.latents, latents, state.tail, first, stop, num_blend, num_old_latents
         )
         return WindowVideoState(after, history, tail), frames
-
-    def _decode_window(self, history, latents, tail, first, stop, num_blend, num_old_latents):
-        return _window_step(
-            self.config,
-            self._params,
-            history,
-            latents,
-            tail,
-            dtype=self.dtype,
-            first=first,
-            stop=stop,
-            num_blend=num_blend,
-            num_old_latents=num_old_latents,
-        )
 
     def _no_frames(self, latents: jax.Array, dtype) -> jax.Array:
         """[B, 0, H, W, 3] for latents [B, f, h, w, C]."""

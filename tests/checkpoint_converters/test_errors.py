@@ -152,8 +152,8 @@ def test_unsupported_settings_are_named(source, tmp_path):
         source, tmp_path / "bad.safetensors", metadata=strings | {"config": json.dumps(config)}
     )
     text = refused(bad, tmp_path / "out")
-    assert "timestep_conditioning=True is not supported (supported: False)" in text
-    assert "unknown settings in vocoder: harmonics" in text
+    assert "timestep_conditioning is True; only False is supported" in text
+    assert "vocoder: unknown settings harmonics" in text
     assert "norm_type is 'group'" in text
     assert "num_layers is missing" in text
     config["transformer"] |= {"num_layers": 2, "rope_type": "spiral"}

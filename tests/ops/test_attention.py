@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.ops import attention as attention_module
 from omniforcing_jax.ops import splash
-from omniforcing_jax.ops.attention import attention, attention_flops
+from omniforcing_jax.ops.attention import attention
 
 LAYOUT, SINKS = BlockLayout.prefix(), 16
 VIDEO_FRAMES, AUDIO_FRAMES, PATCHES = 10, 76, 30
@@ -479,15 +479,3 @@ def test_bad_shapes_are_refused():
     q, k, v, _ = make_inputs(300, 300, 8)
     with pytest.raises(ValueError, match=r"300 times.*use 'splash' or 'xla'"):
         attention(q, k, v, kv_end=np.arange(1, 301), implementation="prefix")
-
-
-def test_flops():
-    assert attention_flops(2, 3, 5, heads=7, head_dim=8) == 2 * 2 * (2 * 3 * 5 * 7 * 8)
-    kv_end = LAYOUT.kv_ends(16, 126, 384, SINKS).video
-    dense = attention_flops(1, 6144, 6144, heads=32, head_dim=128)
-    allowed = LAYOUT.masks(16, 126, 384, SINKS).video.mean()
-    assert attention_flops(1, 6144, kv_end, heads=32, head_dim=128) == pytest.approx(
-        dense * allowed, rel=1e-12
-    )
-    with pytest.raises(ValueError, match="2 entries for 3 queries"):
-        attention_flops(1, 3, np.array([1, 2]), heads=1, head_dim=1)

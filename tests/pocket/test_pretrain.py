@@ -12,7 +12,7 @@ from checkpoint_converters import synthetic, synthetic_gemma
 from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.audio.mel import MelConfig
 from omniforcing_jax.models.audio.vae import AudioVAEConfig
-from omniforcing_jax.models.audio.vocoder import GeneratorConfig, VocoderConfig
+from omniforcing_jax.models.audio.vocoder import HiFiGANConfig, VocoderConfig
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.text.gemma import TextTower, init_boxed_params
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
@@ -44,7 +44,7 @@ VIDEO = VideoVAEConfig(
 )
 AUDIO = AudioVAEConfig(8, (1, 1, 1), 1, 2, MelConfig(n_fft=256))
 VOCODER = VocoderConfig(
-    GeneratorConfig(
+    HiFiGANConfig(
         initial_channels=8,
         upsample_rates=(160,),
         upsample_kernel_sizes=(320,),

@@ -353,6 +353,19 @@ def test_script(checkpoint, random_gemma, tmp_path, capsys):
     assert frames.std() > 1 and waveform.std() > 1e-4
 
 
+def test_script_that_is_interrupted(checkpoint, tmp_path, capsys, monkeypatch):
+    """Ctrl-C ends it as it ends the streaming program: one line, status 130, no file."""
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample_teacher, "sample", interrupted)
+    options = ["--random-features", "--stg-block", "1"]
+    assert run_script(checkpoint, tmp_path / "clip.mp4", *options) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert not list(tmp_path.iterdir())
+
+
 def stored(folder, name, config, prompts=1):
     """A file of text features."""
     path = folder / f"{name}.safetensors"

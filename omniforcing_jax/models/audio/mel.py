@@ -13,7 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax import lax
+
+from omniforcing_jax.models.metadata import find_problems, raise_problems
 
 LOG_FLOOR = 1e-5
 
@@ -47,20 +50,12 @@ class MelConfig:
         Raises:
           ValueError: mono audio, a window shorter than the FFT, or non-causal framing.
         """
-        audio = preprocessing.get("audio", {})
-        stft = preprocessing.get("stft", {})
-        mel = preprocessing.get("mel", {})
+        audio, stft, mel = (preprocessing.get(name, {}) for name in ("audio", "stft", "mel"))
         n_fft = stft.get("filter_length", 1024)
-        expected = (
-            ("audio.stereo", audio.get("stereo", True), True),
-            ("stft.causal", stft.get("causal", True), True),
-            ("stft.win_length", stft.get("win_length", n_fft), n_fft),
-        )
-        for field, value, supported in expected:
-            if value != supported:
-                raise ValueError(
-                    f"audio_vae preprocessing.{field} is {value!r}; only {supported!r} is supported"
-                )
+        settings = {f"audio.{name}": value for name, value in audio.items()}
+        settings |= {f"stft.{name}": value for name, value in stft.items()}
+        fixed = {"audio.stereo": True, "stft.causal": True, "stft.win_length": n_fft}
+        raise_problems("audio_vae preprocessing", find_problems(settings, fixed=fixed))
         return cls(
             sample_rate=audio.get("sampling_rate", 16000),
             n_fft=n_fft,
@@ -100,7 +95,7 @@ def resample(waveform: jax.Array, source_rate: int, target_rate: int) -> jax.Arr
         return waveform
     kernel, reach = _sinc_kernel(source, target)
     batch, length, channels = waveform.shape
-    flat = jnp.moveaxis(waveform, 2, 1).reshape(batch * channels, length, 1)
+    flat = rearrange(waveform, "B N S -> (B S) N 1")
     # One kernel row per output phase: [B S, ceil(N / source) or one more, target]
     phases = lax.conv_general_dilated(
         flat,
@@ -153,10 +148,6 @@ def log_mel_spectrogram(waveform: jax.Array, config: MelConfig) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("sample_rate", "config"))
-def _waveform_to_log_mel(waveform, sample_rate, config):
-    return log_mel_spectrogram(resample(waveform, sample_rate, config.sample_rate), config)
-
-
 def waveform_to_log_mel(waveform: jax.Array, sample_rate: int, config: MelConfig) -> jax.Array:
     """Resamples to `config.sample_rate`, then `log_mel_spectrogram`.
 
@@ -172,7 +163,7 @@ def waveform_to_log_mel(waveform: jax.Array, sample_rate: int, config: MelConfig
       ValueError: not stereo, empty, too short, or a sample rate that is not a positive integer.
     """
     _check_stereo(waveform)
-    return _waveform_to_log_mel(waveform, sample_rate, config)
+    return log_mel_spectrogram(resample(waveform, sample_rate, config.sample_rate), config)
 
 
 @functools.lru_cache(maxsize=8)
@@ -228,6 +219,17 @@ def _sinc_kernel(source: int, target: int) -> tuple[np.ndarray, int]:
     window = np.cos(u * np.pi / (2 * _SINC_ZEROS)) ** 2
     kernel = np.sinc(u) * window * cutoff / source
     return kernel[:, None, :].astype(np.float32), reach
+
+
+def check_log_mel(log_mel: jax.Array, mel_bins: int) -> None:
+    """Raises ValueError unless `log_mel` is [B, T >= 1, mel_bins, 2]."""
+    if log_mel.ndim != 4 or tuple(log_mel.shape[2:]) != (mel_bins, 2):
+        raise ValueError(
+            f"log_mel must be [B, T, {mel_bins}, 2] (time, mel bin, stereo channel), shape is "
+            f"{tuple(log_mel.shape)}"
+        )
+    if log_mel.shape[1] == 0:
+        raise ValueError("log_mel is empty: it has 0 frames, at least 1 is needed")
 
 
 def _check_waveform(waveform) -> None:

@@ -1,8 +1,8 @@
 """Audio VAE of LTX-2: log-mel spectrogram <-> latents, 25 per second.
 
 2-D convolutions over (time, mel bin) that are causal in time: each pads two zero rows before its
-input and none after. The decoder is therefore exactly causal, and decoding a clip in chunks is
-exact once every convolution remembers the last two rows it saw (`decode_audio_chunk`).
+input and none after. The decoder is therefore causal, and a clip can be decoded in chunks without
+error if every convolution is given the last two rows of its previous input (`decode_audio_chunk`).
 Axis letters: B batch, T time rows, W frequency columns, C channels.
 """
 
@@ -17,19 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from omniforcing_jax.models.audio.mel import MelConfig
+from omniforcing_jax.models.audio.mel import MelConfig, check_log_mel
+from omniforcing_jax.models.metadata import find_problems, raise_problems
+from omniforcing_jax.models.norms import rms_norm
 
 NORM_EPS = 1e-6
 
-# Settings of `ddconfig` this implementation has one behaviour for, with the values that mean it
-_SUPPORTED = {
-    "double_z": (True,),
-    "in_channels": (2,),
-    "out_ch": (2,),
-    "attn_resolutions": ([], None),
-    "mid_block_add_attention": (False,),
-    "norm_type": ("pixel",),
-    "causality_axis": ("height",),
+# Settings of `ddconfig` with a single supported value
+_FIXED = {
+    "double_z": True,
+    "in_channels": 2,
+    "out_ch": 2,
+    "attn_resolutions": [],
+    "mid_block_add_attention": False,
+    "norm_type": "pixel",
+    "causality_axis": "height",
 }
 _READ = ("ch", "ch_mult", "num_res_blocks", "z_channels", "mel_bins")
 # No effect on the network: attention would use `resolution`, and `downsample_time` is not read
@@ -74,25 +76,20 @@ class AudioVAEConfig:
           ValueError: an unknown or unsupported setting in `model.params.ddconfig`, or mel settings
             that contradict each other.
         """
-        ddconfig = audio_vae["model"]["params"]["ddconfig"]
-        unknown = sorted(set(ddconfig) - {*_SUPPORTED, *_READ, *_WITHOUT_EFFECT})
-        if unknown:
-            raise ValueError(f"unknown audio_vae settings in ddconfig: {', '.join(unknown)}")
-        missing = sorted({*_SUPPORTED, *_READ} - set(ddconfig))
-        if missing:
-            raise ValueError(f"audio_vae ddconfig lacks {', '.join(missing)}")
-        for field, supported in _SUPPORTED.items():
-            if ddconfig[field] not in supported:
-                raise ValueError(
-                    f"audio_vae ddconfig.{field} is {ddconfig[field]!r}; "
-                    f"only {supported[0]!r} is supported"
-                )
+        ddconfig = dict(audio_vae["model"]["params"]["ddconfig"])
+        if ddconfig.get("attn_resolutions", ...) is None:
+            ddconfig["attn_resolutions"] = []
+        required = (*_FIXED, *_READ)
+        problems = find_problems(
+            ddconfig, required=required, fixed=_FIXED, known=(*required, *_WITHOUT_EFFECT)
+        )
         mel = MelConfig.from_metadata(audio_vae.get("preprocessing", {}))
-        if ddconfig["mel_bins"] != mel.mel_bins:
-            raise ValueError(
-                f"audio_vae ddconfig.mel_bins is {ddconfig['mel_bins']} but "
-                f"preprocessing.mel.n_mel_channels is {mel.mel_bins}"
+        if ddconfig.get("mel_bins", mel.mel_bins) != mel.mel_bins:
+            problems.append(
+                f"mel_bins is {ddconfig['mel_bins']} but preprocessing.mel.n_mel_channels is "
+                f"{mel.mel_bins}"
             )
+        raise_problems("audio_vae ddconfig", problems)
         return cls(
             base_channels=ddconfig["ch"],
             channel_multipliers=tuple(ddconfig["ch_mult"]),
@@ -125,64 +122,51 @@ class AudioVAEConfig:
         return max(0, self.downsampling * num_latents - (self.downsampling - 1))
 
 
-def pixel_norm(x: jax.Array) -> jax.Array:
-    """x / sqrt(mean_c x^2 + 1e-6) over the channels, in fp32; returns x's dtype."""
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * lax.rsqrt(mean_square + NORM_EPS)).astype(x.dtype)
-
-
-def causal_conv2d(
-    x: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    history: jax.Array | None,
-    *,
-    stride: int = 1,
-    width_padding: tuple[int, int] = (1, 1),
-) -> tuple[jax.Array, jax.Array]:
-    """3x3 convolution of [B, T, W, C], causal in time and zero padded in frequency.
-
-    Args:
-      x: the new rows.
-      kernel: (3, 3, in, out).
-      bias: (out,).
-      history: [B, 2, W, C], the two rows before `x`; None at the start of a clip (zeros).
-      stride: in both axes.
-      width_padding: zero columns before and after.
-
-    Returns:
-      The convolution, and the last two input rows: the history of the next call.
-    """
-    if history is None:
-        history = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
-    rows = jnp.concatenate([history, x], axis=1)  # [B, T + 2, W, C]
-    y = lax.conv_general_dilated(
-        rows,
-        kernel.astype(x.dtype),
-        window_strides=(stride, stride),
-        padding=[(0, 0), width_padding],
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=lax.Precision.HIGHEST,
-    )
-    return y + bias.astype(x.dtype), rows[:, -2:]
+def norm_silu(x: jax.Array) -> jax.Array:
+    """silu(x / sqrt(mean_c x^2 + 1e-6)): the norm over the channels, in float32; x's dtype."""
+    return nn.silu(rms_norm(x, NORM_EPS).astype(x.dtype))
 
 
 class CausalConv(nn.Module):
-    """Parameters of a `causal_conv2d`."""
+    """3x3 convolution of [B, T, W, C], causal in time and zero padded in frequency.
+
+    Attributes:
+      features: channels of the result.
+      stride: in both axes.
+      width_padding: zero columns before and after.
+    """
 
     features: int
     stride: int = 1
     width_padding: tuple[int, int] = (1, 1)
 
     @nn.compact
-    def __call__(self, x, history=None):
+    def __call__(
+        self, x: jax.Array, history: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Convolves the rows x [B, T, W, C].
+
+        Args:
+          history: [B, 2, W, C], the two rows before `x`; None at the start of a clip (zeros).
+
+        Returns:
+          The convolution, and the last two input rows: the history of the next call.
+        """
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return causal_conv2d(
-            x, kernel, bias, history, stride=self.stride, width_padding=self.width_padding
+        if history is None:
+            history = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
+        rows = jnp.concatenate([history, x], axis=1)  # [B, T + 2, W, C]
+        y = lax.conv_general_dilated(
+            rows,
+            kernel.astype(x.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=[(0, 0), self.width_padding],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=lax.Precision.HIGHEST,
         )
+        return y + bias.astype(x.dtype), rows[:, -2:]
 
 
 class ResBlock(nn.Module):
@@ -192,12 +176,11 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, history=None):
-        history = history or {}
-        new = {}
-        y = nn.silu(pixel_norm(x))
-        y, new["conv1"] = CausalConv(self.features, name="conv1")(y, history.get("conv1"))
-        y = nn.silu(pixel_norm(y))
-        y, new["conv2"] = CausalConv(self.features, name="conv2")(y, history.get("conv2"))
+        history, new = history or {}, {}
+        y = x
+        for name in ("conv1", "conv2"):
+            conv = CausalConv(self.features, name=name)
+            y, new[name] = conv(norm_silu(y), history.get(name))
         if x.shape[-1] != self.features:
             shortcut = nn.Conv(
                 self.features,
@@ -224,52 +207,34 @@ class Upsample(nn.Module):
         return (y[:, 1:] if start else y), history
 
 
-class MidBlocks(nn.Module):
-    """Two residual blocks at the innermost level."""
+class Level(nn.Module):
+    """Residual blocks at one resolution, then, if `resample` names one, a change to another.
 
-    @nn.compact
-    def __call__(self, x, history=None):
-        history = history or {}
-        new = {}
-        for name in ("block_1", "block_2"):
-            x, new[name] = ResBlock(x.shape[-1], name=name)(x, history.get(name))
-        return x, new
-
-
-class EncoderLevel(nn.Module):
-    """Residual blocks, then (except at the innermost level) a stride-2 convolution."""
+    Attributes:
+      features: channels of the result.
+      blocks: names of the residual blocks.
+      resample: "downsample" (a convolution of stride 2), "upsample", or "".
+    """
 
     features: int
-    num_blocks: int
-    downsample: bool
+    blocks: tuple[str, ...]
+    resample: str = ""
 
     @nn.compact
-    def __call__(self, x):
-        for index in range(self.num_blocks):
-            x, _ = ResBlock(self.features, name=f"block_{index}")(x)
-        if self.downsample:
+    def __call__(self, x, history=None, start: bool = True):
+        """x [B, T, W, C] -> the result and the histories of its convolutions; see `Upsample`."""
+        history, new = history or {}, {}
+        for name in self.blocks:
+            x, new[name] = ResBlock(self.features, name=name)(x, history.get(name))
+        if self.resample == "downsample":
             conv = CausalConv(self.features, stride=2, width_padding=(0, 1), name="downsample")
             x, _ = conv(x)
-        return x
-
-
-class DecoderLevel(nn.Module):
-    """Residual blocks, then (except at the outermost level) an upsampling."""
-
-    features: int
-    num_blocks: int
-    upsample: bool
-
-    @nn.compact
-    def __call__(self, x, history, start: bool):
-        history = history or {}
-        new = {}
-        for index in range(self.num_blocks):
-            name = f"block_{index}"
-            x, new[name] = ResBlock(self.features, name=name)(x, history.get(name))
-        if self.upsample:
+        elif self.resample:
             x, new["upsample"] = Upsample(name="upsample")(x, history.get("upsample"), start)
         return x, new
+
+
+_MID_BLOCKS = ("block_1", "block_2")
 
 
 class AudioEncoder(nn.Module):
@@ -282,17 +247,15 @@ class AudioEncoder(nn.Module):
     def __call__(self, log_mel: jax.Array) -> jax.Array:
         config = self.config
         x, _ = CausalConv(config.base_channels, name="conv_in")(log_mel.astype(self.dtype))
+        blocks = tuple(f"block_{i}" for i in range(config.num_res_blocks))
         last = len(config.channel_multipliers) - 1
         for level, multiplier in enumerate(config.channel_multipliers):
-            x = EncoderLevel(
-                features=multiplier * config.base_channels,
-                num_blocks=config.num_res_blocks,
-                downsample=level != last,
-                name=f"down_{level}",
-            )(x)
-        x, _ = MidBlocks(name="mid")(x)
+            resample = "downsample" if level != last else ""
+            width = multiplier * config.base_channels
+            x, _ = Level(width, blocks, resample, name=f"down_{level}")(x)
+        x, _ = Level(width, _MID_BLOCKS, name="mid")(x)
         # Mean and log-variance; the reference uses the mean only
-        x, _ = CausalConv(2 * config.latent_channels, name="conv_out")(nn.silu(pixel_norm(x)))
+        x, _ = CausalConv(2 * config.latent_channels, name="conv_out")(norm_silu(x))
         return x[..., : config.latent_channels]
 
 
@@ -311,25 +274,22 @@ class AudioDecoder(nn.Module):
         self, latents: jax.Array, history: dict | None = None, start: bool = True
     ) -> tuple[jax.Array, dict]:
         config = self.config
-        history = history or {}
-        new = {}
+        history, new = history or {}, {}
         width = config.channel_multipliers[-1] * config.base_channels
-        x = latents.astype(self.dtype)
+        x = latents.astype(self.dtype)  # [B, T, M / 4, c]
         x, new["conv_in"] = CausalConv(width, name="conv_in")(x, history.get("conv_in"))
-        x, new["mid"] = MidBlocks(name="mid")(x, history.get("mid"))
-        for level in reversed(range(len(config.channel_multipliers))):
-            name = f"up_{level}"
-            x, new[name] = DecoderLevel(
-                features=config.channel_multipliers[level] * config.base_channels,
-                num_blocks=config.num_res_blocks + 1,
-                upsample=level != 0,
-                name=name,
-            )(x, history.get(name), start)
-        x = nn.silu(pixel_norm(x))
-        x, new["conv_out"] = CausalConv(2, name="conv_out")(x, history.get("conv_out"))
+        x, new["mid"] = Level(width, _MID_BLOCKS, name="mid")(x, history.get("mid"))
+        blocks = tuple(f"block_{i}" for i in range(config.num_res_blocks + 1))
+        for level, multiplier in reversed(list(enumerate(config.channel_multipliers))):
+            name, resample = f"up_{level}", "upsample" if level else ""
+            layer = Level(multiplier * config.base_channels, blocks, resample, name=name)
+            x, new[name] = layer(x, history.get(name), start)
+        conv_out = CausalConv(2, name="conv_out")
+        x, new["conv_out"] = conv_out(norm_silu(x), history.get("conv_out"))
         return x, new
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def encode_audio(
     params: Mapping[str, Any],
     config: AudioVAEConfig,
@@ -340,7 +300,7 @@ def encode_audio(
     """Encodes a log-mel spectrogram to normalised latents (the distribution's mean).
 
     Args:
-      params: {encoder, per_channel_statistics: {mean, std}}; a decoder may be there and is ignored.
+      params: {encoder, per_channel_statistics: {mean, std}}; other entries are ignored.
       config: architecture.
       log_mel: [B, T, mel_bins, 2], natural log.
       dtype: compute dtype; norms, statistics and the result are fp32.
@@ -351,25 +311,15 @@ def encode_audio(
     Raises:
       ValueError: no frames, or other mel bins or channels than the model's.
     """
-    expected = (config.mel.mel_bins, 2)
-    if log_mel.ndim != 4 or tuple(log_mel.shape[2:]) != expected:
-        raise ValueError(
-            f"log_mel must be [B, T, {expected[0]}, {expected[1]}] (time, mel bin, stereo "
-            f"channel), shape is {tuple(log_mel.shape)}"
-        )
-    if log_mel.shape[1] == 0:
-        raise ValueError("log_mel is empty: it has 0 frames, at least 1 is needed")
-    return _encode(params, config, log_mel, dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 3))
-def _encode(params, config, log_mel, dtype):
-    mean = AudioEncoder(config, dtype).apply({"params": params["encoder"]}, log_mel)
+    check_log_mel(log_mel, config.mel.mel_bins)
+    with jax.named_scope("audio_encoder"):
+        mean = AudioEncoder(config, dtype).apply({"params": params["encoder"]}, log_mel)
     latents = einops.rearrange(mean.astype(jnp.float32), "B T f c -> B T (c f)")
     statistics = _statistics(params)
     return (latents - statistics["mean"]) / statistics["std"]
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def decode_audio(
     params: Mapping[str, Any],
     config: AudioVAEConfig,
@@ -380,7 +330,7 @@ def decode_audio(
     """Decodes the normalised latents of a whole clip.
 
     Args:
-      params: {decoder, per_channel_statistics: {mean, std}}; an encoder is ignored.
+      params: {decoder, per_channel_statistics: {mean, std}}; other entries are ignored.
       config: architecture.
       latents: [B, T, C], feature index c * bins + f.
       dtype: compute dtype; norms, statistics and the result are fp32.
@@ -391,12 +341,6 @@ def decode_audio(
     Raises:
       ValueError: no latents, or another latent width than the model's.
     """
-    check_latents(latents, config)
-    return _decode(params, config, latents, dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 3))
-def _decode(params, config, latents, dtype):
     return decode_audio_chunk(params, config, latents, None, start=True, dtype=dtype)[0]
 
 
@@ -430,7 +374,8 @@ def decode_audio_chunk(
     latents = latents.astype(jnp.float32) * statistics["std"] + statistics["mean"]
     latents = einops.rearrange(latents, "B T (c f) -> B T f c", c=config.latent_channels)
     decoder = AudioDecoder(config, dtype)
-    log_mel, history = decoder.apply({"params": params["decoder"]}, latents, history, start)
+    with jax.named_scope("audio_decoder"):
+        log_mel, history = decoder.apply({"params": params["decoder"]}, latents, history, start)
     return log_mel.astype(jnp.float32), history
 
 

@@ -1,9 +1,9 @@
-"""Log-mel spectrogram to stereo waveform: the vocoders of LTX-2, always in fp32.
+"""Log-mel spectrogram to stereo waveform: the vocoders of LTX-2, always in float32.
 
-LTX-2.0: one HiFi-GAN generator, 24 kHz. LTX-2.3: a BigVGAN generator to 16 kHz, whose output is
-turned into a second spectrogram from which a second generator predicts what the x3 resampled
-waveform lacks at 48 kHz (bandwidth extension, BWE). Axis letters: B batch, T time, M mel bin,
-S stereo channel, C channels.
+LTX-2.0 has one HiFi-GAN, 24 kHz. LTX-2.3 has a BigVGAN (a HiFi-GAN with anti-aliased snake
+activations) to 16 kHz and a second one that, from the spectrogram of that waveform, predicts the
+difference between the waveform resampled to 48 kHz and the result (bandwidth extension, BWE).
+Axis letters: B batch, T time, M mel bin, S stereo channel, C channels.
 """
 
 import dataclasses
@@ -18,20 +18,22 @@ import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.models.audio import bigvgan
+from omniforcing_jax.models.audio.mel import check_log_mel
 from omniforcing_jax.models.audio.wave_layers import ConvTranspose, conv1d
+from omniforcing_jax.models.metadata import find_problems, raise_problems
 
 STEREO = 2
 _SLOPE = 0.1
 # The activation before the last convolution uses PyTorch's default slope in the reference
 _LAST_SLOPE = 0.01
-# Kernel of the first and last convolution of a generator
+# Kernel of the first and last convolution
 _END_KERNEL = 7
 _MEL_BINS = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class GeneratorConfig:
-    """One HiFi-GAN or BigVGAN generator: log-mel [B, T, M, 2] -> waveform [B, T * hop, 2].
+class HiFiGANConfig:
+    """A HiFi-GAN or BigVGAN: log-mel [B, T, M, 2] -> waveform [B, T * hop, 2].
 
     Attributes:
       resblock: "1" is HiFi-GAN with leaky ReLU, "AMP1" BigVGAN with anti-aliased SnakeBeta.
@@ -127,7 +129,7 @@ class BandwidthExtensionConfig:
       n_fft, hop: window and step of the first stage's spectrogram, in samples at input_rate.
     """
 
-    generator: GeneratorConfig
+    generator: HiFiGANConfig
     input_rate: int = 16000
     output_rate: int = 48000
     n_fft: int = 512
@@ -165,7 +167,7 @@ class BandwidthExtensionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VocoderConfig:
-    """A vocoder: one generator, and for LTX-2.3 a bandwidth extension.
+    """A vocoder: one HiFi-GAN, and for LTX-2.3 a bandwidth extension.
 
     Attributes:
       generator: first stage.
@@ -173,7 +175,7 @@ class VocoderConfig:
       sample_rate: of the waveform `vocode` returns, Hz.
     """
 
-    generator: GeneratorConfig = GeneratorConfig()
+    generator: HiFiGANConfig = HiFiGANConfig()
     bandwidth_extension: BandwidthExtensionConfig | None = None
     sample_rate: int = 24000
 
@@ -203,13 +205,11 @@ class VocoderConfig:
             rates = [vocoder[name] for name in _RATE_NAMES if name in vocoder]
             generator = _generator_from_metadata(vocoder, "vocoder", _RATE_NAMES)
             return cls(generator=generator, sample_rate=rates[0] if rates else 24000)
-        _reject_unknown(vocoder, ("vocoder", "bwe"), "vocoder")
+        raise_problems("vocoder", find_problems(vocoder, known=("vocoder", "bwe")))
         bwe = vocoder["bwe"]
         n_fft = bwe.get("n_fft", 512)
-        if bwe.get("win_size", n_fft) != n_fft:
-            raise ValueError(f"vocoder.bwe.win_size must equal n_fft {n_fft}: {bwe['win_size']}")
-        if bwe.get("num_mels", _MEL_BINS) != _MEL_BINS:
-            raise ValueError(f"vocoder.bwe.num_mels must be {_MEL_BINS}, not {bwe['num_mels']}")
+        fixed = {"win_size": n_fft, "num_mels": _MEL_BINS}
+        raise_problems("vocoder.bwe", find_problems(bwe, fixed=fixed))
         extension = BandwidthExtensionConfig(
             generator=_generator_from_metadata(bwe, "vocoder.bwe", _BWE_NAMES),
             input_rate=bwe.get("input_sampling_rate", 16000),
@@ -282,16 +282,12 @@ _GENERATOR_NAMES = (
 )
 
 
-def _generator_from_metadata(settings, where, other_names) -> GeneratorConfig:
-    """A generator from metadata; absent settings take the reference loader's defaults."""
-    _reject_unknown(settings, (*_GENERATOR_NAMES, *other_names), where)
-    if settings.get("stereo", True) is not True:
-        raise ValueError(f"{where}.stereo is {settings['stereo']!r}; only true is supported")
-    resblock = str(settings.get("resblock", GeneratorConfig.resblock))
-    if resblock == "AMP1" and settings.get("activation", "snakebeta") != "snakebeta":
-        raise ValueError(
-            f"{where}.activation is {settings['activation']!r}; only 'snakebeta' is supported"
-        )
+def _generator_from_metadata(settings, where, other_names) -> HiFiGANConfig:
+    """Reads one network's settings; absent ones have the defaults of the reference loader."""
+    resblock = str(settings.get("resblock", HiFiGANConfig.resblock))
+    fixed = {"stereo": True} | ({"activation": "snakebeta"} if resblock == "AMP1" else {})
+    known = (*_GENERATOR_NAMES, *other_names)
+    raise_problems(where, find_problems(settings, fixed=fixed, known=known))
     if not settings.get("apply_final_activation", True):
         final_activation = "none"
     elif settings.get("use_tanh_at_final", True):
@@ -299,7 +295,7 @@ def _generator_from_metadata(settings, where, other_names) -> GeneratorConfig:
     else:
         final_activation = "clamp"
     lists = [name for name in _GENERATOR_NAMES if name.endswith(("_rates", "_sizes"))]
-    return GeneratorConfig(
+    return HiFiGANConfig(
         resblock=resblock,
         initial_channels=settings.get("upsample_initial_channel", 1024),
         final_activation=final_activation,
@@ -310,14 +306,6 @@ def _generator_from_metadata(settings, where, other_names) -> GeneratorConfig:
 
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _reject_unknown(settings, known, where) -> None:
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(
-            f"unknown settings in {where}: {', '.join(unknown)}; known are {', '.join(known)}"
-        )
 
 
 class ResBlock(nn.Module):
@@ -343,13 +331,14 @@ def _activate(x, snake, name, slope=_SLOPE):
     return bigvgan.AntialiasedSnake(name=name)(x) if snake else nn.leaky_relu(x, slope)
 
 
-class Generator(nn.Module):
-    """Log-mel [B, T, M, 2] -> waveform [B, T * hop, 2], both fp32."""
+class HiFiGAN(nn.Module):
+    """HiFi-GAN, or BigVGAN with anti-aliased snakes, as the config says."""
 
-    config: GeneratorConfig
+    config: HiFiGANConfig
 
     @nn.compact
     def __call__(self, log_mel: jax.Array) -> jax.Array:
+        """log_mel [B, T, M, 2] -> waveform [B, T * hop, 2], both float32."""
         config = self.config
         snake = config.resblock == "AMP1"
         x = einops.rearrange(log_mel.astype(jnp.float32), "B T M S -> B T (S M)")
@@ -359,12 +348,13 @@ class Generator(nn.Module):
         for level, (rate, kernel_size) in enumerate(upsamplings):
             if not snake:
                 x = nn.leaky_relu(x, _SLOPE)
-            x = ConvTranspose(x.shape[-1] // 2, kernel_size, rate, name=f"ups_{level}")(x)
+            upsample = ConvTranspose(x.shape[-1] // 2, kernel_size, rate, name=f"ups_{level}")
+            x = upsample(x)  # [B, T * rates so far, C]
             parallel = [
                 ResBlock(kernel, dilations, snake, name=f"resblocks_{level * len(blocks) + i}")(x)
                 for i, (kernel, dilations) in enumerate(blocks)
             ]
-            x = sum(parallel) / len(blocks)  # [B, T, C]
+            x = sum(parallel) / len(blocks)
         x = _activate(x, snake, "act_post", _LAST_SLOPE)
         x = conv1d(STEREO, _END_KERNEL, "conv_post", use_bias=config.final_bias)(x)
         if config.final_activation == "tanh":
@@ -379,8 +369,8 @@ class BandwidthExtendedVocoder(nn.Module):
 
     def setup(self):
         extension = self.config.bandwidth_extension
-        self.vocoder = Generator(self.config.generator)
-        self.bwe_generator = Generator(extension.generator)
+        self.vocoder = HiFiGAN(self.config.generator)
+        self.bwe_generator = HiFiGAN(extension.generator)
         self.mel_stft = bigvgan.CausalLogMel(
             extension.input_rate, extension.n_fft, extension.hop, _MEL_BINS
         )
@@ -394,7 +384,7 @@ class BandwidthExtendedVocoder(nn.Module):
         return self.mel_stft(waveform)
 
     def residual(self, log_mel: jax.Array) -> jax.Array:
-        """What the resampled first stage lacks, [B, N * ratio, 2], from its spectrogram."""
+        """What is added to the resampled first stage, [B, N * ratio, 2], from its spectrogram."""
         return self.bwe_generator(log_mel)
 
     def __call__(self, log_mel: jax.Array) -> jax.Array:
@@ -404,15 +394,16 @@ class BandwidthExtendedVocoder(nn.Module):
         return jnp.clip(residual + skip, -1.0, 1.0)
 
 
-def vocoder_module(config: VocoderConfig) -> Generator | BandwidthExtendedVocoder:
+def vocoder_module(config: VocoderConfig) -> HiFiGAN | BandwidthExtendedVocoder:
     """The Linen module whose parameter tree is the checkpoint's `vocoder` component."""
     if config.bandwidth_extension is None:
-        return Generator(config.generator)
+        return HiFiGAN(config.generator)
     return BandwidthExtendedVocoder(config)
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def vocode(params: Mapping[str, Any], config: VocoderConfig, log_mel: jax.Array) -> jax.Array:
-    """Synthesises the waveform of a whole clip, in fp32 whatever the dtypes given.
+    """Synthesises the waveform of a clip; computes in float32 whatever the inputs' dtypes are.
 
     Args:
       params: tree of the `vocoder` component.
@@ -425,17 +416,6 @@ def vocode(params: Mapping[str, Any], config: VocoderConfig, log_mel: jax.Array)
     Raises:
       ValueError: no frames, or another number of mel bins or channels.
     """
-    expected = (config.mel_bins, STEREO)
-    if log_mel.ndim != 4 or tuple(log_mel.shape[2:]) != expected:
-        raise ValueError(
-            f"log_mel must be [B, T, {expected[0]}, {expected[1]}] (time, mel bin, stereo "
-            f"channel), shape is {tuple(log_mel.shape)}"
-        )
-    if log_mel.shape[1] == 0:
-        raise ValueError("log_mel is empty: it has 0 frames, at least 1 is needed")
-    return _vocode(params, config, log_mel)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _vocode(params, config, log_mel):
-    return vocoder_module(config).apply({"params": params}, log_mel)
+    check_log_mel(log_mel, config.mel_bins)
+    with jax.named_scope("vocoder"):
+        return vocoder_module(config).apply({"params": params}, log_mel)

@@ -1,6 +1,6 @@
-"""Convolutions over time, [B, T, C] in fp32, of which a vocoder's generators are made.
+"""Convolutions over time, [B, T, C] in float32, of which vocoders are made.
 
-TPU and GPU would otherwise round the operands, which is heard.
+Their precision is HIGHEST, as TPUs and GPUs otherwise round the operands, which is audible.
 """
 
 import flax.linen as nn
@@ -10,7 +10,7 @@ from jax import lax
 
 
 def conv1d(features: int, kernel: int, name: str, dilation: int = 1, use_bias: bool = True):
-    """A module that keeps the length."""
+    """A module that convolves [B, T, C] to [B, T, features]; `kernel` is odd."""
     reach = dilation * (kernel // 2)
     return nn.Conv(
         features,

@@ -1,9 +1,9 @@
 """From the text encoder's hidden states to the contexts of the transformer.
 
 All hidden states of the text encoder (the scaled embeddings and the output of each layer, 49 for
-Gemma 3 12B) are normalised and projected together, and a small bidirectional transformer per
-modality, the connector, turns them into the context. Padding is replaced by learnt registers, so
-the context needs no mask. Contexts depend on the prompt only and can be stored.
+Gemma 3 12B) are normalised and projected together, and a small bidirectional transformer for each
+stream, the connector, turns them into its context. Learnt registers take the place of the padding,
+so the context needs no mask. Contexts depend on the prompt only and can be stored.
 
 Axis letters: B batch, T, S text tokens, D text encoder width, L text encoder layers (or connector
 layers where stacked), N heads, H head dim, W connector width (the context's width).
@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from omniforcing_jax.models.metadata import find_problems, raise_problems
+from omniforcing_jax.models.norms import rms_norm
 from omniforcing_jax.models.transformer.layers import Attention, FeedForward
-from omniforcing_jax.models.transformer.modulation import rms_norm
 from omniforcing_jax.models.transformer.rope import Rope, rope_from_bounds
 
 _NORM_EPS = 1e-6
@@ -129,12 +130,7 @@ _FIXED = {
 
 
 def _check_metadata(t: Mapping[str, Any]) -> None:
-    problems = [f"{key} is missing" for key in _REQUIRED if key not in t]
-    problems += [
-        f"{key} is {t[key]!r}; only {value!r} is supported"
-        for key, value in _FIXED.items()
-        if key in t and t[key] != value
-    ]
+    problems = find_problems(t, required=_REQUIRED, fixed=_FIXED)
     registers = t.get("connector_num_learnable_registers", 1)
     if not isinstance(registers, int) or registers < 1:
         problems.append(
@@ -153,8 +149,7 @@ def _check_metadata(t: Mapping[str, Any]) -> None:
             f"text_encoder_norm_type is {norm!r}; only {expected!r} is supported when "
             f"caption_proj_before_connector is {separate}"
         )
-    if problems:
-        raise ValueError("transformer metadata, connectors: " + "; ".join(problems))
+    raise_problems("transformer metadata, connectors", problems)
 
 
 def normalize_hidden_states(
@@ -196,9 +191,10 @@ def projection_scale(out_dim: int, config: ConnectorConfig) -> float:
 def kernel_by_layer(kernel: jax.Array, config: ConnectorConfig) -> jax.Array:
     """View of a projection kernel [D * L, W], whose row is d * L + l, as [D, L, W].
 
-    The stack of all hidden states is large (0.8 GB in float32 for 1024 tokens), so a text encoder
-    can project each layer as it goes and add up. With `normalize_hidden_states` of that layer,
-    features = scale * sum_l normalized_l @ view[:, l] + bias; scale is `projection_scale`.
+    With it a text encoder can project each layer's states as they are computed, instead of holding
+    all of them (0.8 GB in float32 for 1024 tokens):
+    features = scale * sum_l normalized_l @ view[:, l] + bias, with `normalize_hidden_states` of
+    layer l and `projection_scale`.
 
     Raises:
       ValueError: the kernel's rows are not a multiple of the text encoder's width.
@@ -272,7 +268,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, None]:
         """x [B, T, W] -> [B, T, W]."""
         y = rms_norm(x, _NORM_EPS).astype(self.dtype)
-        x = x + self.attn(y, self.attn.keys_values(y), rope=rope)
+        x = x + self.attn(y, self.attn.keys_values(y), rope=rope)  # keys [B, T, N, H]
         x = x + self.ff(rms_norm(x, _NORM_EPS).astype(self.dtype))
         return x, None
 

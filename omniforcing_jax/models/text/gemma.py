@@ -1,19 +1,20 @@
 """Gemma 3's text tower: token ids -> the hidden states that LTX-2's connectors read.
 
-LTX-2 wants all of Gemma's hidden states: the scaled embeddings, the output of every layer, and in
-place of the last layer's output what the final norm makes of it. Stacked, 1024 tokens of the 12B
-model are 0.4 GB in bfloat16 per prompt and 0.8 GB while they are normalised. `TextTower.features`
-never holds the stack: it normalises and projects each state as the scan over the layers passes it.
+LTX-2 reads all of Gemma's hidden states: the scaled embeddings, the output of every layer but the
+last, and the last one's after the final norm. Stacked, those of 1024 tokens of the 12B model take
+0.4 GB in bfloat16 per prompt and 0.8 GB while they are normalised. `TextTower.features` never has
+the stack: it normalises and projects each state where the scan over the layers produces it.
 
-Five of six layers see a sliding window and rotate with a small base, every sixth sees all earlier
-tokens and rotates with a large one. One scanned block does both: masks and rotation tables of both
-kinds are made once, and a flag per layer chooses.
+Five of six layers are local: they see a sliding window and rotate with a small base. Every sixth is
+global: it sees all earlier tokens and rotates with a large base. One block is scanned over all of
+them; masks and rotation tables of both kinds are made once, and a flag per layer selects.
 
 Axis letters: B batch, S, T text tokens, D width, N heads, K key/value heads, H head dim, L layers,
 W width of the projected features, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax
@@ -21,8 +22,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from omniforcing_jax.models import quantization
+from omniforcing_jax.models.norms import rms_norm
 from omniforcing_jax.models.text.connectors import ConnectorConfig, normalize_hidden_states
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.models.transformer.rope import Rope
@@ -31,7 +34,7 @@ from omniforcing_jax.ops.attention import attention
 
 @flax.struct.dataclass
 class LayerProjection:
-    """The connectors' projection, taken apart by hidden state.
+    """The connectors' projection, with one kernel for each hidden state.
 
     Attributes:
       kernel: [L + 1, D, W].
@@ -45,8 +48,8 @@ class LayerProjection:
 
 
 @flax.struct.dataclass
-class Sights:
-    """What a layer sees and how it rotates: fields of both kinds of layer, or of one of them.
+class AttentionInputs:
+    """Mask and rotations of the attention of one kind of layer, local or global.
 
     Attributes:
       mask: bool [B, 1, T, S], True = attend.
@@ -70,20 +73,26 @@ def rope_table(length: int, head_dim: int, theta: float, factor: float) -> Rope:
     )
 
 
-def layer_sights(attention_mask: jax.Array, config: GemmaConfig) -> tuple[Sights, Sights]:
-    """(layers with a window, global layers): attention_mask [B, S], non-zero at valid tokens."""
+def attention_inputs(
+    attention_mask: jax.Array, config: GemmaConfig
+) -> tuple[AttentionInputs, AttentionInputs]:
+    """Of local layers, which see a window, and of global ones.
+
+    Args:
+      attention_mask: [B, S], non-zero at valid tokens.
+    """
     c, length = config, attention_mask.shape[1]
     distance = np.arange(length)[:, None] - np.arange(length)  # [T, S], back into the past
     valid = attention_mask.astype(bool)[:, None, None, :]
-    local = Sights(
+    local = AttentionInputs(
         valid & (distance >= 0) & (distance < c.sliding_window),
         rope_table(length, c.head_dim, c.local_rope_theta, c.local_rope_factor),
     )
-    everything = Sights(
+    global_ = AttentionInputs(
         valid & (distance >= 0),
         rope_table(length, c.head_dim, c.global_rope_theta, c.global_rope_factor),
     )
-    return local, everything
+    return local, global_
 
 
 class OffsetRMSNorm(nn.Module):
@@ -98,13 +107,12 @@ class OffsetRMSNorm(nn.Module):
         self.scale = self.param("scale", init, (self.dim,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        x = rms_norm(x, self.eps)
         return (x * (1.0 + self.scale.astype(jnp.float32))).astype(self.dtype)
 
 
 class Linear(nn.Module):
-    """y = x W without a bias; the kernel is an array, or an `Int8Array`."""
+    """y = x W without a bias: x [..., E] -> [..., features]; W is an array or an `Int8Array`."""
 
     features: int
     axes: tuple[str | None, str | None]
@@ -158,15 +166,16 @@ class SelfAttention(nn.Module):
         self.q_norm = OffsetRMSNorm(c.head_dim, c.norm_eps, self.dtype)
         self.k_norm = OffsetRMSNorm(c.head_dim, c.norm_eps, self.dtype)
 
-    def __call__(self, x: jax.Array, sights: Sights) -> jax.Array:
+    def __call__(self, x: jax.Array, inputs: AttentionInputs) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
         c = self.config
-        heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)  # noqa: E731
-        q = sights.rope.rotate(self.q_norm(heads(self.q(x))), "split")  # [B, T, N, H]
-        k = sights.rope.rotate(self.k_norm(heads(self.k(x))), "split")  # [B, T, K, H]
+        heads = partial(rearrange, pattern="B T (N H) -> B T N H", H=c.head_dim)
+        q = inputs.rope.rotate(self.q_norm(heads(self.q(x))), "split")  # [B, T, N, H]
+        k = inputs.rope.rotate(self.k_norm(heads(self.k(x))), "split")  # [B, T, K, H]
+        # [B, T, K, H] -> [B, T, N, H]
         k, v = (jnp.repeat(y, c.num_heads // c.num_kv_heads, axis=2) for y in (k, heads(self.v(x))))
-        y = attention(q, k, v, mask=sights.mask, scale=c.query_pre_attn_scalar**-0.5)
-        return self.out(y.reshape(*x.shape[:2], -1))
+        y = attention(q, k, v, mask=inputs.mask, scale=c.query_pre_attn_scalar**-0.5)
+        return self.out(rearrange(y, "B T N H -> B T (N H)"))
 
 
 class GatedFeedForward(nn.Module):
@@ -184,6 +193,7 @@ class GatedFeedForward(nn.Module):
         self.down = Linear(c.hidden_size, down_axes, self.dtype, self.quantize)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]."""
         return self.down(nn.gelu(self.gate(x), approximate=True) * self.up(x))
 
 
@@ -205,9 +215,9 @@ class Block(nn.Module):
         self.pre_attn_norm, self.post_attn_norm = norm(), norm()
         self.pre_ff_norm, self.post_ff_norm = norm(), norm()
 
-    def __call__(self, x: jax.Array, sights: Sights) -> jax.Array:
+    def __call__(self, x: jax.Array, inputs: AttentionInputs) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        x = x + self.post_attn_norm(self.attn(self.pre_attn_norm(x), sights))
+        x = x + self.post_attn_norm(self.attn(self.pre_attn_norm(x), inputs))
         return x + self.post_ff_norm(self.ff(self.pre_ff_norm(x)))
 
 
@@ -238,7 +248,7 @@ class TextTower(nn.Module):
           attention_mask: [B, S], non-zero at valid tokens; the padding may be on either side.
 
         Returns:
-          [B, S, D, L + 1] in `dtype`. What padded positions hold means nothing, but is finite.
+          [B, S, D, L + 1] in `dtype`; finite, but without meaning, at padded positions.
 
         Raises:
           ValueError: shapes that do not fit.
@@ -261,7 +271,7 @@ class TextTower(nn.Module):
     ) -> dict[str, jax.Array]:
         """Normalised and projected hidden states, as `TextConnectors.features` makes them.
 
-        Each state is projected when the scan passes it; only the sums are kept, in float32.
+        Each state is projected as soon as it is computed; only the sums are held, in float32.
 
         Args:
           token_ids, attention_mask: as for `__call__`.
@@ -315,13 +325,13 @@ class TextTower(nn.Module):
 
     def _scan(self, body: Callable, carry: Any, attention_mask: jax.Array) -> tuple[Any, Any]:
         """Scan over the layers: body(apply, carry, layer) -> (carry, y); apply(x, layer) -> x."""
-        sights = layer_sights(attention_mask, self.config)
+        inputs = attention_inputs(attention_mask, self.config)
         is_global = jnp.asarray(self.config.is_global)
 
         def step(block, carry, layer):
             def apply(x, layer):
                 choose = lambda a, b: jnp.where(is_global[layer], b, a)  # noqa: E731
-                return block(x, jax.tree.map(choose, *sights))
+                return block(x, jax.tree.map(choose, *inputs))
 
             return body(apply, carry, layer)
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from omniforcing_jax.models.metadata import find_problems, raise_problems
+
 _LAYER_TYPES = {"sliding_attention": False, "full_attention": True}
 _ROPE_TYPES = ("default", "linear")
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers")
@@ -26,7 +28,7 @@ class GemmaConfig:
       vocab_size: V, rows of the embedding table.
       hidden_size: D.
       intermediate_size: hidden width of the gated feed-forward.
-      is_global: one flag per layer; False sees the last `sliding_window` tokens only.
+      is_global: one flag per layer; without it a token sees the last `sliding_window` tokens only.
       num_heads, num_kv_heads: N and K; N / K query heads share a key/value head.
       query_pre_attn_scalar: the logits are divided by its square root.
       local_rope_theta, local_rope_factor: base of the rotary embedding and divisor of the positions
@@ -61,8 +63,7 @@ class GemmaConfig:
             problems.append(f"sliding_window must be at least 1, not {self.sliding_window}")
         if not self.is_global:
             problems.append("there must be at least one layer")
-        if problems:
-            raise ValueError("Gemma: " + "; ".join(problems))
+        raise_problems("Gemma", problems)
 
     @property
     def num_layers(self) -> int:
@@ -78,7 +79,8 @@ class GemmaConfig:
     def from_metadata(cls, text_config: Mapping[str, Any]) -> "GemmaConfig":
         """Reads `text_config` of a Hugging Face config.json, in the old or the new form.
 
-        Published files leave out what equals the defaults of `transformers`; those apply here.
+        Published files leave out what equals the defaults of `transformers`; absent settings have
+        these defaults here as well.
 
         Raises:
           ValueError: a missing key, or a setting this implementation does not have; names all of
@@ -132,12 +134,9 @@ def _rope_settings(t: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _check_metadata(t: Mapping[str, Any], ropes: Mapping[str, Mapping[str, Any]]) -> None:
-    problems = [f"{key} is missing" for key in _REQUIRED if key not in t]
-    problems += [
-        f"{key} is {t[key]!r}; only {value!r} is supported"
-        for key, value in _FIXED.items()
-        if key in t and t[key] != value and not (value is False and t[key] is None)
-    ]
+    # null means the same as false
+    settings = {k: v for k, v in t.items() if v is not None or _FIXED.get(k) is not False}
+    problems = find_problems(settings, required=_REQUIRED, fixed=_FIXED)
     kinds = _layer_types(t)
     unknown = sorted(set(kinds) - set(_LAYER_TYPES))
     if unknown:
@@ -161,5 +160,4 @@ def _check_metadata(t: Mapping[str, Any], ropes: Mapping[str, Mapping[str, Any]]
                 f"partial_rotary_factor of {kind} is {settings['partial_rotary_factor']!r}; only "
                 "1.0 is supported"
             )
-    if problems:
-        raise ValueError("Gemma text config: " + "; ".join(problems))
+    raise_problems("Gemma text config", problems)

@@ -1,13 +1,15 @@
 """What a checkpoint says about its transformer, as one frozen dataclass.
 
-Every published LTX-2 (2.0, 2.3, 2.5) and every OmniForcing student is one point in this space; no
-module looks at a version number. `from_metadata` reads the JSON that LTX-2 files carry in their
-safetensors header, so that nothing about a model has to be guessed.
+Every published LTX-2 (2.0, 2.3, 2.5) and every OmniForcing student is described by it; no module
+looks at a version number. `from_metadata` reads the JSON in the header of LTX-2's safetensors
+files, so that nothing about a model has to be guessed.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from omniforcing_jax.models.metadata import find_problems, raise_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,16 @@ class TransformerConfig:
         return 9 if self.text_adaln else 6
 
     @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TransformerConfig":
+        """The inverse of `dataclasses.asdict`, also after JSON has made its tuples lists.
+
+        Raises:
+          ValueError: a value that is not supported.
+          TypeError: an unknown field.
+        """
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    @classmethod
     def from_metadata(
         cls, transformer: Mapping[str, Any], model_version: str = "2.0.0"
     ) -> "TransformerConfig":
@@ -129,7 +141,7 @@ class TransformerConfig:
           ValueError: a setting this implementation does not have; names the key and the choices.
         """
         t = dict(transformer)
-        _supported(t)
+        _check_metadata(t)
         heads = t["num_attention_heads"]
         audio_heads = t.get("audio_num_attention_heads", heads)
         text_adaln = bool(t.get("cross_attention_adaln", False))
@@ -239,17 +251,11 @@ _REQUIRED = (
 )
 
 
-def _supported(transformer: Mapping[str, Any]) -> None:
-    problems = [
-        f"{key} is {transformer[key]!r}; only {value!r} is supported"
-        for key, value in _FIXED.items()
-        if key in transformer and transformer[key] != value
-    ]
-    problems += [f"{key} is missing" for key in _REQUIRED if key not in transformer]
+def _check_metadata(transformer: Mapping[str, Any]) -> None:
+    problems = find_problems(transformer, required=_REQUIRED, fixed=_FIXED)
     for stream in ("", "audio_"):
         inputs = transformer.get(f"{stream}in_channels")
         outputs = transformer.get(f"{stream}out_channels", inputs)
         if inputs is not None and outputs != inputs:
             problems.append(f"{stream}out_channels ({outputs}) must equal in_channels ({inputs})")
-    if problems:
-        raise ValueError("transformer metadata: " + "; ".join(problems))
+    raise_problems("transformer metadata", problems)

@@ -38,7 +38,7 @@ class Modality:
 
     @property
     def sample_sigma(self) -> jax.Array:
-        """[B, 1]."""
+        """[B, 1] noise level of each sample."""
         sigma = jnp.max(self.sigma, axis=1) if self.global_sigma is None else self.global_sigma
         return sigma[:, None]
 
@@ -58,7 +58,7 @@ class Pathways:
 
 @flax.struct.dataclass
 class TextKV:
-    """Text keys and values of both streams, [B, S, N, H] a layer ([L, B, S, N, H] stacked)."""
+    """Text keys and values of both streams: [B, S, N, H] in a layer, [L, B, S, N, H] of all."""
 
     video: KV | None
     audio: KV | None
@@ -66,21 +66,32 @@ class TextKV:
 
 @flax.struct.dataclass
 class Conditioning:
-    """What every layer reads of one stream, computed once per forward pass."""
+    """What every layer reads of one stream, computed once per forward pass.
 
-    modulation: jax.Array  # [B, G, 6 or 9, width]
-    cross_modulation: jax.Array | None  # [B, G, 4, width] scale, shift to A2V, then to V2A
-    cross_gate: jax.Array | None  # [B, G, 1, width]
-    prompt_modulation: jax.Array | None  # [B, 1, 2, width]
-    context: jax.Array | None  # [B, S, width]
-    context_mask: jax.Array | None  # [B, 1, 1, S]
-    rope: Rope
-    cross_rope: Rope
+    Attributes:
+      modulation: [B, G, 6 or 9, width] shift, scale, gate of self-attention and of feed-forward
+        [and of text attention].
+      cross_modulation: [B, G, 4, width] scale, shift of what A2V reads, then of what V2A reads.
+      cross_gate: [B, G, 1, width] of what the other stream adds.
+      prompt_modulation: [B, 1, 2, width] shift, scale of the context.
+      context: [B, S, width].
+      context_mask: [B, 1, 1, S] boolean, True = attend.
+      rope, cross_rope: as in `Modality`.
+    """
+
+    modulation: jax.Array | None = None
+    cross_modulation: jax.Array | None = None
+    cross_gate: jax.Array | None = None
+    prompt_modulation: jax.Array | None = None
+    context: jax.Array | None = None
+    context_mask: jax.Array | None = None
+    rope: Rope | None = None
+    cross_rope: Rope | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipMask:
-    """Block-causal attention over a full clip; hashable, because it shapes the program."""
+    """Block-causal attention over a whole clip; hashable, so that programs may depend on it."""
 
     layout: BlockLayout
     video_frames: int
@@ -88,5 +99,5 @@ class ClipMask:
     patches: int
 
     def kv_ends(self, num_sinks: int) -> KvEnds:
-        """Row ends of the four masks; with sinks, their rows and columns come first."""
+        """For each query of the four attentions, the number of keys it sees. Sinks come first."""
         return self.layout.kv_ends(self.video_frames, self.audio_frames, self.patches, num_sinks)

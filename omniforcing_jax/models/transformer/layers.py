@@ -10,15 +10,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from omniforcing_jax.distributed.partitioning import WeightRules, constrain, product
+from omniforcing_jax.models.norms import layer_norm, rms_norm
 from omniforcing_jax.models.transformer.rope import Rope
 from omniforcing_jax.ops.attention import attention, attention_entropy
 
 
 @flax.struct.dataclass
 class KV:
-    """Keys (normalised, not rotated unless said otherwise) and values [..., B, S, N, H]."""
+    """Keys, normalised and (unless said otherwise) not rotated, and values: [..., B, S, N, H]."""
 
     k: jax.Array
     v: jax.Array
@@ -43,11 +45,17 @@ def linear(
     split_tokens: bool = False,
     name: str | None = None,
 ) -> nn.Dense:
-    """y = x W + b with logical axis names on the weights; parameters are cast to `dtype` at use.
+    """A module for y = x W + b, whose parameters are cast to `dtype` when they are used.
 
-    `split_tokens`: the input's tokens lie over the mesh's sequence axis. Biases stay whole on every
-    device, unless a product's own split needs them split: gathering thousands of vectors costs more
-    time than they take room.
+    Args:
+      features: width of the output.
+      axes: logical names of the kernel's two axes, see `partitioning`. Every device holds a whole
+        bias unless the kernel's output axis is split: biases are small, and gathering thousands of
+        them in every step would take longer.
+      dtype: of the computation and the result.
+      zero_init: kernels start at zero.
+      split_tokens: whether the input's tokens are split over the mesh's sequence axis.
+      name: of the module, where it is made in a compact method.
     """
 
     def dot_general(x, kernel, dimensions, **kwargs):
@@ -68,7 +76,7 @@ def linear(
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in fp32."""
+    """`rms_norm` times a learnt scale over the last axis, computed in float32."""
 
     dim: int
     eps: float
@@ -79,9 +87,7 @@ class RMSNorm(nn.Module):
         self.scale = self.param("scale", init, (self.dim,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale).astype(self.dtype)
+        return (rms_norm(x, self.eps) * self.scale).astype(self.dtype)
 
 
 class HeadNorm(nn.Module):
@@ -96,10 +102,7 @@ class HeadNorm(nn.Module):
         self.scale = self.param("scale", init, (self.head_dim,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale).astype(self.dtype)
+        return (layer_norm(x, self.eps) * self.scale).astype(self.dtype)
 
 
 class FeedForward(nn.Module):
@@ -118,11 +121,12 @@ class FeedForward(nn.Module):
         self.down = linear(self.dim, ("mlp", "embed"), *how, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nn.gelu(self.up(x), approximate=True))
+        """x [B, T, dim] -> [B, T, dim]."""
+        return self.down(nn.gelu(self.up(x), approximate=True))  # hidden [B, T, 4 dim]
 
 
 class CaptionProjection(nn.Module):
-    """Linear, GELU (tanh), Linear: text features to a stream's width (LTX-2.0)."""
+    """Linear, GELU (tanh approximation), Linear: text features to a stream's width (LTX-2.0)."""
 
     dim: int
     dtype: jnp.dtype
@@ -134,6 +138,7 @@ class CaptionProjection(nn.Module):
         self.linear_2 = linear(self.dim, ("embed", None), *how, split_tokens=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, S, text_dim] -> [B, S, dim]."""
         return self.linear_2(nn.gelu(self.linear_1(x), approximate=True))
 
 
@@ -141,13 +146,20 @@ class Attention(nn.Module):
     """Multi-head attention with RMS-normalised q and k (over all heads together) and RoPE.
 
     Attributes:
+      heads, head_dim: N and H.
       out_dim: width of the output (the query stream's width).
+      eps: of the norms of q and k.
+      dtype: of the computation and the result.
+      rope_type: "split" or "interleaved", see `rope.Rope.rotate`.
       gated: per-head output gates 2 * sigmoid(linear(x)) (LTX-2.3).
       head_norm, tanh_gate: the stabilisers of paper Table 3.
-      value_when_skipped: a skipped self-attention passes its values instead of zero (LTX-2.3).
-      split_tokens: whether the tokens of queries, and of keys, lie over the mesh's sequence axis:
-        those of the video and of the text, which are many.
-      measured: reports its entropy when the collection "diagnostics" is mutable.
+      value_when_skipped: a self-attention that is skipped returns its values instead of zero
+        (LTX-2.3).
+      split_tokens: whether the tokens of the queries, and of the keys, are split over the mesh's
+        sequence axis: those of the video and of the text are, because there are many.
+      measured: stores its entropy (see `attention_entropy`) when the collection "diagnostics" is
+        mutable.
+      implementation: attention backend, see `ops.attention`.
     """
 
     heads: int
@@ -185,11 +197,11 @@ class Attention(nn.Module):
             self.alpha = self.param("alpha", init, (1,))
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
+        return rearrange(x, "B T (N H) -> B T N H", N=self.heads)
 
     def keys_values(self, x: jax.Array) -> KV:
         """x [B, S, D_kv] -> keys (normalised, not rotated) and values [B, S, N, H]."""
-        k = self._heads(self.k_norm(self.k(x)))
+        k = self._heads(self.k_norm(self.k(x)))  # [B, S, N, H]
         if self.head_norm:
             k = self.k_head_norm(k)
         return KV(k, self._heads(self.v(x)))
@@ -206,14 +218,15 @@ class Attention(nn.Module):
         mask: jax.Array | None = None,
         keep: jax.Array | None = None,
     ) -> jax.Array:
-        """Attends from x to `kv` and, if given, to the history behind it.
+        """Attends from x to `kv` and, if given, to `history`.
 
         Args:
-          x: [B, T, D] queries' source.
+          x: [B, T, D], what the queries are made of.
           kv: from `keys_values`, this call's keys (not rotated) and values [B, S, N, H].
-          rope, k_rope: rotations of q and of kv.k; `k_rope` is `rope` when None.
-          history: keys and values of earlier blocks. They go behind the current ones, so that what
-            is valid is a prefix and needs no mask.
+          rope, k_rope: rotations of q and of kv.k; `k_rope` is `rope` when None, and without
+            `rope` nothing is rotated.
+          history: keys and values of earlier blocks. They are appended to the current ones, so that
+            the valid keys are a prefix and need no mask.
           kv_end: [T] host integers; row t sees keys [0, kv_end[t]).
           mask: [B, 1, 1, S] boolean, True = attend.
           keep: [B] one or zero; zero skips this attention for that sample.
@@ -230,7 +243,7 @@ class Attention(nn.Module):
             k = (k_rope or rope).rotate(k, self.rope_type)
         if history is not None:
             length = k.shape[1] + history.length
-            k = jnp.concatenate([k, history.kv.k], axis=1)
+            k = jnp.concatenate([k, history.kv.k], axis=1)  # [B, S + history, N, H]
             v = jnp.concatenate([v, history.kv.v], axis=1)
         if self.measured and self.is_mutable_collection("diagnostics"):
             self.sow("diagnostics", "entropy", attention_entropy(q, k, kv_end))
@@ -240,11 +253,9 @@ class Attention(nn.Module):
         if keep is not None and self.value_when_skipped:
             y = jnp.where(keep[:, None, None, None] > 0, y, v[:, : y.shape[1]])
         if self.gated:
-            y = y * (2 * nn.sigmoid(self.gate(x)))[..., None]
-        y = constrain(
-            y.reshape(*x.shape[:2], -1), "batch", "tokens" if self.split_tokens[0] else None
-        )
-        y = self.out(y)
+            y = y * (2 * nn.sigmoid(self.gate(x)))[..., None]  # gates [B, T, N, 1]
+        y = rearrange(y, "B T N H -> B T (N H)")
+        y = self.out(constrain(y, "batch", "tokens" if self.split_tokens[0] else None))
         if self.tanh_gate:
             y = y * jnp.tanh(self.alpha).astype(self.dtype)
         if keep is not None and not self.value_when_skipped:

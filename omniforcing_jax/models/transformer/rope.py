@@ -4,16 +4,18 @@ Angles reach 1.6e4 rad, where one fp32 ulp is 1e-3 rad: the tables are therefore
 in the reference's order of operations (float64 frequencies rounded to fp32, then fp32 products),
 never inside a jitted function whose fusions might reorder them.
 
-A clip's table factorises over its axes. `ClipRope` keeps one small table per axis and assembles the
-rows of any frames on the device by pure data movement, so a stream of an hour costs megabytes.
+A clip's table factorises over its axes. `ClipRope` holds one small table per axis and assembles the
+rows of any frames on the device without arithmetic, so a stream of an hour needs a few megabytes.
 """
 
+from functools import partial
+
 import chex
-import einops
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from omniforcing_jax.models.transformer.config import TransformerConfig
 
@@ -32,25 +34,21 @@ class Rope:
     sin: jax.Array
 
     def rotate(self, x: jax.Array, rope_type: str) -> jax.Array:
-        """Rotates x [..., T, N, H] in fp32 and returns it in its own dtype."""
-        return apply_rope(x, self.cos, self.sin, rope_type)
+        """Rotates the pairs of channels of x [..., T, N, H], in float32; returns x's dtype.
 
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, rope_type: str) -> jax.Array:
-    """Rotates the channel pairs of x [..., T, N, H] by the angles of cos/sin [..., T, N, H/2].
-
-    "split" pairs channel j with j + H/2, "interleaved" channel 2j with 2j + 1.
-    """
-    half = x.shape[-1] // 2
-    x32 = x.astype(jnp.float32)
-    if rope_type == "split":
-        x1, x2 = x32[..., :half], x32[..., half:]
-        out = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    else:
-        pairs = x32.reshape(*x.shape[:-1], half, 2)
-        x1, x2 = pairs[..., 0], pairs[..., 1]
-        out = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(x.shape)
-    return out.astype(x.dtype)
+        "split" pairs channel j with j + H/2, "interleaved" channel 2j with 2j + 1.
+        """
+        cos, sin = self.cos, self.sin
+        half = x.shape[-1] // 2
+        x32 = x.astype(jnp.float32)
+        if rope_type == "split":
+            x1, x2 = x32[..., :half], x32[..., half:]
+            out = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+        else:
+            pairs = x32.reshape(*x.shape[:-1], half, 2)
+            x1, x2 = pairs[..., 0], pairs[..., 1]
+            out = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(x.shape)
+        return out.astype(x.dtype)
 
 
 def frequencies(num: int, theta: float, dtype: str = "float64") -> np.ndarray:
@@ -96,11 +94,8 @@ def rope_from_bounds(
     pad = dim // 2 - angles.shape[-1]
     cos = np.pad(np.cos(angles), ((0, 0), (0, 0), (pad, 0)), constant_values=1.0)
     sin = np.pad(np.sin(angles), ((0, 0), (0, 0), (pad, 0)))
-    split = "B T (N h) -> B T N h"
-    return Rope(
-        jnp.asarray(einops.rearrange(cos, split, N=heads)),
-        jnp.asarray(einops.rearrange(sin, split, N=heads)),
-    )
+    split = partial(rearrange, pattern="B T (N h) -> B T N h", N=heads)
+    return Rope(jnp.asarray(split(cos)), jnp.asarray(split(sin)))
 
 
 def video_bounds(num_frames: int, height: int, width: int, frame_rate: float) -> np.ndarray:
@@ -198,7 +193,7 @@ class ClipRope:
         angles = angles.reshape(shape[0] * shape[1] * shape[2], -1)
         pad = self.video_dim // 2 - angles.shape[-1]
         angles = jnp.pad(angles, ((0, 0), (pad, 0)), constant_values=padding)
-        return einops.rearrange(angles, "T (N h) -> 1 T N h", N=self.heads)
+        return rearrange(angles, "T (N h) -> 1 T N h", N=self.heads)
 
     def video_cross_rope(self, frames: jax.Array) -> Rope:
         """Cross-modal table [1, F*P, N, H/2]; the P tokens of a frame share one row."""
@@ -215,19 +210,14 @@ class ClipRope:
         return self._heads(_with_sinks(table, self.sinks_cross if sinks else None))
 
     def _heads(self, table: AxisTable) -> Rope:
-        split = "T (N h) -> 1 T N h"
-        return Rope(
-            einops.rearrange(table.cos, split, N=self.heads),
-            einops.rearrange(table.sin, split, N=self.heads),
-        )
+        split = partial(rearrange, pattern="T (N h) -> 1 T N h", N=self.heads)
+        return Rope(split(table.cos), split(table.sin))
 
 
 def _with_sinks(table: AxisTable, sinks: AxisTable | None) -> AxisTable:
     if sinks is None:
         return table
-    return AxisTable(
-        jnp.concatenate([sinks.cos, table.cos]), jnp.concatenate([sinks.sin, table.sin])
-    )
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), sinks, table)
 
 
 def clip_rope(

@@ -2,11 +2,10 @@
 
 Axis letters: B batch, F frames, H height, W width, C channels; activations are [B, F, H, W, C].
 
-Time. Every convolution has kernel 3 and pads time by repeating frames: a causal one puts its first
-frame twice in front, a non-causal one its first frame in front and its last frame behind. A causal
-layer therefore needs exactly the last two frames of its input to go on with the next chunk of a
-stream; these are its *cache*. `cache=None` means "the clip starts here". A full causal decode is
-the case of one chunk, so clip and stream share this code.
+Every convolution has kernel 3 and pads time by repeating frames: a causal one puts its first frame
+twice in front, a non-causal one its first frame in front and its last frame behind. To go on with
+the next chunk of a stream, a causal layer needs the last two frames of its input: its cache. None
+for a cache means that the clip starts here. A whole clip is decoded causally as one such chunk.
 """
 
 from typing import Any
@@ -15,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+
+from omniforcing_jax.models.norms import rms_norm
 
 # Nested dict with the layout of the parameters, one [B, 2, H, W, C] array per convolution.
 ConvCache = dict[str, Any]
@@ -25,10 +26,8 @@ _CACHED_FRAMES = KERNEL_SIZE - 1
 
 
 def pixel_norm_silu(x: jax.Array) -> jax.Array:
-    """silu(x / sqrt(mean_c(x^2) + 1e-8)) in float32, returned in the dtype of `x`."""
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return nn.silu(wide * jax.lax.rsqrt(mean_square + 1e-8)).astype(x.dtype)
+    """silu(x / sqrt(mean_c(x^2) + 1e-8)) over the channels, in float32; x's dtype."""
+    return nn.silu(rms_norm(x, 1e-8)).astype(x.dtype)
 
 
 def patchify(video: jax.Array, patch: int) -> jax.Array:
@@ -70,8 +69,13 @@ def pad_time(
 class CausalConv3d(nn.Module):
     """3x3x3 convolution with repeated frames in time and zeros or reflection in space.
 
-    Zeros are added by the convolution itself. The explicit paddings are fused by XLA with the
-    normalisation that comes before, whose result has to be written out in any case.
+    The convolution itself adds the zeros. XLA fuses the other paddings with the normalisation that
+    comes before, whose result is written to memory in any case.
+
+    Attributes:
+      features: channels of the result.
+      padding_mode: "zeros" or "reflect".
+      dtype: of the computation and the result.
     """
 
     features: int
@@ -99,8 +103,8 @@ class CausalConv3d(nn.Module):
 def _conv3d(x: jax.Array, kernel: jax.Array, padding: list[tuple[int, int]]) -> jax.Array:
     """Convolution of [B, F, H, W, C]; `padding` of the three axes, none in time.
 
-    XLA has no fast 3-D convolution for CPUs: there, the sum of a 2-D one for each place of the
-    kernel in time takes a quarter of the time, and its gradients a third.
+    XLA's 3-D convolution is slow on CPUs. There, the sum of three 2-D convolutions, one for each
+    time step of the kernel, takes a quarter of the time, and its gradients a third.
     """
 
     def by_frames(x, kernel):
@@ -132,7 +136,7 @@ def _conv3d(x: jax.Array, kernel: jax.Array, padding: list[tuple[int, int]]) -> 
 
 
 class ResBlock(nn.Module):
-    """x + conv2(silu(norm(conv1(silu(norm(x)))))), the width stays."""
+    """x + conv2(silu(norm(conv1(silu(norm(x)))))), of x's width."""
 
     padding_mode: str
     dtype: jnp.dtype = jnp.float32
@@ -150,7 +154,7 @@ class ResBlock(nn.Module):
 
 
 class ResBlocks(nn.Module):
-    """A run of `num_layers` residual blocks ("res_x" in a checkpoint's block list)."""
+    """`num_layers` residual blocks, one after the other ("res_x" in a checkpoint's block list)."""
 
     num_layers: int
     padding_mode: str
@@ -185,8 +189,7 @@ class SpaceToDepthDownsample(nn.Module):
         t, p, q = self.stride
         if t == 2:
             x = jnp.concatenate([x[:, :1], x], axis=1)
-        skip = space_to_depth(x, self.stride)
-        # [B, f, h, w, features, group] -> [B, f, h, w, features]
+        skip = space_to_depth(x, self.stride)  # [B, f, h, w, (features group)]
         skip = skip.reshape(*skip.shape[:-1], self.features, -1).mean(axis=-1)
         conv = CausalConv3d(
             self.features // (t * p * q), self.padding_mode, self.dtype, name="conv"
@@ -196,9 +199,14 @@ class SpaceToDepthDownsample(nn.Module):
 
 
 class DepthToSpaceUpsample(nn.Module):
-    """Convolution and depth-to-space; width / `multiplier`; optional skip path of tiled channels.
+    """Convolution and depth-to-space.
 
     With a temporal stride the clip's first frame yields one frame, every other frame two.
+
+    Attributes:
+      multiplier: the result has 1 / multiplier of the input's channels.
+      stride: factors of (time, height, width).
+      residual: adds the depth-to-space of the input, with its channels repeated.
     """
 
     multiplier: int

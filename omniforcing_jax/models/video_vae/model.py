@@ -1,8 +1,8 @@
 """LTX-2 video VAE: pixels [B, F, H, W, 3] in [-1, 1] <-> normalised latents [B, f, h, w, C].
 
 F = 8 (f - 1) + 1 and H, W = 32 h, 32 w for the published checkpoints; the factors follow from the
-checkpoint's own block lists. The encoder is causal. The decoder was trained non-causal; running it
-causally is possible with the same weights (see `streaming_video`), at a quality to be measured.
+checkpoint's own block lists. The encoder is causal. The decoder was trained non-causal; with the
+same weights it also runs causally (see `streaming.video`), at a quality to be measured.
 The functions `encode`, `decode` and `decode_chunk` are to be jitted with `config`, `causal` and
 `dtype` static.
 Source: the convolutional video VAE of Lightricks LTX-2 ("CausalVideoAutoencoder").
@@ -11,12 +11,13 @@ Source: the convolutional video VAE of Lightricks LTX-2 ("CausalVideoAutoencoder
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.video_vae.layers import (
     KERNEL_SIZE,
     PADDING_MODES,
@@ -39,18 +40,18 @@ _STRIDES = {
 _ENCODER_KINDS = ("res_x", "compress_space_res", "compress_time_res", "compress_all_res")
 _DECODER_KINDS = ("res_x", "compress_space", "compress_time", "compress_all")
 
-# Settings with one supported value, and the value the reference loader assumes when one is absent.
+# Settings with a single supported value
 _FIXED_SETTINGS = {
-    "_class_name": ("CausalVideoAutoencoder", "CausalVideoAutoencoder"),
-    "dims": (3, 3),
-    "in_channels": (3, 3),
-    "out_channels": (3, 3),
-    "scaling_factor": (1.0, 1.0),
-    "norm_layer": ("pixel_norm", "pixel_norm"),
-    "latent_log_var": ("uniform", "uniform"),
-    "use_quant_conv": (False, False),
-    "timestep_conditioning": (False, True),
-    "normalize_latent_channels": (False, False),
+    "_class_name": "CausalVideoAutoencoder",
+    "dims": 3,
+    "in_channels": 3,
+    "out_channels": 3,
+    "scaling_factor": 1.0,
+    "norm_layer": "pixel_norm",
+    "latent_log_var": "uniform",
+    "use_quant_conv": False,
+    "timestep_conditioning": False,
+    "normalize_latent_channels": False,
 }
 _READ_SETTINGS = (
     "latent_channels",
@@ -66,11 +67,14 @@ _READ_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class VAEStage:
-    """One entry of a block list: a run of residual blocks, or a change of resolution.
+    """One entry of a block list: several residual blocks, or a change of resolution.
 
-    kind: "res_x", "compress_space", "compress_time" or "compress_all" (the encoder's "_res"
-    suffix is dropped: it has no other form). multiplier: by how much the width grows in the
-    encoder and shrinks in the decoder. residual: the decoder's skip path.
+    Attributes:
+      kind: "res_x", "compress_space", "compress_time" or "compress_all" (without the suffix "_res"
+        of the encoder's entries, which all have it).
+      num_layers: residual blocks of a "res_x".
+      multiplier: factor by which the width grows in the encoder and shrinks in the decoder.
+      residual: whether the decoder's stage has a skip path.
     """
 
     kind: str
@@ -85,7 +89,7 @@ class VAEStage:
 
 
 def _parse_stage(field: str, entry: Any, is_encoder: bool) -> VAEStage:
-    """One [name, parameters] pair of a checkpoint's block list."""
+    """A [name, parameters] pair of a checkpoint's block list."""
     kinds = _ENCODER_KINDS if is_encoder else _DECODER_KINDS
     try:
         name, given = entry
@@ -96,31 +100,34 @@ def _parse_stage(field: str, entry: Any, is_encoder: bool) -> VAEStage:
             f"{field}: block {name!r} is not supported (supported: {', '.join(kinds)})"
         )
     given = {"num_layers": given} if isinstance(given, int) else dict(given)
-    if name == "res_x":
-        num_layers = given.pop("num_layers", None)
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f"{field}: res_x needs num_layers >= 1, got {num_layers!r}")
-        if given.pop("inject_noise", False):
-            raise ValueError(f"{field}: inject_noise=true is not supported (supported: false)")
-        stage = VAEStage("res_x", num_layers=num_layers)
-    else:
-        multiplier = given.pop("multiplier", 2 if is_encoder else 1)
-        if not isinstance(multiplier, int) or multiplier < 1:
-            raise ValueError(f"{field}: {name} needs multiplier >= 1, got {multiplier!r}")
-        residual = given.pop("residual", False)
-        if residual and name != "compress_all":
-            raise ValueError(
-                f"{field}: residual=true is supported for compress_all, not for {name}"
-            )
-        stage = VAEStage(name.removesuffix("_res"), multiplier=multiplier, residual=bool(residual))
-    if given:
-        raise ValueError(f"{field}: {name} has unknown parameters {sorted(given)}")
-    return stage
+    count, option = (
+        ("num_layers", "inject_noise") if name == "res_x" else ("multiplier", "residual")
+    )
+    if name != "res_x":
+        given.setdefault("multiplier", 2 if is_encoder else 1)
+    fixed = {} if name == "compress_all" else {option: False}
+    problems = find_problems(given, required=(count,), fixed=fixed, known=(count, option))
+    number = given.get(count, 1)
+    if not isinstance(number, int) or number < 1:
+        problems.append(f"{count} is {number!r}; 1 or more is supported")
+    raise_problems(f"{field}, {name}", problems)
+    residual = bool(given.get("residual", False))
+    return VAEStage(name.removesuffix("_res"), **{count: number}, residual=residual)
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoVAEConfig:
-    """Architecture of a video VAE. `decoder_blocks` keeps the file's order (applied in reverse)."""
+    """Architecture of a video VAE.
+
+    Attributes:
+      encoder_blocks, decoder_blocks: the stages in the file's order, in which the encoder applies
+        them; the decoder applies its own in reverse order.
+      latent_channels: C.
+      patch_size: pixels per patch along height and width, at the outer end of both networks.
+      decoder_base_channels: width of the decoder's last stage.
+      causal_decoder: whether the decoder was trained causal in time.
+      encoder_padding_mode, decoder_padding_mode: "zeros" or "reflect", in space.
+    """
 
     encoder_blocks: tuple[VAEStage, ...]
     decoder_blocks: tuple[VAEStage, ...]
@@ -170,27 +177,20 @@ class VideoVAEConfig:
 
     @classmethod
     def from_metadata(cls, vae: dict[str, Any]) -> "VideoVAEConfig":
-        """Builds the config from the object `vae` of a checkpoint's metadata `config`.
+        """Reads `config["vae"]` of an LTX-2 checkpoint.
 
-        Absent entries take the reference loader's defaults. ValueError names each entry that is
-        unknown or has a value this implementation does not support.
+        Absent settings have the defaults of the reference loader.
+
+        Raises:
+          ValueError: settings that are unknown or that this implementation does not have; names
+            them and what is supported.
         """
-        unknown = set(vae) - set(_FIXED_SETTINGS) - set(_READ_SETTINGS)
-        if unknown:
-            raise ValueError(f"vae: unknown settings {sorted(unknown)}")
-        for field, (supported, default) in _FIXED_SETTINGS.items():
-            value = vae.get(field, default)
-            if value != supported:
-                raise ValueError(
-                    f"vae.{field}={value!r} is not supported (supported: {supported!r})"
-                )
         latent_channels = vae.get("latent_channels", 128)
-        # The reference ignores this entry: the encoder starts as wide as the latents.
-        if vae.get("encoder_base_channels", latent_channels) != latent_channels:
-            raise ValueError(
-                f"vae.encoder_base_channels={vae['encoder_base_channels']!r} is not supported "
-                f"(supported: latent_channels, {latent_channels})"
-            )
+        # The encoder starts as wide as the latents; the reference loader ignores this setting.
+        fixed = _FIXED_SETTINGS | {"encoder_base_channels": latent_channels}
+        given = {"timestep_conditioning": True} | vae  # True is the reference loader's default
+        problems = find_problems(given, fixed=fixed, known=(*_FIXED_SETTINGS, *_READ_SETTINGS))
+        raise_problems("vae", problems)
         return cls(
             encoder_blocks=tuple(
                 _parse_stage("vae.encoder_blocks", entry, is_encoder=True)
@@ -229,7 +229,7 @@ class VideoVAEConfig:
         return max(0, self.temporal_compression * (latent_frames - 1) + 1)
 
     def latent_frames(self, pixel_frames: int) -> int:
-        """Latent frames of a clip. ValueError when `pixel_frames` is not 8 k + 1."""
+        """Latent frames of a clip; raises ValueError unless `pixel_frames` is 8 k + 1."""
         step = self.temporal_compression
         if pixel_frames < 1 or (pixel_frames - 1) % step:
             below = max(0, pixel_frames - 1) // step * step + 1
@@ -240,7 +240,7 @@ class VideoVAEConfig:
         return (pixel_frames - 1) // step + 1
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) in latents. ValueError when the pixel size is no positive multiple of 32."""
+        """(h, w) in latents; raises ValueError unless both are positive multiples of 32."""
         step = self.spatial_compression
         if height < step or width < step or height % step or width % step:
             raise ValueError(
@@ -257,7 +257,7 @@ def _check_reflection(mode: str, height: int, width: int, name: str) -> None:
 
 
 class VideoEncoder(nn.Module):
-    """Causal encoder; `conv_out` holds the latent means and one shared log-variance."""
+    """Causal encoder; its result holds the latent means and one shared log-variance."""
 
     config: VideoVAEConfig
     dtype: jnp.dtype = jnp.float32
@@ -267,8 +267,7 @@ class VideoEncoder(nn.Module):
         """[B, F, H, W, 3] in [-1, 1] -> [B, f, h, w, C + 1], not normalised."""
         config, mode = self.config, self.config.encoder_padding_mode
         width = config.latent_channels
-        # [B, F, H/4, W/4, 48]
-        x = patchify(video, config.patch_size)
+        x = patchify(video, config.patch_size)  # [B, F, H/4, W/4, 48]
         x, _ = CausalConv3d(width, mode, self.dtype, name="conv_in")(x, causal=True)
         for i, stage in enumerate(config.encoder_blocks):
             name = f"down_blocks_{i}"
@@ -283,7 +282,7 @@ class VideoEncoder(nn.Module):
 
 
 class VideoDecoder(nn.Module):
-    """Decoder, non-causal as trained or causal."""
+    """Decoder, non-causal (as it was trained) or causal."""
 
     config: VideoVAEConfig
     dtype: jnp.dtype = jnp.float32
@@ -319,7 +318,7 @@ def init_params(config: VideoVAEConfig, key: jax.Array) -> dict[str, Any]:
     """Random parameters {encoder, decoder, per_channel_statistics: {mean, std}} in float32.
 
     Kernels are N(0, 1 / fan_in), everything else is 0 and the latents' std 1. All kernels are cut
-    from one draw: compiling a generator for each takes a CPU half a minute.
+    from one draw, because compiling one for each takes half a minute on a CPU.
     """
     channels, side = config.latent_channels, 2 * config.spatial_compression
     video, latents = jnp.zeros((1, 1, side, side, 3)), jnp.zeros((1, 1, 2, 2, channels))
@@ -366,8 +365,10 @@ def encode(
     config.latent_frames(video.shape[1])
     height, width = config.latent_size(*video.shape[2:4])
     _check_reflection(config.encoder_padding_mode, height, width, "encoder")
-    # [B, f, h, w, C + 1]
-    moments = VideoEncoder(config, dtype).apply({"params": params["encoder"]}, video.astype(dtype))
+    with jax.named_scope("video_encoder"):
+        variables = {"params": params["encoder"]}
+        moments = VideoEncoder(config, dtype).apply(variables, video.astype(dtype))
+    # moments [B, f, h, w, C + 1]
     statistics = params["per_channel_statistics"]
     mean, std = (statistics[name].astype(jnp.float32) for name in ("mean", "std"))
     return (moments[..., : config.latent_channels].astype(jnp.float32) - mean) / std
@@ -406,20 +407,31 @@ def decode_chunk(
     causal: bool = True,
     dtype=jnp.float32,
 ) -> tuple[jax.Array, ConvCache]:
-    """One chunk of a stream: `decode`, but also takes and returns the convolutions' cache.
+    """Decodes one chunk of a stream. Chunks put together equal the causal decode of the whole clip.
 
-    `cache` None starts the clip ([B, 8(f-1)+1, H, W, 3]); else the chunk continues it
-    ([B, 8f, H, W, 3]). Chunks put together equal the causal decode of the whole clip.
+    Args:
+      params, latents, dtype: as for `decode`.
+      cache: what the previous chunk's call returned; None starts a clip.
+      causal: without it the chunk is decoded as a clip of its own.
+
+    Returns:
+      Pixels [B, 8(f-1)+1, 32h, 32w, 3] of a first chunk, [B, 8f, 32h, 32w, 3] of any other, and the
+      convolutions' cache.
+
+    Raises:
+      ValueError: as `decode`.
     """
     check_latents(config, latents.shape)
     statistics = params["per_channel_statistics"]
     mean, std = (statistics[name].astype(jnp.float32) for name in ("mean", "std"))
     latents = (latents.astype(jnp.float32) * std + mean).astype(dtype)
-    return VideoDecoder(config, dtype).apply({"params": params["decoder"]}, latents, causal, cache)
+    variables = {"params": params["decoder"]}
+    with jax.named_scope("video_decoder"):
+        return VideoDecoder(config, dtype).apply(variables, latents, causal, cache)
 
 
 def check_latents(config: VideoVAEConfig, shape: tuple[int, ...]) -> None:
-    """ValueError unless `shape` is that of latents [B, f >= 1, h, w, C] the decoder can take."""
+    """Raises ValueError unless `shape` is one of latents [B, f >= 1, h, w, C] for the decoder."""
     if len(shape) != 5 or shape[-1] != config.latent_channels or shape[1] < 1:
         raise ValueError(
             f"latents must be [B, f >= 1, h, w, {config.latent_channels}], got {shape}"
@@ -427,28 +439,19 @@ def check_latents(config: VideoVAEConfig, shape: tuple[int, ...]) -> None:
     _check_reflection(config.decoder_padding_mode, *shape[2:4], "decoder")
 
 
-class _DecoderConv(NamedTuple):
-    """One convolution of the decoder: widths, and its resolution relative to the latents."""
-
-    inputs: int
-    outputs: int
-    time_scale: int
-    space_scale: int
-
-
-def _decoder_convs(config: VideoVAEConfig) -> Iterator[_DecoderConv]:
+def _decoder_convs(config: VideoVAEConfig) -> Iterator[tuple[int, int, int, int]]:
+    """Of each convolution: input and output channels, frames and height relative to the latents."""
     time = space = 1
     width = config.bottleneck_channels
-    yield _DecoderConv(config.latent_channels, width, time, space)
+    yield config.latent_channels, width, time, space
     for stage in reversed(config.decoder_blocks):
         if stage.kind == "res_x":
-            yield from [_DecoderConv(width, width, time, space)] * (2 * stage.num_layers)
+            yield from [(width, width, time, space)] * (2 * stage.num_layers)
             continue
-        outputs = math.prod(stage.stride) * width // stage.multiplier
-        yield _DecoderConv(width, outputs, time, space)
+        yield width, math.prod(stage.stride) * width // stage.multiplier, time, space
         width //= stage.multiplier
         time, space = time * stage.stride[0], space * stage.stride[1]
-    yield _DecoderConv(width, 3 * config.patch_size**2, time, space)
+    yield width, 3 * config.patch_size**2, time, space
 
 
 def decoder_flops(config: VideoVAEConfig, frames: int, height: int, width: int) -> int:
@@ -464,9 +467,9 @@ def decoder_flops(config: VideoVAEConfig, frames: int, height: int, width: int) 
     latent_frames = config.latent_frames(frames)
     latent_area = math.prod(config.latent_size(height, width))
     total = 0
-    for conv in _decoder_convs(config):
-        positions = (conv.time_scale * (latent_frames - 1) + 1) * latent_area * conv.space_scale**2
-        total += 2 * KERNEL_SIZE**3 * conv.inputs * conv.outputs * positions
+    for inputs, outputs, time, space in _decoder_convs(config):
+        positions = (time * (latent_frames - 1) + 1) * latent_area * space**2
+        total += 2 * KERNEL_SIZE**3 * inputs * outputs * positions
     return total
 
 
@@ -476,4 +479,4 @@ def decoder_receptive_field(config: VideoVAEConfig) -> int:
     173 for LTX-2.0 and 108 for LTX-2.3: 21.6 and 13.5 latent frames.
     """
     full = config.temporal_compression
-    return sum(full // conv.time_scale for conv in _decoder_convs(config))
+    return sum(full // time for _, _, time, _ in _decoder_convs(config))

@@ -128,8 +128,7 @@ class Source:
             pipeline = PipelineConfig.from_content(checkpoints.load_config(folder))
             return cls(pipeline.model_version, pipeline.transformer, {})
         fields = run["student_config"]
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return cls(run["model_version"], TransformerConfig(**tuples), run)
+        return cls(run["model_version"], TransformerConfig.from_dict(fields), run)
 
 
 def check(

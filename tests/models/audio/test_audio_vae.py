@@ -224,7 +224,7 @@ def test_unsupported_settings_are_named(ltx20, field, value):
 def test_missing_setting_is_named(ltx20):
     metadata = json.loads(str(ltx20["config_json"]))["audio_vae"]
     del metadata["model"]["params"]["ddconfig"]["z_channels"]
-    with pytest.raises(ValueError, match="lacks z_channels"):
+    with pytest.raises(ValueError, match="z_channels is missing"):
         AudioVAEConfig.from_metadata(metadata)
 
 

@@ -13,14 +13,14 @@ from checkpoint_converters.reading import load_component
 from omniforcing_jax.models.audio import bigvgan
 from omniforcing_jax.models.audio.vocoder import (
     BandwidthExtensionConfig,
-    GeneratorConfig,
+    HiFiGANConfig,
     VocoderConfig,
     vocode,
     vocoder_module,
 )
 from omniforcing_jax.models.audio.wave_layers import conv_transpose1d
 
-PUBLISHED_BIGVGAN = GeneratorConfig(
+PUBLISHED_BIGVGAN = HiFiGANConfig(
     resblock="AMP1",
     initial_channels=1536,
     upsample_rates=(5, 2, 2, 2, 2, 2),
@@ -28,7 +28,7 @@ PUBLISHED_BIGVGAN = GeneratorConfig(
     final_activation="clamp",
     final_bias=False,
 )
-PUBLISHED_BWE = GeneratorConfig(
+PUBLISHED_BWE = HiFiGANConfig(
     resblock="AMP1",
     initial_channels=512,
     upsample_rates=(6, 5, 2, 2, 2),
@@ -69,7 +69,7 @@ def bigvgan_bwe(golden_dir):
 
 def small_generator(hop_rates, initial_channels=16, **settings):
     """A generator that compiles fast: one residual block per upsampling."""
-    return GeneratorConfig(
+    return HiFiGANConfig(
         initial_channels=initial_channels,
         upsample_rates=hop_rates,
         upsample_kernel_sizes=tuple(rate + 2 for rate in hop_rates),
@@ -217,7 +217,7 @@ def test_hifigan_matches_diffusers():
     )
     randomise(reference)
     config = VocoderConfig(
-        GeneratorConfig(
+        HiFiGANConfig(
             initial_channels=16,
             upsample_rates=tuple(rates),
             upsample_kernel_sizes=tuple(kernels),

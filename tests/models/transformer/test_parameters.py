@@ -1,5 +1,7 @@
 """Parameter counts and names of the published models, without allocating one parameter."""
 
+import dataclasses
+import json
 import math
 
 import flax
@@ -198,6 +200,15 @@ def test_what_the_metadata_says_holds():
     config = TransformerConfig.from_metadata(changed)
     assert (config.rope_type, config.rope_frequency_dtype) == ("interleaved", "float32")
     assert (config.cross_gate_timestep_scale, config.audio_channels) == (1.0, 32)
+
+
+@pytest.mark.parametrize("version", MODELS)
+def test_config_survives_json(version):
+    config = MODELS[version]
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert TransformerConfig.from_dict(fields) == config
+    with pytest.raises(TypeError, match="num_heads"):
+        TransformerConfig.from_dict(fields | {"num_heads": 3})
 
 
 def test_all_problems_of_metadata_are_reported_together():
