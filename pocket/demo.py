@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     report = stream.stream(options, config, plan)
     clip = args.output / "clip.mp4"
-    result = measure_file(clip, scene, None, None, config.layout_name, clip.with_suffix(".png"))
+    result = measure_file(clip, config.layout_name, clip.with_suffix(".png"), scene=scene)
     console.print(
         f"first chunk after {report.seconds_to_first_chunk:.2f} s (compilation included), "
         f"{report.median_fps:.1f} FPS (median block); {describe(result)}"

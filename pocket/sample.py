@@ -39,13 +39,12 @@ from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
+from omniforcing_jax.streaming.contact_sheet import write_clip
 from omniforcing_jax.text.prompts import Contexts, PromptEncoder
-from omniforcing_jax.training.previews import write_clip
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
-from pocket.measure import make_table, marks
-from pocket.measures.frechet import clip_features, frechet_distance
-from pocket.measures.observation import observe
-from pocket.measures.report import Measures, measure, pool, windows
+from pocket.measure import Result, make_table, marks, measure_clip
+from pocket.measures.frechet import frechet_distance
+from pocket.measures.scalars import pool
 from pocket.world.dataset import clip_caption, make_clip, split_seeds
 from pocket.world.physics import WorldConfig, draw_scene
 
@@ -56,20 +55,15 @@ TIMED_CLIPS = 5
 
 
 class Clips(NamedTuple):
-    """What a sampler makes of a batch of prompts.
+    """What a sampler makes of a batch of prompts."""
 
-    Attributes:
-      frames: [B, F, H, W, 3] uint8.
-      waveforms: [B, N, 2] float32.
-      first, total: seconds until the first frames were there, and all.
-    """
-
-    frames: np.ndarray
-    waveforms: np.ndarray
-    first: float
-    total: float
+    frames: np.ndarray  # [B, F, H, W, 3] uint8
+    waveforms: np.ndarray  # [B, N, 2] float32
+    first: float  # seconds until the first frames were there
+    total: float  # and all
 
 
+FramesAndSound = Iterator[tuple[np.ndarray, np.ndarray]]
 Sampler = Callable[[Contexts, list[int]], Clips]  # contexts [B, S, W] and the clips' numbers
 
 
@@ -96,11 +90,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--window", type=int, help="stream: recent blocks in the cache (default: as trained)")
     add("--anchors", type=int, help="stream: first blocks never evicted (default: as trained)")
     add("--positions", choices=POSITIONS, help="stream (default: as trained)")
-    add(
-        "--other-sound",
-        action="store_true",
-        help="of a model: pictures with the sound of another clip that it makes of the caption",
-    )
+    other = "of a model: pictures with the sound of another clip that it makes of the caption"
+    add("--other-sound", action="store_true", help=other)
     add("--batch-size", type=int, default=8, help="clips side by side (default 8)")
     add("--seed", type=int, default=0)
     add("--show", type=int, default=8, help="clips written as MP4 and PNG (default 8)")
@@ -130,10 +121,7 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
         width=WORLD.width,
         num_steps=args.steps,
         guidance=NO_GUIDANCE.changed(
-            cfg_video=args.cfg,
-            cfg_audio=args.cfg,
-            stg=args.stg,
-            stg_blocks=tuple(args.stg_block),
+            cfg_video=args.cfg, cfg_audio=args.cfg, stg=args.stg, stg_blocks=tuple(args.stg_block)
         ),
         spatial_compression=config.video_vae.spatial_compression,
     )
@@ -218,19 +206,13 @@ def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
 
 
 def _encoder(args: argparse.Namespace) -> PromptEncoder:
-    return PromptEncoder(
-        args.text_encoder,
-        args.checkpoint,
-        cache=None,
-        dtype=jnp.float32,
-        length=args.text_length,
-        keep=True,
-    )
+    settings = {"dtype": jnp.float32, "length": args.text_length, "keep": True}
+    return PromptEncoder(args.text_encoder, args.checkpoint, cache=None, **settings)
 
 
 def sample_all(
     args: argparse.Namespace, sampler: Sampler, captions: list[str], console: Console
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> FramesAndSound:
     """Frames [F, H, W, 3] and waveform [N, 2] of one caption after the other."""
     contexts = _encoder(args).encode(captions)
     starts = range(0, len(captions), args.batch_size)
@@ -243,9 +225,7 @@ def sample_all(
         yield from list(zip(clips.frames, clips.waveforms))[: len(numbers)]
 
 
-def world_clips(
-    args: argparse.Namespace, seeds: list[int]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def world_clips(args: argparse.Namespace, seeds: list[int]) -> FramesAndSound:
     """True clips, or their pictures with another motion's sound, as `sample_all` gives others."""
 
     def clip(seed: int, motion: int):
@@ -288,12 +268,9 @@ def measure_speed(args: argparse.Namespace, sampler: Sampler, caption: str) -> d
 
 def real_features(count: int, balls: int | None, length: int) -> list[dict[str, float]]:
     """Of as many clips of the world with so many balls, for other captions."""
-    features = []
-    for seed in choose_seeds(count, balls, "validation"):
-        clip = make_clip(seed, length, WORLD)
-        seen = observe(clip.frames, WORLD.frame_rate, clip.waveform, WORLD.sample_rate)
-        features.append(clip_features(seen, clip.waveform, WORLD.sample_rate))
-    return features
+    clips = (make_clip(seed, length, WORLD) for seed in choose_seeds(count, balls, "validation"))
+    rates = WORLD.frame_rate, WORLD.sample_rate
+    return [measure_clip(c.frames, rates[0], c.waveform, rates[1]).features for c in clips]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -317,27 +294,25 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "captions.txt").write_text("".join(f"{text}\n" for text in captions))
-    parts: list[Measures] = []
-    features: list[dict[str, float]] = []
-    stretches: list[list[Measures]] = []
+    results: list[Result] = []
     for number, (frames, waveform) in enumerate(clips):
-        seen = observe(frames, WORLD.frame_rate, waveform, rate)
         options = {"scene": draw_scene(seeds[number], WORLD), "layout": layout}
-        parts.append(measure(seen, **options))
-        features.append(clip_features(seen, waveform, rate))
-        stretches.append(windows(seen, args.every, **options) if args.every else [])
+        results.append(
+            measure_clip(frames, WORLD.frame_rate, waveform, rate, seconds=args.every, **options)
+        )
         if number < args.show:
-            path = args.output / f"{number:02d}.mp4"
-            write_clip(path, frames, waveform, WORLD.frame_rate, rate, **marks(seen))
+            path, shown = args.output / f"{number:02d}.mp4", marks(results[-1].observation)
+            write_clip(path, frames, waveform, WORLD.frame_rate, rate, shown)
     content = {
         "arguments": {k: v for k, v in vars(args).items() if k != "output"},
-        "all": pool(parts).scalars(),
-        "stretches": [pool(same).scalars() for same in zip(*stretches)],
-        "clips": [part.scalars() for part in parts],
+        "all": pool([result.total for result in results]).scalars(),
+        "stretches": [pool(same).scalars() for same in zip(*(r.windows for r in results))],
+        "clips": [result.total.scalars() for result in results],
     }
-    if len(parts) > 1:
-        real = real_features(len(parts), args.balls, frames.shape[0])
-        content["all"]["frechet_distance"] = frechet_distance(real, features)
+    if len(results) > 1:
+        real = real_features(len(results), args.balls, frames.shape[0])
+        distance = frechet_distance(real, [result.features for result in results])
+        content["all"]["frechet_distance"] = distance
     if sampler and not args.no_speed:
         content["speed"] = measure_speed(args, sampler, captions[0])
     (args.output / "measures.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -35,7 +35,7 @@ from omniforcing_jax.sampling.trajectories import (
     autoregressive_trajectory,
     sample_trajectory,
 )
-from omniforcing_jax.training.previews import write_clip
+from omniforcing_jax.streaming.contact_sheet import write_clip
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
 
 _SAMPLES_PER_AXIS = 16  # of each weight that goes into the fingerprint

@@ -21,8 +21,7 @@ from omniforcing_jax.io import checkpoints
 from omniforcing_jax.pipeline import decode_clip
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.student import AVLatents
-from omniforcing_jax.streaming import media
-from omniforcing_jax.streaming.contact_sheet import contact_sheet
+from omniforcing_jax.streaming.contact_sheet import write_clip
 from omniforcing_jax.training.assembly import text_arrays
 from omniforcing_jax.training.config.checks import DECODERS
 from omniforcing_jax.training.config.experiment import Experiment
@@ -163,38 +162,3 @@ def _statistics(latents: AVLatents) -> dict[str, jax.Array]:
         "sample/audio_mean": jnp.mean(latents.audio),
         "sample/audio_std": jnp.std(latents.audio),
     }
-
-
-def write_clip(
-    path: pathlib.Path,
-    frames: np.ndarray,
-    waveform: np.ndarray,
-    frame_rate: float,
-    sample_rate: int,
-    **marks: Sequence[tuple[float, str]],
-) -> None:
-    """Writes an MP4, and beside it a PNG with its frames, waveform and spectrogram.
-
-    Args:
-      frames: [F, H, W, 3] uint8.
-      waveform: [N, 2] float32 in [-1, 1].
-      **marks: `seen` and `heard` of `contact_sheet`.
-    """
-    height, width = frames.shape[1:3]
-    with media.ClipWriter(
-        path,
-        width=width,
-        height=height,
-        frame_rate=frame_rate,
-        sample_rate=sample_rate,
-        overwrite=True,
-    ) as writer:
-        writer.write(frames, waveform)
-    contact_sheet(
-        frames,
-        path.with_suffix(".png"),
-        frame_rate=frame_rate,
-        waveform=waveform,
-        sample_rate=sample_rate,
-        **marks,
-    )
