@@ -10,8 +10,12 @@ drawn with a few patches each, since 384 would hide the audio.
 import argparse
 import pathlib
 
-import matplotlib
 import numpy as np
+
+try:
+    import matplotlib
+except ImportError as error:
+    raise SystemExit(f"{error}; pictures need it: pip install -e '.[train]'") from None
 
 matplotlib.use("Agg")
 

@@ -76,7 +76,7 @@ def read_targets(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class MeasuredClip:
     """Of one clip."""
 
     observation: Observation
@@ -108,7 +108,7 @@ def measure_clip(
     truth: Truth | None = None,
     seconds: float | None = None,
     layout: BlockLayout | None = None,
-) -> Result:
+) -> MeasuredClip:
     """Everything about one clip.
 
     Args:
@@ -123,7 +123,7 @@ def measure_clip(
     """
     observation = observe(frames, frame_rate, waveform, sample_rate)
     options = {"scene": truth.scene if truth else scene, "layout": layout}
-    return Result(
+    return MeasuredClip(
         observation,
         measure(observation, **options),
         windows(observation, seconds, **options) if seconds else [],
@@ -158,7 +158,7 @@ def marks(observation: Observation) -> Marks:
 
 def measure_file(
     path: pathlib.Path, layout: str | None = None, sheet: pathlib.Path | None = None, **options
-) -> Result:
+) -> MeasuredClip:
     """Everything about one clip, and a contact sheet of it; options as `measure_clip`.
 
     Raises:
@@ -191,7 +191,7 @@ def make_table(columns: dict[str, dict[str, float | None]]) -> Table:
 
 
 def choose_columns(
-    paths: list[pathlib.Path], results: list[Result], everything: dict[str, float | None]
+    paths: list[pathlib.Path], results: list[MeasuredClip], everything: dict[str, float | None]
 ) -> dict[str, dict[str, float | None]]:
     """What the table shows: clips or stretches, and all together."""
     if len(results) > 1:

@@ -37,12 +37,11 @@ from omniforcing_jax.geometry import Clip
 from omniforcing_jax.pipeline import Pipeline, decode_clip, load_pipeline
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import POSITIONS
-from omniforcing_jax.sampling.student import AVLatents
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.streaming.contact_sheet import write_clip
 from omniforcing_jax.text.prompts import Contexts, PromptEncoder
 from omniforcing_jax.training.students.bidirectional import BidirectionalGenerator
-from pocket.measure import Result, make_table, marks, measure_clip
+from pocket.measure import MeasuredClip, make_table, marks, measure_clip
 from pocket.measures.frechet import frechet_distance
 from pocket.measures.scalars import pool
 from pocket.world.dataset import clip_caption, make_clip, split_seeds
@@ -54,7 +53,7 @@ WORLD = WorldConfig()
 TIMED_CLIPS = 5
 
 
-class Clips(NamedTuple):
+class SampledClips(NamedTuple):
     """What a sampler makes of a batch of prompts."""
 
     frames: np.ndarray  # [B, F, H, W, 3] uint8
@@ -64,7 +63,7 @@ class Clips(NamedTuple):
 
 
 FramesAndSound = Iterator[tuple[np.ndarray, np.ndarray]]
-Sampler = Callable[[Contexts, list[int]], Clips]  # contexts [B, S, W] and the clips' numbers
+Sampler = Callable[[Contexts, list[int]], SampledClips]  # contexts [B, S, W] and the clips' numbers
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,12 +137,18 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
         student = BidirectionalGenerator(model, clip, sigmas)
         generate = jax.jit(lambda contexts, keys: student.generate(weights, contexts, keys))
 
-    def run(contexts: Contexts, numbers: list[int]) -> Clips:
+    def run(contexts: Contexts, numbers: list[int]) -> SampledClips:
         start = time.perf_counter()
-        latents = generate(contexts, clip_keys(args.seed, numbers))
-        decoded = _decode(pipeline, latents, (whole.video_frames, *size))
+        # clip n has the same noise in any batch
+        key, numbers = jax.random.key(args.seed), jnp.asarray(numbers)
+        latents = generate(contexts, jax.vmap(jax.random.fold_in, (None, 0))(key, numbers))
+        decoded = []
+        for i in range(len(numbers)):  # one clip at a time, for memory
+            one = jax.tree.map(lambda x, i=i: x[i : i + 1], latents)
+            latent_size = (whole.video_frames, *size)
+            decoded.append(decode_clip(config, pipeline.params, one, latent_size, pipeline.dtype))
         seconds = time.perf_counter() - start
-        return Clips(*decoded, first=seconds, total=seconds)
+        return SampledClips(*map(np.stack, zip(*decoded)), first=seconds, total=seconds)
 
     return run
 
@@ -153,7 +158,7 @@ def with_other_sound(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     seen = make_sampler(args, pipeline)
     heard = make_sampler(argparse.Namespace(**vars(args) | {"seed": args.seed + 1}), pipeline)
 
-    def run(contexts: Contexts, numbers: list[int]) -> Clips:
+    def run(contexts: Contexts, numbers: list[int]) -> SampledClips:
         return seen(contexts, numbers)._replace(waveforms=heard(contexts, numbers).waveforms)
 
     return run
@@ -164,21 +169,6 @@ def num_frames(args: argparse.Namespace) -> int:
     return round(args.seconds * WORLD.frame_rate / 8) * 8 + 1
 
 
-def clip_keys(seed: int, numbers: list[int]) -> jax.Array:
-    """[B] keys: clip n has the same noise in any batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
-
-
-def _decode(pipeline: Pipeline, latents: AVLatents, size) -> tuple[np.ndarray, np.ndarray]:
-    """Frames and waveforms; one clip at a time, for memory."""
-    decoded = []
-    for i in range(latents.video.shape[0]):
-        one = jax.tree.map(lambda x, i=i: x[i : i + 1], latents)
-        decoded.append(decode_clip(pipeline.config, pipeline.params, one, size, pipeline.dtype))
-    frames, waveforms = zip(*decoded)
-    return np.stack(frames), np.stack(waveforms)
-
-
 def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
     cache = pipeline.config.cache(layout, args.window, args.anchors, args.positions)
@@ -187,7 +177,7 @@ def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     count = layout.blocks_for_seconds(args.seconds)
     rollout.cache.blocks_in_positions(count)
 
-    def run(contexts: Contexts, numbers: list[int]) -> Clips:
+    def run(contexts: Contexts, numbers: list[int]) -> SampledClips:
         # a session draws its noise for the whole batch
         seed = int(np.random.SeedSequence((args.seed, *numbers)).generate_state(1)[0] >> 1)
         start, first, chunks = time.perf_counter(), None, []
@@ -195,7 +185,7 @@ def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
             chunks.append(chunk)
             if first is None and chunk.frames.shape[1]:
                 first = time.perf_counter() - start
-        return Clips(
+        return SampledClips(
             frames=np.concatenate([chunk.frames for chunk in chunks], axis=1),
             waveforms=np.concatenate([chunk.waveform for chunk in chunks], axis=1),
             first=first,
@@ -294,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "captions.txt").write_text("".join(f"{text}\n" for text in captions))
-    results: list[Result] = []
+    results: list[MeasuredClip] = []
     for number, (frames, waveform) in enumerate(clips):
         options = {"scene": draw_scene(seeds[number], WORLD), "layout": layout}
         results.append(

@@ -71,7 +71,7 @@ UNGUIDED = {"video_cfg": 1.0, "audio_cfg": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class GaussianProblem:
     """The world and the networks that shall learn it, and the size of a run."""
 
     steps: tuple[int, int, int, int] = (1500, 1500, 600, 1000)  # of training, by `STAGES`
@@ -127,13 +127,15 @@ class Problem:
 # -- samples by which a network is judged ------------------------------------------------------
 
 
-def sample_euler(problem: Problem, model, params, num_steps: int = TEACHER_STEPS) -> AVLatents:
+def sample_euler(
+    problem: GaussianProblem, model, params, num_steps: int = TEACHER_STEPS
+) -> AVLatents:
     """Samples of a bidirectional model by the LTX-2 schedule and Euler steps."""
     config = sample_config(problem, num_steps)
     return sample(model, params, problem.contexts, None, problem.key(1), config)
 
 
-def sample_config(problem: Problem, num_steps: int) -> SampleConfig:
+def sample_config(problem: GaussianProblem, num_steps: int) -> SampleConfig:
     """The teacher's sampler."""
     clip = problem.world.clip
     sigmas = tuple(flow.ltx2_schedule(num_steps).tolist())
@@ -162,13 +164,13 @@ def few_steps(
     return jax.lax.scan(step, noise(0), jnp.arange(len(sigmas) - 1))[0]
 
 
-def sample_few_steps(problem: Problem, params) -> AVLatents:
+def sample_few_steps(problem: GaussianProblem, params) -> AVLatents:
     """Samples of stage I's student, all steps."""
     clip, key = problem.world.clip, problem.key(2)
     return few_steps(problem.network, params, problem.contexts, key, clip, problem.sigmas)
 
 
-def sample_causal(problem: Problem, params, num_sinks: int = NUM_SINKS) -> AVLatents:
+def sample_causal(problem: GaussianProblem, params, num_sinks: int = NUM_SINKS) -> AVLatents:
     """Samples of a block-causal student: the rollout that streaming uses."""
     model = problem.causal_network if num_sinks else problem.network
     config = problem.rollout(num_sinks)
@@ -189,7 +191,7 @@ def _training_samples(generator, params, contexts, key, step_key) -> AVLatents:
     return generator.sample(params, contexts, keys, step_key)
 
 
-def sample_as_trained(problem: Problem, generator, params) -> AVLatents:
+def sample_as_trained(problem: GaussianProblem, generator, params) -> AVLatents:
     """What a DMD stage compares with the teacher: samples that leave at a random step.
 
     Stage I draws a step per sample, stage III one per batch: here a third of the samples each.
@@ -213,7 +215,7 @@ def sample_as_trained(problem: Problem, generator, params) -> AVLatents:
 
 def train(
     name: str,
-    problem: Problem,
+    problem: GaussianProblem,
     stage: DMD | ODERegression,
     state: TrainState,
     frozen: Frozen,
@@ -281,7 +283,7 @@ def adam(learning_rate: float, num_updates: int, **changes: Any):
     )
 
 
-def pretrain(problem: Problem):
+def pretrain(problem: GaussianProblem):
     """Flow matching of exact samples by a bidirectional transformer; parameters and curves.
 
     This is stage II with a single block, which holds the whole clip.
@@ -309,7 +311,12 @@ def pretrain(problem: Problem):
 
 
 def distribution_matching(
-    problem: Problem, name: str, generator, learning_rates: tuple[float, float], params, critic
+    problem: GaussianProblem,
+    name: str,
+    generator,
+    learning_rates: tuple[float, float],
+    params,
+    critic,
 ):
     """Stage I or III, by its generator, from given weights; parameters and curves."""
     num_steps = problem.steps[STAGES.index(name)]
@@ -338,7 +345,9 @@ def _copy(params):
     return jax.device_put(jax.tree.map(jnp.copy, params), jax.devices()[0])
 
 
-def trajectories(problem: Problem, model, params, sigmas: tuple[float, ...]) -> dict[str, Any]:
+def trajectories(
+    problem: GaussianProblem, model, params, sigmas: tuple[float, ...]
+) -> dict[str, Any]:
     """Stage II's data: states and velocities of a model's ODE at the student's noise levels.
 
     Args:
@@ -360,7 +369,7 @@ def trajectories(problem: Problem, model, params, sigmas: tuple[float, ...]) -> 
     }
 
 
-def regress(problem: Problem, objective: str, params, data: dict[str, jax.Array]):
+def regress(problem: GaussianProblem, objective: str, params, data: dict[str, jax.Array]):
     """Stage II from stage I's weights and new sinks; parameters and curves."""
     model, optimizer = problem.causal_network, adam(1e-3, problem.steps[2], beta2=0.99)
     config = RegressionConfig(objective, seed=problem.seed)
@@ -380,7 +389,7 @@ def regress(problem: Problem, objective: str, params, data: dict[str, jax.Array]
     return train(name, problem, stage, state, Frozen(), batch_at, samplers)
 
 
-def run(problem: Problem) -> dict[str, Any]:
+def run(problem: GaussianProblem) -> dict[str, Any]:
     """All stages, one after the other; what `known_answer.json` holds."""
     world, network = problem.world, problem.network
     pretrained, curves = pretrain(problem)
@@ -432,10 +441,10 @@ def run(problem: Problem) -> dict[str, Any]:
     return {"settings": dataclasses.asdict(problem), "table": table, "stages": stages}
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[Problem, pathlib.Path]:
+def parse_arguments(argv: list[str] | None = None) -> tuple[GaussianProblem, pathlib.Path]:
     """What the command line asks for, and where it goes."""
     parser = argparse.ArgumentParser(prog="python -m pocket.known_answer.solve")
-    add, default = parser.add_argument, Problem()
+    add, default = parser.add_argument, GaussianProblem()
     add("--output", type=pathlib.Path, required=True, help="folder for the JSON file and the plots")
     add("--steps", type=int, nargs=4, default=default.steps, help=", ".join(STAGES))
     levels = "of the student's steps"
@@ -452,7 +461,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Problem, pathlib.Pat
         parser.error("steps, batch, samples and points must be positive")
     output = args.pop("output")
     lists = {name: tuple(args[name]) for name in ("steps", "timesteps")}
-    return Problem(**args | lists), output
+    return GaussianProblem(**args | lists), output
 
 
 def main(argv: list[str] | None = None) -> None:

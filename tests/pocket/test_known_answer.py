@@ -27,7 +27,7 @@ from pocket.known_answer.solve import (
     LAYOUT,
     TEACHER_STEPS,
     UNGUIDED,
-    Problem,
+    GaussianProblem,
     few_steps,
     sample_config,
     sample_euler,
@@ -37,7 +37,7 @@ from pocket.measures.frechet import gaussian_distance
 WORLD = GaussianWorld(tiny(video_channels=2, audio_channels=3), LAYOUT)
 TEACHER, TEACHER_PARAMS = make_teacher(WORLD)
 SCORE = ScoreConfig(**UNGUIDED)
-SIGMAS = Problem().sigmas
+SIGMAS = GaussianProblem().sigmas
 
 
 # -- the analytic teacher ----------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_teacher_velocity_is_that_of_the_density():
 
 def test_teacher_samples_the_world():
     """100 Euler steps: right means, and covariances up to the steps' and the samples' errors."""
-    problem = Problem(samples=4096)
+    problem = GaussianProblem(samples=4096)
     fine = sample_euler(problem, TEACHER, TEACHER_PARAMS, 100)
     found = problem.world.distances(fine)
     assert max(found["mean_video"], found["mean_audio"]) < 0.04, found
@@ -233,7 +233,7 @@ def test_distribution_matching_converges_with_exact_scores():
 def test_a_short_stage_lowers_the_distance():
     """Pre-training, which is stage II's step with one block, by a network of one layer."""
 
-    class Small(Problem):
+    class Small(GaussianProblem):
         @property
         def world(self) -> GaussianWorld:
             config = tiny(num_layers=1, video_channels=2, audio_channels=3)
@@ -249,7 +249,7 @@ def test_a_short_stage_lowers_the_distance():
 
 def test_trajectories_end_where_the_sampler_does():
     """Stage II's data: from noise to the world's samples, with the teacher's own velocities."""
-    problem = Problem(trajectories=512)
+    problem = GaussianProblem(trajectories=512)
     sigmas = sample_config(problem, TEACHER_STEPS).sigmas
     data = known_answer.trajectories(problem, TEACHER, TEACHER_PARAMS, sigmas)
     assert data["video"].shape == (512, len(SIGMAS), 5, 2)
@@ -266,7 +266,7 @@ def test_trajectories_end_where_the_sampler_does():
 
 def test_optimum_of_stage_two():
     """Without causality the ends of trajectories are exact; what causality costs; what means do."""
-    problem = Problem()
+    problem = GaussianProblem()
 
     def distances(objective, causal):
         samples = best_regression_student(WORLD, SIGMAS, objective, 4096, causal=causal)

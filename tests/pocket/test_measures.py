@@ -9,7 +9,6 @@ from scipy import ndimage
 
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.streaming import media
-from omniforcing_jax.streaming.contact_sheet import contact_sheet
 from pocket import make_world
 from pocket import measure as measure_program
 from pocket.measures.frechet import clip_features, frechet_distance
@@ -391,19 +390,3 @@ def test_the_program_measures_files(tmp_path, capsys):
     ):
         assert measure_program.main([files[0], *wrong]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_contact_sheets_mark_events(clips, tmp_path):
-    clip, sizes = clips[0], []
-    for events in ([], [(1.0, "#ff0000")]):
-        path = tmp_path / f"{len(events)}.png"
-        contact_sheet(
-            clip.frames,
-            path,
-            frame_rate=24,
-            waveform=clip.waveform,
-            sample_rate=RATE,
-            marks={"seen": events, "heard": events},
-        )
-        sizes.append(path.read_bytes())
-    assert sizes[0] != sizes[1]

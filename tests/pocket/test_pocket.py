@@ -110,7 +110,7 @@ def test_the_sound_of_another_clip_of_the_caption(monkeypatch):
     """The picture is the clip's own, the sound that of the clip with the next seed."""
 
     def make_sampler(args, pipeline):
-        return lambda contexts, numbers: sample_world.Clips(
+        return lambda contexts, numbers: sample_world.SampledClips(
             np.full((len(numbers), 1), args.seed), np.full((len(numbers), 1), args.seed), 0.1, 0.2
         )
 
