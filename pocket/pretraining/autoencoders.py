@@ -84,7 +84,7 @@ class VideoLoss:
     causal: bool = False
 
     def __call__(self, params, frozen, batch, key) -> tuple[jax.Array, Scalars]:
-        """batch["frames"] [B, F, H, W, 3] uint8; `frozen` is {encoder, ...} where it is trained."""
+        """batch["frames"] [B, F, H, W, 3] uint8; `frozen` has the encoder of `causal`."""
         video = to_video(batch["frames"])
         mean = self.encode(frozen if self.causal else params, batch)
         latents, penalty = self.latents.apply(mean, key)
