@@ -28,7 +28,7 @@ export PROMPT
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed  ## the pocket model: from a sentence to 10 s of balls that bounce and ring
+demo: $(VENV)/.installed-demo  ## the pocket model: from a sentence to 10 s of balls that bounce and ring
 	@mkdir -p $(DEMO)
 	$(BIN)/python -m checkpoint_converters.ltx2 --output $(DEMO)/checkpoint --overwrite \
 		--input pocket/weights/student.safetensors pocket/weights/shared.safetensors
@@ -123,6 +123,13 @@ $(VENV)/.installed-compilers: setup.py $(VENV)/.installed
 
 $(VENV)/.installed-train: setup.py $(VENV)/.installed
 	@$(PIP) install --use-pep517 --editable '.[train]'
+	@touch $@
+
+$(VENV)/.installed-demo: setup.py $(VENV)/.installed
+	@$(PIP) install --use-pep517 --editable '.[pocket]'
+	@touch $@
+
+$(VENV)/.installed-pocket: setup.py $(VENV)/.installed-train $(VENV)/.installed-demo
 	@touch $@
 
 # torch first: diffusers and transformers would otherwise choose which build to draw in.

@@ -11,7 +11,6 @@ INSTALL_REQUIRES = [
     "einops>=0.8",
     "numpy>=2.0",
     "ml_dtypes>=0.5",  # bfloat16 in NumPy
-    "scipy>=1.13",  # filters and matching in omniforcing_jax/measures
     # checkpoints: Orbax is the training format, safetensors what LTX-2 is published in
     "orbax-checkpoint>=0.12",
     "tensorstore>=0.1.80",  # the converters write Orbax's arrays slice by slice
@@ -26,22 +25,30 @@ INSTALL_REQUIRES = [
     "rich>=13.0",  # progress
     # clips
     "av>=17.1",  # H.264 and AAC in MP4
-    "matplotlib>=3.9",  # contact sheets
 ]
 
+PLOTS = ["matplotlib>=3.9"]  # curves, and pictures of clips
 # Training data and logs; tensorflow itself is not needed.
-TRAIN = ["grain>=0.2.18", "array-record>=0.8", "tensorflow-datasets>=4.9.10", "tensorboardX>=2.6"]
+TRAIN = [
+    *PLOTS,
+    *("grain>=0.2.18", "array-record>=0.8", "tensorflow-datasets>=4.9.10", "tensorboardX>=2.6"),
+]
+# The world of balls in pocket/: filters and matching of its measures.
+POCKET = [*PLOTS, "scipy>=1.13"]
 
 EXTRAS_REQUIRE = {
     # accelerators: one of these
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "train": TRAIN,
+    # the demo; training the pocket model takes "train" as well
+    "pocket": POCKET,
     # runs and checkpoints on gs://
     "storage": ["gcsfs", "google-cloud-storage"],
     # torch, diffusers and transformers are the references that the tests compare with
     "test": [
         *TRAIN,
+        *POCKET,
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "torch>=2.6",

@@ -4,8 +4,8 @@
 
 Each size fits the LTX-2 checkpoint of the same size from `checkpoint_converters.synthetic`, so the
 two run from a sentence to a context. The weights are noise of a size that keeps activations sane;
-the tokenizer is a byte-fallback BPE, so any text can be encoded, if not in few tokens. Size
-"pocket" knows the words of the pocket world alone, a token each.
+the tokenizer is a byte-fallback BPE, so any text can be encoded, if not in few tokens. With --words
+it knows those alone, a token each; size "pocket" is too small for any other.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from checkpoint_converters.converting import appearing, partial_path
 from checkpoint_converters.key_map import GEMMA
 from checkpoint_converters.safetensors_io import ConversionError, SafetensorsWriter
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
-from pocket.world.captions import VOCABULARY
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
@@ -69,7 +68,12 @@ def text_config(size: str) -> dict:
 
 
 def write(
-    folder: str | pathlib.Path, size: str = "tiny", *, seed: int = 0, dtype: str = "bfloat16"
+    folder: str | pathlib.Path,
+    size: str = "tiny",
+    *,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    words: Sequence[str] | None = None,
 ) -> dict:
     """Writes a random Gemma 3 folder: config.json, shards with an index, tokenizer files.
 
@@ -78,16 +82,23 @@ def write(
       size: a key of `SIZES`.
       seed: the weights are a function of seed and tensor name alone.
       dtype: "bfloat16" or "float32".
+      words: all that the tokenizer knows; None: any text.
 
     Returns:
       The content of config.json.
 
     Raises:
-      ValueError: unknown size, or the folder exists.
+      ValueError: unknown size, the folder exists, or the vocabulary does not fit the size.
       ConversionError: there is no room for the folder.
     """
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
+    vocab, needed = (
+        SIZES[size]["vocab"],
+        len(SPECIAL_TOKENS) + (256 if words is None else len(words)),
+    )
+    if vocab < needed:
+        raise ValueError(f"size {size} has {vocab} tokens, {needed} are needed; see --words")
     folder = pathlib.Path(folder).absolute()
     if folder.exists():
         raise ValueError(f"{folder} exists already; choose another place")
@@ -100,10 +111,10 @@ def write(
     with appearing(folder, partial):
         (partial / "config.json").write_text(json.dumps(config, indent=1))
         _write_weights(partial, GemmaConfig.from_metadata(config["text_config"]), seed, dtype)
-        if size == "pocket":
-            write_word_tokenizer(partial, VOCABULARY)
+        if words is not None:
+            write_word_tokenizer(partial, words)
         else:
-            write_tokenizer(partial, SIZES[size]["vocab"])
+            write_tokenizer(partial, vocab)
     return config
 
 
@@ -202,10 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--words", type=pathlib.Path, help="file of all words there are, one a line"
+    )
     args = parser.parse_args(argv)
     try:
-        write(args.output, args.size, seed=args.seed, dtype=args.dtype)
-    except ValueError as error:
+        words = args.words.read_text().split() if args.words else None
+        write(args.output, args.size, seed=args.seed, dtype=args.dtype, words=words)
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     except ConversionError as error:
         print(error, file=sys.stderr)

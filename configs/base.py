@@ -39,7 +39,7 @@ def tiny(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def pocket(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The pocket model in the world of `data/bounce.py`: minutes a stage on two cores.
+    """The pocket model in the world of balls (`pocket/`): minutes a stage on two cores.
 
     A few hundred steps must do, so the learning rates are ten times those of the large model, the
     critic has fewer updates to follow in, and the average forgets sooner.

@@ -11,8 +11,12 @@ import argparse
 import dataclasses
 import pathlib
 
-import matplotlib
 import numpy as np
+
+try:
+    import matplotlib
+except ImportError as error:
+    raise SystemExit(f"{error}; pictures need it: pip install -e '.[train]'") from None
 
 matplotlib.use("Agg")
 

@@ -15,8 +15,12 @@ import pathlib
 import re
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
+
+try:
+    import matplotlib
+except ImportError as error:
+    raise SystemExit(f"{error}; pictures need it: pip install -e '.[train]'") from None
 
 matplotlib.use("Agg")
 

@@ -13,6 +13,7 @@ import sys
 
 from omniforcing_jax.scaling import devices as hardware
 from omniforcing_jax.scaling import proposals
+from omniforcing_jax.streaming.contact_sheet import new_figure
 
 SIZES = (16, 64, 256, 1024, 4096)
 SLICES = {"v5p": 4096, "v6e": 256, "h100": 512}  # devices that weights are spread over at most
@@ -39,9 +40,7 @@ def _target(kind: str, devices: int) -> str:
 
 def draw(curves: dict[str, list], stage: str, file: pathlib.Path) -> None:
     """Time per step with its parts, and MFU, over the number of devices."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
+    figure = new_figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     for kind, curve in curves.items():
         there = [(n, p) for n, p in curve if p is not None]
@@ -86,7 +85,10 @@ def main(argv: list[str] | None = None) -> int:
                 "" if p is None else f", {p.microbatches} microbatches, whole={p.gather_weights}"
             )
             print(f"  {devices:>5}  {seconds}{mesh}{policy}", file=sys.stderr)
-    draw(curves, args.stage, args.output)
+    try:
+        draw(curves, args.stage, args.output)
+    except ValueError as error:  # no matplotlib
+        parser.error(str(error))
     print(f"{args.output}")
     return 0
 

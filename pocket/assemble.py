@@ -16,7 +16,6 @@ video decoder is the one that was fine-tuned to run causally, and the metadata s
 import argparse
 import pathlib
 import sys
-from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
@@ -37,31 +36,20 @@ SOURCES = {
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
-def assemble(
-    folder: pathlib.Path,
-    output: pathlib.Path,
-    *,
-    components: Sequence[str] = tuple(SOURCES),
-    causal_decoder: bool = False,
-    dtype: str = "float32",
-) -> None:
+def assemble(args: argparse.Namespace) -> None:
     """Writes one file from the parts of a folder, with the metadata of its components.
 
     Raises:
       ConversionError: a part is missing or does not fit the others.
     """
-    sources = {name: SOURCES[name] for name in components}
-    if causal_decoder and "video_vae" in sources:
+    sources = {name: SOURCES[name] for name in args.components}
+    if args.causal_decoder and "video_vae" in sources:
         sources["video_vae"] = "causal_decoder"
-    files = {part: folder / f"{part}.safetensors" for part in dict.fromkeys(sources.values())}
+    files = {part: args.folder / f"{part}.safetensors" for part in sources.values()}
     missing = [f"{file} is missing" for file in files.values() if not file.is_file()]
     if missing:
-        raise ConversionError(
-            [
-                *missing,
-                "python -m pocket.pretrain --config=pocket/pretrain_config.py:PART makes each",
-            ]
-        )
+        command = "python -m pocket.pretrain --config=pocket/pretrain_config.py:PART makes each"
+        raise ConversionError([*missing, command])
     config, trees = {}, {}
     for name, part in sources.items():
         metadata = reading.read_metadata(files[part])
@@ -71,7 +59,8 @@ def assemble(
         alone = name == "connectors" and "transformer" not in sources
         config[name if alone else section] = metadata["config"][section]
         trees[name] = reading.load_component(files[part], name, np.float32)
-    write_components(output, trees, config, metadata["model_version"], dtype=DTYPES[dtype])
+    version = metadata["model_version"]
+    write_components(args.output, trees, config, version, dtype=DTYPES[args.dtype])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,23 +68,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pocket.assemble", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("outputs/pocket"))
-    parser.add_argument("--output", type=pathlib.Path, required=True, help=".safetensors file")
-    parser.add_argument(
-        "--components", nargs="+", choices=tuple(SOURCES), default=tuple(SOURCES),
-        help="only these (default: all)",
-    )  # fmt: skip
-    parser.add_argument("--causal-decoder", action="store_true", help="take the fine-tuned decoder")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    add, all_of_them = parser.add_argument, tuple(SOURCES)
+    add("--folder", type=pathlib.Path, default=pathlib.Path("outputs/pocket"))
+    add("--output", type=pathlib.Path, required=True, help=".safetensors file")
+    only = "only these (default: all)"
+    add("--components", nargs="+", choices=all_of_them, default=all_of_them, help=only)
+    add("--causal-decoder", action="store_true", help="take the fine-tuned decoder")
+    add("--dtype", choices=tuple(DTYPES), default="float32")
     args = parser.parse_args(argv)
     try:
-        assemble(
-            args.folder,
-            args.output,
-            components=args.components,
-            causal_decoder=args.causal_decoder,
-            dtype=args.dtype,
-        )
+        assemble(args)
     except ConversionError as error:
         print(error, file=sys.stderr)
         return 1

@@ -17,26 +17,11 @@ import sys
 from rich.console import Console
 
 from launch import stream
-from pocket.measure import Result, measure_file
+from pocket.measure import MeasuredClip, measure_file
 from pocket.world.captions import scene_from_caption, with_sound
 from pocket.world.physics import WorldConfig
 
 ENLARGE = 8  # 64 x 48 pixels are a stamp on a screen
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pocket.demo", description=__doc__.split("\n")[0]
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="converted pocket model")
-    add("--text-encoder", required=True, help="its converted Gemma")
-    add("--prompt", required=True)
-    add("--seconds", type=float, default=10.0, help="length of the clip (default 10)")
-    add("--seed", type=int, default=0)
-    add("--output", type=pathlib.Path, required=True, help="folder for clip and picture")
-    return parser.parse_args(argv)
 
 
 def stream_arguments(args: argparse.Namespace) -> argparse.Namespace:
@@ -59,7 +44,7 @@ def stream_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return stream.parse_arguments([*words, "--overwrite"])
 
 
-def describe(result: Result) -> str:
+def describe(result: MeasuredClip) -> str:
     """What was measured, in a sentence."""
     matching, values = result.observation.matching, result.total.scalars()
     seen, heard = len(matching.pairs) + len(matching.misses), len(result.observation.tones)
@@ -74,7 +59,17 @@ def describe(result: Result) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = parse_arguments(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.demo", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="converted pocket model")
+    add("--text-encoder", required=True, help="its converted Gemma")
+    add("--prompt", required=True)
+    add("--seconds", type=float, default=10.0, help="length of the clip (default 10)")
+    add("--seed", type=int, default=0)
+    add("--output", type=pathlib.Path, required=True, help="folder for clip and picture")
+    args = parser.parse_args(argv)
     console = Console(soft_wrap=True, highlight=False)
     try:
         args.prompt = with_sound(args.prompt)
@@ -91,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     report = stream.stream(options, config, plan)
     clip = args.output / "clip.mp4"
-    result = measure_file(clip, scene, None, None, config.layout_name, clip.with_suffix(".png"))
+    result = measure_file(clip, config.layout_name, clip.with_suffix(".png"), scene=scene)
     console.print(
         f"first chunk after {report.seconds_to_first_chunk:.2f} s (compilation included), "
         f"{report.median_fps:.1f} FPS (median block); {describe(result)}"

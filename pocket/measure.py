@@ -6,7 +6,7 @@
     python -m pocket.measure outputs/student/*.mp4 --reference outputs/world
 
 Prints a table, one column per clip, or per stretch of a single clip with --seconds, and the last
-column for all together. What the rows mean is in `pocket.measures.report.MEANINGS`.
+column for all together. What the rows mean is in `pocket.measures.scalars.MEANINGS`.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from rich.table import Table
 
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.streaming import media
-from omniforcing_jax.streaming.contact_sheet import contact_sheet
+from omniforcing_jax.streaming.contact_sheet import Marks, contact_sheet
 from pocket.make_world import mark_colour
 from pocket.measures.frechet import clip_features, frechet_distance
 from pocket.measures.observation import Observation, observe
-from pocket.measures.report import MEANINGS, Measures, compare_with_truth, measure, pool, windows
+from pocket.measures.scalars import MEANINGS, Measures, compare_with_truth, measure, pool, windows
 from pocket.world.captions import scene_from_caption
 from pocket.world.physics import Scene, Truth, WorldConfig
 
@@ -42,10 +42,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("clips", nargs="+", type=pathlib.Path, help="MP4s")
     add("--prompt", nargs="+", help="what should be there: one for all clips, or one for each")
-    add(
-        "--truth", nargs="*", type=pathlib.Path, metavar="JSON",
-        help="what pocket.make_world wrote, a file per clip; without names, those beside the clips",
-    )  # fmt: skip
+    truth = "what pocket.make_world wrote, a file per clip; without names, those beside the clips"
+    add("--truth", nargs="*", type=pathlib.Path, metavar="JSON", help=truth)
     add("--seconds", type=float, help="also measure every so many seconds, for drift")
     add("--layout", choices=LAYOUT_NAMES, help="look for seams at the borders of these blocks")
     add("--reference", type=pathlib.Path, help="folder of real clips, for the Fréchet distance")
@@ -54,8 +52,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_targets(args: argparse.Namespace) -> tuple[list[Scene | None], list[Truth | None]]:
-    """What should be in each clip, from prompts or truth.
+def read_targets(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What should be in each clip, from prompts or truth: arguments of `measure_clip`.
 
     Raises:
       ValueError: both or wrongly many are given, or one cannot be read.
@@ -67,43 +65,71 @@ def read_targets(args: argparse.Namespace) -> tuple[list[Scene | None], list[Tru
     if args.prompt:
         if len(args.prompt) not in (1, count):
             raise ValueError(f"{len(args.prompt)} prompts for {count} clips; give 1 or {count}")
-        scenes = [scene_from_caption(prompt) for prompt in args.prompt]
-        return scenes * (count // len(scenes)), [None] * count
+        scenes = [{"scene": scene_from_caption(prompt)} for prompt in args.prompt]
+        return scenes * (count // len(scenes))
     if args.truth is None:
-        return [None] * count, [None] * count
+        return [{}] * count
     files = args.truth or [clip.with_suffix(".json") for clip in args.clips]
     if len(files) != count:
         raise ValueError(f"{len(files)} files of truth for {count} clips; give one for each")
-    truths = [Truth.from_json(json.loads(file.read_text())) for file in files]
-    return [truth.scene for truth in truths], truths
+    return [{"truth": Truth.from_json(json.loads(file.read_text()))} for file in files]
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class MeasuredClip:
     """Of one clip."""
 
-    path: pathlib.Path
     observation: Observation
     total: Measures
     windows: list[Measures]
-    truth: dict[str, float | None]
+    truth: dict[str, float | None]  # how far it is from what happened, if that is known
     features: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """What is written with --json."""
-        matching = self.observation.matching
-        pairs = [
-            {"seen": dataclasses.asdict(impact), "heard": dataclasses.asdict(tone)}
-            for impact, tone in matching.pairs
-        ]
+        matching = dataclasses.asdict(self.observation.matching)
+        pairs = [{"seen": impact, "heard": tone} for impact, tone in matching.pop("pairs")]
         return {
             "measures": self.total.scalars(),
             "windows": [part.scalars() for part in self.windows],
             "truth": self.truth,
             "pairs": pairs,
-            "misses": [dataclasses.asdict(impact) for impact in matching.misses],
-            "phantoms": [dataclasses.asdict(tone) for tone in matching.phantoms],
+            **matching,
         }
+
+
+def measure_clip(
+    frames: np.ndarray,
+    frame_rate: float,
+    waveform: np.ndarray,
+    sample_rate: int,
+    *,
+    scene: Scene | None = None,
+    truth: Truth | None = None,
+    seconds: float | None = None,
+    layout: BlockLayout | None = None,
+) -> MeasuredClip:
+    """Everything about one clip.
+
+    Args:
+      frames, frame_rate, waveform, sample_rate: see `observe`.
+      scene: what should be there; None: what the truth has, or what is there.
+      truth: about the clip.
+      seconds: length of the stretches that are measured as well.
+      layout: at whose borders seams are looked for.
+
+    Raises:
+      ValueError: it cannot be read as a clip of this world.
+    """
+    observation = observe(frames, frame_rate, waveform, sample_rate)
+    options = {"scene": truth.scene if truth else scene, "layout": layout}
+    return MeasuredClip(
+        observation,
+        measure(observation, **options),
+        windows(observation, seconds, **options) if seconds else [],
+        compare_with_truth(observation, truth) if truth else {},
+        clip_features(observation, waveform, sample_rate),
+    )
 
 
 def shrink(frames: np.ndarray) -> np.ndarray:
@@ -117,28 +143,23 @@ def shrink(frames: np.ndarray) -> np.ndarray:
     return np.round(sums / factor**2).astype(np.uint8)
 
 
-def marks(observation: Observation) -> dict[str, list[tuple[float, str]]]:
+def marks(observation: Observation) -> Marks:
     """Impacts seen and tones heard, as `contact_sheet` marks them.
 
     Changes of course in mid-air are marked if there is a tone to them, as in the measures.
     """
     matching = observation.matching
-    seen = sorted([*(pair[0] for pair in matching.pairs), *matching.misses], key=lambda i: i.time)
+    impacts = [*(impact for impact, _ in matching.pairs), *matching.misses]
+    events = {"seen": sorted(impacts, key=lambda i: i.time), "heard": observation.tones}
     return {
-        "seen": [(i.time, mark_colour(i.colour)) for i in seen],
-        "heard": [(t.time, mark_colour(t.colour)) for t in observation.tones],
+        name: [(e.time, mark_colour(e.colour)) for e in found] for name, found in events.items()
     }
 
 
 def measure_file(
-    path: pathlib.Path,
-    scene: Scene | None,
-    truth: Truth | None,
-    seconds: float | None,
-    layout: str | None,
-    sheet: pathlib.Path | None = None,
-) -> Result:
-    """Everything about one clip.
+    path: pathlib.Path, layout: str | None = None, sheet: pathlib.Path | None = None, **options
+) -> MeasuredClip:
+    """Everything about one clip, and a contact sheet of it; options as `measure_clip`.
 
     Raises:
       ValueError: it cannot be read as a clip of this world.
@@ -146,26 +167,13 @@ def measure_file(
     """
     frames, frame_rate, waveform, sample_rate = media.read_clip(path)
     frames = shrink(frames)
-    observation = observe(frames, frame_rate, waveform, sample_rate)
     blocks = BlockLayout.from_name(layout, frame_rate=frame_rate) if layout else None
-    options = dict(scene=scene, layout=blocks)
+    result = measure_clip(frames, frame_rate, waveform, sample_rate, layout=blocks, **options)
     if sheet:
-        contact_sheet(
-            frames,
-            sheet,
-            frame_rate=frame_rate,
-            waveform=waveform if len(waveform) else None,
-            sample_rate=sample_rate,
-            **marks(observation),
-        )
-    return Result(
-        path=path,
-        observation=observation,
-        total=measure(observation, **options),
-        windows=windows(observation, seconds, **options) if seconds else [],
-        truth=compare_with_truth(observation, truth) if truth else {},
-        features=clip_features(observation, waveform, sample_rate),
-    )
+        sound = {"waveform": waveform, "sample_rate": sample_rate} if len(waveform) else {}
+        shown = marks(result.observation)
+        contact_sheet(frames, sheet, frame_rate=frame_rate, marks=shown, **sound)
+    return result
 
 
 def make_table(columns: dict[str, dict[str, float | None]]) -> Table:
@@ -182,20 +190,18 @@ def make_table(columns: dict[str, dict[str, float | None]]) -> Table:
     return table
 
 
-def choose_columns(results: list[Result]) -> dict[str, dict[str, float | None]]:
+def choose_columns(
+    paths: list[pathlib.Path], results: list[MeasuredClip], everything: dict[str, float | None]
+) -> dict[str, dict[str, float | None]]:
     """What the table shows: clips or stretches, and all together."""
-    columns = {}
-    if len(results) == 1:
-        start = 0.0
-        for part in results[0].windows:
-            columns[f"{start:.0f}-{start + part.seconds:.0f} s"] = part.scalars()
-            start += part.seconds
-    else:
-        for result in results[:MAX_COLUMNS]:
-            columns[result.path.stem] = result.total.scalars() | result.truth
-    truth = results[0].truth if len(results) == 1 else {}
-    columns["all"] = pool([result.total for result in results]).scalars() | truth
-    return columns
+    if len(results) > 1:
+        shown = list(zip(paths, results))[:MAX_COLUMNS]
+        return {p.stem: r.total.scalars() | r.truth for p, r in shown} | {"all": everything}
+    columns, start = {}, 0.0
+    for part in results[0].windows:
+        columns[f"{start:.0f}-{start + part.seconds:.0f} s"] = part.scalars()
+        start += part.seconds
+    return columns | {"all": everything | results[0].truth}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.seconds is not None and not args.seconds > 0:
             raise ValueError(f"--seconds must be positive, not {args.seconds}")
-        targets = list(zip(args.clips, *read_targets(args)))
+        targets = list(zip(args.clips, read_targets(args)))
         references = sorted(args.reference.glob("*.mp4")) if args.reference else []
         if args.reference and min(len(references), len(args.clips)) < 2:
             raise ValueError(
@@ -213,19 +219,20 @@ def main(argv: list[str] | None = None) -> int:
                 f"{args.reference} holds {len(references)}; take 2 or more each"
             )
         results = []
-        for path, scene, truth in track(targets, "clips", console=console, transient=True):
+        for path, target in track(targets, "clips", console=console, transient=True):
             sheet = None if results else args.sheet
-            results.append(measure_file(path, scene, truth, args.seconds, args.layout, sheet))
-        content: dict[str, Any] = {"clips": {str(r.path): r.to_json() for r in results}}
+            results.append(measure_file(path, args.layout, sheet, seconds=args.seconds, **target))
+        clips = {str(path): result.to_json() for path, result in zip(args.clips, results)}
+        content: dict[str, Any] = {"clips": clips}
         content["all"] = pool([result.total for result in results]).scalars()
         if references:
-            real = [measure_file(path, None, None, None, None).features for path in references]
+            real = [measure_file(path).features for path in references]
             content["frechet_distance"] = frechet_distance(real, [r.features for r in results])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = Console(width=max(80, 30 + 14 * (len(results) + len(results[0].windows))))
-    table.print(make_table(choose_columns(results)))
+    table.print(make_table(choose_columns(args.clips, results, content["all"])))
     if "frechet_distance" in content:
         print(f"Fréchet distance to {args.reference}: {content['frechet_distance']:.2f}")
     if args.json:

@@ -33,11 +33,12 @@ else
 TOWER := $(POCKET)/gemma_hf
 endif
 
-$(POCKET)/gemma_hf/config.json: $(VENV)/.installed-train
-	$(RUN) checkpoint_converters.synthetic_gemma --size pocket --dtype float32 \
-		--output $(POCKET)/gemma_hf
+$(POCKET)/gemma_hf/config.json: $(VENV)/.installed-pocket
+	$(RUN) pocket.make_world --format words --output $(POCKET)/words.txt
+	$(RUN) checkpoint_converters.synthetic_gemma --size pocket --words $(POCKET)/words.txt \
+		--dtype float32 --output $(POCKET)/gemma_hf
 
-$(POCKET)/gemma/config.json: $(TOWER)/config.json | $(VENV)/.installed-train
+$(POCKET)/gemma/config.json: $(TOWER)/config.json | $(VENV)/.installed-pocket
 	$(RUN) checkpoint_converters.gemma3 --input $(TOWER) --output $(POCKET)/gemma --overwrite
 
 $(POCKET)/video_vae.safetensors $(POCKET)/audio_vae.safetensors: $(POCKET)/%.safetensors: | $(POCKET)/gemma/config.json
@@ -66,7 +67,7 @@ $(POCKET)/reconstruction.done: $(POCKET)/vocoder.safetensors $(POCKET)/causal_de
 	$(RUN) pocket.reconstruct --folder $(POCKET) --frames 49 --output $(POCKET)/reconstruction
 	@touch $@
 
-$(POCKET)/ltx2/config.json: $(LTX2) | $(VENV)/.installed-train
+$(POCKET)/ltx2/config.json: $(LTX2) | $(VENV)/.installed-pocket
 	@mkdir -p $(POCKET)
 	@$(if $(TEACHER),echo $(TEACHER) > $(POCKET)/teacher.txt)
 	$(RUN) checkpoint_converters.ltx2 --input $(LTX2) --output $(POCKET)/ltx2 --overwrite
@@ -181,7 +182,7 @@ $(REPORT)/quality.md: $(foreach row,$(QUALITY),$(foreach seed,$(SEEDS),$(REPORT)
 $(REPORT)/drift.md: $(foreach row,$(DRIFT),$(foreach seed,$(SEEDS),$(REPORT)/$(row)/$(seed)/measures.json))
 	$(RUN) pocket.report $(addprefix $(REPORT)/,$(DRIFT)) --output $(basename $@)
 
-$(foreach row,$(BOUNDS),$(foreach seed,$(SEEDS),$(REPORT)/$(row)/$(seed)/measures.json)): $(REPORT)/%/measures.json: | $(VENV)/.installed-train
+$(foreach row,$(BOUNDS),$(foreach seed,$(SEEDS),$(REPORT)/$(row)/$(seed)/measures.json)): $(REPORT)/%/measures.json: | $(VENV)/.installed-pocket
 	$(RUN) pocket.sample $(ROW_$(call row_of,$*)) --seed $(notdir $*) --output $(@D)
 
 # stem: ROW/SEED; a row needs the checkpoint that it samples, which is its second word
@@ -216,7 +217,7 @@ ABLATIONS := $(foreach dtype,float32 bfloat16,$(addsuffix _$(dtype),$(OPTIONS)))
 pocket-ablations: $(POCKET)/ablations.md
 
 $(POCKET)/ablations.md: $(foreach seed,$(SEEDS),$(foreach row,$(ABLATIONS),$(POCKET)/ablations/$(row)/$(seed).done))
-	$(RUN) pocket.compare_runs $(addprefix $(POCKET)/ablations/,$(ABLATIONS)) --output $@
+	$(RUN) pocket.report --runs $(addprefix $(POCKET)/ablations/,$(ABLATIONS)) --output $(basename $@)
 
 $(POCKET)/mismatched/config.json: $(POCKET)/stage1_student/config.json
 	rm -rf $(@D) $(@D).partial

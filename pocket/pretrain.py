@@ -7,6 +7,7 @@ again. Exit statuses: 0 finished, 1 failed, 2 refused, 130 interrupted, 143 stop
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -40,7 +41,7 @@ from omniforcing_jax.training.training_checkpoints import load_generator
 from pocket.pretraining import autoencoders
 from pocket.pretraining.autoencoders import ErrorLoss, LatentNoise
 from pocket.pretraining.batches import DrawnBatches, WorldWindows
-from pocket.pretraining.latents import StoredLatents, WorldEncoder, write_latents
+from pocket.pretraining.latents import WorldEncoder, draw_row, load_latents, write_latents
 from pocket.pretraining.step import Loss, Pretraining
 from pocket.pretraining.teacher import TeacherLoss, init_teacher
 from pocket.world.physics import WorldConfig
@@ -61,20 +62,14 @@ _EXPORT = flags.DEFINE_bool(
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is to be trained.
-
-    Attributes:
-      loss, init, frozen, draw: see `Loss`, the parameters at the start, and `DrawnBatches`.
-      components: parameters -> {component: tree} of the finished part.
-      metadata: their `config`.
-    """
+    """What is to be trained."""
 
     loss: Loss
-    init: Callable[[], Any]
-    frozen: Any
-    draw: Callable
-    components: Callable[[Any], dict[str, Any]]
-    metadata: dict[str, Any]
+    init: Callable[[], Any]  # -> the parameters at the start
+    draw: Callable  # see `DrawnBatches`
+    components: Callable[[Any], dict[str, Any]]  # parameters -> {component: tree} when finished
+    metadata: dict[str, Any]  # of the components: their `config`
+    frozen: Any = None  # parameters that the loss reads
 
 
 def part_file(folder: str, part: str) -> pathlib.Path:
@@ -106,7 +101,6 @@ def make_part(c) -> Part:
     metadata = synthetic.metadata(c.size, VERSION)
     pipeline = PipelineConfig.from_metadata(metadata, synthetic.VERSIONS[VERSION])
     windows = WorldWindows(WorldConfig(**c.world))
-    key = jax.random.key(c.seed)
     build = {
         "video_vae": _video_vae,
         "audio_vae": _audio_vae,
@@ -114,87 +108,67 @@ def make_part(c) -> Part:
         "causal_decoder": _causal_decoder,
         "teacher": _teacher,
     }[c.part]
-    return build(c, pipeline, windows, metadata, key)
+    return build(c, pipeline, windows, metadata)
 
 
-def _video_vae(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
+def _autoencoder(c, loss, init: Callable, draw: Callable, metadata: dict[str, Any]) -> Part:
+    """Of the VAEs, whose files have statistics of the latents of batches not trained on."""
+
+    def components(params):
+        batches = DrawnBatches(draw, c.batch_size, c.seed + 1)
+        encode = jax.jit(lambda batch: loss.encode(params, batch))
+        latents = (encode(next(batches)) for _ in range(STATISTICS_BATCHES))
+        statistics = autoencoders.channel_statistics(latents)
+        return {c.part: params | {"per_channel_statistics": statistics}}
+
+    return Part(loss, lambda: init(loss.config, jax.random.key(c.seed)), draw, components, metadata)
+
+
+def _video_vae(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Part:
     config = pipeline.video_vae
     pipeline.check_size(c.world.height, c.world.width)
     config.latent_frames(c.frames)
-    draw = windows.video(c.frames)
-    loss = autoencoders.VideoVAELoss(config, LatentNoise(**c.latents), ErrorLoss(**c.error))
-
-    def components(params):
-        def encode(batch):
-            video = autoencoders.to_video(batch["frames"])
-            module = autoencoders.VideoEncoder(config)
-            return module.apply({"params": params["encoder"]}, video)[..., :-1]
-
-        return {"video_vae": params | {"per_channel_statistics": _statistics(c, draw, encode)}}
-
-    def init():
-        return autoencoders.init_video_vae(config, key)
-
-    return Part(loss, init, None, draw, components, metadata)
+    loss = autoencoders.VideoLoss(config, LatentNoise(**c.latents), ErrorLoss(**c.error))
+    return _autoencoder(c, loss, autoencoders.init_video_vae, windows.video(c.frames), metadata)
 
 
-def _causal_decoder(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
-    del key
+def _audio_vae(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Part:
+    config = pipeline.audio_vae
+    loss = autoencoders.AudioVAELoss(config, LatentNoise(**c.latents), ErrorLoss(**c.error))
+    draw = windows.sound(c.samples, config.mel.hop)
+    return _autoencoder(c, loss, autoencoders.init_audio_vae, draw, metadata)
+
+
+def _causal_decoder(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Part:
     config = pipeline.video_vae
     config.latent_frames(c.frames)
     trained = load_part(c.folder, "video_vae", "video_vae")
-    loss = autoencoders.CausalDecoderLoss(config, LatentNoise(**c.latents), ErrorLoss(**c.error))
-    metadata = metadata | {"vae": metadata["vae"] | {"causal_decoder": True}}
+    latents, error = LatentNoise(**c.latents), ErrorLoss(**c.error)
     return Part(
-        loss,
-        lambda: {"decoder": trained["decoder"]},
-        {"encoder": trained["encoder"]},
-        windows.video(c.frames),
-        lambda params: {"video_vae": trained | params},
-        metadata,
+        loss=autoencoders.VideoLoss(config, latents, error, causal=True),
+        init=lambda: {"decoder": trained["decoder"]},
+        frozen={"encoder": trained["encoder"]},
+        draw=windows.video(c.frames),
+        components=lambda params: {"video_vae": trained | params},
+        metadata=metadata | {"vae": metadata["vae"] | {"causal_decoder": True}},
     )
 
 
-def _audio_vae(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
-    config = pipeline.audio_vae
-    draw = windows.sound(c.samples, config.mel.hop)
-    loss = autoencoders.AudioVAELoss(config, LatentNoise(**c.latents), ErrorLoss(**c.error))
-
-    def components(params):
-        def encode(batch):
-            log_mel = autoencoders.log_mel_spectrogram(batch["waveform"], config.mel)
-            module = autoencoders.AudioEncoder(config)
-            mean = module.apply({"params": params["encoder"]}, log_mel)  # [B, T, f, c]
-            return jnp.swapaxes(mean, 2, 3).reshape(*mean.shape[:2], -1)
-
-        return {"audio_vae": params | {"per_channel_statistics": _statistics(c, draw, encode)}}
-
-    def init():
-        return autoencoders.init_audio_vae(config, key)
-
-    return Part(loss, init, None, draw, components, metadata)
-
-
-def _vocoder(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
+def _vocoder(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Part:
     config = pipeline.vocoder
     if c.samples % config.hop:
         raise ValueError(f"samples must be a multiple of the hop {config.hop}, not {c.samples}")
-    loss = autoencoders.VocoderLoss(config, pipeline.audio_vae, c.loss.waveform)
-
-    def init():
-        return autoencoders.init_vocoder(config, key)
-
     return Part(
-        loss,
-        init,
-        load_part(c.folder, "audio_vae", "audio_vae"),
-        windows.sound(c.samples, config.hop),
-        lambda params: {"vocoder": params},
-        metadata,
+        loss=autoencoders.VocoderLoss(config, pipeline.audio_vae, c.loss.waveform),
+        init=lambda: autoencoders.init_vocoder(config, jax.random.key(c.seed)),
+        frozen=load_part(c.folder, "audio_vae", "audio_vae"),
+        draw=windows.sound(c.samples, config.hop),
+        components=lambda params: {"vocoder": params},
+        metadata=metadata,
     )
 
 
-def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) -> Part:
+def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Part:
     size = pipeline.check_size(c.world.height, c.world.width)
     layout = BlockLayout.from_name(c.clip.layout, frame_rate=c.clip.frame_rate)
     clip = ClipGeometry.from_blocks(layout, c.clip.blocks, *size)
@@ -218,37 +192,28 @@ def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata, key) 
     latents = _latents(c, pipeline, windows.world, clip, tokenizer)
 
     def init():
-        params = init_teacher(loss, tower_config.num_states, key)
-        if not c.init:
-            return params
-        return load_generator(c.init, params, which="ema")
+        params = init_teacher(loss, tower_config.num_states, jax.random.key(c.seed))
+        return load_generator(c.init, params, which="ema") if c.init else params
 
-    tower = load_text_tower(gemma, tower_config, dtype=jnp.float32)
-    return Part(loss, init, {"tower": tower}, latents.draw, lambda params: params, metadata)
+    return Part(
+        loss=loss,
+        init=init,
+        frozen={"tower": load_text_tower(gemma, tower_config, dtype=jnp.float32)},
+        draw=functools.partial(draw_row, latents),
+        components=lambda params: params,
+        metadata=metadata,
+    )
 
 
 def _latents(c, pipeline: PipelineConfig, world: WorldConfig, clip: ClipGeometry, tokenizer):
     """The encoded clips, which are made if they are not there."""
-    encoder = WorldEncoder(
-        pipeline,
-        world,
-        clip,
-        load_part(c.folder, "video_vae", "video_vae"),
-        load_part(c.folder, "audio_vae", "audio_vae"),
-    )
-    digest = hashlib.sha256()
-    for part in ("video_vae", "audio_vae"):
-        digest.update(part_file(c.folder, part).read_bytes())
+    vaes = ("video_vae", "audio_vae")
+    parts = [load_part(c.folder, part, part) for part in vaes]
+    digest = hashlib.sha256(b"".join(part_file(c.folder, part).read_bytes() for part in vaes))
     folder = pathlib.Path(c.folder) / f"latents_{c.clip.blocks}"
+    encoder = WorldEncoder(pipeline, world, clip, *parts)
     write_latents(folder, encoder, c.num_clips, digest.hexdigest()[:16])
-    return StoredLatents.load(folder, c.num_clips, tokenizer, world, c.text_length)
-
-
-def _statistics(c, draw, encode) -> dict[str, Any]:
-    """Of the latents of batches that training has not seen."""
-    batches = DrawnBatches(draw, c.batch_size, c.seed + 1)
-    encode = jax.jit(encode)
-    return autoencoders.channel_statistics(encode(next(batches)) for _ in range(STATISTICS_BATCHES))
+    return load_latents(folder, c.num_clips, tokenizer, world, c.text_length)
 
 
 def optimizer_config(c) -> OptimizerConfig:
@@ -261,20 +226,18 @@ def train_part(c, part: Part, *, allow_config_change: bool = False) -> Outcome:
     """Trains, and writes the part's file once it is finished."""
     optimizer = make_optimizer(optimizer_config(c))
     ema = EMAConfig(**c.ema)
-    stage = Pretraining(part.loss, optimizer, ema, c.seed)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), part.init())
     # what a step gives back has a device of its own: were it otherwise before the first one, the
     # second would be compiled again
     params = jax.device_put(params, jax.devices()[0])
+    settings = {name: c[name] for name in ("num_steps", "log_every", "checkpoint_every")}
     outcome = train(
-        stage,
+        Pretraining(part.loss, optimizer, ema, c.seed),
         create_state(create_network(params, optimizer, ema=True)),
         part.frozen,
         DrawnBatches(part.draw, c.batch_size, c.seed),
         LoopConfig(
-            num_steps=c.num_steps,
-            log_every=c.log_every,
-            checkpoint_every=c.checkpoint_every,
+            **settings,
             keep_last=1,
             tensorboard=c.tensorboard,
             allow_config_change=allow_config_change,
@@ -289,9 +252,8 @@ def train_part(c, part: Part, *, allow_config_change: bool = False) -> Outcome:
 
 def write_part(c, part: Part, params: Any) -> None:
     """Writes the part's file."""
-    file = part_file(c.folder, c.part)
     version = synthetic.VERSIONS[VERSION]
-    write_components(file, part.components(params), part.metadata, version)
+    write_components(part_file(c.folder, c.part), part.components(params), part.metadata, version)
 
 
 def run(c, *, allow_config_change: bool = False, export: bool = False) -> int:
@@ -311,14 +273,13 @@ def run(c, *, allow_config_change: bool = False, export: bool = False) -> int:
         if export:
             folder = pathlib.Path(c.folder) / c.part
             write_part(c, part, load_generator(folder, part.init(), which="ema"))
-            console.print(f"{file}", markup=False)
-            return 0
-        outcome = train_part(c, part, allow_config_change=allow_config_change)
+        else:
+            outcome = train_part(c, part, allow_config_change=allow_config_change)
+            if outcome.reason != "finished":
+                return 130 if outcome.reason == "stopped by SIGINT" else 143
     except (TrainingDiverged, ValueError, OSError) as error:
         console.print(f"error: {error}", markup=False)
         return 1
-    if outcome.reason != "finished":
-        return 130 if outcome.reason == "stopped by SIGINT" else 143
     console.print(f"{file}", markup=False)
     return 0
 

@@ -12,10 +12,10 @@ writes it as JSON beside MP4s and contact sheets of the first clips.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,13 +30,13 @@ from omniforcing_jax.models.audio import mel, vocoder
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.streaming.contact_sheet import write_clip
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, to_uint8
-from omniforcing_jax.training.previews import write_clip
-from pocket.measure import make_table
-from pocket.measures.observation import observe
-from pocket.measures.report import compare_with_truth, measure, pool
+from pocket.measure import make_table, measure_clip
+from pocket.measures.scalars import pool
+from pocket.pretrain_config import PARTS
 from pocket.pretraining.autoencoders import to_video
-from pocket.world.dataset import Clip, make_clip, split_seeds
+from pocket.world.dataset import RenderedClip, make_clip, split_seeds
 from pocket.world.physics import WorldConfig
 
 LATENTS_PER_PUSH = 3  # a block
@@ -45,38 +45,35 @@ SHOWN = 3  # clips of which files are written
 
 @dataclasses.dataclass(frozen=True)
 class Coders:
-    """Encoders and decoders of a folder.
-
-    Attributes:
-      decoders: {name: function from latents [1, f, h, w, C] to frames [F, H, W, 3] uint8}.
-      sound: parameters {"audio_vae", "vocoder"}; None if one is missing.
-    """
+    """Encoders and decoders of a folder."""
 
     config: PipelineConfig
-    video: Any
-    decoders: dict[str, Any]
-    sound: dict[str, Any] | None
+    video: Any  # parameters of the VAE
+    decoders: dict[str, Any]  # {name: latents [1, f, h, w, C] -> frames [F, H, W, 3] uint8}
+    sound: dict[str, Any] | None  # parameters {"audio_vae", "vocoder"}; None if one is missing
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "Coders":
         """Reads what is there; ConversionError without a video VAE."""
-        file = folder / "video_vae.safetensors"
-        metadata = reading.read_metadata(file)
+        files = {name: folder / f"{name}.safetensors" for name in PARTS}
+        metadata = reading.read_metadata(files["video_vae"])
         config = PipelineConfig.from_metadata(metadata["config"], metadata["model_version"])
-        video = reading.load_component(file, "video_vae", np.float32)
-        tuned_file = folder / "causal_decoder.safetensors"
+
+        def load(part: str, component: str) -> Any:
+            return reading.load_component(files[part], component, np.float32)
+
+        video = load("video_vae", "video_vae")
         decoders = {
             "whole": lambda z: np.asarray(to_uint8(_decode(config.video_vae, video, z))[0]),
             "window": _streaming(config, video, "window"),
             "causal, untrained": _streaming(config, video, "causal"),
         }
-        if tuned_file.is_file():
-            tuned = reading.load_component(tuned_file, "video_vae", np.float32)
+        if files["causal_decoder"].is_file():
+            tuned = load("causal_decoder", "video_vae")
             decoders["causal, trained"] = _streaming(config, tuned, "causal")
-        parts = {name: folder / f"{name}.safetensors" for name in ("audio_vae", "vocoder")}
-        sound = None
-        if all(part.is_file() for part in parts.values()):
-            sound = {n: reading.load_component(p, n, np.float32) for n, p in parts.items()}
+        parts = ("audio_vae", "vocoder")
+        complete = all(files[part].is_file() for part in parts)
+        sound = {part: load(part, part) for part in parts} if complete else None
         return cls(config, video, decoders, sound)
 
     def hear(self, waveform: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -100,21 +97,15 @@ def _streaming(config: PipelineConfig, params, mode: str):
     step = config.video_vae.spatial_compression
 
     def decode(latents: jax.Array) -> np.ndarray:
+        """The first latent, then blocks of three."""
         state = decoder.init(1, latents.shape[2] * step, latents.shape[3] * step)
-        frames = []
-        for part in _blocks(latents):
-            state, new = decoder.push(state, part)
+        frames, borders = [], [0, *range(1, latents.shape[1], LATENTS_PER_PUSH), latents.shape[1]]
+        for start, end in itertools.pairwise(borders):
+            state, new = decoder.push(state, latents[:, start:end])
             frames.append(np.asarray(new[0]))
         return np.concatenate([*frames, np.asarray(decoder.flush(state)[1][0])])
 
     return decode
-
-
-def _blocks(latents: jax.Array) -> Iterator[jax.Array]:
-    """The first latent, then blocks of three."""
-    yield latents[:, :1]
-    for start in range(1, latents.shape[1], LATENTS_PER_PUSH):
-        yield latents[:, start : start + LATENTS_PER_PUSH]
 
 
 def psnr(frames: np.ndarray, truth: np.ndarray) -> float:
@@ -123,28 +114,30 @@ def psnr(frames: np.ndarray, truth: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
-def judge(coders: Coders, clips: list[Clip], output: pathlib.Path, console: Console) -> dict:
+def judge(
+    coders: Coders, clips: list[RenderedClip], output: pathlib.Path, console: Console
+) -> dict:
     """{way: scalars} of all clips together; writes files of the first ones."""
     world = WorldConfig()
+    rates = world.frame_rate, world.sample_rate
     ways = ("world", *coders.decoders)
     parts = {way: [] for way in ways}
     extra: dict[str, list[dict]] = {way: [] for way in ways}
     for number, clip in enumerate(track(clips, "clips", console=console, transient=True)):
         video = to_video(jnp.asarray(clip.frames[None]))
         latents = _encode(coders.config.video_vae, coders.video, video)
-        heard = coders.hear(clip.waveform, world.sample_rate)
+        heard = coders.hear(clip.waveform, rates[1])
         for way in ways:
             if way == "world":
                 frames, waveform = clip.frames, clip.waveform
             else:
                 frames, waveform = coders.decoders[way](latents), heard
-            seen = observe(frames, world.frame_rate, waveform, world.sample_rate)
-            parts[way].append(measure(seen, scene=clip.truth.scene))
-            extra[way].append(compare_with_truth(seen, clip.truth))
-            extra[way][-1]["psnr"] = psnr(frames, clip.frames)
+            result = measure_clip(frames, rates[0], waveform, rates[1], truth=clip.truth)
+            parts[way].append(result.total)
+            extra[way].append(result.truth | {"psnr": psnr(frames, clip.frames)})
             if number < SHOWN and way != "causal, untrained":
                 path = output / f"{number}_{way.replace(', ', '_')}.mp4"
-                write_clip(path, frames, waveform, world.frame_rate, world.sample_rate)
+                write_clip(path, frames, waveform, *rates)
     return {way: pool(parts[way]).scalars() | _means(extra[way]) for way in ways}
 
 

@@ -1,20 +1,29 @@
-"""Puts measures of pocket.sample side by side: a table in Markdown, and curves of drift.
+"""Puts measures of pocket.sample, or training runs, side by side: tables, and curves of drift.
 
     python -m pocket.report outputs/pocket/evaluation/* --output outputs/pocket/report
+    python -m pocket.report --runs outputs/pocket/ablations/* --output outputs/pocket/ablations
 
 A folder is a row, or several that differ by /SEED behind the same name are one: then a cell is the
 mean over seeds, with the largest difference from it. OUTPUT.md has two tables, of what matters most
 and of all other measures. For rows that were measured by stretches it has another one, of the
 stretches that end after 5, 30, 60 and 120 s, and OUTPUT.png has their curves.
+
+Of runs, losses are means over the records of the last tenth; `half way` is the same around half of
+the steps, so a run that has converged shows the same twice. Gradient norms are the largest of all
+records, before clipping. Updates are skipped whose gradient is not finite.
 """
 
 import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from omniforcing_jax.streaming.contact_sheet import new_figure
+from omniforcing_jax.training.metrics import JSONL
 
 # scalar: (heading, format)
 COLUMNS = {
@@ -49,12 +58,21 @@ OTHERS = {
     "seam_flicker_ratio": ("flicker at seams", "{:.2f}"),
     "sound_level_db": ("sound level, dB", "{:.1f}"),
 }
-CURVES = {
-    **{
-        name: COLUMNS[name][0]
-        for name in ("abs_offset_ms", "unmatched_rate", "colour_right", "gravity", "motion")
-    },
-    "sound_level_db": "sound level, dB",
+_DRIFTING = ("abs_offset_ms", "unmatched_rate", "colour_right", "gravity", "motion")
+CURVES = {name: COLUMNS[name][0] for name in _DRIFTING} | {"sound_level_db": "sound level, dB"}
+FIRST, HALF, WHOLE = (0.0, 0.01), (0.45, 0.55), (0.9, 1.0)  # shares of a run
+# of runs, {heading: (scalar, share of the run or None for the largest value)}
+RUNS = {
+    "first loss": ("generator/loss", FIRST),
+    "video loss": ("generator/loss_video", WHOLE),
+    "audio loss": ("generator/loss_audio", WHOLE),
+    "half way": ("generator/loss_audio", HALF),
+    "audio, σ 0.25–0.5": ("band/generator_audio_0.25-0.5", WHOLE),
+    "audio, σ 0.5–0.75": ("band/generator_audio_0.5-0.75", WHOLE),
+    "largest gradient norm": ("generator/grad_norm", None),
+    "of the audio": ("generator/grad_norm/audio", None),
+    "entropy of audio attention": ("sample/audio_entropy", WHOLE),
+    "updates skipped": ("generator/update_skipped", (0.0, 1.0)),
 }
 MOMENTS = (5, 30, 60, 120)  # s; stretches that end there are in the table, else the last one
 COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d", "#2a9d8f", "#b5838d")
@@ -62,28 +80,19 @@ COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d", "#2a
 Rows = dict[str, list[dict[str, Any]]]
 
 
-def files_of_row(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """The file of that name in a folder, or in its folders, one per seed.
+def read_rows(folders: list[pathlib.Path], name: str, read: Callable) -> dict[str, list]:
+    """{row: what `read` makes of a folder's file of that name, or of one in each of its folders}.
 
     Raises:
-      ValueError: there is none.
+      ValueError: a folder has none.
     """
-    files = [folder / name] if (folder / name).is_file() else sorted(folder.glob(f"*/{name}"))
-    if not files:
-        raise ValueError(f"there is no {name} in {folder}, nor in the folders in it")
-    return files
-
-
-def read_rows(folders: list[pathlib.Path]) -> Rows:
-    """{row: content of its measures.json, one per seed}.
-
-    Raises:
-      ValueError: a folder has no measures.
-    """
-    return {
-        folder.name: [json.loads(f.read_text()) for f in files_of_row(folder, "measures.json")]
-        for folder in folders
-    }
+    rows = {}
+    for folder in folders:
+        files = [folder / name] if (folder / name).is_file() else sorted(folder.glob(f"*/{name}"))
+        if not files:
+            raise ValueError(f"there is no {name} in {folder}, nor in the folders in it")
+        rows[folder.name] = [read(file) for file in files]
+    return rows
 
 
 def cell(values: list[float | None], form: str) -> str:
@@ -98,28 +107,30 @@ def cell(values: list[float | None], form: str) -> str:
     return text
 
 
-def table(rows: Rows, columns: dict[str, tuple[str, str]]) -> str:
-    """All rows in Markdown, with the columns that at least one of them has."""
-    scalars = {
-        name: [content["all"] | content.get("speed", {}) for content in seeds]
-        for name, seeds in rows.items()
-    }
-    known = {
-        column: rule for column, rule in columns.items()
-        if any(values.get(column) is not None for seeds in scalars.values() for values in seeds)
-    }  # fmt: skip
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column has no heading."""
+    lines = [f"| | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def table(
+    rows: Rows, columns: dict[str, tuple[str, str]], counted: str, counts: dict[str, str]
+) -> str:
+    """All rows in Markdown, with the columns that at least one of them has.
+
+    Args:
+      rows: scalars of every seed.
+      columns: {scalar: (heading, format)}.
+      counted, counts: heading and cells of the column before.
+    """
+    every = [values for seeds in rows.values() for values in seeds]
+    known = {c: rule for c, rule in columns.items() if any(v.get(c) is not None for v in every)}
     lines = [
-        "| | clips | " + " | ".join(heading for heading, _ in known.values()) + " |",
-        "|---" * (len(known) + 2) + "|",
+        [name, counts[name]]
+        + [cell([values.get(c) for values in seeds], form) for c, (_, form) in known.items()]
+        for name, seeds in rows.items()
     ]
-    for name, seeds in scalars.items():
-        cells = [
-            cell([values.get(column) for values in seeds], form)
-            for column, (_, form) in known.items()
-        ]
-        count = " + ".join(str(len(content["clips"])) for content in rows[name])
-        lines.append(f"| {name} | {count} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return markdown([counted, *(heading for heading, _ in known.values())], lines)
 
 
 def with_stretches(rows: Rows) -> Rows:
@@ -129,44 +140,32 @@ def with_stretches(rows: Rows) -> Rows:
 
 def drift_table(rows: Rows) -> str:
     """Measures of the stretches that end at `MOMENTS`, in Markdown; rows with stretches."""
-    columns = {name: COLUMNS[name] for name in CURVES if name in COLUMNS}
-    lines = [
-        "| | stretches, s | " + " | ".join(heading for heading, _ in columns.values()) + " |",
-        "|---" * (len(columns) + 2) + "|",
-    ]
+    columns = {name: COLUMNS[name] for name in _DRIFTING}
+    lines = []
     for name, seeds in rows.items():
         length, count = seeds[0]["arguments"]["every"], len(seeds[0]["stretches"])
         last = count * length
         ends = [end for end in MOMENTS if end % length == 0 and end <= last] or [last]
-        cells = [", ".join(f"{end - length:g}–{end:g}" for end in ends)]
+        cells = [name, ", ".join(f"{end - length:g}–{end:g}" for end in ends)]
         for column, (_, form) in columns.items():
-            found = [
-                [content["stretches"][round(end / length) - 1][column] for content in seeds]
-                for end in ends
-            ]
+            indices = [round(end / length) - 1 for end in ends]
+            found = [[content["stretches"][i][column] for content in seeds] for i in indices]
             known = [[value for value in values if value is not None] for values in found]
             cells.append(", ".join(form.format(np.mean(x)) if x else "–" for x in known))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(["stretches, s", *(heading for heading, _ in columns.values())], lines)
 
 
 def plot_drift(rows: Rows, path: pathlib.Path) -> None:
     """Curves over time of rows that have stretches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 7), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(14, 7), dpi=110, layout="constrained")
     axes = figure.subplots(2, 3)
     for panel, (scalar, heading) in zip(axes.flat, CURVES.items()):
         for (name, seeds), color in zip(rows.items(), COLORS):
-            length = seeds[0]["arguments"]["every"]
-            values = np.array(
-                [[np.nan if part[scalar] is None else part[scalar] for part in c["stretches"]]
-                 for c in seeds]
-            )  # fmt: skip
-            seconds = length * (np.arange(values.shape[1]) + 0.5)
-            known = np.ma.masked_invalid(values)  # a stretch may have nothing to go by
+            stretches = [[part[scalar] for part in content["stretches"]] for content in seeds]
+            values = np.array(stretches, float)  # None, where there is nothing to go by, is NaN
+            seconds = seeds[0]["arguments"]["every"] * (np.arange(values.shape[1]) + 0.5)
+            known = np.ma.masked_invalid(values)
             panel.plot(seconds, known.mean(0), color=color, label=name)
             if len(values) > 1:
                 low, high = known.min(0), known.max(0)
@@ -179,24 +178,69 @@ def plot_drift(rows: Rows, path: pathlib.Path) -> None:
     figure.savefig(path)
 
 
+def value(curves: dict[str, Any], scalar: str, share: tuple[float, float] | None) -> float | None:
+    """Mean of a scalar over a share of a run's steps, or its largest value; None if not there."""
+    if scalar not in curves:
+        return None
+    steps, values = curves[scalar]
+    if share is None:
+        return float(values.max())
+    low, high = (steps.max() * x for x in share)
+    chosen = values[(steps >= low) & (steps <= high)]
+    return float(chosen.mean()) if len(chosen) else None
+
+
+def report_runs(folders: list[pathlib.Path]) -> str:
+    """The table of training runs.
+
+    Raises:
+      ValueError: a folder holds no run.
+    """
+    from launch.plot_run import read_run  # which imports matplotlib
+
+    rows = read_rows(folders, JSONL, read_run)
+    scalars = {
+        name: [{c: value(curves, *rule) for c, rule in RUNS.items()} for curves in runs]
+        for name, runs in rows.items()
+    }
+    counts = {name: str(len(runs)) for name, runs in rows.items()}
+    return table(scalars, {c: (c, "{:.3f}") for c in RUNS}, "runs", counts)
+
+
+def report_samples(folders: list[pathlib.Path], plot: pathlib.Path) -> str:
+    """The tables of what pocket.sample measured; the plot is written where there is drift.
+
+    Raises:
+      ValueError: a folder has no measures, or matplotlib is missing.
+    """
+    rows = read_rows(folders, "measures.json", lambda file: json.loads(file.read_text()))
+    scalars = {n: [c["all"] | c.get("speed", {}) for c in seeds] for n, seeds in rows.items()}
+    counts = {n: " + ".join(str(len(c["clips"])) for c in seeds) for n, seeds in rows.items()}
+    text = "\n".join(table(scalars, rules, "clips", counts) for rules in (COLUMNS, OTHERS))
+    if drifting := with_stretches(rows):
+        text += "\n" + drift_table(drifting)
+        plot_drift(drifting, plot)
+    return text
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m pocket.report", description=__doc__.split("\n")[0]
     )
     parser.add_argument("folders", nargs="+", type=pathlib.Path)
+    parser.add_argument("--runs", action="store_true", help="they hold training runs")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="without extension")
     args = parser.parse_args(argv)
     try:
-        rows = read_rows(args.folders)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        if args.runs:
+            text = report_runs(args.folders)
+        else:
+            text = report_samples(args.folders, args.output.with_suffix(".png"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    text = table(rows, COLUMNS) + "\n" + table(rows, OTHERS)
-    if drifting := with_stretches(rows):
-        text += "\n" + drift_table(drifting)
-        plot_drift(drifting, args.output.with_suffix(".png"))
     args.output.with_suffix(".md").write_text(text)
     print(text, end="")
     return 0

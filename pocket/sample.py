@@ -37,14 +37,13 @@ from omniforcing_jax.pipeline import Pipeline, decode_clip, load_pipeline
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
+from omniforcing_jax.streaming.contact_sheet import write_clip
 from omniforcing_jax.text.prompts import PromptEncoder
-from omniforcing_jax.training.previews import write_clip
 from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
-from omniforcing_jax.types import AVLatents, Contexts
-from pocket.measure import make_table, marks
-from pocket.measures.frechet import clip_features, frechet_distance
-from pocket.measures.observation import observe
-from pocket.measures.report import Measures, measure, pool, windows
+from omniforcing_jax.types import Contexts
+from pocket.measure import MeasuredClip, make_table, marks, measure_clip
+from pocket.measures.frechet import frechet_distance
+from pocket.measures.scalars import pool
 from pocket.world.dataset import clip_caption, make_clip, split_seeds
 from pocket.world.physics import WorldConfig, draw_scene
 
@@ -54,22 +53,17 @@ WORLD = WorldConfig()
 TIMED_CLIPS = 5
 
 
-class Clips(NamedTuple):
-    """What a sampler makes of a batch of prompts.
+class SampledClips(NamedTuple):
+    """What a sampler makes of a batch of prompts."""
 
-    Attributes:
-      frames: [B, F, H, W, 3] uint8.
-      waveforms: [B, N, 2] float32.
-      first, total: seconds until the first frames were there, and all.
-    """
-
-    frames: np.ndarray
-    waveforms: np.ndarray
-    first: float
-    total: float
+    frames: np.ndarray  # [B, F, H, W, 3] uint8
+    waveforms: np.ndarray  # [B, N, 2] float32
+    first: float  # seconds until the first frames were there
+    total: float  # and all
 
 
-Sampler = Callable[[Contexts, list[int]], Clips]  # contexts [B, S, W] and the clips' numbers
+FramesAndSound = Iterator[tuple[np.ndarray, np.ndarray]]
+Sampler = Callable[[Contexts, list[int]], SampledClips]  # contexts [B, S, W] and the clips' numbers
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,11 +89,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--window", type=int, help="stream: recent blocks in the cache (default: as trained)")
     add("--anchors", type=int, help="stream: first blocks never evicted (default: as trained)")
     add("--positions", choices=POSITIONS, help="stream (default: as trained)")
-    add(
-        "--other-sound",
-        action="store_true",
-        help="of a model: pictures with the sound of another clip that it makes of the caption",
-    )
+    other = "of a model: pictures with the sound of another clip that it makes of the caption"
+    add("--other-sound", action="store_true", help=other)
     add("--batch-size", type=int, default=8, help="clips side by side (default 8)")
     add("--seed", type=int, default=0)
     add("--show", type=int, default=8, help="clips written as MP4 and PNG (default 8)")
@@ -129,10 +120,7 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
         width=WORLD.width,
         num_steps=args.steps,
         guidance=NO_GUIDANCE.changed(
-            cfg_video=args.cfg,
-            cfg_audio=args.cfg,
-            stg=args.stg,
-            stg_blocks=tuple(args.stg_block),
+            cfg_video=args.cfg, cfg_audio=args.cfg, stg=args.stg, stg_blocks=tuple(args.stg_block)
         ),
         spatial_compression=config.video_vae.spatial_compression,
     )
@@ -148,12 +136,18 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
         student = BidirectionalStudent(model, whole.clip, sigmas)
         generate = jax.jit(lambda contexts, keys: student.generate(weights, contexts, keys))
 
-    def run(contexts: Contexts, numbers: list[int]) -> Clips:
+    def run(contexts: Contexts, numbers: list[int]) -> SampledClips:
         start = time.perf_counter()
-        latents = generate(contexts, clip_keys(args.seed, numbers))
-        decoded = _decode(pipeline, latents, (whole.clip.video_frames, *size))
+        # clip n has the same noise in any batch
+        key, numbers = jax.random.key(args.seed), jnp.asarray(numbers)
+        latents = generate(contexts, jax.vmap(jax.random.fold_in, (None, 0))(key, numbers))
+        decoded = []
+        for i in range(len(numbers)):  # one clip at a time, for memory
+            one = jax.tree.map(lambda x, i=i: x[i : i + 1], latents)
+            latent_size = (whole.clip.video_frames, *size)
+            decoded.append(decode_clip(config, pipeline.params, one, latent_size, pipeline.dtype))
         seconds = time.perf_counter() - start
-        return Clips(*decoded, first=seconds, total=seconds)
+        return SampledClips(*map(np.stack, zip(*decoded)), first=seconds, total=seconds)
 
     return run
 
@@ -163,7 +157,7 @@ def with_other_sound(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     seen = make_sampler(args, pipeline)
     heard = make_sampler(argparse.Namespace(**vars(args) | {"seed": args.seed + 1}), pipeline)
 
-    def run(contexts: Contexts, numbers: list[int]) -> Clips:
+    def run(contexts: Contexts, numbers: list[int]) -> SampledClips:
         return seen(contexts, numbers)._replace(waveforms=heard(contexts, numbers).waveforms)
 
     return run
@@ -174,21 +168,6 @@ def num_frames(args: argparse.Namespace) -> int:
     return round(args.seconds * WORLD.frame_rate / 8) * 8 + 1
 
 
-def clip_keys(seed: int, numbers: list[int]) -> jax.Array:
-    """[B] keys: clip n has the same noise in any batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
-
-
-def _decode(pipeline: Pipeline, latents: AVLatents, size) -> tuple[np.ndarray, np.ndarray]:
-    """Frames and waveforms; one clip at a time, for memory."""
-    decoded = []
-    for i in range(latents.video.shape[0]):
-        one = jax.tree.map(lambda x, i=i: x[i : i + 1], latents)
-        decoded.append(decode_clip(pipeline.config, pipeline.params, one, size, pipeline.dtype))
-    frames, waveforms = zip(*decoded)
-    return np.stack(frames), np.stack(waveforms)
-
-
 def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
     cache = pipeline.config.cache(layout, args.window, args.anchors, args.positions)
@@ -197,7 +176,7 @@ def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     count = layout.blocks_for_seconds(args.seconds)
     rollout.cache.blocks_in_positions(count)
 
-    def run(contexts: Contexts, numbers: list[int]) -> Clips:
+    def run(contexts: Contexts, numbers: list[int]) -> SampledClips:
         # a session draws its noise for the whole batch
         seed = int(np.random.SeedSequence((args.seed, *numbers)).generate_state(1)[0] >> 1)
         start, first, chunks = time.perf_counter(), None, []
@@ -205,7 +184,7 @@ def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
             chunks.append(chunk)
             if first is None and chunk.frames.shape[1]:
                 first = time.perf_counter() - start
-        return Clips(
+        return SampledClips(
             frames=np.concatenate([chunk.frames for chunk in chunks], axis=1),
             waveforms=np.concatenate([chunk.waveform for chunk in chunks], axis=1),
             first=first,
@@ -216,19 +195,13 @@ def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
 
 
 def _encoder(args: argparse.Namespace) -> PromptEncoder:
-    return PromptEncoder(
-        args.text_encoder,
-        args.checkpoint,
-        cache=None,
-        dtype=jnp.float32,
-        length=args.text_length,
-        keep=True,
-    )
+    settings = {"dtype": jnp.float32, "length": args.text_length, "keep": True}
+    return PromptEncoder(args.text_encoder, args.checkpoint, cache=None, **settings)
 
 
 def sample_all(
     args: argparse.Namespace, sampler: Sampler, captions: list[str], console: Console
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> FramesAndSound:
     """Frames [F, H, W, 3] and waveform [N, 2] of one caption after the other."""
     contexts = _encoder(args).encode(captions)
     starts = range(0, len(captions), args.batch_size)
@@ -241,9 +214,7 @@ def sample_all(
         yield from list(zip(clips.frames, clips.waveforms))[: len(numbers)]
 
 
-def world_clips(
-    args: argparse.Namespace, seeds: list[int]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def world_clips(args: argparse.Namespace, seeds: list[int]) -> FramesAndSound:
     """True clips, or their pictures with another motion's sound, as `sample_all` gives others."""
 
     def clip(seed: int, motion: int):
@@ -286,12 +257,9 @@ def measure_speed(args: argparse.Namespace, sampler: Sampler, caption: str) -> d
 
 def real_features(count: int, balls: int | None, length: int) -> list[dict[str, float]]:
     """Of as many clips of the world with so many balls, for other captions."""
-    features = []
-    for seed in choose_seeds(count, balls, "validation"):
-        clip = make_clip(seed, length, WORLD)
-        seen = observe(clip.frames, WORLD.frame_rate, clip.waveform, WORLD.sample_rate)
-        features.append(clip_features(seen, clip.waveform, WORLD.sample_rate))
-    return features
+    clips = (make_clip(seed, length, WORLD) for seed in choose_seeds(count, balls, "validation"))
+    rates = WORLD.frame_rate, WORLD.sample_rate
+    return [measure_clip(c.frames, rates[0], c.waveform, rates[1]).features for c in clips]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -315,27 +283,25 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "captions.txt").write_text("".join(f"{text}\n" for text in captions))
-    parts: list[Measures] = []
-    features: list[dict[str, float]] = []
-    stretches: list[list[Measures]] = []
+    results: list[MeasuredClip] = []
     for number, (frames, waveform) in enumerate(clips):
-        seen = observe(frames, WORLD.frame_rate, waveform, rate)
         options = {"scene": draw_scene(seeds[number], WORLD), "layout": layout}
-        parts.append(measure(seen, **options))
-        features.append(clip_features(seen, waveform, rate))
-        stretches.append(windows(seen, args.every, **options) if args.every else [])
+        results.append(
+            measure_clip(frames, WORLD.frame_rate, waveform, rate, seconds=args.every, **options)
+        )
         if number < args.show:
-            path = args.output / f"{number:02d}.mp4"
-            write_clip(path, frames, waveform, WORLD.frame_rate, rate, **marks(seen))
+            path, shown = args.output / f"{number:02d}.mp4", marks(results[-1].observation)
+            write_clip(path, frames, waveform, WORLD.frame_rate, rate, shown)
     content = {
         "arguments": {k: v for k, v in vars(args).items() if k != "output"},
-        "all": pool(parts).scalars(),
-        "stretches": [pool(same).scalars() for same in zip(*stretches)],
-        "clips": [part.scalars() for part in parts],
+        "all": pool([result.total for result in results]).scalars(),
+        "stretches": [pool(same).scalars() for same in zip(*(r.windows for r in results))],
+        "clips": [result.total.scalars() for result in results],
     }
-    if len(parts) > 1:
-        real = real_features(len(parts), args.balls, frames.shape[0])
-        content["all"]["frechet_distance"] = frechet_distance(real, features)
+    if len(results) > 1:
+        real = real_features(len(results), args.balls, frames.shape[0])
+        distance = frechet_distance(real, [result.features for result in results])
+        content["all"]["frechet_distance"] = distance
     if sampler and not args.no_speed:
         content["speed"] = measure_speed(args, sampler, captions[0])
     (args.output / "measures.json").write_text(json.dumps(content, indent=1) + "\n")

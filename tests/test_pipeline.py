@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.pipeline import decode_clip, load_pipeline
-from omniforcing_jax.sampling.student import AVLatents
+from omniforcing_jax.types import AVLatents
 
 
 def test_a_sampler_holds_no_encoders(random_checkpoint, random_pipeline):

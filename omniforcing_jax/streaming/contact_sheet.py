@@ -1,12 +1,15 @@
 """One picture of a whole clip: its frames, its waveform and its spectrogram on one time axis.
 
+Drawing needs matplotlib, which sampling does not: it is imported where it is used.
+
 python -m omniforcing_jax.streaming.contact_sheet clip.mp4 clip.png
 """
 
 import argparse
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +19,24 @@ SHEET_COLUMNS = 8
 SHEET_FRAMES = 16
 SHEET_INCHES = 16.0
 WINDOW_SAMPLES, HOP_SAMPLES = 1024, 256
+# {what is marked: [(seconds, colour as matplotlib names it)]}
+Marks = Mapping[str, Sequence[tuple[float, str]]]
+
+
+def new_figure(**options: Any):
+    """A matplotlib `Figure` that is drawn without a display; options are the figure's.
+
+    Raises:
+      ValueError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"drawing needs matplotlib (pip install matplotlib): {error}") from error
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def contact_sheet(
@@ -26,8 +47,7 @@ def contact_sheet(
     waveform: np.ndarray | None = None,
     sample_rate: int | None = None,
     every: int | None = None,
-    seen: Sequence[tuple[float, str]] = (),
-    heard: Sequence[tuple[float, str]] = (),
+    marks: Marks | None = None,
 ) -> None:
     """Draws a clip as one picture: frames with their times, waveform and spectrogram below.
 
@@ -38,15 +58,12 @@ def contact_sheet(
       waveform: [m, 1 or 2] float32 in [-1, 1], or None for frames only.
       sample_rate: Hz, with `waveform`.
       every: show every n-th frame; None spreads 16 frames over the clip.
-      seen, heard: (seconds, colour) of events to mark above and below the waveform, if there is
-        one; colours as matplotlib names them.
+      marks: two kinds of events, marked above and below the waveform if there is one.
 
     Raises:
-      ValueError: wrong shapes or dtypes, no frames, or a waveform without its sample rate.
+      ValueError: wrong shapes or dtypes, no frames, a waveform without its sample rate, or no
+        matplotlib.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     frames = np.asarray(frames)
     if frames.ndim != 4 or not len(frames) or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise ValueError(
@@ -67,8 +84,7 @@ def contact_sheet(
 
     cell_height = SHEET_INCHES / SHEET_COLUMNS * frames.shape[1] / frames.shape[2] + 0.25
     heights = [cell_height] * rows + [1.6, 2.4] * has_sound
-    figure = Figure(figsize=(SHEET_INCHES, sum(heights) + 0.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(SHEET_INCHES, sum(heights) + 0.6), dpi=110, layout="constrained")
     grid = figure.add_gridspec(len(heights), SHEET_COLUMNS, height_ratios=heights)
     for cell, index in enumerate(shown):
         axes = figure.add_subplot(grid[divmod(cell, SHEET_COLUMNS)])
@@ -80,20 +96,46 @@ def contact_sheet(
         axes = _draw_sound(
             figure, grid, rows, np.asarray(waveform, np.float32), sample_rate, duration
         )
-        if len(seen) or len(heard):
-            _draw_marks(axes, seen, heard)
+        if marks and any(marks.values()):
+            _draw_marks(axes, marks)
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 
-def _draw_marks(axes, seen: Sequence[tuple[float, str]], heard: Sequence[tuple[float, str]]):
-    """Marks events on the waveform's axes: seen ones hang from above, heard ones stand below."""
+def write_clip(
+    path: pathlib.Path,
+    frames: np.ndarray,
+    waveform: np.ndarray,
+    frame_rate: float,
+    sample_rate: int,
+    marks: Marks | None = None,
+    crf: int = 18,
+) -> None:
+    """Writes an MP4, and beside it a PNG with its frames, waveform and spectrogram.
+
+    Args:
+      frames: [F, H, W, 3] uint8.
+      waveform: [N, 2] float32 in [-1, 1].
+      marks: of `contact_sheet`.
+      crf: of `media.ClipWriter`.
+    """
+    height, width = frames.shape[1:3]
+    rates = {"frame_rate": frame_rate, "sample_rate": sample_rate}
+    with media.ClipWriter(
+        path, width=width, height=height, **rates, crf=crf, overwrite=True
+    ) as writer:
+        writer.write(frames, waveform)
+    contact_sheet(frames, path.with_suffix(".png"), waveform=waveform, marks=marks, **rates)
+
+
+def _draw_marks(axes, marks: Marks):
+    """Marks events on the waveform's axes: the first kind from above, the second from below."""
     low, high = axes.get_ylim()
     middle, room = (low + high) / 2, 0.12 * (high - low)
     axes.set_ylim(low - room, high + room)
     axes.set_facecolor("0.93")  # yellow and cyan can be told from it
-    rows = (("seen", "v", seen, high + room / 2), ("heard", "^", heard, low - room / 2))
-    for name, marker, events, level in rows:
+    rows = (("v", high + room / 2), ("^", low - room / 2))
+    for (name, events), (marker, level) in zip(marks.items(), rows):
         for time, color in events:
             axes.plot([time, time], [middle, level], color=color, linewidth=1.0, zorder=0)
             axes.plot(time, level, marker, color=color, markersize=7, markeredgecolor="0.2")

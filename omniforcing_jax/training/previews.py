@@ -25,8 +25,7 @@ from omniforcing_jax.io import checkpoints
 from omniforcing_jax.pipeline import PipelineConfig, decode_clip
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.whole_clip import audio_attention_entropy
-from omniforcing_jax.streaming import media
-from omniforcing_jax.streaming.contact_sheet import contact_sheet
+from omniforcing_jax.streaming.contact_sheet import write_clip
 from omniforcing_jax.training.batches import text_arrays
 from omniforcing_jax.training.config.experiment import Experiment
 from omniforcing_jax.training.config.fit import DECODERS
@@ -186,38 +185,3 @@ class ClipDecoder:
             )
             for name in DECODERS
         }
-
-
-def write_clip(
-    path: pathlib.Path,
-    frames: np.ndarray,
-    waveform: np.ndarray,
-    frame_rate: float,
-    sample_rate: int,
-    **marks: Sequence[tuple[float, str]],
-) -> None:
-    """Writes an MP4, and beside it a PNG with its frames, waveform and spectrogram.
-
-    Args:
-      frames: [F, H, W, 3] uint8.
-      waveform: [N, 2] float32 in [-1, 1].
-      **marks: `seen` and `heard` of `contact_sheet`.
-    """
-    height, width = frames.shape[1:3]
-    with media.ClipWriter(
-        path,
-        width=width,
-        height=height,
-        frame_rate=frame_rate,
-        sample_rate=sample_rate,
-        overwrite=True,
-    ) as writer:
-        writer.write(frames, waveform)
-    contact_sheet(
-        frames,
-        path.with_suffix(".png"),
-        frame_rate=frame_rate,
-        waveform=waveform,
-        sample_rate=sample_rate,
-        **marks,
-    )

@@ -175,15 +175,7 @@ def update_network(
     if loss is not None:
         finite &= jnp.isfinite(loss)
 
-    updates, opt_state = optimizer.update(grads, network.opt_state, network.params)
-    params = optax.apply_updates(network.params, updates)
-    ema = None
-    if network.ema is not None:
-        decay = jnp.where(step < ema_config.start_step, 0.0, ema_config.decay)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, network.ema, params)
-    new = Network(params=params, opt_state=opt_state, ema=ema)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, network)
-
+    new = apply_gradients(network, grads, optimizer, ema_config, step, finite)
     changes = jax.tree.map(
         lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), new.params, network.params
     )
@@ -194,6 +186,25 @@ def update_network(
     metrics["param_norm"] = _norm(sizes, _all)
     metrics["update_skipped"] = 1 - finite.astype(jnp.float32)
     return new, metrics
+
+
+def apply_gradients(
+    network: Network,
+    grads: Any,
+    optimizer: optax.GradientTransformation,
+    ema_config: EMAConfig | None,
+    step: jax.Array,
+    finite: jax.Array,
+) -> Network:
+    """The network after an update; as it was where `finite` [] is False. See `update_network`."""
+    updates, opt_state = optimizer.update(grads, network.opt_state, network.params)
+    params = optax.apply_updates(network.params, updates)
+    ema = None
+    if network.ema is not None:
+        decay = jnp.where(step < ema_config.start_step, 0.0, ema_config.decay)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, network.ema, params)
+    new = Network(params=params, opt_state=opt_state, ema=ema)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, network)
 
 
 def _gradient_norms(grads: Any) -> dict[str, jax.Array]:

@@ -28,6 +28,7 @@ from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.inputs import Modality, Pathways, TextKV
 from omniforcing_jax.types import AVLatents
+from pocket.measures.frechet import gaussian_distance, matrix_root
 
 DISTANCES = ("mean_video", "mean_audio", "covariance", "cross_covariance", "wasserstein")
 
@@ -37,24 +38,15 @@ class GaussianWorld:
     """Distribution of the clips, one Gaussian per prompt.
 
     A clip as a vector [D] holds the video tokens, then the audio tokens, channels fastest.
-
-    Attributes:
-      config: of the networks that shall learn it; channels and text widths count.
-      layout: blocks of the clip; one patch per video latent.
-      num_blocks: of the clip.
-      num_prompts: prompts, each with its own mean and its own random context.
-      correlation_time: in blocks.
-      std: standard deviation of every channel.
-      seed: of contexts, means and channel correlations.
     """
 
-    config: TransformerConfig
-    layout: BlockLayout
-    num_blocks: int = 3
-    num_prompts: int = 2
-    correlation_time: float = 0.75
-    std: float = 0.7
-    seed: int = 0
+    config: TransformerConfig  # of the networks that shall learn it: channels and text widths
+    layout: BlockLayout  # blocks of the clip; one patch per video latent
+    num_blocks: int = 3  # of the clip
+    num_prompts: int = 2  # each with its own mean and its own random context
+    correlation_time: float = 0.75  # in blocks
+    std: float = 0.7  # standard deviation of every channel
+    seed: int = 0  # of contexts, means and channel correlations
 
     @property
     def clip(self) -> ClipGeometry:
@@ -148,22 +140,22 @@ class GaussianWorld:
         by_prompt = [x[i :: self.num_prompts] for i in range(self.num_prompts)]
         mean = np.stack([x.mean(axis=0) for x in by_prompt])
         covariance = np.stack([np.cov(x, rowvar=False) for x in by_prompt])
-        error, size = covariance - self.covariance, self.sizes[0]
-        squares = [
-            wasserstein_squared(m, c, mu, self.covariance)
-            for m, c, mu in zip(mean, covariance, self.mean)
-        ]
+        size, truth = self.sizes[0], self.covariance
+        moments = zip(mean, covariance, self.mean)
+        squares = [gaussian_distance(m, c, mu, truth) for m, c, mu in moments]
 
-        def relative(error, truth):
+        def relative(found, truth, *part):
+            """Of [prompts, ...] and truth that may be the same for all prompts."""
+            error, truth = (found - truth)[:, *part], truth[:, *part]
             return float(np.sqrt(np.sum(error**2) / np.sum(truth**2) / len(error) * len(truth)))
 
-        truth = self.covariance[None]
+        video, audio = slice(None, size), slice(size, None)
         return {
-            "mean_video": relative((mean - self.mean)[:, :size], self.mean[:, :size]),
-            "mean_audio": relative((mean - self.mean)[:, size:], self.mean[:, size:]),
-            "covariance": relative(error, truth),
-            "cross_covariance": relative(error[:, :size, size:], truth[:, :size, size:]),
-            "wasserstein": float(np.sqrt(np.mean(squares) / np.trace(self.covariance))),
+            "mean_video": relative(mean, self.mean, video),
+            "mean_audio": relative(mean, self.mean, audio),
+            "covariance": relative(covariance, truth[None]),
+            "cross_covariance": relative(covariance, truth[None], video, audio),
+            "wasserstein": float(np.sqrt(np.mean(squares) / np.trace(truth))),
         }
 
 
@@ -194,13 +186,13 @@ def best_regression_student(
     audio_blocks = world.layout.block_of_audio_frame(np.arange(clip.audio_frames))
     blocks = np.repeat(video_blocks, c.video_channels), np.repeat(audio_blocks, c.audio_channels)
     block_of = np.concatenate(blocks) if causal else np.zeros(size, int)
-    clean = _matrix_root(world.covariance)  # x0 - mu = clean @ z
+    clean = matrix_root(world.covariance)  # x0 - mu = clean @ z
     x0 = np.zeros((batch, size))  # without the mean
     for block in range(block_of.max() + 1):
         past, own = block_of < block, block_of == block
         x = rng.standard_normal((batch, own.sum()))
         for s, s_next in itertools.pairwise(sigmas):
-            noisy = _matrix_root((1 - s) ** 2 * world.covariance + s**2 * np.eye(size))
+            noisy = matrix_root((1 - s) ** 2 * world.covariance + s**2 * np.eye(size))
             # at s the teacher's velocity amounts to the clean prediction E[x0 | x_s]
             expected = (1 - s) * np.linalg.solve(noisy, world.covariance).T
             target = (clean if objective == "x0" else expected)[own]
@@ -213,37 +205,15 @@ def best_regression_student(
     return world.split(jnp.asarray(x0, jnp.float32))
 
 
-def wasserstein_squared(
-    mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
-) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians.
-
-    |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2)    (Olkin and Pukelsheim, 1982)
-    """
-    root = _matrix_root(covariance)
-    overlap = np.trace(_matrix_root(root @ other_covariance @ root))
-    traces = np.trace(covariance) + np.trace(other_covariance)
-    return float(np.sum((mean - other_mean) ** 2) + max(0.0, traces - 2 * overlap))
-
-
-def _matrix_root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-
-
 class GaussianTeacher(nn.Module):
     """The exact velocity of Gaussian clips, called like `Transformer` on whole clips.
 
     It sees the whole clip, at one noise level, and finds the prompt by its context. Its parameters
-    come from `teacher_params`.
-
-    Attributes:
-      config: of the networks it is exchanged for.
-      num_prompts: as in `GaussianWorld`.
+    come from `make_teacher`.
     """
 
-    config: TransformerConfig
-    num_prompts: int
+    config: TransformerConfig  # of the networks it is exchanged for
+    num_prompts: int  # this and `sizes` as in `GaussianWorld`
     sizes: tuple[int, int]
     dtype: jnp.dtype = jnp.float32
 

@@ -32,11 +32,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.models.transformer.model import init_params
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.geometry import ClipGeometry, draw_noise
+from omniforcing_jax.models.transformer.config import tiny
+from omniforcing_jax.models.transformer.model import Transformer, init_params
+from omniforcing_jax.sampling import flow, student
+from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.sampling.trajectories import sample_trajectory, schedule_indices
-from omniforcing_jax.training.config.settings import DMDStage, RegressionConfig, StageII
+from omniforcing_jax.sampling.whole_clip import clip_x0
+from omniforcing_jax.training.config.settings import RegressionConfig
 from omniforcing_jax.training.metrics import Averages
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.objectives.dmd import DMD
@@ -48,34 +55,177 @@ from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
 from omniforcing_jax.training.students.unrolled import UnrolledStudent
 from omniforcing_jax.types import AVLatents
 from pocket.known_answer import plot as known_answer_plot
-from pocket.known_answer.gaussian_world import DISTANCES, best_regression_student
-from pocket.known_answer.problem import (
-    LAYOUT,
-    NUM_BLOCKS,
-    STAGES,
-    TEACHER_STEPS,
-    Problem,
-    Settings,
-    sample_as_trained,
-    sample_causal,
-    sample_config,
-    sample_euler,
-    sample_few_steps,
+from pocket.known_answer.gaussian_world import (
+    DISTANCES,
+    GaussianTeacher,
+    GaussianWorld,
+    best_regression_student,
+    make_teacher,
 )
+from pocket.report import markdown
 
+STAGES = ("pre-training", "stage I", "stage II", "stage III")
+LAYOUT = BlockLayout(1, 2, 1, 3)
+NUM_BLOCKS, NUM_SINKS, TEACHER_STEPS = 3, 4, 40
 EMA = EMAConfig(0.95)
 # The teacher is the truth itself: there is nothing to guide it towards.
 UNGUIDED = {"video_cfg": 1.0, "audio_cfg": 1.0}
 
 
+@dataclasses.dataclass(frozen=True)
+class GaussianProblem:
+    """The world and the networks that shall learn it, and the size of a run."""
+
+    steps: tuple[int, int, int, int] = (1500, 1500, 600, 1000)  # of training, by `STAGES`
+    batch: int = 128  # samples per training step
+    trajectories: int = 8192  # ODE trajectories that stage II reads
+    samples: int = 4096  # by which a distribution is judged
+    points: int = 20  # measurements per stage, besides the one before its first step
+    timesteps: tuple[int, ...] = (1000, 909, 421)  # of the student's denoising steps
+    seed: int = 0  # of everything random
+
+    @functools.cached_property
+    def world(self) -> GaussianWorld:
+        """Two channels of video, three of audio; one patch per video latent."""
+        config = tiny(video_channels=2, audio_channels=3)
+        return GaussianWorld(config, LAYOUT, NUM_BLOCKS, seed=self.seed)
+
+    @functools.cached_property
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise levels of the student, with the final 0."""
+        return tuple(flow.student_sigmas(self.timesteps, TEACHER_STEPS).tolist())
+
+    @functools.cached_property
+    def teacher(self) -> tuple[GaussianTeacher, dict]:
+        """The analytic teacher and its parameters."""
+        return make_teacher(self.world)
+
+    @property
+    def network(self) -> Transformer:
+        """Bidirectional: stage I's student, and the critic."""
+        return Transformer(self.world.config)
+
+    @property
+    def causal_network(self) -> Transformer:
+        """The block-causal student: the same with sink tokens."""
+        return Transformer(dataclasses.replace(self.world.config, num_audio_sinks=NUM_SINKS))
+
+    @property
+    def rollout(self) -> RolloutConfig:
+        """How a causal student samples; its window holds the whole clip."""
+        cache = CacheConfig(LAYOUT, window=NUM_BLOCKS - 1)
+        return RolloutConfig(cache, self.sigmas, height=1, width=1)
+
+    def key(self, use: int) -> jax.Array:
+        """A key for one use; training steps draw from the stages' own seeds."""
+        return jax.random.fold_in(jax.random.key(self.seed), use)
+
+    @functools.cached_property
+    def contexts(self) -> tuple[jax.Array, jax.Array]:
+        """Of the prompts of the samples by which a distribution is judged."""
+        return tuple(self.world.prompt_batch(self.samples).values())
+
+
+# -- samples by which a network is judged ------------------------------------------------------
+
+
+def sample_euler(
+    problem: GaussianProblem, model, params, num_steps: int = TEACHER_STEPS
+) -> AVLatents:
+    """Samples of a bidirectional model by the LTX-2 schedule and Euler steps."""
+    config = sample_config(problem, num_steps)
+    return sample(model, params, problem.contexts, None, problem.key(1), config)
+
+
+def sample_config(problem: GaussianProblem, num_steps: int) -> SampleConfig:
+    """The teacher's sampler."""
+    clip = problem.world.clip
+    sigmas = tuple(flow.ltx2_schedule(num_steps).tolist())
+    return SampleConfig(sigmas, clip, NO_GUIDANCE)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "clip", "sigmas"))
+def few_steps(
+    model: Transformer,
+    params,
+    contexts,
+    key: jax.Array,
+    clip: ClipGeometry,
+    sigmas: tuple[float, ...],
+) -> AVLatents:
+    """Samples of a bidirectional few-step student: predict x0, add fresh noise, repeat."""
+    batch = contexts[0].shape[0]
+    levels = jnp.asarray(sigmas, jnp.float32)
+
+    def noise(step):
+        keys = jax.random.split(jax.random.fold_in(key, step), batch)
+        return draw_noise(keys, clip, model)
+
+    def step(x, i):
+        x0 = clip_x0(model, params, x, jnp.full((batch,), levels[i]), contexts, clip)
+        return jax.tree.map(
+            lambda x0, n: flow.add_noise(x0, n, levels[i + 1]), x0, noise(i + 1)
+        ), None
+
+    return jax.lax.scan(step, noise(0), jnp.arange(len(sigmas) - 1))[0]
+
+
+def sample_few_steps(problem: GaussianProblem, params) -> AVLatents:
+    """Samples of stage I's student, all steps."""
+    clip, key = problem.world.clip, problem.key(2)
+    return few_steps(problem.network, params, problem.contexts, key, clip, problem.sigmas)
+
+
+def sample_causal(problem: GaussianProblem, params, num_sinks: int = NUM_SINKS) -> AVLatents:
+    """Samples of a block-causal student: the rollout that streaming uses."""
+    model = problem.causal_network if num_sinks else problem.network
+    config = problem.rollout
+    return _roll_out(model, params, problem.contexts, problem.key(3), config)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config"))
+def _roll_out(model, params, contexts, key, config: RolloutConfig) -> AVLatents:
+    text = student.prompt_kv(model, params, *contexts, levels=config.sigma_levels)
+    sizes = {"num_blocks": NUM_BLOCKS, "batch": contexts[0].shape[0]}
+    rope = config.rope(model, NUM_BLOCKS)
+    return student.rollout(model, params, text, rope, key, config=config, **sizes)
+
+
+@functools.partial(jax.jit, static_argnames="generator")
+def _training_samples(generator, params, contexts, key, step_key) -> AVLatents:
+    keys = jax.random.split(key, contexts[0].shape[0])
+    return generator.sample(params, contexts, keys, step_key)
+
+
+def sample_as_trained(problem: GaussianProblem, generator, params) -> AVLatents:
+    """What a DMD stage compares with the teacher: samples that leave at a random step.
+
+    Stage I draws a step per sample, stage III one per batch: here a third of the samples each.
+    """
+    key, contexts = problem.key(10), problem.contexts
+    if isinstance(generator, BidirectionalStudent):
+        return _training_samples(generator, params, contexts, key, key)
+    parts, exits = [], generator.num_steps
+    share = problem.samples // exits // problem.world.num_prompts
+    contexts = jax.tree.map(lambda x: x[: share * problem.world.num_prompts], contexts)
+    for exit_step in range(exits):
+        draws = (jax.random.fold_in(key, i) for i in range(1000))
+        step_key = next(k for k in draws if jax.random.randint(k, (), 0, exits) == exit_step)
+        noise_key = jax.random.fold_in(key, exit_step)
+        parts.append(_training_samples(generator, params, contexts, noise_key, step_key))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
 def train(
     name: str,
-    problem: Problem,
+    problem: GaussianProblem,
     stage: DMD | ODERegression,
     state: TrainState,
     frozen: Frozen,
     batch_at: Callable[[int], dict[str, jax.Array]],
-    num_steps: int,
     samplers: dict[str, Callable[[Any], AVLatents]],
 ) -> tuple[Any, dict[str, Any]]:
     """Trains one stage and measures the generator's average as it goes.
@@ -85,7 +235,8 @@ def train(
       {sampler: {name: values}} and "metrics" {name: values}; a metric is the mean since the last
       point, None at the start.
     """
-    every = max(1, num_steps // problem.settings.points)
+    num_steps = problem.steps[STAGES.index(name.partition(" (")[0])]
+    every = max(1, num_steps // problem.points)
     averages, records, pending = Averages(), [], []
     start = time.perf_counter()
     for step in range(num_steps + 1):
@@ -94,22 +245,19 @@ def train(
                 averages.add({key: float(value) for key, value in scalars.items()})
             pending, scalars = [], averages.take()
             distances = {
-                name: problem.world.distances(sample(state.generator.ema))
-                for name, sample in samplers.items()
+                name: problem.world.distances(draw(state.generator.ema))
+                for name, draw in samplers.items()
             }
             records.append((step, distances, scalars))
+            shown = {key: f"{x:.3g}" for key, x in scalars.items() if key.endswith("/loss")}
+            shown |= {key: f"{x:.3f}" for key, x in distances["sampler"].items()}
+            line = "  ".join(f"{key} {x}" for key, x in shown.items())
             seconds = time.perf_counter() - start
-            print(_progress(name, step, num_steps, seconds, distances, scalars), flush=True)
+            print(f"{name} {step}/{num_steps} ({seconds:.0f} s)  {line}", flush=True)
         if step < num_steps:
             state, metrics = stage.train_step(state, frozen, batch_at(step), step)
             pending.append(metrics)
     return state.generator.ema, _curves(records)
-
-
-def _progress(name, step, num_steps, seconds, distances, scalars) -> str:
-    losses = [f"{key} {value:.3g}" for key, value in scalars.items() if key.endswith("/loss")]
-    found = [f"{key} {value:.3f}" for key, value in distances["sampler"].items()]
-    return f"{name} {step}/{num_steps} ({seconds:.0f} s)  " + "  ".join(losses + found)
 
 
 def _curves(records) -> dict[str, Any]:
@@ -134,55 +282,51 @@ def _round(value: float | None) -> float | None:
 
 def adam(learning_rate: float, num_updates: int, **changes: Any):
     """Adam with a short warm-up and a cosine to a tenth of the learning rate."""
+    shape = {"schedule": "cosine", "warmup_steps": 20, "end_scale": 0.1}
+    decay_steps = max(1, num_updates)
     return make_optimizer(
-        OptimizerConfig(
-            learning_rate,
-            schedule="cosine",
-            warmup_steps=20,
-            decay_steps=max(1, num_updates),
-            end_scale=0.1,
-            **changes,
-        )
+        OptimizerConfig(learning_rate, decay_steps=decay_steps, **shape, **changes)
     )
 
 
-def pretrain(problem: Problem):
+def pretrain(problem: GaussianProblem):
     """Flow matching of exact samples by a bidirectional transformer; parameters and curves.
 
     This is stage II with a single block, which holds the whole clip.
     """
-    settings, clip = problem.settings, problem.world.clip
+    clip, model = problem.world.clip, problem.network
     layout = dataclasses.replace(
         LAYOUT, first_video_frames=clip.video_frames, first_audio_frames=clip.audio_frames
     )
-    optimizer = adam(3e-3, settings.steps[0], beta2=0.99)
-    model = problem.network
+    optimizer = adam(3e-3, problem.steps[0], beta2=0.99)
     config = RolloutConfig(CacheConfig(layout), problem.sigmas, height=1, width=1)
     # one block has no history, so clean states would teach nothing
-    regression = StageII(
-        seed=settings.seed, ema=EMA, regression=RegressionConfig("flow", include_clean=False)
-    )
+    regression = RegressionConfig("flow", include_clean=False, seed=problem.seed)
     stage = ODERegression(model, config, 1, TextInput(), optimizer, regression)
     params = jax.jit(lambda key: init_params(model, key))(problem.key(4))
-    text = problem.world.prompt_batch(settings.batch)
+    text = problem.world.prompt_batch(problem.batch)
 
     @jax.jit
     def batch_at(step):
-        clean = problem.world.sample(jax.random.fold_in(problem.key(5), step), settings.batch)
+        clean = problem.world.sample(jax.random.fold_in(problem.key(5), step), problem.batch)
         return {"video": clean.video[:, None], "audio": clean.audio[:, None], **text}
 
     samplers = {"sampler": functools.partial(sample_euler, problem, model)}
     state = create_state(create_network(_copy(params), optimizer, ema=True))
-    steps = settings.steps[0]
-    return train(STAGES[0], problem, stage, state, Frozen(), batch_at, steps, samplers)
+    return train(STAGES[0], problem, stage, state, Frozen(), batch_at, samplers)
 
 
 def distribution_matching(
-    problem: Problem, name: str, generator, learning_rates: tuple[float, float], params, critic
+    problem: GaussianProblem,
+    name: str,
+    generator,
+    learning_rates: tuple[float, float],
+    params,
+    critic,
 ):
     """Stage I or III, by its generator, from given weights; parameters and curves."""
-    settings, num_steps = problem.settings, problem.settings.steps[STAGES.index(name)]
-    config = DMDStage(seed=settings.seed, ema=EMA, score=ScoreConfig(**UNGUIDED))
+    num_steps = problem.steps[STAGES.index(name)]
+    config = DMDConfig(score=ScoreConfig(**UNGUIDED), seed=problem.seed)
     optimizers = (
         adam(learning_rates[0], num_steps // config.critic_updates, beta1=0.0),
         adam(learning_rates[1], num_steps, beta1=0.0),
@@ -193,13 +337,12 @@ def distribution_matching(
         create_network(_copy(params), optimizers[0], ema=True),
         create_network(_copy(critic), optimizers[1], ema=False),
     )
-    text = problem.world.prompt_batch(settings.batch)
+    text = problem.world.prompt_batch(problem.batch)
     full = sample_few_steps if name == STAGES[1] else sample_causal
     samplers = {"sampler": functools.partial(full, problem)}
     if generator.num_steps > 1:
         samplers["random exit"] = functools.partial(sample_as_trained, problem, generator)
-    frozen = Frozen(teacher_params)
-    return train(name, problem, stage, state, frozen, lambda _: text, num_steps, samplers)
+    return train(name, problem, stage, state, Frozen(teacher_params), lambda _: text, samplers)
 
 
 def _copy(params):
@@ -208,13 +351,15 @@ def _copy(params):
     return jax.device_put(jax.tree.map(jnp.copy, params), jax.devices()[0])
 
 
-def trajectories(problem: Problem, model, params, sigmas: tuple[float, ...]) -> dict[str, Any]:
+def trajectories(
+    problem: GaussianProblem, model, params, sigmas: tuple[float, ...]
+) -> dict[str, Any]:
     """Stage II's data: states and velocities of a model's ODE at the student's noise levels.
 
     Args:
       sigmas: of the Euler steps; the student's are among them.
     """
-    count = problem.settings.trajectories
+    count = problem.trajectories
     text = problem.world.prompt_batch(count)
     config = dataclasses.replace(sample_config(problem, TEACHER_STEPS), sigmas=sigmas)
     indices = schedule_indices(sigmas, problem.sigmas)
@@ -230,11 +375,10 @@ def trajectories(problem: Problem, model, params, sigmas: tuple[float, ...]) -> 
     }
 
 
-def regress(problem: Problem, objective: str, params, data: dict[str, jax.Array]):
+def regress(problem: GaussianProblem, objective: str, params, data: dict[str, jax.Array]):
     """Stage II from stage I's weights and new sinks; parameters and curves."""
-    settings, model = problem.settings, problem.causal_network
-    optimizer = adam(1e-3, settings.steps[2], beta2=0.99)
-    config = StageII(seed=settings.seed, ema=EMA, regression=RegressionConfig(objective))
+    model, optimizer = problem.causal_network, adam(1e-3, problem.steps[2], beta2=0.99)
+    config = RegressionConfig(objective, seed=problem.seed)
     stage = ODERegression(model, problem.rollout, NUM_BLOCKS, TextInput(), optimizer, config)
     sinks = jax.jit(lambda key: init_params(model, key)["audio_sinks"])(problem.key(7))
     params = _copy(params | {"audio_sinks": sinks})
@@ -243,22 +387,19 @@ def regress(problem: Problem, objective: str, params, data: dict[str, jax.Array]
     @jax.jit
     def batch_at(step):
         key = jax.random.fold_in(problem.key(8), step)
-        rows = jax.random.randint(key, (settings.batch,), 0, settings.trajectories)
+        rows = jax.random.randint(key, (problem.batch,), 0, problem.trajectories)
         return jax.tree.map(lambda x: x[rows], data)
 
-    name, steps = f"{STAGES[2]} ({objective})", settings.steps[2]
     samplers = {"sampler": functools.partial(sample_causal, problem)}
-    return train(name, problem, stage, state, Frozen(), batch_at, steps, samplers)
+    name = f"{STAGES[2]} ({objective})"
+    return train(name, problem, stage, state, Frozen(), batch_at, samplers)
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(problem: GaussianProblem) -> dict[str, Any]:
     """All stages, one after the other; what `known_answer.json` holds."""
-    problem = Problem(settings)
     world, network = problem.world, problem.network
-    teacher = sample_euler(problem, *problem.teacher)
     pretrained, curves = pretrain(problem)
     stages = {STAGES[0]: curves}
-
     first = BidirectionalStudent(network, world.clip, problem.sigmas)
     bidirectional, stages[STAGES[1]] = distribution_matching(
         problem, STAGES[1], first, (1e-3, 1e-3), pretrained, pretrained
@@ -280,10 +421,10 @@ def run(settings: Settings) -> dict[str, Any]:
         problem, STAGES[3], last, (2e-4, 5e-4), students["x0"], pretrained
     )
     steps, few = f"{TEACHER_STEPS} Euler steps", f"{len(problem.sigmas) - 1} step(s)"
-    best = functools.partial(best_regression_student, world, problem.sigmas, batch=settings.samples)
+    best = functools.partial(best_regression_student, world, problem.sigmas, batch=problem.samples)
     rows = {
-        "exact samples": world.sample(problem.key(9), settings.samples),
-        f"teacher, {steps}": teacher,
+        "exact samples": world.sample(problem.key(9), problem.samples),
+        f"teacher, {steps}": sample_euler(problem, *problem.teacher),
         f"pre-trained, {steps}": sample_euler(problem, network, pretrained),
         f"pre-trained, {few}": sample_few_steps(problem, pretrained),
         f"stage I, {few}": sample_few_steps(problem, bidirectional),
@@ -303,18 +444,17 @@ def run(settings: Settings) -> dict[str, Any]:
         name: {key: _round(value) for key, value in world.distances(samples).items()}
         for name, samples in rows.items()
     }
-    return {"settings": dataclasses.asdict(settings), "table": table, "stages": stages}
+    return {"settings": dataclasses.asdict(problem), "table": table, "stages": stages}
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line of this program."""
+def parse_arguments(argv: list[str] | None = None) -> tuple[GaussianProblem, pathlib.Path]:
+    """What the command line asks for, and where it goes."""
     parser = argparse.ArgumentParser(prog="python -m pocket.known_answer.solve")
-    add, default = parser.add_argument, Settings()
+    add, default = parser.add_argument, GaussianProblem()
     add("--output", type=pathlib.Path, required=True, help="folder for the JSON file and the plots")
     add("--steps", type=int, nargs=4, default=default.steps, help=", ".join(STAGES))
-    add(
-        "--timesteps", type=int, nargs="+", default=default.timesteps, help="of the student's steps"
-    )
+    levels = "of the student's steps"
+    add("--timesteps", type=int, nargs="+", default=default.timesteps, help=levels)
     for name, what in (
         ("batch", "samples per training step"),
         ("samples", "samples per measurement"),
@@ -322,37 +462,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         ("seed", "of everything random"),
     ):
         add(f"--{name}", type=int, default=getattr(default, name), help=what)
-    args = parser.parse_args(argv)
-    if min(*args.steps, args.batch, args.samples, args.points) < 1:
+    args = vars(parser.parse_args(argv))
+    if min(*args["steps"], args["batch"], args["samples"], args["points"]) < 1:
         parser.error("steps, batch, samples and points must be positive")
-    return args
+    output = args.pop("output")
+    lists = {name: tuple(args[name]) for name in ("steps", "timesteps")}
+    return GaussianProblem(**args | lists), output
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: runs everything, writes the JSON file and the plots, prints the table."""
-    args = parse_arguments(argv)
-    settings = Settings(
-        steps=tuple(args.steps),
-        batch=args.batch,
-        samples=args.samples,
-        points=args.points,
-        timesteps=tuple(args.timesteps),
-        seed=args.seed,
-    )
+    problem, output = parse_arguments(argv)
     start = time.perf_counter()
-    result = run(settings) | {"minutes": round((time.perf_counter() - start) / 60, 1)}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "known_answer.json").write_text(json.dumps(result, indent=1) + "\n")
-    known_answer_plot.draw(result, args.output)
-    print(format_table(result["table"]))
-
-
-def format_table(table: dict[str, dict[str, float]]) -> str:
-    """The table in Markdown."""
-    head = ("", *(name.replace("_", " ") for name in DISTANCES))
-    lines = [head, ("---",) * len(head)]
-    lines += [(name, *(f"{row[key]:.3f}" for key in DISTANCES)) for name, row in table.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    result = run(problem) | {"minutes": round((time.perf_counter() - start) / 60, 1)}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "known_answer.json").write_text(json.dumps(result, indent=1) + "\n")
+    rows = [(name, *(f"{row[d]:.3f}" for d in DISTANCES)) for name, row in result["table"].items()]
+    print(markdown([name.replace("_", " ") for name in DISTANCES], rows))
+    known_answer_plot.draw(result, output)
 
 
 if __name__ == "__main__":

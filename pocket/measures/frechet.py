@@ -43,22 +43,18 @@ def clip_features(
     tracks = {track.colour: track for track in o.tracks}
     features = {}
     for colour in COLOURS:
-        track = tracks.get(colour)
-        features[f"seen/{colour}"] = float((track.blobs > 0).mean()) if track else 0.0
+        seen = tracks[colour].blobs > 0 if colour in tracks else np.zeros(1)
+        features[f"seen/{colour}"] = float(seen.mean())
         features[f"tones/{colour}"] = sum(t.colour == colour for t in o.tones) / o.seconds
     for surface in (*SURFACES, "air"):
         hits = sum(impact.surface == surface for impact in o.impacts)
         features[f"impacts/{surface}"] = hits / o.seconds
-    steps = [np.diff(t.positions, axis=0) * o.frame_rate for t in o.tracks]
-    velocity = np.concatenate([np.zeros((1, 2)), *steps])
-    velocity = np.abs(velocity[np.isfinite(velocity[:, 0])])
-    places = np.concatenate([np.zeros((1, 2)), *(t.positions for t in o.tracks)])
-    places = places[np.isfinite(places[:, 0])]
-    for axis, name in enumerate("xy"):
-        features[f"speed_{name}/mean"] = float(velocity[:, axis].mean())
-        features[f"speed_{name}/spread"] = float(velocity[:, axis].std())
-        features[f"place_{name}/mean"] = float(places[:, axis].mean())
-        features[f"place_{name}/spread"] = float(places[:, axis].std())
+    steps = [np.abs(np.diff(t.positions, axis=0)) * o.frame_rate for t in o.tracks]
+    for name, pieces in (("speed", steps), ("place", [t.positions for t in o.tracks])):
+        values = np.concatenate([np.zeros((1, 2)), *pieces])
+        values = values[np.isfinite(values[:, 0])]
+        for axis, column in zip("xy", values.T):
+            features |= _spread(f"{name}_{axis}", column)
     features["radius"] = float(np.mean([t.radius for t in o.tracks])) if o.tracks else 0.0
     for name, change in (("motion", o.motion), ("jerk", o.jerk), ("flicker", o.flicker)):
         features[f"change/{name}"] = float(np.log(FAINT + np.nanmean(change)))
@@ -66,33 +62,55 @@ def clip_features(
     lone = len(o.matching.misses) + len(o.matching.phantoms)
     features["unmatched"] = lone / max(lone + len(offsets), 1)
     features["offset"] = float(offsets.mean()) if len(offsets) else 0.0
-    pans = np.array([tone.pan for tone in o.tones] or [0.5])
-    features["pan/mean"], features["pan/spread"] = float(pans.mean()), float(pans.std())
-    features |= _spectrum(waveform, sample_rate)
+    features |= _spread("pan", np.array([tone.pan for tone in o.tones] or [0.5]))
+    for band, levels in enumerate(_spectrum(waveform, sample_rate).T):
+        features |= _spread(f"mel/{band}", levels)
     return {name: value / UNITS[name.split("/")[0]] for name, value in features.items()}
 
 
-def _spectrum(waveform: np.ndarray, sample_rate: int) -> dict[str, float]:
-    """Mean and spread over time of the logarithmic power in mel bands, in nepers of amplitude."""
-    levels = np.full((1, BANDS), np.log(QUIETEST))
-    if len(waveform):
-        size = round(WINDOW * sample_rate)
-        mono = np.pad(waveform.mean(1), (0, size))
-        windows = np.lib.stride_tricks.sliding_window_view(mono, size)[:: size // 2]
-        power = np.abs(np.fft.rfft(windows * np.hanning(size), axis=1)) ** 2 / (size / 4) ** 2
-        mel = 2595 * np.log10(1 + np.fft.rfftfreq(size, 1 / sample_rate) / 700)
-        ends = 2595 * np.log10(1 + np.array([LOWEST, HIGHEST]) / 700)
-        band = np.floor((mel - ends[0]) / (ends[1] - ends[0]) * BANDS).astype(int)
-        sums = np.stack([power[:, band == b].sum(1) for b in range(BANDS)], -1)
-        levels = 0.5 * np.log(sums + QUIETEST**2)  # [windows, bands]
-    features = {f"mel/{b}/mean": float(levels[:, b].mean()) for b in range(BANDS)}
-    return features | {f"mel/{b}/spread": float(levels[:, b].std()) for b in range(BANDS)}
+def _spread(name: str, values: np.ndarray) -> dict[str, float]:
+    return {f"{name}/mean": float(values.mean()), f"{name}/spread": float(values.std())}
+
+
+def _spectrum(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Logarithmic power in mel bands over time, [windows, bands] in nepers of amplitude."""
+    if not len(waveform):
+        return np.full((1, BANDS), np.log(QUIETEST))
+    size = round(WINDOW * sample_rate)
+    mono = np.pad(waveform.mean(1), (0, size))
+    windows = np.lib.stride_tricks.sliding_window_view(mono, size)[:: size // 2]
+    power = np.abs(np.fft.rfft(windows * np.hanning(size), axis=1)) ** 2 / (size / 4) ** 2
+    mel = 2595 * np.log10(1 + np.fft.rfftfreq(size, 1 / sample_rate) / 700)
+    ends = 2595 * np.log10(1 + np.array([LOWEST, HIGHEST]) / 700)
+    band = np.floor((mel - ends[0]) / (ends[1] - ends[0]) * BANDS).astype(int)
+    sums = np.stack([power[:, band == b].sum(1) for b in range(BANDS)], -1)
+    return 0.5 * np.log(sums + QUIETEST**2)
+
+
+def gaussian_distance(
+    mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
+) -> float:
+    """|m - m'|² + Tr(S + S' - 2 (S S')^½): squared 2-Wasserstein distance of two Gaussians.
+
+    (Olkin and Pukelsheim, 1982.) S S' has the eigenvalues of S^½ S' S^½, which is symmetric.
+    """
+    root = matrix_root(covariance)
+    values = np.linalg.eigvalsh(root @ other_covariance @ root)
+    overlap = np.sqrt(np.maximum(values, 0.0)).sum()
+    spread = np.trace(covariance) + np.trace(other_covariance) - 2 * overlap
+    return float(np.sum((mean - other_mean) ** 2) + max(0.0, spread))
+
+
+def matrix_root(matrix: np.ndarray) -> np.ndarray:
+    """Of a symmetric matrix whose eigenvalues are not negative, but for rounding."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 def frechet_distance(
     reference: Sequence[dict[str, float]], other: Sequence[dict[str, float]]
 ) -> float:
-    """|μ₁ - μ₂|² + Tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) of features.
+    """`gaussian_distance` of features.
 
     Args:
       reference: features of real clips, by `clip_features`.
@@ -107,10 +125,5 @@ def frechet_distance(
         )
     names = sorted(reference[0])
     sets = [np.array([[f[name] for name in names] for f in clips]) for clips in (reference, other)]
-    (mean_1, cov_1), (mean_2, cov_2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in sets)
-    # Σ₁ Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric.
-    values, vectors = np.linalg.eigh(cov_1)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_2 @ root), 0)).sum()
-    distance = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * overlap
-    return float(max(distance, 0.0))
+    moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in sets]
+    return gaussian_distance(*moments[0], *moments[1])

@@ -1,11 +1,9 @@
 """All that is seen and heard in a clip, which is what measures are computed from."""
 
 import dataclasses
-import os
 
 import numpy as np
 
-from omniforcing_jax.streaming import media
 from pocket.measures import synchrony, tracking
 from pocket.measures.onsets import Tone, find_tones
 from pocket.measures.tracking import Flight, Impact, Track
@@ -16,37 +14,21 @@ EDGE_BLUR = 0.06  # heights around a ball that are not background
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """All that is seen and heard in a clip.
+    """All that is seen and heard in a clip."""
 
-    Attributes:
-      config: the world it was taken for.
-      frame_rate: frames per second.
-      num_frames: F.
-      size: (height, width) in pixels.
-      tracks: of the balls.
-      impacts: that should be heard.
-      flights: between impacts, by colour.
-      tones: that are heard.
-      matching: of the two.
-      motion: [F] mean absolute change since the frame before; NaN for the first.
-      jerk: [F] mean absolute second difference; NaN for the first two.
-      flicker: [F] as `motion`, away from balls.
-      power: [F] mean square of the sound during a frame.
-    """
-
-    config: WorldConfig
-    frame_rate: float
-    num_frames: int
-    size: tuple[int, int]
-    tracks: list[Track]
-    impacts: list[Impact]
-    flights: dict[str, list[Flight]]
-    tones: list[Tone]
-    matching: synchrony.Matching
-    motion: np.ndarray
-    jerk: np.ndarray
-    flicker: np.ndarray
-    power: np.ndarray
+    config: WorldConfig  # the world it was taken for
+    frame_rate: float  # frames per second
+    num_frames: int  # F
+    size: tuple[int, int]  # (height, width) in pixels
+    tracks: list[Track]  # of the balls
+    impacts: list[Impact]  # that should be heard
+    flights: dict[str, list[Flight]]  # between impacts, by colour
+    tones: list[Tone]  # that are heard
+    matching: synchrony.Matching  # of impacts and tones
+    motion: np.ndarray  # [F] mean absolute change since the frame before; NaN for the first
+    jerk: np.ndarray  # [F] mean absolute second difference; NaN for the first two
+    flicker: np.ndarray  # [F] as `motion`, away from balls
+    power: np.ndarray  # [F] mean square of the sound during a frame
 
     @property
     def seconds(self) -> float:
@@ -85,32 +67,13 @@ def observe(
     changes, flights = tracking.find_impacts(tracks, frame_rate, width / height, config)
     impacts = tracking.audible(changes, config)
     tones = find_tones(waveform, sample_rate) if len(waveform) else []
-    motion, jerk, flicker = _changes(frames, tracks)
+    matching = synchrony.match(impacts, tones, len(frames) / frame_rate)
     return Observation(
-        config=config,
-        frame_rate=frame_rate,
-        num_frames=len(frames),
-        size=(height, width),
-        tracks=tracks,
-        impacts=impacts,
-        flights=flights,
-        tones=tones,
-        matching=synchrony.match(impacts, tones, len(frames) / frame_rate),
-        motion=motion,
-        jerk=jerk,
-        flicker=flicker,
+        *(config, frame_rate, len(frames), (height, width)),
+        *(tracks, impacts, flights, tones, matching),
+        *_changes(frames, tracks),
         power=_power(waveform, sample_rate, len(frames), frame_rate),
     )
-
-
-def observe_file(path: str | os.PathLike, config: WorldConfig | None = None) -> Observation:
-    """`observe` for an MP4.
-
-    Raises:
-      ValueError: it holds no video, or `observe` cannot read it.
-    """
-    frames, frame_rate, waveform, sample_rate = media.read_clip(path)
-    return observe(frames, frame_rate, waveform, sample_rate, config)
 
 
 def _changes(frames: np.ndarray, tracks: list[Track]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

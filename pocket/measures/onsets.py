@@ -31,24 +31,12 @@ BLOCK = 4096  # transforms at a time, to bound memory
 
 @dataclasses.dataclass(frozen=True)
 class Tone:
-    """A tone that begins.
+    """A tone that begins."""
 
-    Attributes:
-      time: of its onset, in seconds from the first sample.
-      colour: whose pitch it has.
-      pan: stereo position, 0 is left and 1 is right.
-      level: amplitude as the world counts it (`bounce.IMPACT`).
-    """
-
-    time: float
-    colour: str
-    pan: float
-    level: float
-
-    @property
-    def pitch(self) -> float:
-        """In Hz."""
-        return PITCHES[COLOURS.index(self.colour)]
+    time: float  # of its onset, in seconds from the first sample
+    colour: str  # whose pitch it has
+    pan: float  # stereo position, 0 is left and 1 is right
+    level: float  # amplitude as the world counts it (`physics.IMPACT`)
 
 
 def find_tones(waveform: np.ndarray, sample_rate: int) -> list[Tone]:
@@ -91,15 +79,10 @@ def find_tones(waveform: np.ndarray, sample_rate: int) -> list[Tone]:
     peaks &= both > LEAK * around[:, None]
     tones = []
     for hop, index in np.argwhere(peaks):
+        time = float((hop + _vertex(both[:, index], hop)) * HOP - biases[index])
         sides = np.maximum([right[hop, index], left[hop, index]], 0)
-        tones.append(
-            Tone(
-                time=float((hop + _vertex(both[:, index], hop)) * HOP - biases[index]),
-                colour=COLOURS[index],
-                pan=float(np.arctan2(*sides) / (np.pi / 2)),
-                level=float(both[hop, index]),
-            )
-        )
+        pan = float(np.arctan2(*sides) / (np.pi / 2))
+        tones.append(Tone(time, COLOURS[index], pan, float(both[hop, index])))
     return sorted(tones, key=lambda tone: tone.time)
 
 
@@ -113,11 +96,7 @@ def _vertex(values: np.ndarray, peak: int) -> float:
 
 
 def _band_amplitudes(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Amplitude at each pitch over time.
-
-    Returns:
-      [hops, colours, 2] float64; hop i is centred on i * HOP seconds.
-    """
+    """Amplitude at each pitch, [hops, colours, 2] float64; hop i is centred on i * HOP seconds."""
     size = round(WINDOW * sample_rate)
     window = np.hanning(size + 1)[:-1]
     time = np.arange(size) / sample_rate
@@ -127,10 +106,9 @@ def _band_amplitudes(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
     centres = np.round(np.arange(count) * HOP * sample_rate).astype(int)
     padded = np.pad(waveform, ((size // 2, size), (0, 0)))
     views = np.lib.stride_tricks.sliding_window_view(padded, size, axis=0)  # [N, 2, size]
-    parts = [
-        np.abs(views[centres[start : start + BLOCK]] @ basis) for start in range(0, count, BLOCK)
-    ]
-    return np.concatenate(parts).swapaxes(1, 2)  # [hops, colours, 2]
+    starts = range(0, count, BLOCK)
+    parts = [np.abs(views[centres[start : start + BLOCK]] @ basis) for start in starts]
+    return np.concatenate(parts).swapaxes(1, 2)
 
 
 def _innovation(amplitude: np.ndarray) -> np.ndarray:
@@ -146,10 +124,9 @@ def _reference(colour: str, sample_rate: int) -> tuple[float, np.ndarray]:
 
     Of medium size; those of other sizes look much the same.
     """
-    start = sample_rate // 5
-    samples = tone(PITCHES[COLOURS.index(colour)], "medium", sample_rate, start)
+    index, start = COLOURS.index(colour), sample_rate // 5
+    samples = tone(PITCHES[index], "medium", sample_rate, start)
     waveform = np.pad(samples, (start, start))[:, None] * np.array([1.0, 0.0])
-    index = COLOURS.index(colour)
     pulse = _innovation(_band_amplitudes(waveform, sample_rate)[:, index, 0])
     half = round(PULSE / HOP)
     middle = int(pulse.argmax())

@@ -20,16 +20,13 @@ EDGE = 0.1  # seconds at both ends of a clip in which an event may be cut off, a
 class Matching:
     """A one-to-one assignment.
 
-    Attributes:
-      pairs: (impact, tone), in order of the impacts.
-      misses: impacts that are seen and not heard. Changes of course in mid-air may be heard but
-        need not be: they are faults of the motion, and counted there.
-      phantoms: tones that are heard while nothing is hit.
+    Changes of course in mid-air may be heard but need not be, and are no misses: they are faults of
+    the motion, and counted there.
     """
 
-    pairs: tuple[tuple[Impact, Tone], ...]
-    misses: tuple[Impact, ...]
-    phantoms: tuple[Tone, ...]
+    pairs: tuple[tuple[Impact, Tone], ...]  # in order of the impacts
+    misses: tuple[Impact, ...]  # that are seen and not heard
+    phantoms: tuple[Tone, ...]  # that are heard while nothing is hit
 
 
 def match(
@@ -38,7 +35,7 @@ def match(
     """Pairs impacts with tones, as many as possible and as near in time as possible.
 
     Pitch decides between tones only; a tone of another ball's pitch still makes a pair, which
-    `report` counts as wrong.
+    `scalars` counts as wrong.
 
     Args:
       impacts: seen, in order of time; or other tones. Changes of course in mid-air need no tone.

@@ -8,6 +8,7 @@ gives its time between the frames.
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -30,19 +31,12 @@ SEARCH_CHUNK = 256  # frames segmented at a time, to bound memory
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """Where the ball of one colour is.
+    """Where the ball of one colour is."""
 
-    Attributes:
-      colour: one of `COLOURS`.
-      positions: [F, 2] heights, centre (x, y); NaN where it is not seen.
-      radii: [F] heights, NaN likewise.
-      blobs: [F] int, how many balls of this colour are seen.
-    """
-
-    colour: str
-    positions: np.ndarray
-    radii: np.ndarray
-    blobs: np.ndarray
+    colour: str  # one of `COLOURS`
+    positions: np.ndarray  # [F, 2] heights, centre (x, y); NaN where it is not seen
+    radii: np.ndarray  # [F] heights, NaN likewise
+    blobs: np.ndarray  # [F] int, how many balls of this colour are seen
 
     @property
     def radius(self) -> float:
@@ -57,45 +51,28 @@ class Track:
 
 @dataclasses.dataclass(frozen=True)
 class Impact:
-    """An impact seen in a track.
+    """An impact seen in a track."""
 
-    Attributes:
-      time: seconds from the first frame.
-      colour: of the ball.
-      x, y: its centre, heights.
-      speed: half the change of its velocity, heights/s.
-      surface: one of `bounce.SURFACES`, or `AIR`.
-    """
-
-    time: float
-    colour: str
-    x: float
+    time: float  # seconds from the first frame
+    colour: str  # of the ball
+    x: float  # its centre, heights
     y: float
-    speed: float
-    surface: str
+    speed: float  # half the change of its velocity, heights/s
+    surface: str  # one of `physics.SURFACES`, or `AIR`
 
 
 @dataclasses.dataclass(frozen=True)
 class Flight:
-    """A piece of a track between impacts.
+    """A piece of a track between impacts."""
 
-    Attributes:
-      start, end: frames, end exclusive.
-      residual: rms distance in heights from the parabola that fits best under the world's gravity.
-      energy: kinetic and potential, per mass, in heights²/s², above rest on the floor.
-    """
-
-    start: int
-    end: int
-    residual: float
-    energy: float
+    start: int  # frame
+    end: int  # frame, exclusive
+    residual: float  # rms distance in heights from the best parabola under the world's gravity
+    energy: float  # kinetic and potential, per mass, in heights²/s², above rest on the floor
 
 
 def hue_shares(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much of a palette colour is in each pixel.
-
-    Args:
-      frames: [F, H, W, 3] uint8.
+    """How much of a palette colour is in each pixel of frames [F, H, W, 3] uint8.
 
     Returns:
       Index of the colour that is nearest in hue, [F, H, W] int8, and the pixel's chroma along it
@@ -121,25 +98,20 @@ def track_balls(frames: np.ndarray) -> list[Track]:
     Returns:
       Tracks in the order of `COLOURS`; of several blobs of a colour the largest is followed.
     """
-    pieces: list[list[tuple[np.ndarray, ...]]] = [[] for _ in COLOURS]
+    pieces = []
     for start in range(0, len(frames), SEARCH_CHUNK):
         nearest, share = hue_shares(frames[start : start + SEARCH_CHUNK])
-        for index in range(len(COLOURS)):
-            own = np.where(nearest == index, share, 0.0)
-            pieces[index].append(_locate(own))
-    tracks = []
-    for colour, parts in zip(COLOURS, pieces):
-        positions, radii, blobs = (np.concatenate(part) for part in zip(*parts))
-        if blobs.any():
-            tracks.append(Track(colour, positions, radii, blobs))
-    return tracks
+        own = (np.where(nearest == index, share, 0.0) for index in range(len(COLOURS)))
+        pieces.append([_locate(shares) for shares in own])
+    tracks = [
+        Track(colour, *map(np.concatenate, zip(*parts)))
+        for colour, parts in zip(COLOURS, zip(*pieces))
+    ]
+    return [track for track in tracks if track.blobs.any()]
 
 
 def _locate(share: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Largest blob of one colour in each frame.
-
-    Args:
-      share: [F, H, W] float32 of the colour, 0 in pixels of other hues.
+    """Largest blob of one colour in each frame; its share [F, H, W] is 0 in pixels of other hues.
 
     Returns:
       Positions [F, 2] and radii [F] in heights, NaN where there is none, and numbers of blobs [F].
@@ -214,13 +186,14 @@ def find_impacts(
         for start, end in visible_runs(track.positions):
             run = track.positions[start:end]
             pieces = _partition(run, frame_rate, config.gravity)
-            for a, b in pieces:
-                fit = _fit(run[a:b], frame_rate, config.gravity)
+            fits = [_fit(run[a:b], frame_rate, config.gravity) for a, b in pieces]
+            for (a, b), fit in zip(pieces, fits):
                 if fit is not None:
-                    energy = _energy(fit, track.radius, config.gravity)
+                    height = FLOOR - track.radius - fit.place[1]
+                    energy = float(0.5 * (fit.velocity**2).sum() + config.gravity * height)
                     flights[track.colour].append(Flight(start + a, start + b, fit.rms, energy))
-            for (a, b), (_, c) in itertools.pairwise(pieces):
-                impact = _meet(run, a, b, c, frame_rate, config.gravity)
+            for (piece, before), (_, after) in itertools.pairwise(zip(pieces, fits)):
+                impact = _meet(run, piece, before, after, frame_rate, config.gravity)
                 if impact is None:
                     continue
                 time, place, change = impact
@@ -305,8 +278,7 @@ def _noise(run: np.ndarray, frame_rate: float, gravity: float) -> float:
     return max(levels)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fit:
+class _Fit(NamedTuple):
     """A parabola: place and velocity at its first frame, and the rms error."""
 
     place: np.ndarray
@@ -327,23 +299,21 @@ def _fit(piece: np.ndarray, frame_rate: float, gravity: float) -> _Fit | None:
     return _Fit(line[0], line[1], rms)
 
 
-def _energy(fit: _Fit, radius: float, gravity: float) -> float:
-    return float(0.5 * (fit.velocity**2).sum() + gravity * (FLOOR - radius - fit.place[1]))
-
-
 def _meet(
-    run: np.ndarray, a: int, b: int, c: int, frame_rate: float, gravity: float
+    run: np.ndarray,
+    piece: tuple[int, int],
+    before: _Fit | None,
+    after: _Fit | None,
+    frame_rate: float,
+    gravity: float,
 ) -> tuple[float, np.ndarray, np.ndarray] | None:
-    """Where flights [a, b) and [b, c) meet: time since the run's start, place, change of velocity.
-
-    None where a ball that does not move was cut into pieces, or a piece is a single frame.
+    """Where a piece [a, b) and the next one meet: time since the run's start, place, change of
+    velocity. None where a ball that does not move was cut, or a piece is a single frame.
     """
+    a, b = piece
     around = run[max(b - 4, 0) : b + 4]
-    if np.nanmax(np.ptp(around[np.isfinite(around[:, 0])], axis=0)) < STILL:
-        return None
-    before = _fit(run[a:b], frame_rate, gravity)
-    after = _fit(run[b:c], frame_rate, gravity)
-    if before is None or after is None:
+    still = np.nanmax(np.ptp(around[np.isfinite(around[:, 0])], axis=0)) < STILL
+    if still or before is None or after is None:
         return None
     # both at the first frame of the later flight; gravity drops out of the difference
     lead = (b - a) / frame_rate
@@ -359,14 +329,7 @@ def _meet(
     return b / frame_rate + since, where, change
 
 
-def _surface(
-    track: Track,
-    tracks: list[Track],
-    place: np.ndarray,
-    change: np.ndarray,
-    frame: float,
-    aspect: float,
-) -> str:
+def _surface(track: Track, tracks: list[Track], place, change, frame: float, aspect: float) -> str:
     """What a ball touched that can have changed its velocity so."""
     x, y = place
     r = track.radius
@@ -386,8 +349,7 @@ def _surface(
             apart = apart[np.argmin((apart**2).sum(1))]
             distance = float(np.hypot(*apart))
             push = tuple(apart / max(distance, 1e-9))
-            name = f"ball {other.colour}"
-            options[name] = (distance - r - other.radius, push)
+            options[f"ball {other.colour}"] = (distance - r - other.radius, push)
     pushed = change / np.hypot(*change)
     fits = {
         name: float(pushed @ push) - max(distance, 0) / REACH

@@ -35,15 +35,10 @@ _MIDDLE_LEVEL = -7.0  # of log-mels, between silence and loud sound
 
 @dataclasses.dataclass(frozen=True)
 class LatentNoise:
-    """How latents are regularised; see the module's docstring.
+    """How latents are regularised; see the module's docstring."""
 
-    Attributes:
-      noise: s.
-      penalty: weight of mean(m²)/2 in the loss.
-    """
-
-    noise: float = 0.1
-    penalty: float = 1e-3
+    noise: float = 0.1  # s
+    penalty: float = 1e-3  # weight of mean(m²)/2 in the loss
 
     def apply(self, mean: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(perturbed latents, penalty [])."""
@@ -76,42 +71,37 @@ class ErrorLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoVAELoss:
-    """Reconstruction of a window of a clip; parameters {encoder, decoder}."""
+class VideoLoss:
+    """Reconstruction of a window of a clip; parameters {encoder, decoder}.
+
+    With `causal`, the decoder is run causally, on the latents of a trained encoder; parameters
+    {decoder}.
+    """
 
     config: VideoVAEConfig
     latents: LatentNoise
     error: ErrorLoss
+    causal: bool = False
 
     def __call__(self, params, frozen, batch, key) -> tuple[jax.Array, Scalars]:
-        """batch["frames"] [B, F, H, W, 3] uint8."""
-        del frozen
+        """batch["frames"] [B, F, H, W, 3] uint8; `frozen` has the encoder of `causal`."""
         video = to_video(batch["frames"])
-        mean = VideoEncoder(self.config).apply({"params": params["encoder"]}, video)
-        mean = mean[..., : self.config.latent_channels]
+        mean = self.encode(frozen if self.causal else params, batch)
         latents, penalty = self.latents.apply(mean, key)
         decoder = VideoDecoder(self.config)
-        prediction, _ = decoder.apply({"params": params["decoder"]}, latents, False)
-        scalars = _pixel_scalars(prediction, video) | {"latent_rms": _rms(mean)}
-        return self.error(prediction, video) + penalty, scalars
+        prediction, _ = decoder.apply({"params": params["decoder"]}, latents, self.causal)
+        # in dB, of values that range over 2
+        scalars = {"psnr": 10 * jnp.log10(4 / jnp.mean(jnp.square(prediction - video)))}
+        error = self.error(prediction, video)
+        if self.causal:
+            return error, scalars
+        return error + penalty, scalars | {"latent_rms": _rms(mean)}
 
-
-@dataclasses.dataclass(frozen=True)
-class CausalDecoderLoss:
-    """The decoder, run causally, on the latents of a trained encoder; parameters {decoder}."""
-
-    config: VideoVAEConfig
-    latents: LatentNoise
-    error: ErrorLoss
-
-    def __call__(self, params, frozen, batch, key) -> tuple[jax.Array, Scalars]:
-        """batch["frames"] [B, F, H, W, 3] uint8; `frozen` is {encoder, ...}."""
+    def encode(self, params, batch) -> jax.Array:
+        """Means of the latents [B, f, h, w, C], not normalised."""
         video = to_video(batch["frames"])
-        mean = VideoEncoder(self.config).apply({"params": frozen["encoder"]}, video)
-        latents, _ = self.latents.apply(mean[..., : self.config.latent_channels], key)
-        decoder = VideoDecoder(self.config)
-        prediction, _ = decoder.apply({"params": params["decoder"]}, latents, True)
-        return self.error(prediction, video), _pixel_scalars(prediction, video)
+        mean = VideoEncoder(self.config).apply({"params": params["encoder"]}, video)
+        return mean[..., : self.config.latent_channels]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +132,12 @@ class AudioVAELoss:
             "latent_rms": _rms(mean),
         }
         return self.error(prediction, log_mel) + self.error(*sides) + penalty, scalars
+
+    def encode(self, params, batch) -> jax.Array:
+        """Means of the latents [B, T, C], not normalised."""
+        log_mel = log_mel_spectrogram(batch["waveform"], self.config.mel)
+        mean = AudioEncoder(self.config).apply({"params": params["encoder"]}, log_mel)
+        return jnp.swapaxes(mean, 2, 3).reshape(*mean.shape[:2], -1)  # from [B, T, f, c]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +227,6 @@ def _magnitudes(waveform: jax.Array, window: int, hop: int) -> jax.Array:
     spectrum = jnp.fft.rfft(frames * jnp.asarray(taper * 2 / taper.sum())[:, None], axis=2)
     # the square root of 0 has no gradient
     return jnp.sqrt(jnp.square(spectrum.real) + jnp.square(spectrum.imag) + 1e-10)
-
-
-def _pixel_scalars(prediction: jax.Array, video: jax.Array) -> Scalars:
-    """PSNR in dB, of values that range over 2."""
-    return {"psnr": 10 * jnp.log10(4 / jnp.mean(jnp.square(prediction - video)))}
 
 
 def _rms(x: jax.Array) -> jax.Array:

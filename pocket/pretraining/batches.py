@@ -43,15 +43,10 @@ class DrawnBatches:
 
 @dataclasses.dataclass(frozen=True)
 class WorldWindows:
-    """Short stretches from anywhere in the clips of the world's training split.
+    """Short stretches from anywhere in the clips of the world's training split."""
 
-    Attributes:
-      world: what is drawn.
-      longest: pixel frames of the clips that they are taken from.
-    """
-
-    world: WorldConfig
-    longest: int = 121
+    world: WorldConfig  # what is drawn
+    longest: int = 121  # pixel frames of the clips that they are taken from
 
     def video(self, num_frames: int) -> Draw:
         """Draws {"frames" [num_frames, H, W, 3] uint8}."""

@@ -30,32 +30,21 @@ _BATCH = 4  # clips encoded at a time
 
 @dataclasses.dataclass(frozen=True)
 class WorldEncoder:
-    """Clips of the world to latents.
+    """Clips of the world to latents."""
 
-    Attributes:
-      config, world: of the model and of the world.
-      clip: sizes of the clips in latents.
-      video, audio: parameters of the VAEs.
-    """
-
-    config: PipelineConfig
+    config: PipelineConfig  # of the model
     world: WorldConfig
-    clip: ClipGeometry
-    video: Any
+    clip: ClipGeometry  # sizes of the clips in latents
+    video: Any  # parameters of the VAEs
     audio: Any
-
-    @property
-    def num_frames(self) -> int:
-        """Of a clip, in pixel frames."""
-        return self.config.video_vae.pixel_frames(self.clip.video_frames)
 
     def encode(self, seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Clips of these seeds -> video [n, T_v, C] and audio [n, T_a, C] float32."""
-        clips = [make_clip(seed, self.num_frames, self.world) for seed in seeds]
+        num_frames = self.config.video_vae.pixel_frames(self.clip.video_frames)
+        clips = [make_clip(seed, num_frames, self.world) for seed in seeds]
         frames = np.stack([clip.frames for clip in clips])
         waveform = np.stack([clip.waveform for clip in clips])
-        video, audio = self._encode(self.video, self.audio, frames, waveform)
-        return np.asarray(video), np.asarray(audio)
+        return jax.device_get(self._encode(self.video, self.audio, frames, waveform))
 
     @functools.cached_property
     def _encode(self):
@@ -107,13 +96,10 @@ def write_latents(
         if path.is_file() and _length(path) == len(chosen):
             continue
         batches = [chosen[i : i + _BATCH] for i in range(0, len(chosen), _BATCH)]
-        video, audio = zip(*map(encoder.encode, batches))
+        streams = zip(*map(encoder.encode, batches))
+        video, audio = (np.concatenate(parts).astype(np.float16) for parts in streams)
         partial = path.with_suffix(".partial.npz")
-        np.savez(
-            partial,
-            video=np.concatenate(video).astype(np.float16),
-            audio=np.concatenate(audio).astype(np.float16),
-        )
+        np.savez(partial, video=video, audio=audio)
         partial.rename(path)
         say(f"{start + len(chosen):,} of {num_clips:,} clips encoded")
 
@@ -123,41 +109,26 @@ def _length(path: pathlib.Path) -> int:
         return len(shard["audio"])
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredLatents:
-    """What `write_latents` wrote, with tokens of the captions.
+def load_latents(
+    folder: str | os.PathLike, num_clips: int, tokenizer: Any, world: WorldConfig, length: int
+) -> dict[str, np.ndarray]:
+    """What `write_latents` wrote, with tokens of the captions, which come from the clips' seeds.
 
-    Attributes:
-      video, audio: [N, T, C] float16.
-      ids, mask: [N, S] tokens and which of them are valid.
+    Returns:
+      {"video", "audio": [N, T, C] float16, "ids", "mask": [N, length] tokens and which are valid}.
     """
+    count = -(-num_clips // _SHARD)
+    shards = [np.load(pathlib.Path(folder) / f"{shard:05d}.npz") for shard in range(count)]
+    captions = [clip_caption(seed, world) for seed in split_seeds("train", num_clips)]
+    ids, mask = tokenizer.encode_batch(captions, length)
+    streams = {
+        name: np.concatenate([shard[name] for shard in shards])[:num_clips]
+        for name in ("video", "audio")
+    }
+    return streams | {"ids": ids, "mask": mask}
 
-    video: np.ndarray
-    audio: np.ndarray
-    ids: np.ndarray
-    mask: np.ndarray
 
-    @classmethod
-    def load(
-        cls,
-        folder: str | os.PathLike,
-        num_clips: int,
-        tokenizer: Any,
-        world: WorldConfig,
-        length: int,
-    ) -> "StoredLatents":
-        """Reads all shards; captions come from the clips' seeds."""
-        count = -(-num_clips // _SHARD)
-        shards = [np.load(pathlib.Path(folder) / f"{shard:05d}.npz") for shard in range(count)]
-        captions = [clip_caption(seed, world) for seed in split_seeds("train", num_clips)]
-        ids, mask = tokenizer.encode_batch(captions, length)
-        video, audio = (
-            np.concatenate([shard[name] for shard in shards])[:num_clips]
-            for name in ("video", "audio")
-        )
-        return cls(video, audio, ids, mask)
-
-    def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """A clip, for `DrawnBatches`."""
-        index = int(rng.integers(len(self.ids)))
-        return {name: getattr(self, name)[index] for name in ("video", "audio", "ids", "mask")}
+def draw_row(arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One clip of `load_latents`, for `DrawnBatches`."""
+    index = int(rng.integers(len(arrays["ids"])))
+    return {name: array[index] for name, array in arrays.items()}

@@ -11,7 +11,7 @@ import optax
 
 from omniforcing_jax.training.objectives.common import checked_seed, jit_step, step_key
 from omniforcing_jax.training.optimizers import EMAConfig
-from omniforcing_jax.training.state import Network, TrainState
+from omniforcing_jax.training.state import TrainState, apply_gradients
 
 Scalars = dict[str, jax.Array]
 # (parameters, frozen parameters, batch, random key) -> (loss [], scalars for the record)
@@ -20,19 +20,12 @@ Loss = Callable[[Any, Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, Sc
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """A `train.Stage` that minimises a loss.
+    """A `train.Stage` that minimises a loss."""
 
-    Attributes:
-      loss: see `Loss`; any tree of parameters.
-      optimizer: from `optimizers.make_optimizer`.
-      ema: of the parameters; the average is what is kept in the end.
-      seed: of the random keys: see `step_key`.
-    """
-
-    loss: Loss
-    optimizer: optax.GradientTransformation
-    ema: EMAConfig
-    seed: int = 0
+    loss: Loss  # of any tree of parameters
+    optimizer: optax.GradientTransformation  # from `optimizers.make_optimizer`
+    ema: EMAConfig  # of the parameters; the average is what is kept in the end
+    seed: int = 0  # of the random keys: see `step_key`
 
     def train_step(
         self, state: TrainState, frozen: Any, batch: dict[str, jax.Array], step: int
@@ -51,16 +44,10 @@ class Pretraining:
         key = step_key(seed, state.step)
         gradient = jax.value_and_grad(self.loss, has_aux=True)
         (loss, scalars), grads = gradient(state.generator.params, frozen, batch, key)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        network = self._apply(state.generator, grads, jnp.isfinite(loss + norm), state.step)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss + norm)
+        network = apply_gradients(
+            state.generator, grads, self.optimizer, self.ema, state.step, finite
+        )
         scalars = {"loss": loss, "grad_norm": norm} | scalars
         return state.replace(generator=network, step=state.step + 1), scalars
-
-    def _apply(self, network: Network, grads, finite: jax.Array, step: jax.Array) -> Network:
-        """The network after an update, or unchanged if something was not finite."""
-        updates, opt_state = self.optimizer.update(grads, network.opt_state, network.params)
-        params = optax.apply_updates(network.params, updates)
-        decay = jnp.where(step < self.ema.start_step, 0.0, self.ema.decay)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, network.ema, params)
-        new = Network(params=params, opt_state=opt_state, ema=ema)
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, network)

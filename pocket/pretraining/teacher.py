@@ -33,25 +33,16 @@ class TeacherLoss:
     x = (1 - σ) x0 + σ n, and the loss is λ_v |v_θ - (n - x0)|² + λ_a the same of the sound, with
     one σ for both streams of a sample: σ = e^μ / (e^μ + 1/u - 1), u uniform, the density that the
     sampler's schedule spends its steps in, but for a share of σ that is uniform itself.
-
-    Attributes:
-      model: without a mask.
-      connectors, tower: of the text.
-      clip: of the batches.
-      weights: λ_v and λ_a.
-      shift: μ.
-      uniform: share of the samples whose σ is uniform.
-      caption_dropout: share of the samples that see the empty caption, for guidance.
     """
 
-    model: Transformer
+    model: Transformer  # without a mask
     connectors: ConnectorConfig
     tower: TextTower
-    clip: ClipGeometry
-    weights: LossWeights
-    shift: float = 1.0
-    uniform: float = 0.1
-    caption_dropout: float = 0.1
+    clip: ClipGeometry  # of the batches
+    weights: LossWeights  # λ_v and λ_a
+    shift: float = 1.0  # μ
+    uniform: float = 0.1  # share of the samples whose σ is uniform
+    caption_dropout: float = 0.1  # share that sees the empty caption, for guidance
 
     def __call__(self, params, frozen, batch, key) -> tuple[jax.Array, Scalars]:
         """batch: video, audio [B, T, C] and ids, mask [B, S]; `frozen` is {"tower": ...}."""

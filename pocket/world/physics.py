@@ -1,7 +1,7 @@
 """The pocket world: coloured balls that bounce, every impact strikes a tone, and nothing is hidden.
 
-A clip is made from its seed alone, in NumPy: motion, picture (`bounce_render`), sound
-(`bounce_sound`), caption (`bounce_captions`), and the truth about all of them.
+A clip is made from its seed alone, in NumPy: motion (here), picture and sound (`render`), caption
+(`captions`), and the truth about all of them.
 
 Between impacts a ball flies on a parabola, so times of impact are roots of polynomials and exact:
 balls that fall side by side move relative to each other on straight lines, whatever the gravity.
@@ -53,32 +53,20 @@ IMPACT = np.dtype(
 
 @dataclasses.dataclass(frozen=True)
 class WorldConfig:
-    """Settings of the world.
+    """Settings of the world."""
 
-    Attributes:
-      width, height: of the picture in pixels; walls are its sides.
-      frame_rate: frames per second.
-      sample_rate: of the sound in Hz.
-      min_balls, max_balls: how many a drawn scene has.
-      gravity: heights/s².
-      restore: how much of the difference to its own speed a ball gets back at the floor, 0 to 1.
-      audible_speed: softer impacts are silent, and hardly seen; heights/s.
-      dead_time: seconds after a tone in which the same ball strikes none (in a corner, it hits two
-        surfaces at almost the same time).
-      quietest, loudest: peak amplitudes of tones.
-    """
-
-    width: int = 64
+    width: int = 64  # of the picture in pixels; walls are its sides
     height: int = 48
-    frame_rate: float = 24.0
-    sample_rate: int = 16_000
-    min_balls: int = 1
+    frame_rate: float = 24.0  # frames per second
+    sample_rate: int = 16_000  # of the sound in Hz
+    min_balls: int = 1  # of a drawn scene
     max_balls: int = 2
-    gravity: float = 5.0
-    restore: float = 0.5
-    audible_speed: float = 0.12
+    gravity: float = 5.0  # heights/s²
+    restore: float = 0.5  # share of what it lacks of its own speed that a ball gets at the floor
+    audible_speed: float = 0.12  # softer impacts are silent, and hardly seen; heights/s
+    # seconds after a tone in which the same ball strikes none: in a corner, it hits two surfaces
     dead_time: float = 0.06
-    quietest: float = 0.09
+    quietest: float = 0.09  # peak amplitudes of tones
     loudest: float = 0.4
 
     def __post_init__(self):
@@ -160,20 +148,12 @@ def draw_scene(seed: int, config: WorldConfig) -> Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What really happens in a clip.
-
-    Attributes:
-      scene: the balls.
-      trajectories: [frames, balls, 2] float64, centres (x, y) in pixels; the centre of the top left
-        pixel is (0.5, 0.5).
-      radii: [balls] float64, pixels.
-      impacts: [impacts] of dtype `IMPACT`, in order of time.
-    """
+    """What really happens in a clip. The centre of the top left pixel is (0.5, 0.5)."""
 
     scene: Scene
-    trajectories: np.ndarray
-    radii: np.ndarray
-    impacts: np.ndarray
+    trajectories: np.ndarray  # [frames, balls, 2] float64, centres (x, y) in pixels
+    radii: np.ndarray  # [balls] float64, pixels
+    impacts: np.ndarray  # [impacts] of dtype `IMPACT`, in order of time
 
     @property
     def tones(self) -> np.ndarray:

@@ -19,7 +19,6 @@ from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.training.optimizers import OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import create_network, create_state
 from omniforcing_jax.training.training_checkpoints import TrainingCheckpoints
-from pocket import compare_runs
 from tests.training.toy_stage import ToyBatches
 
 
@@ -170,32 +169,3 @@ def test_plot_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         plot_run.main([str(tmp_path / "three")])
     assert "three does not exist; the runs' folders hold" in capsys.readouterr().err
-
-
-def test_compare_runs(tmp_path, capsys):
-    """The last tenth of a run, its largest gradient, and runs of other seeds in one row."""
-    for seed in ("0", "1"):
-        folder = tmp_path / "seeds" / seed
-        folder.mkdir(parents=True)
-        lines = [
-            {
-                "step": step,
-                "generator/loss_audio": (1.0 + int(seed)) / step,
-                "generator/grad_norm": 7.0 if step == 30 else 1.0,
-                "generator/update_skipped": float(step == 40) / 2,
-            }
-            for step in range(10, 201, 10)
-        ]
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    output = tmp_path / "table.md"
-    arguments = [str(tmp_path / "seeds"), str(tmp_path / "seeds" / "1"), "--output", str(output)]
-    assert compare_runs.main(arguments) == 0
-    heading, _, both, one = output.read_text().splitlines()
-    assert heading == (
-        "| | runs | audio loss | half way | largest gradient norm | updates skipped |"
-    )
-    last, middle = np.mean([2 / s for s in (180, 190, 200)]), np.mean([2 / 90, 2 / 100, 2 / 110])
-    assert one == f"| 1 | 1 | {last:.3f} | {middle:.3f} | 7.000 | 0.025 |"
-    assert both.startswith(f"| seeds | 2 | {0.75 * last:.3f} ±{0.25 * last:.3f} |")
-    assert compare_runs.main([str(tmp_path)]) == 2
-    assert "there is no metrics.jsonl in" in capsys.readouterr().err

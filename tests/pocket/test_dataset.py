@@ -6,24 +6,22 @@ import json
 import numpy as np
 import pytest
 
+from omniforcing_jax.data.shards import open_shards
 from omniforcing_jax.data.text_dataset import grain_batches
 from omniforcing_jax.streaming import media
 from pocket import make_world
 from pocket.world.captions import scene_from_caption
 from pocket.world.dataset import (
+    BOUNCE_CLIPS,
     SPLITS,
     BounceSource,
-    BounceWriter,
-    Manifest,
     make_clip,
-    open_bounce_dataset,
     write_dataset,
 )
-from pocket.world.physics import Truth, WorldConfig
+from pocket.world.physics import COLOURS, IMPACT, SIZES, Ball, Truth, WorldConfig
 
 FRAMES = 25
-WORLD = dataclasses.asdict(WorldConfig(max_balls=3))
-MANIFEST = Manifest(WORLD, "test", FRAMES, num_clips=5, clips_per_shard=2)
+SOURCE = BounceSource(FRAMES, "test", 5, WorldConfig(max_balls=3), clips_per_shard=2)
 
 
 def test_splits_share_no_seed():
@@ -55,32 +53,40 @@ def test_batches_do_not_depend_on_their_size():
     assert two[0]["caption"][0] == again.caption
 
 
-def test_stored_clips_are_the_ones_made_on_the_fly(tmp_path):
-    writer = BounceWriter(tmp_path / "world", MANIFEST)
-    source = BounceSource(FRAMES, "test", 5, MANIFEST.config)
-    writer.begin()
-    writer.write_shard(1, map(source.clip, MANIFEST.shard_range(1)))  # and then it was stopped
-    with pytest.raises(ValueError, match=r"not complete; run launch\.make_world"):
-        open_bounce_dataset(tmp_path / "world")
-    write_dataset(tmp_path / "world", MANIFEST)
-    write_dataset(tmp_path / "world", MANIFEST)  # complete: nothing to do
+class Stopped(BounceSource):
+    """Is interrupted in its second shard."""
 
-    stored = open_bounce_dataset(tmp_path / "world")
-    assert len(stored) == 5 and stored.manifest == MANIFEST
+    def clip(self, index: int):
+        if index == 3:
+            raise KeyboardInterrupt
+        return super().clip(index)
+
+
+def test_stored_clips_are_the_ones_made_on_the_fly(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "world", Stopped(**vars(SOURCE)))
+    with pytest.raises(ValueError, match=r"not complete; run pocket\.make_world"):
+        open_shards(BOUNCE_CLIPS, tmp_path / "world")
+    write_dataset(tmp_path / "world", SOURCE)
+    write_dataset(tmp_path / "world", SOURCE)  # complete: nothing to do
+
+    manifest, records, _ = open_shards(BOUNCE_CLIPS, tmp_path / "world")
+    assert len(records) == 5 and manifest == SOURCE
     for index in range(5):
-        clip, made = stored.clip(index), source.clip(index)
-        assert (clip.seed, clip.caption, clip.truth.scene) == (
-            *(made.seed, made.caption, made.truth.scene),
-        )
-        np.testing.assert_array_equal(clip.frames, made.frames)
-        np.testing.assert_allclose(clip.waveform, made.waveform, atol=2e-5)
-        np.testing.assert_array_equal(clip.truth.impacts, made.truth.impacts)
-        np.testing.assert_array_equal(clip.truth.trajectories, made.truth.trajectories)
-    batch = next(grain_batches(stored, 2))
-    assert batch["frames"].shape == (2, FRAMES, 48, 64, 3)
+        record, made = records[index], SOURCE.clip(index)
+        truth = made.truth
+        assert (record["seed"], record["caption"].decode()) == (made.seed, made.caption)
+        np.testing.assert_array_equal(record["frames"], made.frames)
+        np.testing.assert_allclose(record["waveform"] / 32767, made.waveform, atol=2e-5)
+        np.testing.assert_array_equal(record["trajectories"].swapaxes(0, 1), truth.trajectories)
+        impacts = np.array([tuple(row) for row in record["impacts"]], IMPACT)
+        np.testing.assert_array_equal(impacts, truth.impacts)
+        np.testing.assert_array_equal(record["radii"], truth.radii)
+        balls = zip(record["colours"], record["sizes"])
+        assert tuple(Ball(COLOURS[c], SIZES[s]) for c, s in balls) == truth.scene
 
     with pytest.raises(ValueError, match="num_frames 25 instead of 26"):
-        write_dataset(tmp_path / "world", dataclasses.replace(MANIFEST, num_frames=26))
+        write_dataset(tmp_path / "world", dataclasses.replace(SOURCE, num_frames=26))
 
 
 def test_make_world_writes_clips_to_look_at(tmp_path):
@@ -105,8 +111,8 @@ def test_make_world_writes_captions_and_datasets(tmp_path, capsys):
 
     options = ["--format", "array_record", "--output", str(tmp_path / "world"), "--clips", "3"]
     assert not make_world.main([*options, "--frames", "9", "--max-balls", "1"])
-    stored = open_bounce_dataset(tmp_path / "world")
-    assert len(stored) == 3 and stored.manifest.config.max_balls == 1
+    manifest, records, _ = open_shards(BOUNCE_CLIPS, tmp_path / "world")
+    assert len(records) == 3 and manifest.world.max_balls == 1
 
     assert make_world.main([*options, "--frames", "10", "--max-balls", "4"]) == 2
     assert "from 1 to 3" in capsys.readouterr().err

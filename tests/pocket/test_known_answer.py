@@ -24,23 +24,22 @@ from pocket.known_answer.gaussian_world import (
     best_regression_student,
     join,
     make_teacher,
-    wasserstein_squared,
 )
-from pocket.known_answer.problem import (
+from pocket.known_answer.solve import (
     LAYOUT,
     TEACHER_STEPS,
-    Problem,
-    Settings,
+    UNGUIDED,
+    GaussianProblem,
     few_steps,
     sample_config,
     sample_euler,
 )
-from pocket.known_answer.solve import UNGUIDED
+from pocket.measures.frechet import gaussian_distance
 
 WORLD = GaussianWorld(tiny(video_channels=2, audio_channels=3), LAYOUT)
 TEACHER, TEACHER_PARAMS = make_teacher(WORLD)
 SCORE = ScoreConfig(**UNGUIDED)
-SIGMAS = Problem().sigmas
+SIGMAS = GaussianProblem().sigmas
 
 
 # -- the analytic teacher ----------------------------------------------------------------------
@@ -66,8 +65,8 @@ def test_wasserstein_of_known_gaussians():
     """Commuting covariances: sum of (sqrt(a) - sqrt(b))^2."""
     a, b = np.diag([4.0, 9.0]), np.diag([1.0, 16.0])
     mean = np.zeros(2)
-    assert wasserstein_squared(mean, a, mean + 1, b) == pytest.approx(2 + 1 + 1)
-    assert wasserstein_squared(mean, a, mean, a) == pytest.approx(0, abs=1e-12)
+    assert gaussian_distance(mean, a, mean + 1, b) == pytest.approx(2 + 1 + 1)
+    assert gaussian_distance(mean, a, mean, a) == pytest.approx(0, abs=1e-12)
 
 
 def test_teacher_velocity_is_that_of_the_density():
@@ -97,7 +96,7 @@ def test_teacher_velocity_is_that_of_the_density():
 
 def test_teacher_samples_the_world():
     """100 Euler steps: right means, and covariances up to the steps' and the samples' errors."""
-    problem = Problem(Settings(samples=4096))
+    problem = GaussianProblem(samples=4096)
     fine = sample_euler(problem, TEACHER, TEACHER_PARAMS, 100)
     found = problem.world.distances(fine)
     assert max(found["mean_video"], found["mean_audio"]) < 0.04, found
@@ -223,7 +222,7 @@ def test_distribution_matching_converges_with_exact_scores():
     def distance(weights):
         covariance = np.asarray(weights["factor"] @ weights["factor"].T, np.float64)
         pairs = zip(np.asarray(weights["mean"], np.float64), WORLD.mean)
-        squares = [wasserstein_squared(m, covariance, mu, WORLD.covariance) for m, mu in pairs]
+        squares = [gaussian_distance(m, covariance, mu, WORLD.covariance) for m, mu in pairs]
         return float(np.sqrt(np.mean(squares) / np.trace(WORLD.covariance)))
 
     before = distance(weights)
@@ -239,13 +238,13 @@ def test_distribution_matching_converges_with_exact_scores():
 def test_a_short_stage_lowers_the_distance():
     """Pre-training, which is stage II's step with one block, by a network of one layer."""
 
-    class Small(Problem):
+    class Small(GaussianProblem):
         @property
         def world(self) -> GaussianWorld:
             config = tiny(num_layers=1, video_channels=2, audio_channels=3)
             return GaussianWorld(config, LAYOUT)
 
-    problem = Small(Settings(steps=(60, 1, 1, 1), batch=64, samples=512, points=1))
+    problem = Small(steps=(60, 1, 1, 1), batch=64, samples=512, points=1)
     _, curves = known_answer.pretrain(problem)
     assert curves["steps"] == [0, 60]
     start, end = curves["distances"]["sampler"]["wasserstein"]
@@ -255,7 +254,7 @@ def test_a_short_stage_lowers_the_distance():
 
 def test_trajectories_end_where_the_sampler_does():
     """Stage II's data: from noise to the world's samples, with the teacher's own velocities."""
-    problem = Problem(Settings(trajectories=512))
+    problem = GaussianProblem(trajectories=512)
     sigmas = sample_config(problem, TEACHER_STEPS).sigmas
     data = known_answer.trajectories(problem, TEACHER, TEACHER_PARAMS, sigmas)
     assert data["video"].shape == (512, len(SIGMAS), 5, 2)
@@ -272,7 +271,7 @@ def test_trajectories_end_where_the_sampler_does():
 
 def test_optimum_of_stage_two():
     """Without causality the ends of trajectories are exact; what causality costs; what means do."""
-    problem = Problem()
+    problem = GaussianProblem()
 
     def distances(objective, causal):
         samples = best_regression_student(WORLD, SIGMAS, objective, 4096, causal=causal)
@@ -287,7 +286,7 @@ def test_optimum_of_stage_two():
         few_steps(
             TEACHER,
             TEACHER_PARAMS,
-            tuple(problem.test_text.values()),
+            problem.contexts,
             problem.key(2),
             WORLD.clip,
             SIGMAS,

@@ -9,13 +9,12 @@ from scipy import ndimage
 
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.streaming import media
-from omniforcing_jax.streaming.contact_sheet import contact_sheet
 from pocket import make_world
 from pocket import measure as measure_program
 from pocket.measures.frechet import clip_features, frechet_distance
-from pocket.measures.observation import observe, observe_file
+from pocket.measures.observation import observe
 from pocket.measures.onsets import Tone, find_tones
-from pocket.measures.report import (
+from pocket.measures.scalars import (
     MEANINGS,
     block_borders,
     compare_with_truth,
@@ -106,7 +105,7 @@ def test_what_is_seen_and_heard_is_what_happened(clips, observations):
 def test_codecs_change_little(clips, tmp_path):
     parts = []
     for index, clip in enumerate(clips):
-        observation = observe_file(write(tmp_path / f"{index}.mp4", clip))
+        observation = observe(*media.read_clip(write(tmp_path / f"{index}.mp4", clip)))
         parts.append(measure(observation, scene=clip.truth.scene, layout=LAYOUT))
     result = pool(parts).scalars()
     assert result["abs_offset_ms"] < 3
@@ -391,20 +390,3 @@ def test_the_program_measures_files(tmp_path, capsys):
     ):
         assert measure_program.main([files[0], *wrong]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_contact_sheets_mark_events(clips, tmp_path):
-    clip, sizes = clips[0], []
-    for events in ([], [(1.0, "#ff0000")]):
-        path = tmp_path / f"{len(events)}.png"
-        contact_sheet(
-            clip.frames,
-            path,
-            frame_rate=24,
-            waveform=clip.waveform,
-            sample_rate=RATE,
-            seen=events,
-            heard=events,
-        )
-        sizes.append(path.read_bytes())
-    assert sizes[0] != sizes[1]

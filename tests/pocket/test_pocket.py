@@ -18,10 +18,10 @@ from pocket import demo
 from pocket import report as report_world
 from pocket import sample as sample_world
 from pocket.measure import shrink
-from pocket.measures.report import MEANINGS
+from pocket.measures.scalars import MEANINGS
 
 ROOT = pathlib.Path(__file__).parents[2]
-WEIGHTS = ROOT / "weights" / "pocket"
+WEIGHTS = ROOT / "pocket" / "weights"
 PROMPT = "two balls bounce on the floor: a small red one and a big blue one"
 
 
@@ -110,7 +110,7 @@ def test_the_sound_of_another_clip_of_the_caption(monkeypatch):
     """The picture is the clip's own, the sound that of the clip with the next seed."""
 
     def make_sampler(args, pipeline):
-        return lambda contexts, numbers: sample_world.Clips(
+        return lambda contexts, numbers: sample_world.SampledClips(
             np.full((len(numbers), 1), args.seed), np.full((len(numbers), 1), args.seed), 0.1, 0.2
         )
 
@@ -161,6 +161,34 @@ def test_drift_is_shown_at_the_same_moments():
     assert line.startswith("| a | 0–5, 25–30 | 15, 15 | 1500%, 1500% |")
 
 
+def test_runs_are_put_side_by_side(tmp_path, capsys):
+    """The last tenth of a run, its largest gradient, and runs of other seeds in one row."""
+    for seed in ("0", "1"):
+        folder = tmp_path / "seeds" / seed
+        folder.mkdir(parents=True)
+        lines = [
+            {
+                "step": step,
+                "generator/loss_audio": (1.0 + int(seed)) / step,
+                "generator/grad_norm": 7.0 if step == 30 else 1.0,
+                "generator/update_skipped": float(step == 40) / 2,
+            }
+            for step in range(10, 201, 10)
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["--runs", "--output", str(tmp_path / "table"), str(tmp_path / "seeds")]
+    assert report_world.main([*arguments, str(tmp_path / "seeds" / "1")]) == 0
+    heading, _, both, one = (tmp_path / "table.md").read_text().splitlines()
+    assert heading == (
+        "| | runs | audio loss | half way | largest gradient norm | updates skipped |"
+    )
+    last, middle = np.mean([2 / s for s in (180, 190, 200)]), np.mean([2 / 90, 2 / 100, 2 / 110])
+    assert one == f"| 1 | 1 | {last:.3f} | {middle:.3f} | 7.000 | 0.025 |"
+    assert both.startswith(f"| seeds | 2 | {0.75 * last:.3f} ±{0.25 * last:.3f} |")
+    assert report_world.main([*arguments, str(tmp_path)]) == 2
+    assert "there is no metrics.jsonl in" in capsys.readouterr().err
+
+
 def dry_run(*arguments: str) -> str:
     """What make says that it would do."""
     command = ["make", "-n", "POCKET=nowhere", *arguments]
@@ -196,7 +224,7 @@ def test_make_pocket_runs_programs_that_exist_in_order():
     shipped = dry_run("pocket", "TEACHER=pocket/weights")
     assert "launch.stage1" in shipped and "pocket.pretrain" not in shipped
     assert "teacher.safetensors pocket/weights/shared.safetensors" in shipped
-    parts = re.findall(r"pretrain.py:(\w+)", printed)
+    parts = re.findall(r"pretrain_config.py:(\w+)", printed)
     assert set(parts) == {"video_vae", "audio_vae", "vocoder", "causal_decoder", "teacher"}
     assert parts.index("teacher") > parts.index("video_vae") < parts.index("causal_decoder")
 

@@ -1,4 +1,4 @@
-"""Pre-training: losses, batches, statistics, latents; the program is in test_launch_pretrain."""
+"""Pre-training: losses, batches, statistics, latents; the program is in test_pretrain_program."""
 
 import functools
 
@@ -69,7 +69,7 @@ def test_the_pocket_model_has_the_rates_of_the_large_one():
 
 
 def test_the_pocket_tokenizer_knows_every_word_of_every_caption(tmp_path):
-    synthetic_gemma.write(tmp_path / "gemma", "pocket")
+    synthetic_gemma.write(tmp_path / "gemma", "pocket", words=VOCABULARY)
     tokenizer = load_tokenizer(tmp_path / "gemma")
     captions = [clip_caption(seed, WorldConfig()) for seed in range(300)]
     encoded = tokenizer.encode([*captions, "A RED ball!", "a violin"])
@@ -115,7 +115,7 @@ def test_windows_are_stretches_of_whole_clips():
 @functools.cache
 def video_part():
     """A loss that can be trained in a few steps."""
-    loss = autoencoders.VideoVAELoss(VIDEO, LatentNoise(0.05, 1e-3), ErrorLoss(0.3, 10.0))
+    loss = autoencoders.VideoLoss(VIDEO, LatentNoise(0.05, 1e-3), ErrorLoss(0.3, 10.0))
     return loss, autoencoders.init_video_vae(VIDEO, jax.random.key(0))
 
 
@@ -167,7 +167,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 @pytest.mark.slow
 def test_the_causal_decoder_learns_from_the_pixels():
     _, params = video_part()
-    loss = autoencoders.CausalDecoderLoss(VIDEO, LatentNoise(0.05, 0.0), ErrorLoss(0.3, 10.0))
+    loss = autoencoders.VideoLoss(VIDEO, LatentNoise(0.05, 0.0), ErrorLoss(0.3, 10.0), causal=True)
     start = {"decoder": jax.tree.map(jnp.copy, params["decoder"])}
     frozen = {"encoder": params["encoder"]}
     records, _ = trained(loss, start, frozen, WorldWindows(WORLD).video(5))
@@ -307,9 +307,9 @@ def test_latents_are_stored_once(tmp_path):
             assert captions[0] == clip_caption(0, WORLD)
             return np.zeros((len(captions), length), np.int32), np.ones((len(captions), length))
 
-    stored = latents.StoredLatents.load(tmp_path, 131, Words(), WORLD, 6)
-    assert stored.video.shape == (131, 8, 4) and stored.video.dtype == np.float16
-    element = stored.draw(np.random.default_rng(0))
+    stored = latents.load_latents(tmp_path, 131, Words(), WORLD, 6)
+    assert stored["video"].shape == (131, 8, 4) and stored["video"].dtype == np.float16
+    element = latents.draw_row(stored, np.random.default_rng(0))
     assert {name: x.shape for name, x in element.items()} == {
         "video": (8, 4), "audio": (3, 6), "ids": (6,), "mask": (6,),
     }  # fmt: skip

@@ -63,7 +63,7 @@ def test_a_part_is_compiled_once(tmp_path, monkeypatch):
     def components(params):
         return {"vocoder": params}
 
-    part = pretrain.Part(loss, lambda: {"w": jnp.ones(3)}, None, draw, components, {})
+    part = pretrain.Part(loss, lambda: {"w": jnp.ones(3)}, draw, components, {})
     stages, train = [], pretrain.train
     monkeypatch.setattr(
         pretrain,
@@ -91,7 +91,7 @@ def test_a_part_says_what_it_needs(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_parts_become_one_checkpoint(tmp_path):
+def test_parts_become_one_checkpoint(tmp_path, capsys):
     """Written from our trees, read and converted like a published file."""
     source = tmp_path / "random.safetensors"
     metadata = synthetic.write(source, "pocket", dtype="float32")
@@ -110,8 +110,7 @@ def test_parts_become_one_checkpoint(tmp_path):
     assert PipelineConfig.from_checkpoint(tmp_path / "ltx2") == PIPELINE
     (tmp_path / "teacher.safetensors").unlink()
     assert assemble.main(["--folder", str(tmp_path), "--output", str(output)]) == 1
-    with pytest.raises(ConversionError, match=r"teacher\.safetensors is missing"):
-        assemble.assemble(tmp_path, output)
+    assert "teacher.safetensors is missing" in capsys.readouterr().err
 
 
 @pytest.mark.slow

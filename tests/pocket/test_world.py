@@ -262,7 +262,7 @@ def test_the_scene_and_the_size_of_the_picture_are_settings():
 
 def test_clips_are_made_and_measured_without_jax():
     code = (
-        "import sys, pocket.world.dataset, pocket.measures.report\n"
+        "import sys, pocket.world.dataset, pocket.measures.scalars\n"
         "assert 'jax' not in sys.modules and 'grain' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

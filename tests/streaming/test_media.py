@@ -146,7 +146,7 @@ def test_standard_output(tmp_path):
 def test_a_killed_process_leaves_a_clip_that_plays(tmp_path):
     path = tmp_path / "clip.mp4"
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from test_media import *\n"
+        "import sys; sys.path.insert(0, 'tests/streaming'); from test_media import *\n"
         f"clip, second = writer({str(path)!r}), 0\n"
         "while True:\n"
         "    write_seconds(clip, 1, second); second += 1; print(second, flush=True)\n"
@@ -191,7 +191,8 @@ def test_a_full_disk_is_reported_and_leaves_the_old_clip(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"precious")
     code = (
-        "import resource, signal, sys; sys.path.insert(0, 'tests'); from test_media import *\n"
+        "import resource, signal, sys; sys.path.insert(0, 'tests/streaming')\n"
+        "from test_media import *\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         f"clip = writer({str(path)!r}, overwrite=True)\n"
@@ -371,6 +372,11 @@ def test_contact_sheet_shows_frames_and_sound(tmp_path):
     height = len(shown)
     assert shown[: height // 2].mean() > 0.3  # the frames fill the upper half
     assert not shown[2 * height // 3 :].any()
+    plain, events = path.read_bytes(), [(0.5, "#ff0000")]
+    sound = {"waveform": tone(24_000, 24_000), "sample_rate": 24_000}
+    for marks, same in (({"seen": [], "heard": []}, True), ({"seen": events, "heard": []}, False)):
+        contact_sheet(frames, path, frame_rate=RATE, marks=marks, **sound)
+        assert (path.read_bytes() == plain) == same
     contact_sheet(frames, tmp_path / "frames.png", frame_rate=RATE, every=6)
     with pytest.raises(ValueError, match="sample_rate"):
         contact_sheet(frames, path, frame_rate=RATE, waveform=tone(10, 24_000))
@@ -396,6 +402,11 @@ def test_contact_sheet_of_a_file(tmp_path):
 def test_importing_media_needs_no_codec_library():
     code = (
         "import sys; sys.modules['av'] = sys.modules['matplotlib'] = None\n"
-        "import omniforcing_jax.streaming.media, omniforcing_jax.streaming.contact_sheet\n"
+        "import omniforcing_jax.streaming.media\n"
+        "from omniforcing_jax.streaming.contact_sheet import new_figure\n"
+        "try: new_figure()\n"
+        "except ValueError as error: print(error)\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=99)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, check=True, timeout=99, capture_output=True)
+    assert b"drawing needs matplotlib" in result.stdout

@@ -1,6 +1,6 @@
 """Measures of a clip, of a stretch of it, or of many clips together.
 
-    observation = observe(frames, frame_rate, waveform, sample_rate)      # or observe_file(path)
+    observation = observe(frames, frame_rate, waveform, sample_rate)
     measures = measure(observation, scene=scene_from_caption(prompt))
     measures.scalars()                              # {"offset_ms": 0.3, "miss_rate": 0.0, ...}
     pool([measures, ...]).scalars()                 # of a set of clips
@@ -11,6 +11,7 @@ events: where nothing is seen and nothing is heard, nothing is in step.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,70 +59,52 @@ SAME_MOMENT = 6  # frames within which a vanished ball of one colour may come ba
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """What `scalars` are computed from: sums and lists that can be put together.
-
-    Attributes:
-      seconds, ball_seconds: length, and that length times the balls of the scene.
-      offsets: seconds, heard minus seen, of all pairs.
-      pitch_right: of pairs.
-      pan_errors: of pairs, heard minus seen, in widths.
-      misses, phantoms: numbers of events without a partner.
-      balls_right: [frames * balls] whether a ball of the scene is seen, once.
-      sizes_right: [balls seen].
-      count_right: [frames].
-      prompted: [tones] whether it belongs to a ball of the scene.
-      errors, flight_frames: mean square error and length of each flight.
-      gravity: [places in flights] over the world's.
-      energy_spreads: [balls].
-      air_kicks, vanishings, colour_changes: numbers.
-      speeds: heights/s.
-      motion, flicker, power: [frames].
-      seams, elsewhere, seam_flicker, flicker_elsewhere: jerk and flicker at borders and not.
-    """
+    """What `scalars` are computed from: sums and lists that can be put together."""
 
     seconds: float
-    ball_seconds: float
-    offsets: np.ndarray
-    pitch_right: np.ndarray
-    pan_errors: np.ndarray
-    misses: int
+    ball_seconds: float  # length times the balls of the scene
+    offsets: np.ndarray  # [pairs] seconds, heard minus seen
+    pitch_right: np.ndarray  # [pairs]
+    pan_errors: np.ndarray  # [pairs] heard minus seen, in widths
+    misses: int  # events without a partner
     phantoms: int
-    balls_right: np.ndarray
-    sizes_right: np.ndarray
-    count_right: np.ndarray
-    prompted: np.ndarray
-    errors: np.ndarray
-    flight_frames: np.ndarray
-    gravity: np.ndarray
-    energy_spreads: np.ndarray
+    balls_right: np.ndarray  # [frames * balls] whether a ball of the scene is seen, once
+    sizes_right: np.ndarray  # [balls seen]
+    count_right: np.ndarray  # [frames]
+    prompted: np.ndarray  # [tones] whether it belongs to a ball of the scene
+    errors: np.ndarray  # [flights] mean square error
+    flight_frames: np.ndarray  # [flights] length
+    gravity: np.ndarray  # [places in flights] over the world's
+    energy_spreads: np.ndarray  # [balls]
     air_kicks: int
     vanishings: int
     colour_changes: int
-    speeds: np.ndarray
-    motion: np.ndarray
+    speeds: np.ndarray  # heights/s
+    motion: np.ndarray  # [frames], as the next two
     flicker: np.ndarray
     power: np.ndarray
-    seams: np.ndarray
+    seams: np.ndarray  # jerk at borders of blocks, and elsewhere
     elsewhere: np.ndarray
-    seam_flicker: np.ndarray
+    seam_flicker: np.ndarray  # flicker likewise
     flicker_elsewhere: np.ndarray
 
     def scalars(self) -> dict[str, float | None]:
         """By the names in `MEANINGS`."""
         pairs = len(self.offsets)
-        unmatched = self.misses + self.phantoms
         power = float(_mean(self.power) or 0.0)
         total_frames = self.flight_frames.sum()
         error = (self.errors * self.flight_frames).sum() / total_frames if total_frames else None
+
+        def unpaired(number: int) -> float:
+            return number / (pairs + number) if pairs + number else 1.0
+
         values = {
             "seconds": self.seconds,
             "offset_ms": _median(self.offsets * 1e3),
             "abs_offset_ms": _median(np.abs(self.offsets) * 1e3),
-            "miss_rate": self.misses / (pairs + self.misses) if pairs + self.misses else 1.0,
-            "phantom_rate": self.phantoms / (pairs + self.phantoms)
-            if pairs + self.phantoms
-            else 1.0,
-            "unmatched_rate": unmatched / (pairs + unmatched) if pairs + unmatched else 1.0,
+            "miss_rate": unpaired(self.misses),
+            "phantom_rate": unpaired(self.phantoms),
+            "unmatched_rate": unpaired(self.misses + self.phantoms),
             "seen_per_second": (pairs + self.misses) / self.seconds,
             "heard_per_second": (pairs + self.phantoms) / self.seconds,
             "pitch_right": _mean(self.pitch_right),
@@ -162,11 +145,8 @@ def _ratio(at: np.ndarray, elsewhere: np.ndarray, floor: float) -> float | None:
 
 def block_borders(layout: BlockLayout, num_frames: int) -> list[int]:
     """First pixel frame of every block but the first."""
-    borders, block = [], 1
-    while layout.pixel_frames(block) < num_frames:
-        borders.append(layout.pixel_frames(block))
-        block += 1
-    return borders
+    firsts = map(layout.pixel_frames, itertools.count(1))
+    return list(itertools.takewhile(lambda frame: frame < num_frames, firsts))
 
 
 def measure(
@@ -199,11 +179,8 @@ def measure(
         return start <= event.time < end
 
     pairs = [pair for pair in o.matching.pairs if inside(pair[0])]
-    if scene is None:
-        common = [t for t in o.tracks if (t.blobs > 0).mean() > 0.5]
-        colours, sizes = [t.colour for t in common], [t.size for t in common]
-    else:
-        colours, sizes = [ball.colour for ball in scene], [ball.size for ball in scene]
+    balls = [t for t in o.tracks if (t.blobs > 0).mean() > 0.5] if scene is None else scene
+    colours, sizes = [ball.colour for ball in balls], [ball.size for ball in balls]
     tracks = {t.colour: t for t in o.tracks if t.blobs[part].any()}
     none_seen = np.zeros(last - first, int)
     blobs = {c: tracks[c].blobs[part] if c in tracks else none_seen for c in colours}
@@ -312,12 +289,9 @@ def _gravity(o: Observation, tracks: dict[str, Track], part: slice) -> np.ndarra
 
 def _energy_spreads(flights: list[tuple[Flight, str]]) -> np.ndarray:
     """Interquartile range over median of the energies of each ball with four flights or more."""
-    by_colour: dict[str, list[float]] = {}
-    for flight, colour in flights:
-        if flight.end - flight.start >= 4:
-            by_colour.setdefault(colour, []).append(flight.energy)
     spreads = []
-    for energies in by_colour.values():
+    for colour in dict.fromkeys(colour for _, colour in flights):
+        energies = [f.energy for f, own in flights if own == colour and f.end - f.start >= 4]
         if len(energies) >= 4:
             low, middle, high = np.quantile(energies, (0.25, 0.5, 0.75))
             spreads.append((high - low) / max(middle, 1e-3))
@@ -334,16 +308,16 @@ def _vanishings(o: Observation, first: int, last: int) -> tuple[int, int]:
             if b < o.num_frames:
                 ends.append((b, track.colour, track.positions[b - 1]))
     ends = [end for end in ends if first <= end[0] < last]
-    changed = sum(
-        any(
+
+    def returns(end: int, colour: str, place: np.ndarray) -> bool:
+        return any(
             colour != new
             and abs(begin - end) <= SAME_MOMENT
             and np.hypot(*(place - there)) < SAME_BALL
             for begin, new, there in starts
         )
-        for end, colour, place in ends
-    )
-    return len(ends), changed
+
+    return len(ends), sum(itertools.starmap(returns, ends))
 
 
 def compare_with_truth(observation: Observation, truth: Truth) -> dict[str, float | None]:
