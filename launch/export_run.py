@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from checkpoint_converters import converting
 from checkpoint_converters.export import export
 from checkpoint_converters.safetensors_io import ConversionError
+from omniforcing_jax import Transformer, TransformerConfig
 from omniforcing_jax.io import checkpoints
-from omniforcing_jax.models.transformer.config import TransformerConfig
-from omniforcing_jax.models.transformer.model import Transformer, init_params
+from omniforcing_jax.models.transformer.model import init_params
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}

@@ -28,22 +28,27 @@ import numpy as np
 
 from launch import options, shard_job
 from launch.shard_job import ShardProgress
-from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
+from omniforcing_jax import (
+    AVLatents,
+    BlockLayout,
+    ClipGeometry,
+    RolloutConfig,
+    SampleConfig,
+    Transformer,
+    default_guidance,
+)
+from omniforcing_jax.blocks import LAYOUT_NAMES
 from omniforcing_jax.data import shards
 from omniforcing_jax.data.ode_pairs import ODE_PAIRS, ODEPairsManifest, ODEPairsWriter, Pair
 from omniforcing_jax.data.text_dataset import TextDataset, open_text_dataset, own_tokens
-from omniforcing_jax.geometry import ClipGeometry
-from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.guidance import NO_GUIDANCE, default_guidance
-from omniforcing_jax.sampling.student import RolloutConfig
-from omniforcing_jax.sampling.teacher import SampleConfig
+from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.trajectories import check_autoregressive, schedule_indices
 from omniforcing_jax.scaling import flops
 from omniforcing_jax.training.ode_pair_sampler import Recipe, TrajectorySampler
 from omniforcing_jax.training.previews import ClipDecoder
 from omniforcing_jax.training.source_model import SourceModel
-from omniforcing_jax.types import DTYPES, AVLatents
+from omniforcing_jax.types import DTYPES
 
 NOT_KNOWN_YET = ("generator",)  # field of the manifest that needs the weights
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from omniforcing_jax import AVGuidance, PromptEncoder
 from omniforcing_jax.models import quantization
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
-from omniforcing_jax.sampling.guidance import AVGuidance
 from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.text import features as text_features
 from omniforcing_jax.text.features import TextFeatures
-from omniforcing_jax.text.prompts import PromptEncoder, TextTimes, default_cache
+from omniforcing_jax.text.prompts import TextTimes, default_cache
 from omniforcing_jax.types import DTYPES
 
 NO_CACHE = "none"

@@ -24,7 +24,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
+from omniforcing_jax import BlockLayout
+from omniforcing_jax.blocks import LAYOUT_NAMES
 
 WHITE, BLUE, ORANGE, RED = "#ffffff", "#7fa8d9", "#f5a742", "#d64545"
 MASKED, ALLOWED, PREFIX, SINK = range(4)

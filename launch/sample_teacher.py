@@ -28,14 +28,21 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from launch import options
-from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax import (
+    PipelineConfig,
+    PromptEncoder,
+    SampleConfig,
+    Transformer,
+    decode_clip,
+    default_guidance,
+    load_pipeline,
+    sample,
+)
 from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION
 from omniforcing_jax.models.video_vae import model as video_vae
-from omniforcing_jax.pipeline import PipelineConfig, decode_clip, load_pipeline
-from omniforcing_jax.sampling.guidance import LTX23_GUIDANCE, default_guidance
-from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, check_prompts, sample
+from omniforcing_jax.sampling.guidance import LTX23_GUIDANCE
+from omniforcing_jax.sampling.teacher import Prompt, check_prompts
 from omniforcing_jax.streaming import media
-from omniforcing_jax.text.prompts import PromptEncoder
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -36,15 +36,20 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import options
-from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax import (
+    BlockLayout,
+    Chunk,
+    PipelineConfig,
+    PromptEncoder,
+    RolloutConfig,
+    StreamingSession,
+    load_pipeline,
+)
 from omniforcing_jax.ops.attention import attention
-from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
-from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.background import BackgroundWriter
-from omniforcing_jax.streaming.session import Chunk, StreamingSession
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
-from omniforcing_jax.text.prompts import PromptEncoder, TextTimes
+from omniforcing_jax.text.prompts import TextTimes
 from omniforcing_jax.types import Contexts
 
 # Parts of a block's time as the report names them.

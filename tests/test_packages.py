@@ -16,7 +16,7 @@ PACKAGES = ("omniforcing_jax", "configs", "checkpoint_converters", "launch", "be
 # What each may import of the others; tests may import everything.
 MAY_IMPORT = {
     "omniforcing_jax": set(),
-    "configs": set(),
+    "configs": {"omniforcing_jax"},
     "checkpoint_converters": {"omniforcing_jax"},
     "launch": {"omniforcing_jax", "configs", "checkpoint_converters"},
     "benchmarks": {"omniforcing_jax", "configs", "checkpoint_converters", "launch"},

@@ -43,7 +43,7 @@ from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.sampling.trajectories import sample_trajectory, schedule_indices
 from omniforcing_jax.sampling.whole_clip import clip_x0
-from omniforcing_jax.training.config.settings import RegressionConfig
+from omniforcing_jax.training.config.settings import DMDStage, RegressionConfig, StageII
 from omniforcing_jax.training.metrics import Averages
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.objectives.dmd import DMD
@@ -301,7 +301,9 @@ def pretrain(problem: GaussianProblem):
     optimizer = adam(3e-3, problem.steps[0], beta2=0.99)
     config = RolloutConfig(CacheConfig(layout), problem.sigmas, height=1, width=1)
     # one block has no history, so clean states would teach nothing
-    regression = RegressionConfig("flow", include_clean=False, seed=problem.seed)
+    regression = StageII(
+        seed=problem.seed, ema=EMA, regression=RegressionConfig("flow", include_clean=False)
+    )
     stage = ODERegression(model, config, 1, TextInput(), optimizer, regression)
     params = jax.jit(lambda key: init_params(model, key))(problem.key(4))
     text = problem.world.prompt_batch(problem.batch)
@@ -326,7 +328,7 @@ def distribution_matching(
 ):
     """Stage I or III, by its generator, from given weights; parameters and curves."""
     num_steps = problem.steps[STAGES.index(name)]
-    config = DMDConfig(score=ScoreConfig(**UNGUIDED), seed=problem.seed)
+    config = DMDStage(seed=problem.seed, ema=EMA, score=ScoreConfig(**UNGUIDED))
     optimizers = (
         adam(learning_rates[0], num_steps // config.critic_updates, beta1=0.0),
         adam(learning_rates[1], num_steps, beta1=0.0),
@@ -378,7 +380,7 @@ def trajectories(
 def regress(problem: GaussianProblem, objective: str, params, data: dict[str, jax.Array]):
     """Stage II from stage I's weights and new sinks; parameters and curves."""
     model, optimizer = problem.causal_network, adam(1e-3, problem.steps[2], beta2=0.99)
-    config = RegressionConfig(objective, seed=problem.seed)
+    config = StageII(seed=problem.seed, ema=EMA, regression=RegressionConfig(objective))
     stage = ODERegression(model, problem.rollout, NUM_BLOCKS, TextInput(), optimizer, config)
     sinks = jax.jit(lambda key: init_params(model, key)["audio_sinks"])(problem.key(7))
     params = _copy(params | {"audio_sinks": sinks})
