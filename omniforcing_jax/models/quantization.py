@@ -58,7 +58,9 @@ def matmul(x: jax.Array, kernel: jax.Array | Int8Array, dtype: jnp.dtype) -> jax
     weights = kernel.values if isinstance(kernel, Int8Array) else kernel
     y = jnp.matmul(x.astype(dtype), weights.astype(dtype), preferred_element_type=jnp.float32)
     if isinstance(kernel, Int8Array):
-        y = y * kernel.scale[0]  # one per column, so it can wait until after the sum
+        y = y * jnp.expand_dims(
+            kernel.scale[0], range(y.ndim - 1)
+        )  # one per column, so it can wait until after the sum
     return y.astype(dtype)
 
 

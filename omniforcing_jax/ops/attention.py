@@ -191,9 +191,11 @@ def _chunked(q, k, v, kv_end, kv_length, scale):
 
     @jax.checkpoint
     def chunk(q, ends):
-        mask = keys < ends[:, None]  # [T, S]
+        mask = (keys[None] < ends[:, None])[None, None]  # [1, 1, T, S]
         if kv_length is not None:
-            mask = mask & (keys < _per_sample(kv_length, q.shape[0])[:, None, None, None])
+            mask = mask & (
+                keys[None, None, None] < _per_sample(kv_length, q.shape[0])[:, None, None, None]
+            )
         return _xla(q, k, v, mask, scale)
 
     out = jax.lax.map(lambda rows: chunk(*rows), (rows, ends))
@@ -235,9 +237,11 @@ def _masked_xla(q, k, v, kv_end, kv_length, mask, scale):
     """`_xla` with the dense mask of `kv_end` or `kv_length`."""
     keys = jnp.arange(k.shape[1])  # [S]
     if kv_end is not None:
-        mask = keys < jnp.asarray(kv_end)[:, None]  # [T, S]
+        mask = (keys[None] < jnp.asarray(kv_end)[:, None])[None, None]  # [1, 1, T, S]
     elif kv_length is not None:
-        mask = keys < _per_sample(kv_length, q.shape[0])[:, None, None, None]  # [B, 1, 1, S]
+        mask = (
+            keys[None, None, None] < _per_sample(kv_length, q.shape[0])[:, None, None, None]
+        )  # [B, 1, 1, S]
     return _xla(q, k, v, mask, scale)
 
 

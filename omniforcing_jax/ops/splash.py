@@ -109,7 +109,9 @@ def splash_attention(
             out = jax.vmap(kernel)(q, k, v)
         else:
             # Keys behind the end get a segment of their own, which no query is in.
-            segments = (jnp.arange(kv_padded) >= kv_length[:, None]).astype(jnp.int32)  # [B, S]
+            segments = (jnp.arange(kv_padded)[None] >= kv_length[:, None]).astype(
+                jnp.int32
+            )  # [B, S]
             ids = splash_kernel.SegmentIds(
                 q=jnp.zeros((q.shape[0], q_padded), jnp.int32), kv=segments
             )

@@ -136,7 +136,7 @@ def log_mel_spectrogram(waveform: jax.Array, config: MelConfig) -> jax.Array:
     starts = np.arange(num_frames)[:, None] * config.hop
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(config.n_fft) / config.n_fft)
     frames = padded[:, starts + np.arange(config.n_fft)]  # [B, T, n_fft, S]
-    frames = frames * jnp.asarray(window, jnp.float32)[:, None]
+    frames = frames * jnp.asarray(window, jnp.float32)[None, None, :, None]
     magnitude = jnp.abs(jnp.fft.rfft(frames, axis=2))  # [B, T, n_fft / 2 + 1, S]
     filterbank = jnp.asarray(
         mel_filterbank(

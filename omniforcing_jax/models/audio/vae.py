@@ -166,7 +166,7 @@ class CausalConv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=lax.Precision.HIGHEST,
         )
-        return y + bias.astype(x.dtype), rows[:, -2:]
+        return y + bias.astype(x.dtype)[None, None, None], rows[:, -2:]
 
 
 class ResBlock(nn.Module):
@@ -406,4 +406,6 @@ def check_latents(latents: jax.Array, config: AudioVAEConfig) -> None:
 
 def _statistics(params: Mapping[str, Any]) -> dict[str, jax.Array]:
     statistics = params["per_channel_statistics"]
-    return {name: jnp.asarray(statistics[name], jnp.float32) for name in ("mean", "std")}
+    return {
+        name: jnp.asarray(statistics[name], jnp.float32)[None, None] for name in ("mean", "std")
+    }

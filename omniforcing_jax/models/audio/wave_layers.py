@@ -55,7 +55,7 @@ def conv_transpose1d(x: jax.Array, kernel: jax.Array, bias: jax.Array, rate: int
         dimension_numbers=("NWC", "WIO", "NWC"),
         precision=lax.Precision.HIGHEST,
     )
-    return y.reshape(x.shape[0], -1, features) + bias
+    return y.reshape(x.shape[0], -1, features) + bias[None, None]
 
 
 class ConvTranspose(nn.Module):

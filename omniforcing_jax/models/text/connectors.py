@@ -228,8 +228,8 @@ def fill_with_registers(
     compact = jnp.take_along_axis(features, order[:, :, None], axis=1)
     tiled = jnp.tile(registers, (features.shape[1] // registers.shape[0], 1))  # [S, W]
     num_valid = jnp.sum(valid, axis=1, keepdims=True)
-    is_text = jnp.arange(features.shape[1]) < num_valid  # [B, S]
-    return jnp.where(is_text[:, :, None], compact, tiled.astype(features.dtype))
+    is_text = jnp.arange(features.shape[1])[None] < num_valid  # [B, S]
+    return jnp.where(is_text[:, :, None], compact, tiled.astype(features.dtype)[None])
 
 
 def connector_rope(length: int, heads: int, dim: int, config: ConnectorConfig) -> Rope:
@@ -323,7 +323,7 @@ class Projection(nn.Module):
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("mlp",))
             bias = self.param("bias", init, (self.features,))
-            y = y + bias.astype(self.dtype)
+            y = y + jnp.expand_dims(bias.astype(self.dtype), range(y.ndim - 1))
         return y
 
 

@@ -83,6 +83,7 @@ def attention_inputs(
     """
     c, length = config, attention_mask.shape[1]
     distance = np.arange(length)[:, None] - np.arange(length)  # [T, S], back into the past
+    distance = distance[None, None]
     valid = attention_mask.astype(bool)[:, None, None, :]
     local = AttentionInputs(
         valid & (distance >= 0) & (distance < c.sliding_window),

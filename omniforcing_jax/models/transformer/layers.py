@@ -87,7 +87,8 @@ class RMSNorm(nn.Module):
         self.scale = self.param("scale", init, (self.dim,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (rms_norm(x, self.eps) * self.scale).astype(self.dtype)
+        scale = jnp.expand_dims(self.scale, range(x.ndim - 1))
+        return (rms_norm(x, self.eps) * scale).astype(self.dtype)
 
 
 class HeadNorm(nn.Module):
@@ -102,7 +103,8 @@ class HeadNorm(nn.Module):
         self.scale = self.param("scale", init, (self.head_dim,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (layer_norm(x, self.eps) * self.scale).astype(self.dtype)
+        scale = jnp.expand_dims(self.scale, range(x.ndim - 1))
+        return (layer_norm(x, self.eps) * scale).astype(self.dtype)
 
 
 class FeedForward(nn.Module):

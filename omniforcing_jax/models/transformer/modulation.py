@@ -20,7 +20,7 @@ def timestep_embedding(timestep: jax.Array, dim: int = NUM_SINUSOIDS) -> jax.Arr
     """[cos(t w) | sin(t w)], w_i = 10000^(-i / (dim/2)): timestep [...] -> [..., dim] float32."""
     half = dim // 2
     freqs = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = timestep.astype(jnp.float32)[..., None] * freqs
+    angles = timestep.astype(jnp.float32)[..., None] * jnp.expand_dims(freqs, range(timestep.ndim))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -97,7 +97,7 @@ class CausalConv3d(nn.Module):
         else:
             padding = [(0, 0), (1, 1), (1, 1)]
         x = _conv3d(x, kernel.astype(self.dtype), padding)
-        return x + bias.astype(self.dtype), cache
+        return x + bias.astype(self.dtype)[None, None, None, None], cache
 
 
 def _conv3d(x: jax.Array, kernel: jax.Array, padding: list[tuple[int, int]]) -> jax.Array:

@@ -10,7 +10,7 @@ Source: the convolutional video VAE of Lightricks LTX-2 ("CausalVideoAutoencoder
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -369,8 +369,7 @@ def encode(
         variables = {"params": params["encoder"]}
         moments = VideoEncoder(config, dtype).apply(variables, video.astype(dtype))
     # moments [B, f, h, w, C + 1]
-    statistics = params["per_channel_statistics"]
-    mean, std = (statistics[name].astype(jnp.float32) for name in ("mean", "std"))
+    mean, std = _statistics(params)
     return (moments[..., : config.latent_channels].astype(jnp.float32) - mean) / std
 
 
@@ -399,6 +398,14 @@ def decode(
     return decode_chunk(config, params, latents, causal=causal, dtype=dtype)[0]
 
 
+def _statistics(params: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of the latents' channels, [1, 1, 1, 1, C] float32."""
+    statistics = params["per_channel_statistics"]
+    return tuple(
+        statistics[name].astype(jnp.float32)[None, None, None, None] for name in ("mean", "std")
+    )
+
+
 def decode_chunk(
     config: VideoVAEConfig,
     params: dict[str, Any],
@@ -422,8 +429,7 @@ def decode_chunk(
       ValueError: as `decode`.
     """
     check_latents(config, latents.shape)
-    statistics = params["per_channel_statistics"]
-    mean, std = (statistics[name].astype(jnp.float32) for name in ("mean", "std"))
+    mean, std = _statistics(params)
     latents = (latents.astype(jnp.float32) * std + mean).astype(dtype)
     variables = {"params": params["decoder"]}
     with jax.named_scope("video_decoder"):
