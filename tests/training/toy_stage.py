@@ -105,7 +105,7 @@ class ToyStage:
 
     def train_step(self, state, frozen, batch, step):
         del step
-        return self.jitted(state, frozen, jax.device_put(batch))
+        return self.jitted(state, *jax.device_put((frozen, batch), state.step.sharding))
 
 
 RUN_CONFIG = {"optimizer": {"learning_rate": 1e-2, "betas": (0.9, 0.999)}, "seed": 0}
