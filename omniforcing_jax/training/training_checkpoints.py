@@ -108,6 +108,29 @@ class _JsonHandler(_NotesFailures, ocp.JsonCheckpointHandler):
     """What process 0 writes."""
 
 
+# Orbax finds a handler by the types of its arguments, and wants to know both.
+
+
+@ocp.args.register_with_handler(_StateHandler, for_save=True)
+class _SaveState(ocp.args.PyTreeSave):
+    pass
+
+
+@ocp.args.register_with_handler(_StateHandler, for_restore=True)
+class _RestoreState(ocp.args.PyTreeRestore):
+    pass
+
+
+@ocp.args.register_with_handler(_JsonHandler, for_save=True)
+class _SaveJson(ocp.args.JsonSave):
+    pass
+
+
+@ocp.args.register_with_handler(_JsonHandler, for_restore=True)
+class _RestoreJson(ocp.args.JsonRestore):
+    pass
+
+
 class TrainingCheckpoints:
     """The checkpoints of one run; a context manager, which waits for the last save when it ends.
 
@@ -181,9 +204,9 @@ class TrainingCheckpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state),
-                    data=ocp.args.JsonSave(_to_json(batches.get_state())),
-                    run=ocp.args.JsonSave({"config": plain(config), "averages": dict(averages)}),
+                    state=_SaveState(state),
+                    data=_SaveJson(_to_json(batches.get_state())),
+                    run=_SaveJson({"config": plain(config), "averages": dict(averages)}),
                 ),
             )
 

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from omniforcing_jax.distributed import multihost, partitioning
 from omniforcing_jax.training import training_checkpoints
 from omniforcing_jax.training.state import state_shardings
-from tests.training.toy_stage import WIDTH, ToyBatches, ToyStage, toy_params, train_toy
+from tests.training.toy_stage import WIDTH, ToyBatches, ToyStage, amid_saves, toy_params, train_toy
 
 DEVICES = 4
 
@@ -95,14 +95,7 @@ def main(process_id, num_processes, port, run, result, steps, mishap="none:0:-1"
             mishap.step(step)
             return jitted(state, nothing, batch)
 
-    handler = training_checkpoints._JsonHandler
-    save = handler.async_save
-
-    async def save_or_die(self, directory, args):
-        mishap.save(args.item.get("index"))
-        return await save(self, directory, args=args)
-
-    handler.async_save = save_or_die
+    amid_saves(mishap.save)
     checkpoints = training_checkpoints.TrainingCheckpoints
     read = checkpoints._read_state
 

@@ -6,6 +6,8 @@ Also a program that kills itself: `python -m tests.training.toy_stage WORKDIR ST
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +107,7 @@ class ToyStage:
 
     def train_step(self, state, frozen, batch, step):
         del step
-        return self.jitted(state, frozen, jax.device_put(batch))
+        return self.jitted(state, *jax.device_put((frozen, batch), state.step.sharding))
 
 
 RUN_CONFIG = {"optimizer": {"learning_rate": 1e-2, "betas": (0.9, 0.999)}, "seed": 0}
@@ -124,6 +126,21 @@ def train_toy(workdir, num_steps: int = 20, stage: ToyStage | None = None, **set
     return train(stage, state, jnp.float32(0), batches, config, workdir, **extra)
 
 
+def amid_saves(call: Callable[[int], Any]) -> None:
+    """Calls `call(index)` in every save, when the iterator's state has been written."""
+    handler = training_checkpoints._JsonHandler
+    save = handler.async_save
+
+    async def async_save(self, directory, args):
+        futures = await save(self, directory, args=args)
+        for future in futures if "index" in args.item else ():
+            written = future.result
+            future.result = lambda timeout=None, w=written: (w(timeout), call(args.item["index"]))
+        return futures
+
+    handler.async_save = async_save
+
+
 def main(workdir: str, num_steps: str, where: str, at: str) -> None:
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -138,16 +155,7 @@ def main(workdir: str, num_steps: str, where: str, at: str) -> None:
 
         stage.train_step = train_step
     else:
-        save = training_checkpoints._JsonHandler.async_save
-
-        async def save_iterator(self, directory, args):
-            return (
-                die()
-                if args.item.get("index") == int(at)
-                else await save(self, directory, args=args)
-            )
-
-        training_checkpoints._JsonHandler.async_save = save_iterator
+        amid_saves(lambda index: index == int(at) and die())
     train_toy(workdir, int(num_steps), stage)
 
 
