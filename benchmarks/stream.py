@@ -66,13 +66,12 @@ from omniforcing_jax.sampling import flow, kv_cache, student
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_bytes
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.scaling import flops
+from omniforcing_jax.scaling.devices import peak_flops
 from omniforcing_jax.streaming.session import StreamingSession, jitted_prompt_kv
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, seam_error, to_uint8
 from omniforcing_jax.text import features as text_features
 from omniforcing_jax.types import DTYPES, AVLatents
 
-# Dense bf16 peak of one device, TFLOP/s, by a part of `device_kind` (vendors' data sheets).
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "v6": 918, "v5p": 459, "v5 lite": 197}
 # All weights are cut from so many random numbers: to compile a generator for each of their shapes
 # takes a minute or more, and to draw 3e9 numbers at once more memory than a stream, which would be
 # the peak. It is a prime, so that no two rows of a kernel are the same.
@@ -359,14 +358,6 @@ def measure_seams(
     return seam_error(full, np.concatenate(chunks), borders)
 
 
-def peak_tflops(args) -> float | None:
-    """Given on the command line, or known for this kind of device."""
-    if args.peak_tflops:
-        return args.peak_tflops
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in kind), None)
-
-
 def run(args: argparse.Namespace, report: Callable[[dict], None] = lambda result: None) -> dict:
     """All measurements of one configuration; `report` gets what is known whenever it is more.
 
@@ -411,8 +402,10 @@ def steady_state(pipeline: Pipeline, args, config: RolloutConfig) -> dict:
     trace = measure_stream(session, args.blocks)
     peak_memory, memory_of = peak_bytes(jax.devices()[0])
     figures, counts = trace.figures(args.fps), arithmetic(pipeline, args, config)
-    peak, generate = peak_tflops(args), figures["part_seconds"]["generate"]
-    mfu = None if peak is None else counts["transformer_flops_per_block"] / generate / peak / 1e12
+    mfu, generate = None, figures["part_seconds"]["generate"]
+    peak = 1e12 * (args.peak_tflops or 0) or peak_flops(jax.devices()[0].device_kind)
+    if peak is not None:
+        mfu = counts["transformer_flops_per_block"] / generate / peak
     return {
         "command": "python -m benchmarks.stream " + " ".join(_shown(args)),
         "date": datetime.date.today().isoformat(),

@@ -25,9 +25,10 @@ import numpy as np
 from benchmarks.stream import random_transformer
 from checkpoint_converters import synthetic
 from configs import base
+from launch import dry_run
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.scaling import dry_run, planning
+from omniforcing_jax.scaling import planning
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace) -> dict:
     """Trains, and returns the last record with what it was measured on."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         e = make_experiment(args)
-        plan = planning.make_plan(e)
+        plan = planning.plan_step(e)
         mesh = partitioning.make_mesh(**e.mesh_shape)
         with jax.set_mesh(mesh):
             state = assembly.abstract_state(e, mesh)

@@ -7,7 +7,8 @@
 Nothing is allocated, no device needed: weights, optimizer states and batches are shapes. A TPU
 compiler refuses what does not fit into the chips' memory; for GPUs the peak is compared with what
 they have. Prints, per device, arguments, temporaries and peak; what travels between devices; and a
-roofline estimate of the step's time. TPUs need libtpu, GPUs jax's CUDA plugin (see `hardware`).
+roofline estimate of the step's time. TPUs need libtpu, GPUs jax's CUDA plugin (see
+`omniforcing_jax.scaling.devices`).
 """
 
 import argparse
@@ -24,8 +25,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-from omniforcing_jax.scaling import aot, cost, devices, dry_run
-from omniforcing_jax.training.config.settings import ConfigError
+from launch import dry_run
+from omniforcing_jax.scaling import aot, devices
+from omniforcing_jax.scaling.planning import ACHIEVABLE
+from omniforcing_jax.training.config.settings import STAGES
 
 # What docs/scaling.md shows: (target, program, mesh, settings).
 CASES = (
@@ -61,7 +64,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--target", default="cpu", help=f"machine: {devices.EXAMPLES}")
-    add("--program", choices=aot.PROGRAMS, default="stage3")
+    add("--program", choices=(*STAGES, "stream"), default="stage3")
     add("--mesh", default="fsdp=-1", help="axes, such as fsdp=32,sequence=2; -1 is the rest")
     add("--variant", default="19b", help="of the stage's config file (default 19b)")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the config")
@@ -79,89 +82,62 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Compiles one case; what was found.
 
     Raises:
-      ValueError: the target is unknown or its compiler is missing.
-      ConfigError: the mesh or a setting is wrong.
+      ValueError: the target is unknown, its compiler is missing, or the mesh or a setting is wrong.
     """
-    target = devices.load(args.target)
-    mesh_shape = parse_mesh(args.mesh)
-    changes = dict(pair.split("=", 1) for pair in args.set)
-    changes = {name: json.loads(value) for name, value in changes.items()}
+    target, mesh = devices.Target.parse(args.target), dry_run.parse_mesh(args.mesh)
+    machine = target.load()
+    changes = dry_run.parse_settings(args.set)
     if args.program == "stream":
-        programs = aot.stream_programs(
-            target, mesh_shape, size=args.size, layers=args.layers, changes=changes
-        )
+        config = dry_run.stream_config(changes, size=args.size, layers=args.layers)
+        case = aot.stream_case(target, machine, mesh, *config)
     else:
-        programs = aot.stage_programs(
-            target,
-            args.program,
-            mesh_shape,
-            variant=args.variant,
-            size=args.size,
-            layers=args.layers,
-            changes=changes,
-        )
-    result = {
+        c = dry_run.stage_config(args.program, args.variant, changes, mesh)
+        e = dry_run.make_experiment(c, len(machine), size=args.size, layers=args.layers)
+        case = aot.stage_case(e, target, machine)
+    parts = {}
+    for name in case.programs:
+        start = time.perf_counter()
+        print(f"compiling {args.program} {name} for {args.target}", file=sys.stderr, flush=True)
+        try:
+            part, text = aot.measure(case, name, thorough=args.thorough)
+        except jax.errors.JaxRuntimeError as error:
+            part, text = {"refused": aot.reason(error)}, ""
+        parts[name] = part | {"seconds": round(time.perf_counter() - start, 1)}
+        if args.hlo and text:
+            args.hlo.mkdir(parents=True, exist_ok=True)
+            file = f"{args.program}_{name}_{args.target.replace(':', '_')}.hlo"
+            (args.hlo / file).write_text(text)
+        print(describe_part(name, parts[name]), file=sys.stderr, flush=True)
+    return {
         "target": args.target,
         "program": args.program,
-        "mesh": ",".join(f"{k}={v}" for k, v in programs.mesh_shape.items() if v > 1) or "1",
+        "mesh": dry_run.mesh_text(case.mesh.shape),
         "settings": changes,
         "size": args.size,
         "layers": args.layers,
         "thorough": args.thorough,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "jax": jax.__version__,
-        "parts": {},
+        "parts": parts,
+        "step": aot.step_times(case, parts),
     }
-    for name, lowered in programs.lowered.items():
-        start = time.perf_counter()
-        print(f"compiling {args.program} {name} for {args.target}", file=sys.stderr, flush=True)
-        try:
-            part, text = aot.compile_part(programs, name, lowered(), thorough=args.thorough)
-        except jax.errors.JaxRuntimeError as error:
-            part, text = {"refused": aot.reason(error)}, ""
-        part["seconds"] = round(time.perf_counter() - start, 1)
-        result["parts"][name] = part
-        if args.hlo and text:
-            args.hlo.mkdir(parents=True, exist_ok=True)
-            file = f"{args.program}_{name}_{args.target.replace(':', '_')}.hlo"
-            (args.hlo / file).write_text(text)
-        print(describe_part(name, part), file=sys.stderr, flush=True)
-    result["step"] = aot.step_times(programs, result["parts"])
-    return result
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """ "fsdp=32,sequence=2" -> {"fsdp": 32, "sequence": 2}.
-
-    Raises:
-      ValueError: not of this form, or an axis that there is not.
-    """
-    from omniforcing_jax.distributed.partitioning import MESH_AXES
-
-    axes = {}
-    for pair in text.split(","):
-        name, _, size = pair.partition("=")
-        if name not in MESH_AXES or not size.lstrip("-").isdigit():
-            raise ValueError(
-                f"mesh {text!r}: write it as fsdp=32,sequence=2; axes are {', '.join(MESH_AXES)}"
-            )
-        axes[name] = int(size)
-    return axes
 
 
 def describe_part(name: str, part: dict[str, Any]) -> str:
-    """A part's measurements as lines of text."""
+    """A part's measurements as a line of text."""
     if "refused" in part:
         return f"  {name}: refused after {part['seconds']} s: {part['refused']}"
-    gib = devices.GIB
-    sizes = {key: part[key] / gib for key in ("arguments", "temporaries", "peak")}
+    arguments, temporaries, peak = _gib(part)
     share = f" ({part['peak'] / part['hbm']:.0%} of the device)" if part.get("hbm") else ""
     moved = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in part["moved"].items())
     return (
-        f"  {name}: arguments {sizes['arguments']:.2f}, temporaries {sizes['temporaries']:.2f}, "
-        f"peak {sizes['peak']:.2f} GiB{share}; moved: {moved or 'nothing'}; "
-        f"compiled in {part['seconds']} s"
+        f"  {name}: arguments {arguments:.2f}, temporaries {temporaries:.2f}, peak {peak:.2f} "
+        f"GiB{share}; moved: {moved or 'nothing'}; compiled in {part['seconds']} s"
     )
+
+
+def _gib(part: dict[str, Any]) -> list[float]:
+    return [part[key] / devices.GIB for key in ("arguments", "temporaries", "peak")]
 
 
 def describe_step(step: dict[str, float]) -> str:
@@ -170,7 +146,7 @@ def describe_step(step: dict[str, float]) -> str:
         f"  average step: {step['flops'] / 1e15:.3g} PFLOP; compute {step['compute']:.3g} s, "
         f"memory {step['memory']:.3g} s, communication {step['communication']:.3g} s; "
         f"at least {step['overlapped']:.3g} s (MFU {step['mfu_bound']:.0%}), "
-        f"about {step['summed']:.3g} s without overlap at {cost.ACHIEVABLE:.0%} of the peak "
+        f"about {step['summed']:.3g} s without overlap at {ACHIEVABLE:.0%} of the peak "
         f"(MFU {step['mfu_summed']:.0%})"
     )
 
@@ -200,6 +176,12 @@ def _key(result: dict[str, Any]) -> tuple:
     return result["target"], result["program"], axes, settings, size, layers
 
 
+# Kinds of messages that stand together in the table.
+_COLUMNS = (
+    ("all-gather",),
+    ("all-reduce", "reduce-scatter"),
+    ("all-to-all", "collective-permute"),
+)
 _START, _END = "<!-- table: python -m launch.aot --table -->", "<!-- end of table -->"
 
 
@@ -237,18 +219,12 @@ def _table_rows(r: dict[str, Any]) -> list[str]:
         if "refused" in part:
             lines.append(f"| {' | '.join(cells)} | {name} | refused | | | | | |")
             continue
-        gib = "{:.1f} / {:.1f} / {:.1f}".format(
-            *(part[k] / devices.GIB for k in ("arguments", "temporaries", "peak"))
-        )
-        moved = part["moved"]
-        reduced = moved.get("all-reduce", 0) + moved.get("reduce-scatter", 0)
-        exchanged = moved.get("all-to-all", 0) + moved.get("collective-permute", 0)
+        gib = " / ".join(f"{size:.1f}" for size in _gib(part))
         sent = " / ".join(
-            f"{b / 1e9:.0f}" for b in (moved.get("all-gather", 0), reduced, exchanged)
+            f"{sum(part['moved'].get(kind, 0) for kind in kinds) / 1e9:.0f}" for kinds in _COLUMNS
         )
-        step, last = r["step"], i == len(r["parts"]) - 1
-        times = ["", "", ""]
-        if step and last:
+        step, times = r["step"], ["", "", ""]
+        if step and i == len(r["parts"]) - 1:
             times = [
                 f"{step['compute']:.2f} / {step['communication']:.2f}",
                 f"{step['overlapped']:.2f} to {step['summed']:.2f}",
@@ -279,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_all(args)
     try:
         result = measure(args)
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result["step"]:

@@ -9,13 +9,16 @@ with those of compiled programs.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-from omniforcing_jax.scaling import aot, cost, dry_run, planning, proposals
-from omniforcing_jax.scaling import devices as hardware
+from launch import dry_run
+from omniforcing_jax.scaling import planning
+from omniforcing_jax.scaling.devices import EXAMPLES, GIB, Target
+from omniforcing_jax.scaling.planning import MeshProposal
 from omniforcing_jax.training.config.settings import STAGES
 
 # Sizes that can be rented, for --smallest.
@@ -32,7 +35,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
     parser = argparse.ArgumentParser(prog="python -m launch.plan")
     add = parser.add_argument
-    add("--target", help=f"machine: {hardware.EXAMPLES}")
+    add("--target", help=f"machine: {EXAMPLES}")
     add("--stage", choices=STAGES, default="stage3")
     add("--variant", default="19b", help="of the stage's config file (default 19b)")
     add("--batch-size", type=int, help="clips per step (default: the config's)")
@@ -56,24 +59,45 @@ def settings(args: argparse.Namespace) -> dict:
     if args.blocks is not None:
         named["student.window"] = max(args.blocks - 2, 1)  # as long as training allows
     changes = {name: value for name, value in named.items() if value is not None}
-    for pair in args.set:
-        name, _, value = pair.partition("=")
-        changes[name] = json.loads(value)
-    return changes
+    return changes | dry_run.parse_settings(args.set)
 
 
-def table(found: list[proposals.Proposal], target: str, steps: int, show: int) -> str:
+def propose(
+    stage: str, target: Target, variant: str, changes: Mapping[str, Any], slices: int = 1
+) -> list[MeshProposal]:
+    """Every mesh and policy for a stage on a target, fastest estimate first.
+
+    Args:
+      changes: settings that differ from the variant's, such as {"batch_size": 64}.
+      slices: into how many of them, connected by the data centre's network, the target is split.
+
+    Raises:
+      ValueError: a setting that there is not, or no mesh is possible.
+    """
+    parts = (changes["microbatches"],) if "microbatches" in changes else planning.MICROBATCHES
+    return planning.propose(
+        dry_run.stage_config(stage, variant, changes),
+        dry_run.make_experiment,
+        target,
+        slices=slices,
+        microbatches=parts,
+    )
+
+
+def fitting(found: list[MeshProposal], target: Target) -> list[MeshProposal]:
+    """Those that leave a tenth of the memory free."""
+    return [p for p in found if target.device.holds(p.bytes)]
+
+
+def table(found: list[MeshProposal], target: Target, steps: int, show: int) -> str:
     """The best proposals as text."""
-    kind, _ = hardware.parse(target)
-    device, devices = hardware.DEVICES[kind], hardware.device_count(target)
-    limit = 0.9 * device.hbm
-    fitting = [p for p in found if p.bytes <= limit]
+    hbm, good = target.device.hbm, fitting(found, target)
     lines = [
-        f"{target}: {devices} devices with {device.hbm / hardware.GIB:.1f} GiB; "
-        f"{len(fitting)} of {len(found)} possible settings stay below 90 %",
+        f"{target.name}: {target.num_devices} devices with {hbm / GIB:.1f} GiB; "
+        f"{len(good)} of {len(found)} possible settings stay below 90 %",
     ]
-    shown = fitting[:show]
-    if not fitting:
+    shown = good[:show]
+    if not good:
         shown = sorted(found, key=lambda p: p.bytes)[:1]
         lines.append("none fits; the smallest is")
     header = (
@@ -82,30 +106,26 @@ def table(found: list[proposals.Proposal], target: str, steps: int, show: int) -
     )  # fmt: skip
     rows = [header]
     for p in shown:
-        hours = p.seconds[1] * steps / 3600
+        times = [f"{p.step[k]:.2f}" for k in ("compute", "communication", "overlapped", "summed")]
+        hours = p.step["summed"] * steps / 3600
         rows.append(
             (
-                ",".join(f"{k}={v}" for k, v in p.mesh.items() if v > 1) or "1",
+                dry_run.mesh_text(p.mesh),
                 str(p.microbatches),
                 "whole" if p.gather_weights else "by layer",
-                f"{p.bytes / hardware.GIB:.1f}",
-                f"{p.bytes / device.hbm:.0%}",
-                f"{p.parts['compute']:.2f}",
-                f"{p.parts['communication']:.2f}",
-                f"{p.seconds[0]:.2f}",
-                f"{p.seconds[1]:.2f}",
-                f"{p.mfu:.0%}",
+                f"{p.bytes / GIB:.1f}",
+                f"{p.bytes / hbm:.0%}",
+                *times,
+                f"{p.step['mfu_summed']:.0%}",
                 f"{hours:.1f} h",
-                f"${hours * devices * device.dollars:,.0f}",
+                f"${hours * target.num_devices * target.device.dollars:,.0f}",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
     if shown:
         lines += ["", "memory per device of the first"]
-        lines += [
-            f"  {name:<45}{size / hardware.GIB:>8.2f} GiB" for name, size in shown[0].memory.items()
-        ]
+        lines += [f"  {name:<45}{n / GIB:>8.2f} GiB" for name, n in shown[0].memory.items()]
     return "\n".join(lines)
 
 
@@ -114,13 +134,10 @@ def smallest(args: argparse.Namespace, changes: dict, steps: int) -> str:
     lines = []
     for kind, shapes in MACHINES.items():
         for shape in shapes:
-            found = proposals.propose(
-                args.stage, f"{kind}:{shape}", variant=args.variant, changes=changes
-            )
-            limit = 0.9 * hardware.DEVICES[kind].hbm
-            if any(p.bytes <= limit for p in found):
-                text = table(found, f"{kind}:{shape}", steps, show=1)
-                lines += [*text.splitlines()[:3], ""]
+            target = Target.parse(f"{kind}:{shape}")
+            found = propose(args.stage, target, args.variant, changes)
+            if fitting(found, target):
+                lines += [*table(found, target, steps, show=1).splitlines()[:3], ""]
                 break
         else:
             lines += [f"{kind}: does not fit on {shapes[-1]} or less", ""]
@@ -137,26 +154,21 @@ def compare(file: pathlib.Path) -> str:
     for r in json.loads(file.read_text()):
         if not r["step"] or r["program"] == "stream":
             continue
-        kind, _ = hardware.parse(r["target"])
-        mesh = {name: int(n) for name, n in (pair.split("=") for pair in r["mesh"].split(","))}
+        target = Target.parse(r["target"])
+        mesh = dry_run.parse_mesh(r["mesh"])
         # these rows were compiled when gradients of weights were added up in the compute dtype
         changes = {"compute.reduce_dtype": "bfloat16"} | r["settings"]
-        c = aot.stage_config(r["program"], mesh, "19b", changes)
-        devices = hardware.device_count(r["target"])
-        e = dry_run.make_experiment(c, devices)
-        planned = proposals.evaluate(e, kind, hardware.DEVICES[kind], devices)
-        traffic = cost.traffic(e, cost.step(e), planning.make_plan(e).parameters["generator"])
-        sent = sum(dataclasses.astuple(traffic)) / 1e9
-        peak = max(part["peak"] for part in r["parts"].values()) / hardware.GIB
+        c = dry_run.stage_config(r["program"], "19b", changes, mesh)
+        planned = planning.evaluate(dry_run.make_experiment(c, target.num_devices), target)
+        peak = max(part["peak"] for part in r["parts"].values())
         share = {"generator_step": 1 / c.get("critic_updates", 1)}
-        moved = sum(
-            sum(part["moved"].values()) * share.get(name, 1.0) for name, part in r["parts"].items()
-        )
+        sent, moved = sum(planned.sent.values()), 0.0
+        for name, part in r["parts"].items():
+            moved += sum(part["moved"].values()) * share.get(name, 1.0)
         lines.append(
             f"| {r['program']}, {r['target']} | {r['mesh']} "
-            f"| {planned.bytes / hardware.GIB:.1f} / {peak:.1f} "
-            f"| {planned.bytes / hardware.GIB / peak - 1:+.0%} "
-            f"| {sent:.0f} / {moved / 1e9:.0f} | {sent * 1e9 / moved - 1:+.0%} |"
+            f"| {planned.bytes / GIB:.1f} / {peak / GIB:.1f} | {planned.bytes / peak - 1:+.0%} "
+            f"| {sent / 1e9:.0f} / {moved / 1e9:.0f} | {sent / moved - 1:+.0%} |"
         )
     return "\n".join(lines)
 
@@ -169,13 +181,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         changes = settings(args)
-        steps = args.steps or proposals.steps_of(args.stage, args.variant)
+        steps = args.steps or dry_run.stage_config(args.stage, args.variant).num_steps
         if args.smallest:
             print(smallest(args, changes, steps))
             return 0
         if not args.target:
             raise ValueError("name a machine with --target, or ask for --smallest")
-        found = proposals.propose(args.stage, args.target, variant=args.variant, changes=changes)
+        target = Target.parse(args.target)
+        if target.device is None:
+            raise ValueError(f"plans are for TPUs and GPUs, not for {target.name}")
+        found = propose(args.stage, target, args.variant, changes)
         if not found:
             raise ValueError(
                 "no mesh is possible: the batch must be a multiple of fsdp x microbatches, and "
@@ -184,9 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(found, args.target, steps, args.show))
-    limit = 0.9 * hardware.DEVICES[hardware.parse(args.target)[0]].hbm
-    return 0 if any(p.bytes <= limit for p in found) else 1
+    print(table(found, target, steps, args.show))
+    return 0 if fitting(found, target) else 1
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def run(stage: str) -> int:
             raise ConfigError(["--workdir: name a folder for the run"])
     except ConfigError as error:
         return refuse(f"the config cannot be run:\n{error}")
-    plan = planning.make_plan(e)
+    plan = planning.plan_step(e)
     if _PLAN.value:
         print(planning.describe(e, plan))
         return 0
@@ -110,7 +110,11 @@ def run(stage: str) -> int:
 
 
 def _train(
-    e: Experiment, plan: planning.Plan, workdir: epath.Path, console: Console, watchdog: Watchdog
+    e: Experiment,
+    plan: planning.StepPlan,
+    workdir: epath.Path,
+    console: Console,
+    watchdog: Watchdog,
 ) -> Outcome:
     from omniforcing_jax.training.previews import training_hooks
 

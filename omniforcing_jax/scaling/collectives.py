@@ -1,15 +1,15 @@
 """What a compiled program sends between devices, read from its text.
 
 XLA's own cost analysis counts the body of a loop once and says nothing about communication. Here
-the instructions of every computation are multiplied by how often it runs: a loop's count is the
-constant that its condition compares with; a loop that stops when the data says so gets the count it
-is given.
+the instructions of every computation are multiplied by how often it runs: a loop's count is what
+XLA notes beside it, or the constant that its condition compares with; a loop that stops when the
+data says so gets the count it is given.
 """
 
 import collections
-import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ _BYTES = {
     "s64": 8, "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "f8e4m3fn": 1,
     "f8e5m2": 1,
 }  # fmt: skip
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLS = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
@@ -35,103 +35,71 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\][^ ]* constant\((\d+)\)")
-_MESH_GROUPS = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\]\s*(?:device_ids=\([^)]*\))?\s*\{([^}]*)\}"
-)
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_RESHAPED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*(?:device_ids=\([^)]*\))?\s*\{([^}]*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A kind of message that a program sends.
+class Message(NamedTuple):
+    """What one collective of a program sends.
 
     Attributes:
       kind: one of `KINDS`.
       shape: of its (largest) result, such as "bf16[4096,16384]".
       bytes: that a device takes in each time.
       group: devices that take part, by their number in the mesh.
-      count: how often it is sent when the program runs once.
       name: of the JAX operation behind it.
+      count: how often it is sent when the program runs once.
     """
 
     kind: str
     shape: str
     bytes: float
     group: tuple[int, ...]
-    count: float
     name: str
+    count: float
 
 
-def read(text: str, *, open_loops: float = 1.0) -> list[Collective]:
-    """The collectives of an optimized HLO module (`compiled.as_text()`).
+def read(text: str, *, open_loops: float = 1.0) -> list[Message]:
+    """The messages of an optimized HLO module (`compiled.as_text()`).
+
+    Branches of a conditional count as if all of them ran.
 
     Args:
       open_loops: iterations of loops whose condition compares with no constant.
     """
-    computations, entry = _computations(text)
-    times = _times_run(computations, entry, open_loops)
+    computations: dict[str, list[str]] = {}
+    current = None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[1], [])
+        elif current is not None:
+            current.append(line)
+    times = collections.defaultdict(float, {name: 1.0 for name in list(computations)[-1:]})
     found = collections.defaultdict(float)
-    for name, lines in computations.items():
+    # a computation stands in front of those that call it, the entry last
+    for name, lines in reversed(computations.items()):
         if not times[name]:
             continue
         scattered = name.startswith("all-reduce-scatter")  # what TPUs make of a reduce-scatter
         for line in lines:
+            for callee, count in _calls(line, computations, open_loops):
+                times[callee] += count * times[name]
             if (message := _message(line, scattered)) is not None:
                 found[message] += times[name]
-    return [Collective(*m[:4], count, m[4]) for m, count in found.items()]
+    return [Message(*message, count) for message, count in found.items()]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    computations, current, entry = {}, None, ""
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif current is not None:
-            current.append(line)
-    return computations, entry
-
-
-def _times_run(computations, entry: str, open_loops: float) -> dict[str, float]:
-    """How often each computation runs; branches of a conditional count as if all of them did."""
-    times = collections.defaultdict(float)
-    edges = {name: _calls(lines, computations, open_loops) for name, lines in computations.items()}
-    order, seen = [], set()
-
-    def visit(name):  # callees before callers
-        stack = [(name, iter(edges[name]))]
-        seen.add(name)
-        while stack:
-            current, callees = stack[-1]
-            for callee, _ in callees:
-                if callee not in seen and callee in edges:
-                    seen.add(callee)
-                    stack.append((callee, iter(edges[callee])))
-                    break
-            else:
-                order.append(current)
-                stack.pop()
-
-    visit(entry)
-    times[entry] = 1.0
-    for name in reversed(order):
-        for callee, count in edges[name]:
-            times[callee] += count * times[name]
-    return times
-
-
-def _calls(lines: list[str], computations, open_loops: float) -> list[tuple[str, float]]:
-    calls = []
-    for line in lines:
-        if loop := _WHILE.search(line):
-            known = _TRIPS.search(line)
-            trips = int(known[1]) if known else _trips(computations.get(loop[1], []), open_loops)
-            calls += [(loop[2], trips), (loop[1], trips)]
-            continue
-        calls += [(name, 1.0) for name in _CALLS.findall(line)]
-        for branches in _BRANCHES.findall(line):
-            calls += [(name.strip().lstrip("%"), 1.0) for name in branches.split(",")]
-    return calls
+def _calls(line: str, computations, open_loops: float) -> list[tuple[str, float]]:
+    """Computations that an instruction runs, and how often."""
+    if loop := _WHILE.search(line):
+        known = _TRIPS.search(line)
+        trips = int(known[1]) if known else _trips(computations.get(loop[1], []), open_loops)
+        return [(loop[2], trips), (loop[1], trips)]
+    branches = ",".join(_BRANCHES.findall(line)).split(",")
+    return [(name.strip(" %"), 1.0) for name in [*_CALLS.findall(line), *branches] if name]
 
 
 def _trips(condition: list[str], open_loops: float) -> float:
@@ -141,88 +109,71 @@ def _trips(condition: list[str], open_loops: float) -> float:
     used = [int(n) for name, n in constants.items() if re.search(rf"%?{re.escape(name)}\b", root)]
     if not used and "fusion(" in root:
         used = [int(n) for n in constants.values()]
-    if len(used) != 1:
-        return open_loops
-    return used[0] + ("direction=LE" in root)
+    return used[0] + ("direction=LE" in root) if len(used) == 1 else open_loops
 
 
 def _message(line: str, scattered: bool) -> tuple[str, str, float, tuple[int, ...], str] | None:
+    """A `Message` without its count; None for other instructions."""
     match = _COLLECTIVE.search(line)
     if match is None:
         return None
-    kind = match[2]
-    result = match[1]
-    if match[3] and kind != "all-reduce":  # (operand, result, ...) or ((operands), (results), ...)
+    result, kind, started = match.groups()
+    if started and kind != "all-reduce":  # (operand, result, ...) or ((operands), (results), ...)
         plain = re.sub(r"\{[^}]*\}", "", result)  # without layouts, which have brackets too
-        result = plain.partition(")")[2] if plain.startswith("((") else _after_first(plain)
+        nested = plain.startswith("((")
+        result = plain.partition(")")[2] if nested else _SHAPE.sub("", plain, count=1)
     shapes = [(dtype, dims) for dtype, dims in _SHAPE.findall(result) if dtype in _BYTES]
-    sizes = [_BYTES[d] * math.prod(int(n) for n in dims.split(",") if n) for d, dims in shapes]
-    if not sizes:
+    if started and kind == "collective-permute":
+        shapes = shapes[:1]  # behind it stand counters
+    if not shapes:
         return None
-    if match[3] and kind == "collective-permute":
-        sizes, shapes = sizes[:1], shapes[:1]  # behind it stand counters
-    size = sum(sizes)
-    group = _group(line, kind)
+    sizes = [_BYTES[d] * math.prod(int(n) for n in dims.split(",") if n) for d, dims in shapes]
+    group = _group(line)
     n = max(len(group), 1)
     share = (n - 1) / n
     factor = {
-        "all-gather": share,
-        "all-reduce": 2 * share,
+        "all-reduce": share if scattered else 2 * share,
         "reduce-scatter": n - 1,  # the result is one n-th of what is reduced
-        "all-to-all": share,
         "collective-permute": 1.0,
         "collective-broadcast": 1.0,
-    }[kind]
+    }.get(kind, share)
     if scattered and kind == "all-reduce":
-        kind, factor = "reduce-scatter", share
+        kind = "reduce-scatter"
     dtype, dims = shapes[int(np.argmax(sizes))]
     name = re.search(r'op_name="([^"]*)"', line)
-    return kind, f"{dtype}[{dims}]", size * factor, group, name[1] if name else ""
+    return kind, f"{dtype}[{dims}]", sum(sizes) * factor, group, name[1] if name else ""
 
 
-def _after_first(shapes: str) -> str:
-    """What stands behind the first shape of a tuple."""
-    first = _SHAPE.search(shapes)
-    return shapes[first.end() :] if first else shapes
-
-
-def _group(line: str, kind: str) -> tuple[int, ...]:
-    """The group of the first device that sends anything."""
-    if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
-        ring = re.search(r"source_target_pairs=(\{\{.*?\}\})", line)
-        return _ring(ring[1]) if ring else tuple(int(p) for p in pairs.groups()) if pairs else ()
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return tuple(int(i) for i in match[1].split(","))
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims = (tuple(int(i) for i in match[j].split(",")) for j in (1, 2))
+def _group(line: str) -> tuple[int, ...]:
+    """The group of the first device that sends anything, in one of the four ways it is written."""
+    if match := _PAIRS.search(line):  # a permutation: what it connects with the first device
+        target = {int(a): int(b) for a, b in re.findall(r"(\d+),(\d+)", match[1])}
+        here, group = next(iter(target)), set()
+        while here is not None and here not in group:
+            group.add(here)
+            here = target.get(here)
+        return tuple(sorted(group))
+    if match := _LISTED.search(line):
+        return _numbers(match[1])
+    if match := _RESHAPED.search(line):
+        shape, dims = _numbers(match[1]), _numbers(match[2])
         ids = np.arange(math.prod(dims)).reshape(dims)
-        if match[3]:
-            ids = ids.transpose([int(i) for i in match[3].split(",")])
-        return tuple(int(i) for i in ids.reshape(shape)[0])
-    if match := _MESH_GROUPS.search(line):
+        ids = ids.transpose(_numbers(match[3])) if match[3] else ids
+        return tuple(ids.reshape(shape)[0].tolist())
+    if match := _OF_MESH.search(line):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        ids = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
         used = re.findall(r"'(\w+)'", match[2])
+        ids = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
         index = tuple(slice(None) if name in used else 0 for name in axes)
-        return tuple(int(i) for i in np.asarray(ids[index]).reshape(-1))
+        return tuple(np.ravel(ids[index]).tolist())
     return ()
 
 
-def _ring(pairs: str) -> tuple[int, ...]:
-    """Devices that a permutation connects with the first one."""
-    target = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)}
-    start = next(iter(target), None)
-    if start is None:
-        return ()
-    ring, here = [start], target[start]
-    while here != start and here in target and len(ring) <= len(target):
-        ring.append(here)
-        here = target[here]
-    return tuple(sorted({*ring, here}))
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(","))
 
 
-def total_bytes(messages: list[Collective]) -> dict[str, float]:
+def total_bytes(messages: list[Message]) -> dict[str, float]:
     """Bytes that a device takes in, by kind."""
     totals = dict.fromkeys(KINDS, 0.0)
     for message in messages:

@@ -21,28 +21,10 @@ import rich.console
 from etils import epath
 
 from omniforcing_jax.io.paths import is_remote, locate
+from omniforcing_jax.scaling.devices import peak_flops
 
 JSONL = "metrics.jsonl"
 _UPLOAD_SECONDS = 30  # between two versions of it on object storage
-# Dense bf16 peak of one device in TFLOP/s by a part of `device_kind` (vendors' data sheets). The
-# first match counts: "TPU v5" is what a v5p calls itself, "TPU v5 lite" a v5e.
-PEAK_TFLOPS = {
-    "B300": 2250,
-    "B200": 2250,
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "TPU7x": 2307,
-    "TPU v6": 918,
-    "TPU v5 lite": 197,
-    "TPU v5": 459,
-    "TPU v4": 275,
-}
-
-
-def peak_tflops(device_kind: str) -> float | None:
-    """Peak bf16 TFLOP/s of a device; None if it is not known."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_kind), None)
 
 
 def is_band(name: str) -> bool:
@@ -264,9 +246,9 @@ class Stopwatch:
             speed["tokens_per_second"] = self._tokens * rate
         if self._flops is not None:
             speed["tflops_per_second"] = self._flops * rate / 1e12
-            peak = peak_tflops(jax.devices()[0].device_kind)
+            peak = peak_flops(jax.devices()[0].device_kind)
             if peak is not None:
-                speed["mfu"] = speed["tflops_per_second"] / (peak * jax.device_count())
+                speed["mfu"] = self._flops * rate / (peak * jax.device_count())
         return {f"speed/{name}": value for name, value in speed.items()}
 
 

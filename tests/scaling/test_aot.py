@@ -5,19 +5,23 @@ import json
 import pytest
 
 from launch import aot as launch_aot
+from launch import dry_run
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.scaling import aot, devices
+from omniforcing_jax.scaling import aot
+from omniforcing_jax.scaling.devices import Target
 
 PARAMETERS = {"2.0": 18_876_174_592, "2.3": 18_988_838_144}
 
 
 @pytest.mark.parametrize("version", ["2.0", pytest.param("2.3", marks=pytest.mark.slow)])
 def test_full_size_block_step_compiles(version):
-    programs = aot.stream_programs(devices.load("cpu"), {"tensor": 1}, version=version)
-    part, _ = aot.compile_part(programs, "block_step", programs.lowered["block_step"]())
+    target = Target.parse("cpu")
+    config = dry_run.stream_config(version=version)
+    case = aot.stream_case(target, target.load(), {"tensor": 1}, *config)
+    part, _ = aot.measure(case, "block_step")
     cache = kv_cache.cache_bytes(
         CacheConfig(BlockLayout.prefix(), 7),
         TransformerConfig(),
@@ -72,34 +76,21 @@ def test_bad_input(arguments, expected, capsys):
     assert expected in capsys.readouterr().err
 
 
-def test_speed_of_an_axis():
-    class Chip:
-        def __init__(self, *coords):
-            self.coords = coords
-
-    import numpy as np
-
-    chips = np.array([[Chip(x, y, 0) for y in range(2)] for x in range(4)], object)
-    target = devices.Target("v5p:4x2x1", tuple(chips.reshape(-1)), devices.DEVICES["v5p"])
-    mesh = type("Mesh", (), {})()
-    mesh.axis_names, mesh.shape, mesh.devices = ("fsdp", "tensor"), {"fsdp": 4, "tensor": 2}, chips
-    link = devices.DEVICES["v5p"].link_speed
-    assert devices.axis_speed(target, mesh, ("fsdp",)) == 2 * link
-    assert devices.axis_speed(target, mesh, ("fsdp", "tensor")) == 4 * link
-    assert devices.axis_speed(target, mesh, ()) == float("inf")
+def stage2(name: str, mesh: dict, *, layers: int, batch_size: int):
+    """Stage II of some layers of the 19B model: the experiment, and its case."""
+    target = Target.parse(name)
+    c = dry_run.stage_config("stage2", "19b", {"batch_size": batch_size}, mesh)
+    e = dry_run.make_experiment(c, target.num_devices, layers=layers)
+    return e, aot.stage_case(e, target, target.load())
 
 
 @pytest.mark.slow
 def test_the_smallest_tpu_case():
     """Two layers of the 19B model's stage II on four TPU v5p chips, through libtpu."""
-    target = devices.load("v5p:2x2x1")
-    programs = aot.stage_programs(
-        target, "stage2", {"fsdp": 2, "sequence": 2}, layers=2, changes={"batch_size": 2}
-    )
-    part, text = aot.compile_part(programs, "step", programs.lowered["step"]())
+    _, case = stage2("v5p:2x2x1", {"fsdp": 2, "sequence": 2}, layers=2, batch_size=2)
+    part, text = aot.measure(case, "step")
     assert part["fits"] and part["moved"]["all-gather"] > 1e9
     assert "splash" in text
     with pytest.raises(Exception, match=r"memory|RESOURCE|exceed"):
-        refused = aot.stage_programs(devices.load("v5e:2x2"), "stage2", {"fsdp": 4}, layers=8,
-                                     changes={"batch_size": 4})  # fmt: skip
-        aot.compile_part(refused, "step", refused.lowered["step"]())
+        _, refused = stage2("v5e:2x2", {"fsdp": 4}, layers=8, batch_size=4)
+        aot.measure(refused, "step")

@@ -96,7 +96,7 @@ def test_the_papers_settings(full_size):
 def test_plan_of_the_full_model(full_size):
     """Counts against the published model, and bytes against twelve per trained parameter."""
     e = checked("stage3", full_size, devices=64, **{"mesh.tensor": 2})
-    plan = planning.make_plan(e)
+    plan = planning.plan_step(e)
     assert plan.parameters["teacher"] == 18_876_174_592
     assert plan.parameters["generator"] == plan.parameters["teacher"] + 16 * 2048
     memory = plan.bytes_per_device
@@ -110,18 +110,18 @@ def test_plan_of_the_full_model(full_size):
     text = planning.describe(e, plan)
     assert "18,876,174,592" in text
     assert "GiB" in text
-    one = planning.make_plan(checked("stage3", full_size, devices=1))
+    one = planning.plan_step(checked("stage3", full_size, devices=1))
     assert one.bytes_per_device["generator: masters"] == 4 * one.parameters["generator"]
 
 
 def test_gathered_weights_are_whole_on_every_device(full_size):
-    plan = planning.make_plan(checked("stage1", full_size, **{"compute.gather_weights": True}))
+    plan = planning.plan_step(checked("stage1", full_size, **{"compute.gather_weights": True}))
     memory = plan.bytes_per_device
     whole = memory["generator: whole weights for rollouts"]
     assert whole > 35 * GIB
     # biases and tables are whole in any case
     assert whole == pytest.approx(32 * memory["generator: compute weights"], rel=0.05)
-    usual = planning.make_plan(checked("stage1", full_size)).bytes_per_device
+    usual = planning.plan_step(checked("stage1", full_size)).bytes_per_device
     assert "generator: whole weights for rollouts" not in usual
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import types
 
 import jax
 import pytest
@@ -100,7 +101,7 @@ def test_console_line():
 def test_speed(monkeypatch):
     clock = iter((0.0, 1.0, 2.0, 3.0, 6.0, 7.0, 9.0, 10.0))
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(metrics, "peak_tflops", lambda kind: 4.0)
+    monkeypatch.setattr(metrics, "peak_flops", lambda kind: 4e12)
     watch = Stopwatch(flops_per_step=2e12, tokens_per_step=50)
     for what in ("data", "step", "other"):  # 1, 3 and 2 of 10 seconds
         with watch.measure(what):
@@ -118,9 +119,23 @@ def test_speed(monkeypatch):
     )
 
 
-def test_peaks():
-    assert metrics.peak_tflops("NVIDIA H100 80GB HBM3") == 989
-    assert metrics.peak_tflops("TPU v5 lite") == 197
-    assert metrics.peak_tflops("TPU v5p") == metrics.peak_tflops("TPU v5") == 459
-    assert metrics.peak_tflops("cpu") is None
+@pytest.mark.parametrize(
+    ("kind", "count", "mfu"),
+    [
+        ("TPU7x", 2, 0.5),  # a chip of 2306 TFLOP/s is two devices
+        ("TPU v5", 4, 1153 / 459 / 4),  # what a v5p calls itself
+        ("NVIDIA H200", 1, 1153 / 989),
+        ("cpu", 1, None),
+    ],
+)
+def test_mfu_counts_the_devices_of_jax(kind, count, mfu, monkeypatch):
+    clock = iter((0.0, 2.0))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    speed = Stopwatch(flops_per_step=1153e12).read(2)
+    assert speed.get("speed/mfu") == (mfu and pytest.approx(mfu))
+
+
+def test_memory_has_known_names():
     assert set(metrics.memory_use()) <= {"memory/in_use_gib", "memory/peak_gib"}
