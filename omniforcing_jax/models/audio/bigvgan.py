@@ -207,6 +207,8 @@ class AntialiasedSnake(nn.Module):
         alpha, beta = SnakeBeta(x.shape[-1], name="act")()
         up_filter = LowPass(name="upsample")()
         down_filter = Downsample(name="downsample")()
+        if self.is_initializing():
+            return x  # of the same shape; tracing 200 activations would take seconds
         return antialiased_snake(x, alpha, beta, up_filter, down_filter)
 
 
