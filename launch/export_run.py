@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from checkpoint_converters import converting
 from checkpoint_converters.export import export
+from checkpoint_converters.output import appearing, folder_problems
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.transformer.config import TransformerConfig
@@ -140,22 +140,27 @@ def export_run(
     if step is None:
         raise FileNotFoundError(f"{run} has no complete checkpoint yet")
     source = f"{run.resolve().name}, step {step}, {weights}"
-    content, student = student_content(checkpoints.load_config(base), config, source)
+    before = checkpoints.load_config(base)
+    content, student = student_content(before, config, source)
     shapes = jax.eval_shape(lambda: init_params(Transformer(student), jax.random.key(0)))
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), shapes)
     generator = load_generator(run, expected, which=weights, step=step)
 
-    others = [base / name for name in content["components"] if name != "transformer"]
-    num_bytes = sum(f.stat().st_size for folder in others for f in folder.rglob("*") if f.is_file())
+    others = {
+        name: pathlib.Path(checkpoints.component_folder(base, name, before))
+        for name in before["components"]
+        if name != "transformer"
+    }
+    files = [f for folder in others.values() for f in folder.rglob("*") if f.is_file()]
+    num_bytes = sum(file.stat().st_size for file in files)
     num_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(generator))
     output = output.absolute()
-    partial = converting.partial_path(output)
-    problems = converting.output_problems(output, partial, overwrite, num_bytes)
+    problems = folder_problems(output, overwrite, num_bytes)
     if problems:
         raise ConversionError(problems)
-    with converting.appearing(output, partial):
-        for folder in others:
-            shutil.copytree(folder, partial / folder.name)
+    with appearing(output) as partial:
+        for name, folder in others.items():
+            shutil.copytree(folder, partial / name)
         checkpoints.save_params(partial, "transformer", generator, content)
     return step
 

@@ -208,7 +208,7 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 # Settings that exist in the metadata but have a single value in every published model.
-_FIXED = {
+FIXED_SETTINGS = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "norm_elementwise_affine": False,
@@ -242,7 +242,7 @@ _REQUIRED = (
 def _supported(transformer: Mapping[str, Any]) -> None:
     problems = [
         f"{key} is {transformer[key]!r}; only {value!r} is supported"
-        for key, value in _FIXED.items()
+        for key, value in FIXED_SETTINGS.items()
         if key in transformer and transformer[key] != value
     ]
     problems += [f"{key} is missing" for key in _REQUIRED if key not in transformer]
