@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from checkpoint_converters.export import export
-from checkpoint_converters.output import appearing, folder_problems
+from checkpoint_converters.output import appearing, file_problems, folder_problems
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.transformer.config import TransformerConfig
@@ -181,7 +181,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--safetensors", type=pathlib.Path, help="also write one file in the official layout")
     add("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
+    file = args.safetensors and args.safetensors.absolute()
     try:
+        if file and (problems := file_problems(file, args.overwrite, 0)):
+            raise ConversionError(problems)
         step = export_run(
             args.run,
             args.output,
@@ -191,13 +194,25 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             overwrite=args.overwrite,
         )
-        print(f"{args.output}: {args.weights} of {args.run}, step {step}")
-        if args.safetensors is not None:
-            export(args.output, args.safetensors, overwrite=args.overwrite, show_progress=True)
-            print(f"{args.safetensors}: {args.safetensors.stat().st_size / 1e9:.2f} GB")
     except (ConversionError, ValueError, FileNotFoundError, KeyboardInterrupt) as error:
-        print(error or "interrupted, nothing was written", file=sys.stderr)
+        print(str(error) or "interrupted, nothing was written", file=sys.stderr)
         return 1
+    print(f"{args.output}: {args.weights} of {args.run}, step {step}")
+    if not file:
+        return 0
+    try:
+        export(args.output, file, overwrite=args.overwrite, show_progress=True)
+    except (ConversionError, KeyboardInterrupt) as error:
+        reasons = error.problems if isinstance(error, ConversionError) else ["interrupted"]
+        print(
+            f"{file} was not written; {args.output} was, and is complete: "
+            "checkpoint_converters.export makes the file from it",
+            *reasons,
+            sep="\n",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{args.safetensors}: {file.stat().st_size / 1e9:.2f} GB")
     return 0
 
 
