@@ -1,19 +1,15 @@
 """Everything that can be known to be wrong before a byte is written, in plain words."""
 
-import os
-import pathlib
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 
 from checkpoint_converters import key_map
-from checkpoint_converters.reading import Checkpoint, add_sections, mixed_versions
+from checkpoint_converters.reading import Checkpoint, combine
 from checkpoint_converters.safetensors_io import TensorInfo
 from checkpoint_converters.shapes import ANY, expected_shapes
 
 KNOWN_VERSIONS = ("2.0", "2.3", "2.5")
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
-SPARE_BYTES = 64 << 20
 
 # prefix of the official key: component; the first that fits
 _OWNERS = (
@@ -39,35 +35,18 @@ def present_components(tensors: Iterable[str]) -> tuple[str, ...]:
 
 
 def merge(checkpoints: list[Checkpoint]) -> tuple[Checkpoint, list[str]]:
-    """One checkpoint out of several files that each hold some components, and what is wrong.
-
-    Files of different model versions do not fit together: LTX-2.0 and 2.3 have different latents.
-    """
-    problems = []
-    tensors: dict[str, TensorInfo] = {}
-    config: dict = {}
-    for checkpoint in checkpoints:
-        problems += [f"{checkpoint.path}: {key} is in another input as well; drop one"
-                     for key in checkpoint.tensors if key in tensors]  # fmt: skip
-        tensors |= checkpoint.tensors
-        problems += add_sections(config, checkpoint.config or {}, checkpoint.path)
-        if checkpoint.config is None:
-            problems.append(
-                f"{checkpoint.path}: no `config` in the file's metadata, so its architecture is "
-                "unknown; use the original file (re-saved ones often lose it), or "
-                "checkpoint_converters.omniforcing for an OmniForcing student"
-            )
-    versions = {c.path: c.model_version for c in checkpoints}
-    problems += mixed_versions(versions)
+    """One checkpoint out of several files that each hold some components, and what is wrong."""
+    twice = "is in another input as well; drop one"
+    merged, problems = combine(checkpoints[0].path, checkpoints, twice)
+    problems += [
+        f"{checkpoint.path}: no `config` in the file's metadata, so its architecture is unknown; "
+        "use the original file (re-saved ones often lose it), or "
+        "checkpoint_converters.omniforcing for an OmniForcing student"
+        for checkpoint in checkpoints
+        if checkpoint.config is None
+    ]
     for checkpoint in checkpoints:
         problems += version_problems(checkpoint)
-    merged = Checkpoint(
-        path=checkpoints[0].path,
-        tensors=tensors,
-        config=config,
-        model_version=next(filter(None, versions.values()), None),
-        files=tuple(file for c in checkpoints for file in c.files),
-    )
     return merged, problems
 
 
@@ -172,42 +151,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number, number])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def output_problems(
-    output: pathlib.Path, partial: pathlib.Path, overwrite: bool, num_bytes: int
-) -> list[str]:
-    """Whether the result can be written: place free, folder writable, disk large enough."""
-    problems = []
-    if output.exists() and not output.is_dir():
-        problems.append(f"{output}: is a file; choose another --output")
-    elif output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            problems.append(f"{output}: not empty; choose another --output or pass --overwrite")
-        elif not (output / "config.json").is_file():
-            problems.append(
-                f"{output}: is not a converted checkpoint, so --overwrite does not delete it; "
-                "choose another --output"
-            )
-    if partial.exists() and not overwrite:
-        problems.append(
-            f"{partial}: left by an interrupted conversion, or another one is running; "
-            "delete it or pass --overwrite"
-        )
-    parent = existing_parent(output)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        problems.append(f"{parent}: cannot be written to; choose another --output")
-        return problems
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes + SPARE_BYTES:
-        problems.append(
-            f"{parent}: {free / 1e9:.1f} GB free, {(num_bytes + SPARE_BYTES) / 1e9:.1f} GB needed; "
-            "free some space, choose another --output, or convert fewer --components"
-        )
-    return problems
-
-
-def existing_parent(output: pathlib.Path) -> pathlib.Path:
-    """The folder that holds `output`, or the nearest above it that is there."""
-    folder = output.parent
-    return next(path for path in (folder, *folder.parents) if path.exists())

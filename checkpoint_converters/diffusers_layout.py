@@ -10,7 +10,9 @@ import pathlib
 import re
 
 from checkpoint_converters.key_map import DIT
+from checkpoint_converters.published import published_config
 from checkpoint_converters.safetensors_io import ConversionError
+from omniforcing_jax.models.transformer.config import FIXED_SETTINGS
 
 # sub-folder of a diffusers model: component
 DIFFUSERS_FOLDERS = {
@@ -40,10 +42,7 @@ DIFFUSERS_NAMES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         "",
         (
             (r"^text_proj_in\.", "text_embedding_projection.aggregate_embed."),
-            (
-                r"^(video|audio)_text_proj_in\.",
-                r"text_embedding_projection.\1_aggregate_embed.",
-            ),
+            (r"^(video|audio)_text_proj_in\.", r"text_embedding_projection.\1_aggregate_embed."),
             (r"^(video|audio)_connector\.", DIT + r"\1_embeddings_connector."),
             (r"\.transformer_blocks\.", ".transformer_1d_blocks."),
             (r"\.norm_([qk])\.", r".\1_norm."),
@@ -169,24 +168,21 @@ def metadata_of_folder(path: pathlib.Path) -> tuple[dict, str]:
     if problems:
         raise ConversionError(problems)
     sections = {
-        "transformer": _transformer_section,
-        "vae": _video_vae_section,
-        "audio_vae": _audio_vae_section,
-        "vocoder": _vocoder_section,
+        "transformer": lambda: _transformer_section(
+            configs.get("transformer"), configs.get("connectors")
+        ),
+        "vae": lambda: _video_vae_section(configs["vae"]),
+        "audio_vae": lambda: _audio_vae_section(configs["audio_vae"]),
+        "vocoder": lambda: _vocoder_section(configs["vocoder"]),
     }
     config: dict = {}
     for name, section in sections.items():
-        if name not in configs and not (name == "transformer" and "connectors" in configs):
-            continue
-        try:
-            if name == "transformer":
-                config[name] = section(configs.get(name), configs.get("connectors"))
-            else:
-                config[name] = section(configs[name])
-        except KeyError as error:
-            problems.append(f"{path / name / 'config.json'}: lacks {error}")
-        except ValueError as error:
-            problems.append(f"{path / name / 'config.json'}: {error}")
+        if name in configs or (name == "transformer" and "connectors" in configs):
+            try:
+                config[name] = section()
+            except (KeyError, ValueError) as error:
+                lacks = "lacks " if isinstance(error, KeyError) else ""
+                problems.append(f"{path / name / 'config.json'}: {lacks}{error}")
     stated = _stated_versions(configs)
     possible = [v for v in _VERSIONS if all(v in versions for versions, _ in stated.values())]
     if not possible:
@@ -210,27 +206,22 @@ def _stated_versions(configs: dict) -> dict[str, tuple[tuple[str, ...], str]]:
     config lacks it, as in those of LTX-2.0. The audio VAE is the same in all versions.
     """
     older, newer = _VERSIONS[:1], _VERSIONS[1:]
+    settings = {
+        "transformer": ("gated_attn", _VERSIONS[1:2]),
+        "connectors": ("per_modality_projections", newer),
+        "vocoder": ("bwe_hidden_channels", newer),
+    }
     stated = {}
-    if (transformer := configs.get("transformer")) is not None:
-        if transformer.get("use_keyframes_abs_pos_embedding", False):
-            stated["transformer"] = _VERSIONS[2:], "has use_keyframes_abs_pos_embedding"
-        elif transformer.get("gated_attn", False):
-            stated["transformer"] = _VERSIONS[1:2], "has gated_attn"
-        else:
-            stated["transformer"] = older, "has no gated_attn"
-    if (connectors := configs.get("connectors")) is not None:
-        if connectors.get("per_modality_projections", False):
-            stated["connectors"] = newer, "has per_modality_projections"
-        else:
-            stated["connectors"] = older, "has no per_modality_projections"
+    for folder, (name, versions) in settings.items():
+        if folder in configs:
+            there = configs[folder].get(name, False)
+            stated[folder] = (versions, f"has {name}") if there else (older, f"has no {name}")
+    name = "use_keyframes_abs_pos_embedding"
+    if configs.get("transformer", {}).get(name, False):
+        stated["transformer"] = _VERSIONS[2:], f"has {name}"
     padding = configs.get("vae", {}).get("decoder_spatial_padding_mode")
     if versions := {"reflect": older, "zeros": newer}.get(padding):
         stated["vae"] = versions, f"decoder_spatial_padding_mode is {padding!r}"
-    if (vocoder := configs.get("vocoder")) is not None:
-        if "bwe_hidden_channels" in vocoder:
-            stated["vocoder"] = newer, "has bwe_hidden_channels"
-        else:
-            stated["vocoder"] = older, "has no bwe_hidden_channels"
     return stated
 
 
@@ -239,6 +230,21 @@ def _require(config: dict, **values) -> None:
     for name, value in values.items():
         if config.get(name, value) != value:
             raise ValueError(f"{name} is {config[name]!r}, only {value!r} is supported")
+
+
+# settings of the transformer that both name alike, and {official name: diffusers' name}
+_KEPT = (
+    "num_layers", "num_attention_heads", "attention_head_dim", "cross_attention_dim", "in_channels",
+    "audio_num_attention_heads", "audio_attention_head_dim", "audio_cross_attention_dim",
+    "audio_in_channels", "caption_channels", "norm_eps", "rope_type", "timestep_scale_multiplier",
+    "ff_bias", "use_keyframes_abs_pos_embedding",
+)  # fmt: skip
+_RENAMED = {
+    "positional_embedding_theta": "rope_theta",
+    "av_ca_timestep_scale_multiplier": "cross_attn_timestep_scale_multiplier",
+    "apply_gated_attention": "gated_attn",
+    "cross_attention_adaln": "cross_attn_mod",
+}
 
 
 def _transformer_section(t: dict | None, c: dict | None) -> dict:
@@ -255,46 +261,17 @@ def _transformer_section(t: dict | None, c: dict | None) -> dict:
             raise ValueError("gated_attn and audio_gated_attn differ")
         if t["cross_attn_mod"] != t["audio_cross_attn_mod"]:
             raise ValueError("cross_attn_mod and audio_cross_attn_mod differ")
+        section |= FIXED_SETTINGS | {name: t[name] for name in _KEPT}
+        section |= {official: t[name] for official, name in _RENAMED.items()}
         section |= {
-            "activation_fn": t["activation_fn"],
-            "attention_bias": True,
-            "num_layers": t["num_layers"],
-            "num_attention_heads": t["num_attention_heads"],
-            "attention_head_dim": t["attention_head_dim"],
-            "cross_attention_dim": t["cross_attention_dim"],
-            "in_channels": t["in_channels"],
             "out_channels": t["out_channels"] or t["in_channels"],
-            "audio_num_attention_heads": t["audio_num_attention_heads"],
-            "audio_attention_head_dim": t["audio_attention_head_dim"],
-            "audio_cross_attention_dim": t["audio_cross_attention_dim"],
-            "audio_in_channels": t["audio_in_channels"],
             "audio_out_channels": t["audio_out_channels"] or t["audio_in_channels"],
-            "caption_channels": t["caption_channels"],
-            "qk_norm": "rms_norm",
-            "standardization_norm": "rms_norm",
-            "norm_elementwise_affine": False,
-            "norm_eps": t["norm_eps"],
-            "positional_embedding_type": "rope",
-            "positional_embedding_theta": t["rope_theta"],
             "positional_embedding_max_pos": [
-                t["pos_embed_max_pos"],
-                t["base_height"],
-                t["base_width"],
+                t[name] for name in ("pos_embed_max_pos", "base_height", "base_width")
             ],
             "audio_positional_embedding_max_pos": [t["audio_pos_embed_max_pos"]],
-            "rope_type": t["rope_type"],
             "frequencies_precision": "float64" if t["rope_double_precision"] else "float32",
-            "use_middle_indices_grid": True,
-            "causal_temporal_positioning": True,
-            "timestep_scale_multiplier": t["timestep_scale_multiplier"],
-            "av_ca_timestep_scale_multiplier": t["cross_attn_timestep_scale_multiplier"],
-            "av_cross_ada_norm": True,
-            "use_audio_video_cross_attention": True,
-            "apply_gated_attention": t["gated_attn"],
-            "cross_attention_adaln": t["cross_attn_mod"],
             "caption_proj_before_connector": not t["use_prompt_embeddings"],
-            "ff_bias": t["ff_bias"],
-            "use_keyframes_abs_pos_embedding": t["use_keyframes_abs_pos_embedding"],
         }
     if c is not None:
         connectors = _connector_fields(c)
@@ -334,23 +311,20 @@ def _connector_fields(c: dict) -> dict:
         "positional_embedding_theta": c["rope_theta"],
     }
     if c["per_modality_projections"]:
-        fields["text_encoder_norm_type"] = "per_token_rms"
-        fields["caption_projection_first_linear"] = False
-        fields["caption_projection_second_linear"] = False
-        fields["caption_proj_input_norm"] = False
+        newer = published_config("2.3")["transformer"]
+        fields |= {
+            name: newer[name]
+            for name in (
+                "text_encoder_norm_type",
+                "caption_projection_first_linear",
+                "caption_projection_second_linear",
+                "caption_proj_input_norm",
+            )
+        }
     return fields
 
 
-_DOWN = {
-    "spatial": "compress_space_res",
-    "temporal": "compress_time_res",
-    "spatiotemporal": "compress_all_res",
-}
-_UP = {
-    "spatial": "compress_space",
-    "temporal": "compress_time",
-    "spatiotemporal": "compress_all",
-}
+_SAMPLERS = {"spatial": "space", "temporal": "time", "spatiotemporal": "all"}
 
 
 def _video_vae_section(v: dict) -> dict:
@@ -366,7 +340,7 @@ def _video_vae_section(v: dict) -> dict:
     for count, kind, width in zip(v["layers_per_block"], v["downsample_type"],
                                   v["block_out_channels"], strict=False):  # fmt: skip
         encoder.append(["res_x", {"num_layers": count}])
-        encoder.append([_DOWN[kind], {"multiplier": width // channels}])
+        encoder.append([f"compress_{_SAMPLERS[kind]}_res", {"multiplier": width // channels}])
         channels = width
     encoder.append(["res_x", {"num_layers": v["layers_per_block"][-1]}])
 
@@ -377,25 +351,18 @@ def _video_vae_section(v: dict) -> dict:
     for i, kind in enumerate(v["upsample_type"]):
         if v["decoder_block_out_channels"][::-1][i] != width:
             raise ValueError("decoder_block_out_channels must follow upsample_factor")
-        decoder.append([_UP[kind], {"multiplier": factors[i], "residual": bool(residuals[i])}])
+        settings = {"multiplier": factors[i], "residual": bool(residuals[i])}
+        decoder.append([f"compress_{_SAMPLERS[kind]}", settings])
         decoder.append(["res_x", {"num_layers": layers[i + 1]}])
         width //= factors[i]
-    section = {
-        "_class_name": "CausalVideoAutoencoder",
-        "dims": 3,
+    section = published_config("2.0")["vae"] | {
         "in_channels": v["in_channels"],
         "out_channels": v["out_channels"],
         "latent_channels": v["latent_channels"],
         "encoder_blocks": encoder,
         "decoder_blocks": decoder[::-1],  # official files list them from the pixels' side
-        "scaling_factor": v["scaling_factor"],
-        "norm_layer": "pixel_norm",
         "patch_size": v["patch_size"],
-        "latent_log_var": "uniform",
-        "use_quant_conv": False,
         "causal_decoder": v["decoder_causal"],
-        "timestep_conditioning": False,
-        "normalize_latent_channels": False,
         "encoder_base_channels": v["latent_channels"],
         "decoder_base_channels": width,
     }
@@ -407,46 +374,21 @@ def _video_vae_section(v: dict) -> dict:
 
 def _audio_vae_section(a: dict) -> dict:
     _require(a, is_causal=True)
-    return {
-        "model": {
-            "params": {
-                "ddconfig": {
-                    "double_z": a["double_z"],
-                    "mel_bins": a["mel_bins"],
-                    "z_channels": a["latent_channels"],
-                    "resolution": a["resolution"],
-                    "downsample_time": False,
-                    "in_channels": a["in_channels"],
-                    "out_ch": a["output_channels"],
-                    "ch": a["base_channels"],
-                    "ch_mult": a["ch_mult"],
-                    "num_res_blocks": a["num_res_blocks"],
-                    "attn_resolutions": a["attn_resolutions"] or [],
-                    "dropout": a["dropout"],
-                    "mid_block_add_attention": a["mid_block_add_attention"],
-                    "norm_type": a["norm_type"],
-                    "causality_axis": a["causality_axis"],
-                },
-                "sampling_rate": a["sample_rate"],
-            }
-        },
-        "preprocessing": {
-            "audio": {
-                "sampling_rate": a["sample_rate"],
-                "max_wav_value": 32768.0,
-                "duration": 5.12,
-                "stereo": a["in_channels"] == 2,
-                "causal_padding": 3,
-            },
-            "stft": {
-                "filter_length": 1024,
-                "hop_length": a["mel_hop_length"],
-                "win_length": 1024,
-                "causal": True,
-            },
-            "mel": {"n_mel_channels": a["mel_bins"], "mel_fmin": 0, "mel_fmax": 8000},
-        },
+    section = published_config("2.0")["audio_vae"]
+    parameters, audio = section["model"]["params"], section["preprocessing"]
+    parameters["sampling_rate"] = audio["audio"]["sampling_rate"] = a["sample_rate"]
+    audio["audio"]["stereo"] = a["in_channels"] == 2
+    audio["stft"]["hop_length"] = a["mel_hop_length"]
+    audio["mel"]["n_mel_channels"] = a["mel_bins"]
+    kept = ("double_z", "mel_bins", "resolution", "in_channels", "ch_mult", "num_res_blocks",
+            "dropout", "mid_block_add_attention", "norm_type", "causality_axis")  # fmt: skip
+    parameters["ddconfig"] |= {name: a[name] for name in kept} | {
+        "z_channels": a["latent_channels"],
+        "out_ch": a["output_channels"],
+        "ch": a["base_channels"],
+        "attn_resolutions": a["attn_resolutions"] or [],
     }
+    return section
 
 
 def _generator(v: dict, prefix: str = "") -> dict:

@@ -13,11 +13,13 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping
+from typing import Any
 
-from checkpoint_converters import checks, converting, ltx2
+from checkpoint_converters import checks, converting
 from checkpoint_converters.key_map import GEMMA, TEXT_TOWER
 from checkpoint_converters.reading import open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
+from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 
 FAMILY = "gemma3"
@@ -45,10 +47,7 @@ def convert(
     output: str | pathlib.Path,
     *,
     tokenizer: str | pathlib.Path | None = None,
-    dtype: str = "keep",
-    mesh: dict[str, int] | None = None,
-    overwrite: bool = False,
-    show_progress: bool = False,
+    **options: Any,
 ) -> dict:
     """Converts a Gemma 3 folder.
 
@@ -56,10 +55,7 @@ def convert(
       source: Hugging Face folder with config.json and safetensors.
       output: folder to create.
       tokenizer: folder with tokenizer.json or tokenizer.model, if it is another one.
-      dtype: "keep", "bfloat16" or "float32".
-      mesh: {"fsdp": n, "tensor": m} to align the chunks with a later sharded restore.
-      overwrite: replace an earlier conversion at `output`.
-      show_progress: draw a progress bar.
+      options: dtype, mesh, overwrite, show_progress of `converting.run`.
 
     Returns:
       The content of OUTPUT/config.json.
@@ -67,7 +63,7 @@ def convert(
     Raises:
       ConversionError: everything that is wrong; nothing was written then.
     """
-    source, output = pathlib.Path(source), pathlib.Path(output)
+    source = pathlib.Path(source)
     problems: list[str] = []
     text_config, tensors, files = None, {}, ()
     try:
@@ -84,21 +80,9 @@ def convert(
     if tensors and text_config is not None:
         tensors, wrong = select(tensors, GemmaConfig.from_metadata(text_config), source)
         problems += wrong
-    content = {
-        "format": converting.FORMAT,
-        "family": FAMILY,
-        "config": text_config,
-        "source": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
-    }
-    return converting.run(
-        converting.Plan(content, tensors, (TEXT_TOWER,), files=found),
-        problems,
-        output,
-        dtype=converting.DTYPE_CHOICES[dtype],
-        mesh=mesh,
-        overwrite=overwrite,
-        show_progress=show_progress,
-    )
+    content = converting.config_content(FAMILY, text_config, files)
+    plan = converting.ConversionPlan(content, tensors, (TEXT_TOWER,), files=found)
+    return converting.run(plan, problems, output, **options)
 
 
 def read_text_config(folder: pathlib.Path) -> dict:
@@ -144,32 +128,6 @@ def tokenizer_files(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], lis
     ]
 
 
-def expected_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
-    """{name without prefix: PyTorch shape} of a text tower."""
-    c = config
-    width, hidden = c.hidden_size, c.intermediate_size
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    layer = {
-        "self_attn.q_proj": (queries, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, queries),
-        "self_attn.q_norm": (c.head_dim,),
-        "self_attn.k_norm": (c.head_dim,),
-        "mlp.gate_proj": (hidden, width),
-        "mlp.up_proj": (hidden, width),
-        "mlp.down_proj": (width, hidden),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-        "pre_feedforward_layernorm": (width,),
-        "post_feedforward_layernorm": (width,),
-    }
-    shapes = {"embed_tokens.weight": (c.vocab_size, width), "norm.weight": (width,)}
-    for i in range(c.num_layers):
-        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes
-
-
 def select(
     tensors: Mapping[str, TensorInfo], config: GemmaConfig, source: pathlib.Path
 ) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -184,7 +142,8 @@ def select(
     if prefix is None:
         listed = ", ".join(repr(p + _PROBES[0]) for p in PREFIXES)
         return {}, [f"{source}: no text tower of a Gemma 3; looked for {listed}"]
-    expected = {prefix + name: shape for name, shape in expected_shapes(config).items()}
+    shapes = model_shapes(TEXT_TOWER, config)
+    expected = {prefix + key.removeprefix(GEMMA): shape for key, shape in shapes.items()}
     problems = checks.compare(tensors, expected)
     problems += [
         (key, "is not part of the model that config.json describes")
@@ -201,39 +160,24 @@ def main(argv: list[str] | None = None) -> int:
         description="Converts Gemma 3's text tower (Hugging Face folder) to Orbax.",
     )
     parser.add_argument(
-        "--input", required=True, type=pathlib.Path, help="folder with config.json and safetensors"
+        "--input",
+        required=True,
+        type=pathlib.Path,
+        dest="source",
+        metavar="INPUT",
+        help="folder with config.json and safetensors",
     )
     parser.add_argument(
         "--tokenizer",
         type=pathlib.Path,
         help="folder with tokenizer.json or tokenizer.model (default: --input)",
     )
-    ltx2.add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        mesh = converting.parse_mesh(args.mesh)
-    except ValueError as error:
-        parser.error(str(error))
-    converting.join_processes(args.distributed)
-    try:
-        content = convert(
-            args.input,
-            args.output,
-            tokenizer=args.tokenizer,
-            dtype=args.dtype,
-            mesh=mesh,
-            overwrite=args.overwrite,
-            show_progress=True,
-        )
-    except ConversionError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted, nothing was written", file=sys.stderr)
-        return 130
+    return converting.main(parser, argv, convert, _describe)
+
+
+def _describe(content: dict) -> str:
     config = GemmaConfig.from_metadata(content["config"])
-    print(f"{args.output}: Gemma 3, {config.num_layers} layers of width {config.hidden_size}")
-    return 0
+    return f"Gemma 3, {config.num_layers} layers of width {config.hidden_size}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Official checkpoint keys <-> paths in our parameter trees: one table, both directions.
 
-A row is (component, official key, path, kind). Placeholders stand for the parts that vary:
+A row of a component is (official key, path, kind). Placeholders stand for the parts that vary:
 `<i>`, `<j>` are integers that appear on both sides, `<layer>` is an integer that becomes the
 leading axis of a stacked array, any other `<name>` is looked up in `NAMES`. The `kind` says which
 tensors hang below the key and how each is laid out (`KINDS`). Example:
@@ -8,13 +8,17 @@ tensors hang below the key and how each is laid out (`KINDS`). Example:
     model.diffusion_model.transformer_blocks.7.attn1.to_q.weight (out, in)
         -> transformer: blocks/video_attn/q/kernel[7] (in, out)
 
+The stabilisers of a student (paper Table 3) have no official keys. They lie beside those of their
+attention: per-head norms `attn1.q_head_norm.weight` and `attn1.k_head_norm.weight` (head_dim,), and
+`attn1.alpha` (1,), whose tanh scales the output; so do those of the three other causal attentions.
+
 All transforms are permutations of axes or a squeeze of a leading axis of size one, so they can be
 undone bit by bit.
 """
 
 import functools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,10 +73,7 @@ KINDS: dict[str, dict[str, tuple[str, Transform]]] = {
     "conv2d": {".weight": ("/kernel", Transform((2, 3, 1, 0))), ".bias": ("/bias", _AS_IS)},
     "conv3d": {".weight": ("/kernel", Transform((2, 3, 4, 1, 0))), ".bias": ("/bias", _AS_IS)},
     # PyTorch stores a transposed convolution as (in, out, k); ours is (k, in, out), not flipped
-    "conv_transpose1d": {
-        ".weight": ("/kernel", Transform((2, 0, 1))),
-        ".bias": ("/bias", _AS_IS),
-    },
+    "conv_transpose1d": {".weight": ("/kernel", Transform((2, 0, 1))), ".bias": ("/bias", _AS_IS)},
     "norm": {".weight": ("/scale", _AS_IS)},
     "embedding": {".weight": ("/embedding", _AS_IS)},
     "array": {"": ("", _AS_IS)},
@@ -92,10 +93,7 @@ NAMES: dict[str, dict[str, str]] = {
         "proj_out": "video_out",
         "audio_proj_out": "audio_out",
     },
-    "caption": {
-        "caption_projection": "video_caption",
-        "audio_caption_projection": "audio_caption",
-    },
+    "caption": {"caption_projection": "video_caption", "audio_caption_projection": "audio_caption"},
     "adaln": {
         "adaln_single": "video_adaln",
         "audio_adaln_single": "audio_adaln",
@@ -118,14 +116,9 @@ NAMES: dict[str, dict[str, str]] = {
         "audio_to_video_attn": "a2v_attn",
         "video_to_audio_attn": "v2a_attn",
     },
-    "heads": {
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "to_out.0": "out",
-        "to_gate_logits": "gate",
-    },
+    "heads": {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out", "to_gate_logits": "gate"},
     "qk_norm": _same("q_norm", "k_norm"),
+    "head_norm": _same("q_head_norm", "k_head_norm"),
     "feed_forward": {"ff": "video_ff", "audio_ff": "audio_ff"},
     "half_ff": {"net.0.proj": "up", "net.2": "down"},
     "block_table": {
@@ -178,114 +171,99 @@ NAMES: dict[str, dict[str, str]] = {
     "gemma_ff": {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
 }
 
-_BLOCK = DIT + "transformer_blocks.<layer>."
+_BLOCK = "transformer_blocks.<layer>."
 _CONNECTOR = DIT + "<connector>."
 _CONNECTOR_BLOCK = _CONNECTOR + "transformer_1d_blocks.<layer>."
-_AGGREGATE = "text_embedding_projection.<aggregate>"
-_WAVE = "vocoder.<generator>"
-_GEMMA_LAYER = GEMMA + "layers.<layer>."
 
-# component, official key, our path, kind
-KEY_MAP: tuple[tuple[str, str, str, str], ...] = (
-    ("transformer", DIT + "<projection>", "<projection>", "linear"),
-    ("transformer", DIT + "<caption>.linear_<i>", "<caption>/linear_<i>", "linear"),
-    (
-        "transformer",
-        DIT + "<adaln>.emb.timestep_embedder.linear_<i>",
-        "<adaln>/linear_<i>",
-        "linear",
+# component: (what its official keys begin with, ((the rest of the key, our path, kind), ...))
+KEY_MAP: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
+    "transformer": (
+        DIT,
+        (
+            ("<projection>", "<projection>", "linear"),
+            ("<caption>.linear_<i>", "<caption>/linear_<i>", "linear"),
+            ("<adaln>.emb.timestep_embedder.linear_<i>", "<adaln>/linear_<i>", "linear"),
+            ("<adaln>.linear", "<adaln>/linear", "linear"),
+            ("<head_table>", "<head_table>", "array"),
+            ("keyframes_abs_pos_embedding", "keyframe_embedding", "array"),
+            ("audio_sink_tokens", "audio_sinks", "sinks"),
+            (_BLOCK + "<attention>.<heads>", "blocks/<attention>/<heads>", "linear"),
+            (_BLOCK + "<attention>.<qk_norm>", "blocks/<attention>/<qk_norm>", "norm"),
+            (_BLOCK + "<attention>.<head_norm>", "blocks/<attention>/<head_norm>", "norm"),
+            (_BLOCK + "<attention>.alpha", "blocks/<attention>/alpha", "array"),
+            (_BLOCK + "<feed_forward>.<half_ff>", "blocks/<feed_forward>/<half_ff>", "linear"),
+            (_BLOCK + "<block_table>", "blocks/<block_table>", "array"),
+        ),
     ),
-    ("transformer", DIT + "<adaln>.linear", "<adaln>/linear", "linear"),
-    ("transformer", DIT + "<head_table>", "<head_table>", "array"),
-    ("transformer", DIT + "keyframes_abs_pos_embedding", "keyframe_embedding", "array"),
-    ("transformer", DIT + "audio_sink_tokens", "audio_sinks", "sinks"),
-    ("transformer", _BLOCK + "<attention>.<heads>", "blocks/<attention>/<heads>", "linear"),
-    ("transformer", _BLOCK + "<attention>.<qk_norm>", "blocks/<attention>/<qk_norm>", "norm"),
-    (
-        "transformer",
-        _BLOCK + "<feed_forward>.<half_ff>",
-        "blocks/<feed_forward>/<half_ff>",
-        "linear",
+    "connectors": (
+        "",
+        (
+            ("text_embedding_projection.<aggregate>", "<aggregate>", "linear"),
+            (_CONNECTOR + "learnable_registers", "<connector>/registers", "array"),
+            (_CONNECTOR_BLOCK + "attn1.<heads>", "<connector>/blocks/attn/<heads>", "linear"),
+            (_CONNECTOR_BLOCK + "attn1.<qk_norm>", "<connector>/blocks/attn/<qk_norm>", "norm"),
+            (_CONNECTOR_BLOCK + "ff.<half_ff>", "<connector>/blocks/ff/<half_ff>", "linear"),
+        ),
     ),
-    ("transformer", _BLOCK + "<block_table>", "blocks/<block_table>", "array"),
-    ("connectors", _AGGREGATE, "<aggregate>", "linear"),
-    ("connectors", _CONNECTOR + "learnable_registers", "<connector>/registers", "array"),
-    ("connectors", _CONNECTOR_BLOCK + "attn1.<heads>", "<connector>/blocks/attn/<heads>", "linear"),
-    (
-        "connectors",
-        _CONNECTOR_BLOCK + "attn1.<qk_norm>",
-        "<connector>/blocks/attn/<qk_norm>",
-        "norm",
+    "video_vae": (
+        "vae.",
+        (
+            ("<coder>.<end>.conv", "<coder>/<end>", "conv3d"),
+            (
+                "<coder>.<stage>.<i>.res_blocks.<j>.<conv>.conv",
+                "<coder>/<stage>_<i>/res_blocks_<j>/<conv>",
+                "conv3d",
+            ),
+            ("<coder>.<stage>.<i>.conv.conv", "<coder>/<stage>_<i>/conv", "conv3d"),
+            ("per_channel_statistics.<statistic>", "per_channel_statistics/<statistic>", "array"),
+        ),
     ),
-    ("connectors", _CONNECTOR_BLOCK + "ff.<half_ff>", "<connector>/blocks/ff/<half_ff>", "linear"),
-    ("video_vae", "vae.<coder>.<end>.conv", "<coder>/<end>", "conv3d"),
-    (
-        "video_vae",
-        "vae.<coder>.<stage>.<i>.res_blocks.<j>.<conv>.conv",
-        "<coder>/<stage>_<i>/res_blocks_<j>/<conv>",
-        "conv3d",
+    "audio_vae": (
+        "audio_vae.",
+        (
+            ("<coder>.<end>.conv", "<coder>/<end>", "conv2d"),
+            ("<coder>.mid.block_<i>.<conv>.conv", "<coder>/mid/block_<i>/<conv>", "conv2d"),
+            (
+                "<coder>.<level>.<i>.block.<j>.<audio_conv>.conv",
+                "<coder>/<level>_<i>/block_<j>/<audio_conv>",
+                "conv2d",
+            ),
+            ("<coder>.down.<i>.downsample.conv", "<coder>/down_<i>/downsample", "conv2d"),
+            ("<coder>.up.<i>.upsample.conv.conv", "<coder>/up_<i>/upsample/conv", "conv2d"),
+            ("per_channel_statistics.<statistic>", "per_channel_statistics/<statistic>", "array"),
+        ),
     ),
-    ("video_vae", "vae.<coder>.<stage>.<i>.conv.conv", "<coder>/<stage>_<i>/conv", "conv3d"),
-    (
-        "video_vae",
-        "vae.per_channel_statistics.<statistic>",
-        "per_channel_statistics/<statistic>",
-        "array",
+    "vocoder": (
+        "vocoder.",
+        (
+            ("<generator><wave_end>", "<generator><wave_end>", "conv1d"),
+            ("<generator>ups.<i>", "<generator>ups_<i>", "conv_transpose1d"),
+            (
+                "<generator>resblocks.<i>.<wave_conv>.<j>",
+                "<generator>resblocks_<i>/<wave_conv>_<j>",
+                "conv1d",
+            ),
+            (
+                "<generator>resblocks.<i>.<wave_act>.<j>.<snake>",
+                "<generator>resblocks_<i>/<wave_act>_<j>/<snake>",
+                "array",
+            ),
+            ("<generator>act_post.<snake>", "<generator>act_post/<snake>", "array"),
+            ("mel_stft.<stft>", "mel_stft/<stft>", "array"),
+        ),
     ),
-    ("audio_vae", "audio_vae.<coder>.<end>.conv", "<coder>/<end>", "conv2d"),
-    (
-        "audio_vae",
-        "audio_vae.<coder>.mid.block_<i>.<conv>.conv",
-        "<coder>/mid/block_<i>/<conv>",
-        "conv2d",
+    TEXT_TOWER: (
+        GEMMA,
+        (
+            ("embed_tokens", "embed", "embedding"),
+            ("norm", "final_norm", "norm"),
+            ("layers.<layer>.<gemma_norm>", "blocks/<gemma_norm>", "norm"),
+            ("layers.<layer>.self_attn.<gemma_heads>", "blocks/attn/<gemma_heads>", "linear"),
+            ("layers.<layer>.self_attn.<qk_norm>", "blocks/attn/<qk_norm>", "norm"),
+            ("layers.<layer>.mlp.<gemma_ff>", "blocks/ff/<gemma_ff>", "linear"),
+        ),
     ),
-    (
-        "audio_vae",
-        "audio_vae.<coder>.<level>.<i>.block.<j>.<audio_conv>.conv",
-        "<coder>/<level>_<i>/block_<j>/<audio_conv>",
-        "conv2d",
-    ),
-    (
-        "audio_vae",
-        "audio_vae.<coder>.down.<i>.downsample.conv",
-        "<coder>/down_<i>/downsample",
-        "conv2d",
-    ),
-    (
-        "audio_vae",
-        "audio_vae.<coder>.up.<i>.upsample.conv.conv",
-        "<coder>/up_<i>/upsample/conv",
-        "conv2d",
-    ),
-    (
-        "audio_vae",
-        "audio_vae.per_channel_statistics.<statistic>",
-        "per_channel_statistics/<statistic>",
-        "array",
-    ),
-    ("vocoder", _WAVE + "<wave_end>", "<generator><wave_end>", "conv1d"),
-    ("vocoder", _WAVE + "ups.<i>", "<generator>ups_<i>", "conv_transpose1d"),
-    (
-        "vocoder",
-        _WAVE + "resblocks.<i>.<wave_conv>.<j>",
-        "<generator>resblocks_<i>/<wave_conv>_<j>",
-        "conv1d",
-    ),
-    (
-        "vocoder",
-        _WAVE + "resblocks.<i>.<wave_act>.<j>.<snake>",
-        "<generator>resblocks_<i>/<wave_act>_<j>/<snake>",
-        "array",
-    ),
-    ("vocoder", _WAVE + "act_post.<snake>", "<generator>act_post/<snake>", "array"),
-    ("vocoder", "vocoder.mel_stft.<stft>", "mel_stft/<stft>", "array"),
-    (TEXT_TOWER, GEMMA + "embed_tokens", "embed", "embedding"),
-    (TEXT_TOWER, GEMMA + "norm", "final_norm", "norm"),
-    (TEXT_TOWER, _GEMMA_LAYER + "<gemma_norm>", "blocks/<gemma_norm>", "norm"),
-    (TEXT_TOWER, _GEMMA_LAYER + "self_attn.<gemma_heads>", "blocks/attn/<gemma_heads>", "linear"),
-    (TEXT_TOWER, _GEMMA_LAYER + "self_attn.<qk_norm>", "blocks/attn/<qk_norm>", "norm"),
-    (TEXT_TOWER, _GEMMA_LAYER + "mlp.<gemma_ff>", "blocks/ff/<gemma_ff>", "linear"),
-)
+}
 
 # official tensors that no reader uses
 IGNORED = (
@@ -294,7 +272,7 @@ IGNORED = (
 )
 
 
-class Target(NamedTuple):
+class Place(NamedTuple):
     """Where one official tensor goes.
 
     Attributes:
@@ -311,21 +289,17 @@ class Target(NamedTuple):
 
 
 class _Rule(NamedTuple):
+    """One row of the table with one entry of its kind; a side is (pattern, parts to fill)."""
+
     component: str
-    official: re.Pattern
-    path: re.Pattern
-    official_parts: tuple[str, ...]
-    path_parts: tuple[str, ...]
+    official: tuple[re.Pattern, tuple[str, ...]]
+    path: tuple[re.Pattern, tuple[str, ...]]
     transform: Transform
 
 
-def _parts(template: str) -> tuple[str, ...]:
-    """'a.<i>.b' -> ('a.', '<i>', '.b')."""
-    return tuple(part for part in re.split(r"(<\w+>)", template) if part)
-
-
-def _regex(parts: tuple[str, ...], side: int) -> re.Pattern:
-    """Pattern of one side of a row: 0 official, 1 ours."""
+def _side(template: str, side: int) -> tuple[re.Pattern, tuple[str, ...]]:
+    """Pattern and parts, such as ('a.', '<i>', '.b'), of one side: 0 official, 1 ours."""
+    parts = tuple(part for part in re.split(r"(<\w+>)", template) if part)
     pattern = ""
     for part in parts:
         name = part[1:-1]
@@ -336,19 +310,35 @@ def _regex(parts: tuple[str, ...], side: int) -> re.Pattern:
             pattern += f"(?P<{name}>{choices})"
         else:
             pattern += rf"(?P<{name}>0|[1-9]\d*)"
-    return re.compile(pattern)
+    return re.compile(pattern), parts
 
 
 @functools.cache
 def _rules() -> tuple[_Rule, ...]:
-    rules = []
-    for component, official, path, kind in KEY_MAP:
-        for suffix, (leaf, transform) in KINDS[kind].items():
-            left, right = _parts(official + suffix), _parts(path + leaf)
-            rules.append(
-                _Rule(component, _regex(left, 0), _regex(right, 1), left, right, transform)
-            )
-    return tuple(rules)
+    return tuple(
+        _Rule(component, _side(prefix + official + suffix, 0), _side(path + leaf, 1), transform)
+        for component, (prefix, rows) in KEY_MAP.items()
+        for official, path, kind in rows
+        for suffix, (leaf, transform) in KINDS[kind].items()
+    )
+
+
+def _fill(parts: tuple[str, ...], values: dict[str, str]) -> str:
+    return "".join(values[part[1:-1]] if part.startswith("<") else part for part in parts)
+
+
+def find_place(key: str) -> Place | None:
+    """Where the official key `key` goes; None if no row of the table matches."""
+    for rule in _rules():
+        match = rule.official[0].fullmatch(key)
+        if match:
+            found = match.groupdict()
+            layer = found.pop("layer", None)
+            values = {n: NAMES[n][v] if n in NAMES else v for n, v in found.items()}
+            path = _fill(rule.path[1], values)
+            layer = None if layer is None else int(layer)
+            return Place(rule.component, path, layer, rule.transform)
+    return None
 
 
 @functools.cache
@@ -356,32 +346,11 @@ def _reverse_names(name: str) -> dict[str, str]:
     return {ours: official for official, ours in NAMES[name].items()}
 
 
-def _fill(parts: tuple[str, ...], values: dict[str, str]) -> str:
-    return "".join(values[part[1:-1]] if part.startswith("<") else part for part in parts)
-
-
-def find_target(key: str) -> Target | None:
-    """Where the official key `key` goes; None if no row of the table matches."""
-    for rule in _rules():
-        match = rule.official.fullmatch(key)
-        if match:
-            found = match.groupdict()
-            layer = found.pop("layer", None)
-            values = {n: NAMES[n][v] if n in NAMES else v for n, v in found.items()}
-            return Target(
-                rule.component,
-                _fill(rule.path_parts, values),
-                None if layer is None else int(layer),
-                rule.transform,
-            )
-    return None
-
-
 def official_key(component: str, path: str, layer: int | None = None) -> tuple[str, Transform]:
-    """Official key and transform of a leaf, the inverse of `find_target`.
+    """Official key and transform of a leaf, the inverse of `find_place`.
 
     Args:
-      component: one of `COMPONENTS`.
+      component: one of `COMPONENTS`, or `TEXT_TOWER`.
       path: "/"-separated path of the leaf.
       layer: which layer of a stacked leaf (see `is_stacked`); None for other leaves.
 
@@ -389,27 +358,58 @@ def official_key(component: str, path: str, layer: int | None = None) -> tuple[s
       ValueError: no row of the table yields this path.
     """
     for rule in _rules():
-        if rule.component != component:
-            continue
-        match = rule.path.fullmatch(path)
-        if match and ("<layer>" in rule.official_parts) == (layer is not None):
-            values = {
-                n: _reverse_names(n)[v] if n in NAMES else v for n, v in match.groupdict().items()
-            }
-            return _fill(rule.official_parts, values | {"layer": str(layer)}), rule.transform
+        match = rule.path[0].fullmatch(path) if rule.component == component else None
+        parts = rule.official[1]
+        if match and ("<layer>" in parts) == (layer is not None):
+            found = match.groupdict()
+            values = {n: _reverse_names(n)[v] if n in NAMES else v for n, v in found.items()}
+            return _fill(parts, values | {"layer": str(layer)}), rule.transform
     raise ValueError(f"{component}: no official key for the path {path!r} (layer {layer})")
 
 
-def is_stacked(component: str, path: str) -> bool:
-    """Whether axis 0 of the leaf at `path` runs over layers."""
-    blocks = {
-        "transformer": r"blocks/.*",
-        "connectors": r"\w+/blocks/.*",
-        TEXT_TOWER: r"blocks/.*",
-    }
-    return component in blocks and re.fullmatch(blocks[component], path) is not None
+def is_stacked(path: str) -> bool:
+    """Whether axis 0 of the leaf at `path` runs over layers, in whatever component."""
+    return "blocks" in path.split("/")
 
 
 def is_ignored(key: str) -> bool:
     """Whether an official tensor is one that nothing reads."""
     return any(re.fullmatch(pattern, key) for pattern in IGNORED)
+
+
+class Piece(NamedTuple):
+    """One official tensor in our layout: a leaf, or one layer of a stacked leaf.
+
+    Attributes:
+      leaf: has a shape and a dtype; only for `read` must it be an array, in memory or on disk.
+      layer: index along the leading axis, None takes the whole leaf.
+    """
+
+    leaf: Any
+    layer: int | None
+    transform: Transform
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Official shape."""
+        shape = self.leaf.shape if self.layer is None else self.leaf.shape[1:]
+        return self.transform.invert(np.broadcast_to(np.float32(0), shape)).shape
+
+    def read(self) -> np.ndarray:
+        """The tensor in the official layout."""
+        return self.transform.invert(
+            np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
+        )
+
+
+def official_pieces(component: str, path: str, leaf: Any) -> dict[str, Piece]:
+    """{official key: piece} of the leaf at a "/"-separated path; of a stacked leaf one per layer.
+
+    Raises:
+      ValueError: the leaf does not exist in the official layout.
+    """
+    pieces = {}
+    for layer in range(leaf.shape[0]) if is_stacked(path) else (None,):
+        key, transform = official_key(component, path, layer)
+        pieces[key] = Piece(leaf, layer, transform)
+    return pieces

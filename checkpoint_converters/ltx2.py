@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 from checkpoint_converters import checks, converting, key_map
 from checkpoint_converters.reading import Checkpoint, open_checkpoint
@@ -28,10 +29,7 @@ def convert(
     *,
     components: tuple[str, ...] | None = None,
     model_version: str | None = None,
-    dtype: str = "keep",
-    mesh: dict[str, int] | None = None,
-    overwrite: bool = False,
-    show_progress: bool = False,
+    **options: Any,
 ) -> dict:
     """Converts an LTX-2 checkpoint.
 
@@ -40,10 +38,7 @@ def convert(
       output: folder to create.
       components: subset of `key_map.COMPONENTS`; None takes those that the inputs hold.
       model_version: e.g. "2.0.0", for files whose metadata does not say.
-      dtype: "keep", "bfloat16" or "float32".
-      mesh: {"fsdp": n, "tensor": m} to align the chunks with a later sharded restore.
-      overwrite: replace an earlier conversion at `output`.
-      show_progress: draw a progress bar.
+      options: dtype, mesh, overwrite, show_progress of `converting.run`.
 
     Returns:
       The content of OUTPUT/config.json.
@@ -53,27 +48,22 @@ def convert(
     """
     inputs = [inputs] if isinstance(inputs, str | pathlib.Path) else list(inputs)
     checkpoint, problems = open_inputs(inputs, model_version)
-    content = None
-    taken: tuple[str, ...] = ()
+    plan = converting.ConversionPlan({}, {}, ())
     if checkpoint is not None:
         taken, found = check_components(checkpoint, components)
         problems += found
         config = dict(checkpoint.config or {})
         student = config.pop("student", None)  # of a file that checkpoint_converters.export wrote
-        family = "omniforcing" if student and student["layout"] else "ltx2"
         content = converting.config_content(
-            family, checkpoint.model_version, config, taken, checkpoint.files, student
+            "omniforcing" if student and student["layout"] else "ltx2",
+            config,
+            checkpoint.files,
+            model_version=checkpoint.model_version,
+            student=student,
+            components=list(taken),
         )
-    plan = converting.Plan(content, checkpoint.tensors if checkpoint else {}, taken)
-    return converting.run(
-        plan,
-        problems,
-        output,
-        dtype=converting.DTYPE_CHOICES[dtype],
-        mesh=mesh,
-        overwrite=overwrite,
-        show_progress=show_progress,
-    )
+        plan = converting.ConversionPlan(content, checkpoint.tensors, taken)
+    return converting.run(plan, problems, output, **options)
 
 
 def open_inputs(
@@ -108,30 +98,6 @@ def check_components(
     return taken, problems
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that both importing converters have."""
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
-    parser.add_argument(
-        "--dtype",
-        default="keep",
-        choices=list(converting.DTYPE_CHOICES),
-        help="dtype to store (default: that of the file)",
-    )
-    parser.add_argument(
-        "--mesh",
-        default="",
-        metavar="AXIS=SIZE,...",
-        help="align the chunks with this mesh, e.g. fsdp=8 or fsdp=8,tensor=2; "
-        "a restore on any other mesh works too, but reads more",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="share the work among the processes of a jax.distributed launch (shared file system)",
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint_converters.ltx2",
@@ -142,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         required=True,
         nargs="+",
         type=pathlib.Path,
+        dest="inputs",
+        metavar="INPUT",
         help=".safetensors file, .safetensors.index.json, or folder (shards or diffusers)",
     )
     parser.add_argument(
@@ -154,43 +122,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model-version", metavar="X.Y.Z", help="for files whose metadata does not say, e.g. 2.0.0"
     )
-    add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        mesh = converting.parse_mesh(args.mesh)
-    except ValueError as error:
-        parser.error(str(error))
-    converting.join_processes(args.distributed)
-    return report(
-        lambda: convert(
-            args.input,
-            args.output,
-            components=args.components and tuple(args.components),
-            model_version=args.model_version,
-            dtype=args.dtype,
-            mesh=mesh,
-            overwrite=args.overwrite,
-            show_progress=True,
-        ),
-        args.output,
-    )
+    return converting.main(parser, argv, convert, describe)
 
 
-def report(work, output: pathlib.Path) -> int:
-    """Runs `work`, prints what was written or everything that is wrong; the exit status."""
-    try:
-        content = work()
-    except ConversionError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted, nothing was written", file=sys.stderr)
-        return 130
-    absent = [name for name in key_map.COMPONENTS if name not in content["components"]]
-    print(f"{output}: LTX-2 {content['model_version']}, {', '.join(content['components'])}")
-    if absent:
-        print(f"not converted: {', '.join(absent)}")
-    return 0
+def describe(content: dict) -> str:
+    """What was converted, and what was not."""
+    there = content["components"]
+    text = f"LTX-2 {content['model_version']}, {', '.join(there)}"
+    absent = [name for name in key_map.COMPONENTS if name not in there]
+    return text + (f"\nnot converted: {', '.join(absent)}" if absent else "")
 
 
 if __name__ == "__main__":

@@ -10,41 +10,33 @@ LTX-2 (interleaved RoPE on a float32 frequency grid, cross-modal gates at sigma,
 """
 
 import argparse
-import json
+import os
 import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from checkpoint_converters import checks, converting, ltx2
 from checkpoint_converters.key_map import DIT
 from checkpoint_converters.reading import open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.models.transformer.config import FIXED_SETTINGS
 
 MODEL_VERSION = "2.0.0"  # of the model it was distilled from
 
 # what the shapes cannot tell, as the released students were trained
-_FIXED = {
+_FIXED = FIXED_SETTINGS | {
     "_class_name": "AVTransformer3DModel",
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "qk_norm": "rms_norm",
-    "standardization_norm": "rms_norm",
-    "norm_elementwise_affine": False,
     "norm_eps": 1e-06,
-    "positional_embedding_type": "rope",
     "positional_embedding_theta": 10000.0,
     "positional_embedding_max_pos": [20, 2048, 2048],
     "audio_positional_embedding_max_pos": [20],
     "rope_type": "interleaved",
     "frequencies_precision": "float32",
-    "use_middle_indices_grid": True,
-    "causal_temporal_positioning": True,
     "timestep_scale_multiplier": 1000,
     "av_ca_timestep_scale_multiplier": 1,
-    "av_cross_ada_norm": True,
-    "use_audio_video_cross_attention": True,
     "caption_proj_before_connector": False,
     "apply_gated_attention": False,
     "cross_attention_adaln": False,
@@ -113,10 +105,7 @@ def convert(
     *,
     base: pathlib.Path | None = None,
     num_heads: int = 32,
-    dtype: str = "keep",
-    mesh: dict[str, int] | None = None,
-    overwrite: bool = False,
-    show_progress: bool = False,
+    **options: Any,
 ) -> dict:
     """Converts a released OmniForcing student.
 
@@ -125,7 +114,7 @@ def convert(
       output: folder to create.
       base: LTX-2.0 checkpoint, converted or not, for the other components; None leaves them out.
       num_heads: attention heads of both streams.
-      dtype, mesh, overwrite, show_progress: see `ltx2.convert`.
+      options: dtype, mesh, overwrite, show_progress of `converting.run`.
 
     Returns:
       The content of OUTPUT/config.json.
@@ -156,23 +145,19 @@ def convert(
         else:
             config = other.config | config
     components = ("transformer", *other.components)
-    files += other.files
     content = converting.config_content(
-        "omniforcing", MODEL_VERSION, config, components, files, student
+        "omniforcing",
+        config,
+        (*files, *other.files),
+        model_version=MODEL_VERSION,
+        student=student,
+        components=list(components),
     )
-    streamed = tuple(c for c in components if c not in {folder.name for folder in other.copies})
-    plan = converting.Plan(
+    streamed = tuple(name for name in components if name not in other.copies)
+    plan = converting.ConversionPlan(
         content, tensors | other.tensors, streamed, other.copies, other.fingerprints
     )
-    return converting.run(
-        plan,
-        problems,
-        output,
-        dtype=converting.DTYPE_CHOICES[dtype],
-        mesh=mesh,
-        overwrite=overwrite,
-        show_progress=show_progress,
-    )
+    return converting.run(plan, problems, output, **options)
 
 
 class _Base(NamedTuple):
@@ -180,7 +165,7 @@ class _Base(NamedTuple):
 
     config: dict
     tensors: Mapping[str, TensorInfo] = {}
-    copies: tuple[pathlib.Path, ...] = ()
+    copies: Mapping[str, os.PathLike] = {}
     fingerprints: Mapping[str, str] = {}  # of the copies
     components: tuple[str, ...] = ()
     files: tuple[pathlib.Path, ...] = ()
@@ -189,23 +174,22 @@ class _Base(NamedTuple):
 
 def _read_base(base: pathlib.Path) -> _Base:
     if (base / "config.json").is_file():
-        content = json.loads((base / "config.json").read_text())
-        if content.get("format") != converting.FORMAT:
+        try:
+            content = checkpoints.load_config(base)
+        except ValueError:
             problem = f"{base}: not a converted checkpoint of this version; convert LTX-2 again"
             return _Base({}, problems=[problem])
         names = tuple(name for name in content["components"] if name != "transformer")
-        copies = tuple(base / name for name in names)
-        problems = [f"{folder}: missing; convert LTX-2 again" for folder in copies
-                    if not folder.is_dir()]  # fmt: skip
-        problems += _version_problem(base, content["model_version"])
+        missing = checkpoints.missing_components(base, names)
+        problems = [f"{base / name}: missing; convert LTX-2 again" for name in missing]
         known = content.get("fingerprints", {})  # an earlier version did not write any
         return _Base(
             config=content["config"],
-            copies=copies,
+            copies={name: checkpoints.component_folder(base, name, content) for name in names},
             fingerprints={name: known[name] for name in names if name in known},
             components=names,
             files=(base / "config.json",),
-            problems=problems,
+            problems=problems + _version_problem(base, content["model_version"]),
         )
     checkpoint, problems = ltx2.open_inputs([base])
     if checkpoint is None:
@@ -216,7 +200,7 @@ def _read_base(base: pathlib.Path) -> _Base:
     tensors = {k: t for k, t in checkpoint.tensors.items() if checks.owner(k) in taken}
     problems += found + _version_problem(base, checkpoint.model_version)
     return _Base(
-        config=checkpoint.config,
+        config=checkpoint.config or {},
         tensors=tensors,
         components=taken,
         files=checkpoint.files,
@@ -257,6 +241,8 @@ def main(argv: list[str] | None = None) -> int:
         "--input",
         required=True,
         type=pathlib.Path,
+        dest="path",
+        metavar="INPUT",
         help=".safetensors file, .safetensors.index.json, or folder with one of them",
     )
     parser.add_argument(
@@ -267,26 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-heads", type=int, default=32, help="attention heads of both streams (default 32)"
     )
-    ltx2.add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        mesh = converting.parse_mesh(args.mesh)
-    except ValueError as error:
-        parser.error(str(error))
-    converting.join_processes(args.distributed)
-    return ltx2.report(
-        lambda: convert(
-            args.input,
-            args.output,
-            base=args.base,
-            num_heads=args.num_heads,
-            dtype=args.dtype,
-            mesh=mesh,
-            overwrite=args.overwrite,
-            show_progress=True,
-        ),
-        args.output,
-    )
+    return converting.main(parser, argv, convert, ltx2.describe)
 
 
 if __name__ == "__main__":

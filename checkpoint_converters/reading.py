@@ -9,13 +9,14 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from checkpoint_converters import diffusers_layout, key_map
+from checkpoint_converters.orbax_io import plan_leaves
 from checkpoint_converters.safetensors_io import (
     ConversionError,
     TensorInfo,
@@ -72,9 +73,8 @@ def open_checkpoint(path: str | PathLike) -> Checkpoint:
     folders = diffusers_layout.DIFFUSERS_FOLDERS
     if path.is_dir() and any(_folder_has_weights(path / folder) for folder in folders):
         return _open_diffusers(path)
-    files = weight_files(path)
-    tensors, config, version = _read_headers(files)
-    return Checkpoint(path, canonical_keys(tensors), config, version, files)
+    whole = _read_headers(path, weight_files(path))
+    return dataclasses.replace(whole, tensors=canonical_keys(whole.tensors))
 
 
 def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
@@ -108,35 +108,59 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
     return tuple(path.parent / name for name in names)
 
 
-def _read_headers(
-    files: tuple[pathlib.Path, ...],
-) -> tuple[dict[str, TensorInfo], dict | None, str | None]:
-    """(tensors, `config`, `model_version`) of files that are one checkpoint.
-
-    A file may say nothing, or describe only the components it holds; what several say must agree.
-    Other metadata (a format, a licence, a hash) may differ, as nobody reads it.
-    """
-    tensors: dict[str, TensorInfo] = {}
-    config: dict | None = None
-    versions: dict[pathlib.Path, str | None] = {}
-    problems = []
+def _read_headers(path: pathlib.Path, files: tuple[pathlib.Path, ...]) -> Checkpoint:
+    """The files that are one checkpoint, with their own keys."""
+    parts, problems = [], []
     for file in files:
         try:
             found, strings = read_header(file)
-            sections = _parse_config(file, strings)
+            config = _parse_config(file, strings)
+            parts.append(Checkpoint(file, found, config, strings.get("model_version"), (file,)))
         except ConversionError as error:
             problems += error.problems
-            continue
-        problems += [f"{file}: {key} is also in another shard" for key in found if key in tensors]
-        tensors |= found
-        versions[file] = strings.get("model_version")
-        if sections is not None:
-            config = {} if config is None else config
-            problems += add_sections(config, sections, file)
-    problems += mixed_versions(versions)
-    if problems:
-        raise ConversionError(problems)
-    return tensors, config, next(filter(None, versions.values()), None)
+    whole, found = combine(path, parts, "is also in another shard")
+    if problems + found:
+        raise ConversionError(problems + found)
+    return whole
+
+
+def combine(
+    path: pathlib.Path, parts: list[Checkpoint], twice: str
+) -> tuple[Checkpoint, list[str]]:
+    """(one checkpoint out of several, problems).
+
+    A part may say nothing, or describe only the components it holds; what several say must agree.
+    Other metadata (a format, a licence, a hash) may differ, as nobody reads it. Parts of different
+    model versions do not fit together: LTX-2.0 and 2.3 have different latents.
+
+    Args:
+      path: of the result.
+      parts: what to combine.
+      twice: the problem of a tensor that is in two of them.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    config: dict[str, Any] = {}
+    problems = []
+    for part in parts:
+        problems += [f"{part.path}: {key} {twice}" for key in part.tensors if key in tensors]
+        tensors |= part.tensors
+        problems += [
+            f"{part.path}: config section {name!r} differs from the other files'; convert files of "
+            "one release together"
+            for name, section in (part.config or {}).items()
+            if config.setdefault(name, section) != section
+        ]
+    stated = {part.path: part.model_version for part in parts if part.model_version is not None}
+    if len(set(stated.values())) > 1:
+        listing = ", ".join(f"{path} is {version}" for path, version in stated.items())
+        problems.append(
+            f"mixed model versions ({listing}), whose latents are different spaces; use files of "
+            "one version"
+        )
+    silent = all(part.config is None for part in parts)
+    version = next(iter(stated.values()), None)
+    files = tuple(file for part in parts for file in part.files)
+    return Checkpoint(path, tensors, None if silent else config, version, files), problems
 
 
 def _parse_config(path: pathlib.Path, metadata: dict[str, str]) -> dict | None:
@@ -149,28 +173,6 @@ def _parse_config(path: pathlib.Path, metadata: dict[str, str]) -> dict | None:
     if not isinstance(config, dict):
         raise ConversionError([f"{path}: metadata `config` is not a JSON object"])
     return config
-
-
-def add_sections(config: dict, sections: Mapping[str, Any], path: pathlib.Path) -> list[str]:
-    """Adds the sections of the file at `path` to `config`; the problem of each that contradicts."""
-    return [
-        f"{path}: config section {name!r} differs from the other files'; convert files of one "
-        "release together"
-        for name, section in sections.items()
-        if config.setdefault(name, section) != section
-    ]
-
-
-def mixed_versions(versions: Mapping[pathlib.Path, str | None]) -> list[str]:
-    """The problem of files that say they are of different versions; None says nothing."""
-    stated = {path: version for path, version in versions.items() if version is not None}
-    if len(set(stated.values())) < 2:
-        return []
-    listing = ", ".join(f"{path} is {version}" for path, version in stated.items())
-    return [
-        f"mixed model versions ({listing}), whose latents are different spaces; use files of one "
-        "version"
-    ]
 
 
 def canonical_keys(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -212,14 +214,13 @@ def _open_diffusers(path: pathlib.Path) -> Checkpoint:
         if not _folder_has_weights(path / folder):
             continue
         try:
-            shards = weight_files(path / folder)
-            found, *_ = _read_headers(shards)
+            found = _read_headers(path / folder, weight_files(path / folder))
         except ConversionError as error:
             problems += error.problems
             continue
-        names = diffusers_layout.official_from_diffusers(component, list(found))
-        tensors |= {names[key]: info for key, info in found.items()}
-        files += shards
+        names = diffusers_layout.official_from_diffusers(component, list(found.tensors))
+        tensors |= {names[key]: info for key, info in found.tensors.items()}
+        files += found.files
     if problems:
         raise ConversionError(problems)
     config, version = diffusers_layout.metadata_of_folder(path)
@@ -259,25 +260,14 @@ def load_component(path: str | PathLike, component: str, dtype=None) -> dict:
     """
     if component not in key_map.COMPONENTS:
         raise ValueError(f"component is {component!r}, must be one of {key_map.COMPONENTS}")
-    leaves: dict[str, dict[int | None, np.ndarray]] = {}
-    for key, info in open_checkpoint(path).tensors.items():
-        target = key_map.find_target(key)
-        if target is not None and target.component == component:
-            array = target.transform.apply(read_tensor(info))
-            array = array if dtype is None else array.astype(dtype)
-            leaves.setdefault(target.path, {})[target.layer] = np.ascontiguousarray(array)
-    if not leaves:
+    tree = {}
+    for leaf in plan_leaves(open_checkpoint(path).tensors, component, dtype and np.dtype(dtype)):
+        layers = [source.layer for source in leaf.sources]
+        if layers not in ([None], list(range(len(layers)))):
+            raise ConversionError([f"{path}: {component} {leaf.path} has only layers {layers}"])
+        arrays = [source.transform.apply(read_tensor(source.info)) for source in leaf.sources]
+        array = arrays[0] if layers == [None] else np.stack(arrays)
+        tree[leaf.path] = np.ascontiguousarray(array, leaf.dtype)
+    if not tree:
         raise ConversionError([f"{path}: has no {component}"])
-    tree: dict = {}
-    for leaf, layers in leaves.items():
-        *parents, name = leaf.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        if None in layers:
-            node[name] = layers[None]
-            continue
-        if sorted(layers) != list(range(len(layers))):
-            raise ConversionError([f"{path}: {component} {leaf} has only layers {sorted(layers)}"])
-        node[name] = np.stack([layers[i] for i in range(len(layers))])
-    return tree
+    return unflatten_dict(tree, sep="/")

@@ -1,7 +1,9 @@
 """Reading and writing safetensors files piece by piece, without holding a file in memory.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets},
-"__metadata__": {str: str}}, then the tensors' bytes in C order.
+"__metadata__": {str: str}}, then the tensors' bytes in C order. The library `safetensors` maps
+whole files, whose pages count as resident, knows no bfloat16 without PyTorch, and writes only what
+is in memory as a whole; so header and bytes are read and written here.
 """
 
 import json
@@ -9,6 +11,7 @@ import math
 import os
 import pathlib
 import struct
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import ml_dtypes
@@ -107,20 +110,14 @@ def _check_header(path: pathlib.Path, tensors: dict[str, TensorInfo], size: int)
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
     """Reads one tensor into fresh memory (no memory map: mapped pages would count as resident)."""
-    array = np.empty(info.shape, info.dtype)
-    view = memoryview(array.reshape(-1).view(np.uint8)) if info.num_bytes else memoryview(b"")
     with info.file.open("rb", buffering=0) as file:
-        file.seek(info.offset)
-        done = 0
-        while done < info.num_bytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise ConversionError([f"{info.file}: ends inside a tensor; download it again"])
-            done += count
+        data = np.fromfile(file, np.uint8, info.num_bytes, offset=info.offset)
         # the page cache of a 40 GB file would push everything else out of memory
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(file.fileno(), info.offset, info.num_bytes, os.POSIX_FADV_DONTNEED)
-    return array
+    if data.size < info.num_bytes:
+        raise ConversionError([f"{info.file}: ends inside a tensor; download it again"])
+    return data.view(info.dtype).reshape(info.shape)
 
 
 def read_middle(info: TensorInfo, num_bytes: int) -> bytes:
@@ -130,62 +127,54 @@ def read_middle(info: TensorInfo, num_bytes: int) -> bytes:
         return os.pread(file.fileno(), count, info.offset + (info.num_bytes - count) // 2)
 
 
-class SafetensorsWriter:
-    """Writes a safetensors file tensor by tensor, in the order of the given table.
+# {name: (dtype, shape)}
+Table = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+def table_bytes(table: Table) -> int:
+    """Bytes of the tensors in a table."""
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in table.values())
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    table: Table,
+    metadata: Mapping[str, str],
+    make: Callable[[str], np.ndarray],
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Writes a safetensors file tensor by tensor, down to the disk.
 
     Args:
       path: file to create.
-      tensors: {name: (dtype, shape)} of all tensors, in the order in which they will come.
+      table: all tensors, in the order in which they are made and written.
       metadata: strings for `__metadata__`.
+      make: the tensor of a name.
+      advance: called with the number of bytes just written.
+
+    Raises:
+      ValueError: a tensor has another shape or dtype than the table says.
     """
-
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        tensors: dict[str, tuple[np.dtype, tuple[int, ...]]],
-        metadata: dict[str, str],
-    ):
-        header: dict[str, object] = {"__metadata__": metadata}
-        position = 0
-        for name, (dtype, shape) in tensors.items():
-            end = position + math.prod(shape) * np.dtype(dtype).itemsize
-            header[name] = {
-                "dtype": DTYPE_CODES[np.dtype(dtype)],
-                "shape": list(shape),
-                "data_offsets": [position, end],
-            }
-            position = end
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)  # data starts at a multiple of 8
-        self._expected = list(tensors.items())
-        self._next = 0
-        self._file = pathlib.Path(path).open("wb")  # noqa: SIM115 - closed by __exit__
-        self._file.write(struct.pack("<Q", len(raw)) + raw)
-
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Appends the next tensor.
-
-        Raises:
-          ValueError: it is not the tensor that comes next, or has another shape or dtype.
-        """
-        expected_name, (dtype, shape) = self._expected[self._next]
-        if (name, array.dtype, array.shape) != (expected_name, np.dtype(dtype), tuple(shape)):
-            raise ValueError(
-                f"expected {expected_name} {dtype} {shape}, got {name} {array.dtype} {array.shape}"
-            )
-        if array.size:
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            self._file.write(memoryview(data))
-        self._next += 1
-
-    def __enter__(self) -> "SafetensorsWriter":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        """Flushes to disk; ValueError if tensors are missing and nothing else went wrong."""
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None and self._next != len(self._expected):
-            raise ValueError(f"{len(self._expected) - self._next} tensors were not written")
+    header: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for name, (dtype, shape) in table.items():
+        end = position + table_bytes({name: (dtype, shape)})
+        header[name] = {
+            "dtype": DTYPE_CODES[np.dtype(dtype)],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # data starts at a multiple of 8
+    with pathlib.Path(path).open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name, (dtype, shape) in table.items():
+            array = make(name)
+            if (array.dtype, array.shape) != (np.dtype(dtype), tuple(shape)):
+                raise ValueError(f"{name}: not {dtype} {shape}, but {array.dtype} {array.shape}")
+            if array.size:
+                file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            advance(array.nbytes)
+        file.flush()
+        os.fsync(file.fileno())

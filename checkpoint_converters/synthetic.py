@@ -7,7 +7,6 @@ through every part of the system. Tensors are made and written one at a time.
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -15,133 +14,16 @@ import pathlib
 import sys
 import zlib
 
-import ml_dtypes
 import numpy as np
 
-from checkpoint_converters import shapes
-from checkpoint_converters.converting import explaining_a_full_disk
+from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
 from checkpoint_converters.key_map import COMPONENTS
-from checkpoint_converters.safetensors_io import ConversionError, SafetensorsWriter
+from checkpoint_converters.output import write_file
+from checkpoint_converters.published import published_config
+from checkpoint_converters.safetensors_io import ConversionError
+from checkpoint_converters.shapes import ANY, expected_shapes
 
 VERSIONS = {"2.0": "2.0.0", "2.3": "2.3.0"}
-
-# the published metadata, without sizes
-_TRANSFORMER = {
-    "_class_name": "AVTransformer3DModel",
-    "_diffusers_version": "0.25.1",
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "attention_type": "default",
-    "audio_positional_embedding_max_pos": [20],
-    "av_ca_timestep_scale_multiplier": 1000.0,
-    "av_cross_ada_norm": True,
-    "causal_temporal_positioning": True,
-    "connector_norm_output": True,
-    "connector_num_learnable_registers": 128,
-    "connector_positional_embedding_max_pos": [4096],
-    "cross_attention_norm": True,
-    "double_self_attention": False,
-    "dropout": 0.0,
-    "frequencies_precision": "float64",
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-06,
-    "norm_num_groups": 32,
-    "num_embeds_ada_norm": 1000,
-    "num_vector_embeds": None,
-    "only_cross_attention": False,
-    "positional_embedding_max_pos": [20, 2048, 2048],
-    "positional_embedding_theta": 10000.0,
-    "positional_embedding_type": "rope",
-    "qk_norm": "rms_norm",
-    "rope_type": "split",
-    "share_ff": False,
-    "standardization_norm": "rms_norm",
-    "timestep_scale_multiplier": 1000,
-    "upcast_attention": False,
-    "use_audio_video_cross_attention": True,
-    "use_embeddings_connector": True,
-    "use_linear_projection": False,
-    "use_middle_indices_grid": True,
-}
-_TRANSFORMER_23 = {
-    "apply_gated_attention": True,
-    "connector_apply_gated_attention": True,
-    "cross_attention_adaln": True,
-    "caption_proj_before_connector": True,
-    "caption_projection_first_linear": False,
-    "caption_projection_second_linear": False,
-    "caption_proj_input_norm": False,
-    "connector_learnable_registers_std": 1,
-    "text_encoder_norm_type": "per_token_rms",
-}
-_VAE = {
-    "_class_name": "CausalVideoAutoencoder",
-    "dims": 3,
-    "in_channels": 3,
-    "out_channels": 3,
-    "scaling_factor": 1.0,
-    "norm_layer": "pixel_norm",
-    "patch_size": 4,
-    "latent_log_var": "uniform",
-    "use_quant_conv": False,
-    "causal_decoder": False,
-    "timestep_conditioning": False,
-    "normalize_latent_channels": False,
-}
-_AUDIO_VAE = {
-    "model": {
-        "params": {
-            "ddconfig": {
-                "double_z": True,
-                "mel_bins": 64,
-                "z_channels": 8,
-                "resolution": 256,
-                "downsample_time": False,
-                "in_channels": 2,
-                "out_ch": 2,
-                "ch": 128,
-                "ch_mult": [1, 2, 4],
-                "num_res_blocks": 2,
-                "attn_resolutions": [],
-                "dropout": 0.0,
-                "mid_block_add_attention": False,
-                "norm_type": "pixel",
-                "causality_axis": "height",
-            },
-            "sampling_rate": 16000,
-        }
-    },
-    "preprocessing": {
-        "audio": {
-            "sampling_rate": 16000,
-            "max_wav_value": 32768.0,
-            "duration": 5.12,
-            "stereo": True,
-            "causal_padding": 3,
-        },
-        "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
-        "mel": {"n_mel_channels": 64, "mel_fmin": 0, "mel_fmax": 8000},
-    },
-}
-_GENERATOR = {
-    "resblock_kernel_sizes": [3, 7, 11],
-    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
-    "stereo": True,
-}
-_SNAKE = {
-    "resblock": "AMP1",
-    "activation": "snakebeta",
-    "use_tanh_at_final": False,
-    "use_bias_at_final": False,
-}
-_SCHEDULER = {
-    "_class_name": "RectifiedFlowScheduler",
-    "_diffusers_version": "0.25.1",
-    "num_train_timesteps": 1000,
-    "shifting": None,
-    "base_resolution": None,
-    "sampler": "LinearQuadratic",
-}
 
 # The pocket model is taken through all stages on a CPU: the classes of LTX-2.0 with 8 times less
 # compression in space, so that a clip of 64 x 48 pixels has 48 tokens per latent frame, and RoPE
@@ -214,8 +96,10 @@ def metadata(size: str, version: str, num_layers: int | None = None) -> dict:
     newer = version == "2.3"
     if newer and "changes" in s:
         raise ValueError(f"size {size!r} is of version 2.0 only")
+    config = published_config(version)
     heads, (video, audio) = s["heads"], s["dims"]
-    transformer = _TRANSFORMER | {
+    transformer = config["transformer"]
+    transformer |= {
         "num_layers": num_layers or s["layers"],
         "num_attention_heads": heads,
         "attention_head_dim": video,
@@ -230,89 +114,25 @@ def metadata(size: str, version: str, num_layers: int | None = None) -> dict:
         "caption_channels": s["text"],
         "connector_num_attention_heads": heads if newer else s["text"] // video,
         "connector_attention_head_dim": video,
-        "connector_num_layers": s["connector_layers"] or (8 if newer else 2),
     }
     if newer:
-        transformer |= _TRANSFORMER_23 | {
-            "audio_connector_num_attention_heads": heads,
-            "audio_connector_attention_head_dim": audio,
-        }
-    audio_vae = copy.deepcopy(_AUDIO_VAE)
-    audio_vae["model"]["params"]["ddconfig"] |= {"z_channels": s["z"], "ch": s["ch"]}
-    config = {
-        "transformer": transformer,
-        "vae": _vae_metadata(s, newer),
-        "audio_vae": audio_vae,
-        "vocoder": _vocoder_metadata(s, newer),
-        "scheduler": _SCHEDULER,
-    }
+        transformer["audio_connector_num_attention_heads"] = heads
+        transformer["audio_connector_attention_head_dim"] = audio
+    vae = config["vae"]
+    for name in ("latent_channels", "encoder_base_channels", "decoder_base_channels"):
+        vae[name] = s["latent"]
+    config["audio_vae"]["model"]["params"]["ddconfig"] |= {"z_channels": s["z"], "ch": s["ch"]}
+    generators = config["vocoder"].values() if newer else [config["vocoder"]]
+    for generator, width in zip(generators, s["wave"], strict=False):
+        generator["upsample_initial_channel"] = width or generator["upsample_initial_channel"]
+    if s["connector_layers"]:
+        transformer["connector_num_layers"] = s["connector_layers"]
+    for name, settings in vae["encoder_blocks"] + vae["decoder_blocks"]:
+        if name == "res_x" and s["res"]:
+            settings["num_layers"] = s["res"]
     for section, changes in s.get("changes", {}).items():
-        config[section] = config[section] | changes
+        config[section] |= changes
     return config
-
-
-def _vae_metadata(s: dict, newer: bool) -> dict:
-    down = ["compress_space_res", "compress_time_res", "compress_all_res", "compress_all_res"]
-    if newer:
-        up = ["compress_all", "compress_all", "compress_time", "compress_space"]
-        layers, upper = (4, 6, 4, 2, 2), (2, 2, 4, 6, 4)
-        factors, grow = (2, 1, 2, 2), (2, 2, 2, 1)
-    else:
-        up = ["compress_all"] * 3
-        layers, upper = (4, 6, 6, 2, 2), (5, 5, 5, 5)
-        factors, grow = (2, 2, 2), (2, 2, 2, 2)
-    settings = {} if newer else {"inject_noise": False}
-    encoder = [["res_x", {"num_layers": s["res"] or layers[0]}]]
-    for name, factor, count in zip(down, grow, layers[1:]):
-        encoder.append([name, {"multiplier": factor}])
-        encoder.append(["res_x", {"num_layers": s["res"] or count}])
-    decoder = [["res_x", {"num_layers": s["res"] or upper[0]} | settings]]
-    for name, factor, count in zip(up, factors, upper[1:]):
-        decoder.append([name, {"multiplier": factor} | ({} if newer else {"residual": True})])
-        decoder.append(["res_x", {"num_layers": s["res"] or count} | settings])
-    section = _VAE | {
-        "latent_channels": s["latent"],
-        "encoder_blocks": encoder,
-        "decoder_blocks": decoder[::-1],
-        "encoder_base_channels": s["latent"],
-        "decoder_base_channels": s["latent"],
-    }
-    return section | ({"spatial_padding_mode": "zeros"} if newer else {})
-
-
-def _vocoder_metadata(s: dict, newer: bool) -> dict:
-    width, bwe_width = s["wave"]
-    if not newer:
-        return _GENERATOR | {
-            "resblock": "1",
-            "upsample_initial_channel": width or 1024,
-            "upsample_rates": [6, 5, 2, 2, 2],
-            "upsample_kernel_sizes": [16, 15, 8, 4, 4],
-            "output_sampling_rate": 24000,
-        }
-    return {
-        "vocoder": _GENERATOR
-        | _SNAKE
-        | {
-            "upsample_initial_channel": width or 1536,
-            "upsample_rates": [5, 2, 2, 2, 2, 2],
-            "upsample_kernel_sizes": [11, 4, 4, 4, 4, 4],
-        },
-        "bwe": _GENERATOR
-        | _SNAKE
-        | {
-            "upsample_initial_channel": bwe_width,
-            "upsample_rates": [6, 5, 2, 2, 2],
-            "upsample_kernel_sizes": [12, 11, 4, 4, 4],
-            "apply_final_activation": False,
-            "input_sampling_rate": 16000,
-            "output_sampling_rate": 48000,
-            "hop_length": 80,
-            "n_fft": 512,
-            "win_size": 512,
-            "num_mels": 64,
-        },
-    }
 
 
 def write(
@@ -345,30 +165,20 @@ def write(
     if size not in SIZES or version not in VERSIONS:
         raise ValueError(f"size must be one of {list(SIZES)}, version one of {list(VERSIONS)}")
     config = metadata(size, version, num_layers)
-    table = {}
-    for component in components:
-        table |= shapes.expected_shapes(config, component)
     features = SIZES[size]["text"] * SIZES[size]["states"]
-    numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    tensors = {
-        key: (numpy_dtype, tuple(features if n == shapes.ANY else n for n in shape))
-        for key, shape in table.items()
+    table = {
+        key: (DTYPE_CHOICES[dtype], tuple(features if n == ANY else n for n in shape))
+        for component in components
+        for key, shape in expected_shapes(config, component).items()
     }
     strings = {
         "config": json.dumps(config),
         "model_version": VERSIONS[version],
         "license": "random weights",
     }
-    path = pathlib.Path(path).absolute()
-    num_bytes = sum(math.prod(shape) for _, shape in tensors.values()) * numpy_dtype.itemsize
-    with explaining_a_full_disk(path, path, num_bytes):
-        try:
-            with SafetensorsWriter(path, tensors, strings) as writer:
-                for key, (_, shape) in tensors.items():
-                    writer.write(key, _values(key, shape, seed, numpy_dtype))
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+    write_file(
+        pathlib.Path(path).absolute(), table, strings, lambda key: _values(key, *table[key], seed)
+    )
     return config
 
 
@@ -376,7 +186,7 @@ def write(
 _POOL = 1 << 22
 
 
-def _values(key: str, shape: tuple[int, ...], seed: int, dtype: np.dtype) -> np.ndarray:
+def _values(key: str, dtype: np.dtype, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Values of one tensor: N(0, 1/fan_in) weights, norms near 1, small biases and tables."""
     name = key.rsplit(".", 1)[-1]
     if key.endswith("std-of-means"):
@@ -400,7 +210,10 @@ def _values(key: str, shape: tuple[int, ...], seed: int, dtype: np.dtype) -> np.
         scale = 1 / math.sqrt(fan_in)
     elif name in ("learnable_registers", "audio_sink_tokens"):
         scale = 1.0
-    return (mean + scale * noise(key, shape, seed)).astype(dtype)
+    values = noise(key, shape, seed)
+    values *= scale  # in place: the largest has gigabytes
+    values += mean
+    return values.astype(dtype)
 
 
 def noise(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -452,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="transformer layers (default: the size's)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    stay_on_host()
     try:
         write(
             args.output,

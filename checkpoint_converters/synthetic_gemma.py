@@ -10,18 +10,18 @@ it knows those alone, a token each; size "pocket" is too small for any other.
 
 import argparse
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Sequence
 
-import ml_dtypes
 import numpy as np
 
-from checkpoint_converters import gemma3, synthetic
-from checkpoint_converters.converting import appearing, partial_path
-from checkpoint_converters.key_map import GEMMA
-from checkpoint_converters.safetensors_io import ConversionError, SafetensorsWriter
+from checkpoint_converters import synthetic
+from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
+from checkpoint_converters.key_map import TEXT_TOWER
+from checkpoint_converters.output import appearing
+from checkpoint_converters.safetensors_io import ConversionError, table_bytes, write_safetensors
+from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -107,8 +107,7 @@ def write(
         "model_type": "gemma3",
         "text_config": text_config(size),
     }
-    partial = partial_path(folder)
-    with appearing(folder, partial):
+    with appearing(folder) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=1))
         _write_weights(partial, GemmaConfig.from_metadata(config["text_config"]), seed, dtype)
         if words is not None:
@@ -119,25 +118,24 @@ def write(
 
 
 def _write_weights(folder: pathlib.Path, config: GemmaConfig, seed: int, dtype: str) -> None:
-    numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    shapes = {GEMMA + name: shape for name, shape in gemma3.expected_shapes(config).items()}
-    names, total = list(shapes), sum(math.prod(shape) for shape in shapes.values())
-    weight_map = {}
+    shapes = model_shapes(TEXT_TOWER, config)
+
+    def values(name: str) -> np.ndarray:
+        shape = shapes[name]
+        # norms are applied as 1 + w; all others have their inputs on the last axis
+        scale = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
+        return (scale * synthetic.noise(name, shape, seed)).astype(DTYPE_CHOICES[dtype])
+
+    names = list(shapes)
+    weight_map, total = {}, 0
     for i in range(_NUM_SHARDS):
         file = f"model-{i + 1:05d}-of-{_NUM_SHARDS:05d}.safetensors"
         chosen = names[i * len(names) // _NUM_SHARDS : (i + 1) * len(names) // _NUM_SHARDS]
-        table = {name: (numpy_dtype, shapes[name]) for name in chosen}
-        with SafetensorsWriter(folder / file, table, {"format": "pt"}) as writer:
-            for name in chosen:
-                noise = synthetic.noise(name, shapes[name], seed)
-                # norms are applied as 1 + w; all others have their inputs on the last axis
-                scale = 0.1 if len(shapes[name]) == 1 else shapes[name][-1] ** -0.5
-                writer.write(name, (scale * noise).astype(numpy_dtype))
-        weight_map |= {name: file for name in chosen}
-    index = {
-        "metadata": {"total_size": total * numpy_dtype.itemsize},
-        "weight_map": weight_map,
-    }
+        table = {name: (DTYPE_CHOICES[dtype], shapes[name]) for name in chosen}
+        write_safetensors(folder / file, table, {"format": "pt"}, values)
+        weight_map |= dict.fromkeys(chosen, file)
+        total += table_bytes(table)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
@@ -217,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         "--words", type=pathlib.Path, help="file of all words there are, one a line"
     )
     args = parser.parse_args(argv)
+    stay_on_host()
     try:
         words = args.words.read_text().split() if args.words else None
         write(args.output, args.size, seed=args.seed, dtype=args.dtype, words=words)

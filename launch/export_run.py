@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from checkpoint_converters import converting
 from checkpoint_converters.export import export
+from checkpoint_converters.output import appearing, file_problems, folder_problems
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import Transformer, TransformerConfig
 from omniforcing_jax.io import checkpoints
@@ -140,22 +140,27 @@ def export_run(
     if step is None:
         raise FileNotFoundError(f"{run} has no complete checkpoint yet")
     source = f"{run.resolve().name}, step {step}, {weights}"
-    content, student = student_content(checkpoints.load_config(base), config, source)
+    before = checkpoints.load_config(base)
+    content, student = student_content(before, config, source)
     shapes = jax.eval_shape(lambda: init_params(Transformer(student), jax.random.key(0)))
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), shapes)
     generator = load_generator(run, expected, which=weights, step=step)
 
-    others = [base / name for name in content["components"] if name != "transformer"]
-    num_bytes = sum(f.stat().st_size for folder in others for f in folder.rglob("*") if f.is_file())
+    others = {
+        name: pathlib.Path(checkpoints.component_folder(base, name, before))
+        for name in before["components"]
+        if name != "transformer"
+    }
+    files = [f for folder in others.values() for f in folder.rglob("*") if f.is_file()]
+    num_bytes = sum(file.stat().st_size for file in files)
     num_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(generator))
     output = output.absolute()
-    partial = converting.partial_path(output)
-    problems = converting.output_problems(output, partial, overwrite, num_bytes)
+    problems = folder_problems(output, overwrite, num_bytes)
     if problems:
         raise ConversionError(problems)
-    with converting.appearing(output, partial):
-        for folder in others:
-            shutil.copytree(folder, partial / folder.name)
+    with appearing(output) as partial:
+        for name, folder in others.items():
+            shutil.copytree(folder, partial / name)
         checkpoints.save_params(partial, "transformer", generator, content)
     return step
 
@@ -176,7 +181,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--safetensors", type=pathlib.Path, help="also write one file in the official layout")
     add("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
+    file = args.safetensors and args.safetensors.absolute()
     try:
+        if file and (problems := file_problems(file, args.overwrite, 0)):
+            raise ConversionError(problems)
         step = export_run(
             args.run,
             args.output,
@@ -186,13 +194,25 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             overwrite=args.overwrite,
         )
-        print(f"{args.output}: {args.weights} of {args.run}, step {step}")
-        if args.safetensors is not None:
-            export(args.output, args.safetensors, overwrite=args.overwrite, show_progress=True)
-            print(f"{args.safetensors}: {args.safetensors.stat().st_size / 1e9:.2f} GB")
     except (ConversionError, ValueError, FileNotFoundError, KeyboardInterrupt) as error:
-        print(error or "interrupted, nothing was written", file=sys.stderr)
+        print(str(error) or "interrupted, nothing was written", file=sys.stderr)
         return 1
+    print(f"{args.output}: {args.weights} of {args.run}, step {step}")
+    if not file:
+        return 0
+    try:
+        export(args.output, file, overwrite=args.overwrite, show_progress=True)
+    except (ConversionError, KeyboardInterrupt) as error:
+        reasons = error.problems if isinstance(error, ConversionError) else ["interrupted"]
+        print(
+            f"{file} was not written; {args.output} was, and is complete: "
+            "checkpoint_converters.export makes the file from it",
+            *reasons,
+            sep="\n",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{args.safetensors}: {file.stat().st_size / 1e9:.2f} GB")
     return 0
 
 

@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from checkpoint_converters import reading
+from checkpoint_converters.export import write_components
 from checkpoint_converters.safetensors_io import ConversionError
-from checkpoint_converters.writing import write_components
 from omniforcing_jax.io.checkpoints import metadata_section
 
 # component: part

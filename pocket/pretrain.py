@@ -22,8 +22,8 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from checkpoint_converters import reading, synthetic
+from checkpoint_converters.export import write_components
 from checkpoint_converters.safetensors_io import ConversionError
-from checkpoint_converters.writing import write_components
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.text.connectors import ConnectorConfig

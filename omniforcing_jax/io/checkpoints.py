@@ -4,14 +4,14 @@
     ltx2/transformer/           Orbax
     ltx2/video_vae/ ...
 
-`checkpoint_converters` writes such folders; `save_params` adds or replaces a component.
+`checkpoint_converters` writes such folders; `save_params` adds or replaces a component. Folders may
+be on object storage, where only single files change at once: config.json is what says where each
+component lies.
 """
 
 import json
 import os
-import pathlib
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -48,7 +48,7 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
     Returns:
       {"format", "family": "ltx2" | "omniforcing", "model_version", "config": the checkpoint's
       metadata by section, "student": None or its layout and sinks, "components", "fingerprints":
-      what tells a component's weights from others, "source"}.
+      what tells a component's weights from others, "folders": see `component_folder`, "source"}.
 
     Raises:
       FileNotFoundError: no such folder, or it holds no converted checkpoint.
@@ -116,9 +116,26 @@ def missing_components(folder: str | os.PathLike, components: Iterable[str]) -> 
     Raises:
       FileNotFoundError, ValueError: as `load_config`.
     """
-    folder = locate(folder)
-    there = load_config(folder)["components"]
-    return tuple(c for c in components if c not in there or not (folder / c).is_dir())
+    content = load_config(folder)
+    return tuple(
+        component
+        for component in components
+        if component not in content["components"]
+        or not component_folder(folder, component, content).is_dir()
+    )
+
+
+def component_folder(
+    folder: str | os.PathLike, component: str, content: Mapping[str, Any]
+) -> epath.Path:
+    """Where a component lies: under its name, or where `save_params` put it to replace another.
+
+    Args:
+      folder: converted checkpoint.
+      component: one of `COMPONENTS`.
+      content: from `load_config`.
+    """
+    return locate(folder) / content.get("folders", {}).get(component, component)
 
 
 def load_params(
@@ -204,20 +221,23 @@ def save_params(
 ) -> None:
     """Writes one component, replacing an earlier one only when the new one is complete.
 
+    An interrupted call leaves the earlier one valid.
+
     Args:
-      folder: converted checkpoint, or a new folder if `content` is given.
+      folder: converted checkpoint, or a new folder if `content` is given; may be on object storage.
       component: one of `COMPONENTS`.
       params: nested dict of arrays, sharded or not.
-      content: what config.json shall say (`components` and the component's fingerprint, which is a
-        new one every time, are filled in); None keeps the folder's.
+      content: what config.json shall say (`components`, `folders` and the component's fingerprint,
+        which is a new one every time, are filled in); None keeps the folder's.
 
     Raises:
       FileNotFoundError: the folder has no config.json and `content` is None.
       ValueError: unknown component, or a leaf that is not finite.
     """
     _check_component(component)
-    folder = pathlib.Path(folder).absolute()
-    content = dict(load_config(folder) if content is None else content)
+    folder = locate(folder)
+    before = load_config(folder) if content is None or (folder / "config.json").exists() else {}
+    content = dict(before if content is None else content)
     bad = [
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -225,28 +245,27 @@ def save_params(
     ]
     if bad:
         raise ValueError(f"{component}: not finite, nothing was saved: {', '.join(bad[:5])}")
-    main = jax.process_index() == 0
+    old = component_folder(folder, component, before)
+    new = folder / (f"{component}.new" if old.name == component and old.exists() else component)
     folder.mkdir(parents=True, exist_ok=True)
-    new, old = folder / f".{component}.new", folder / f".{component}.old"
     # uncompressed: weights hardly shrink, and zstd would be the bottleneck
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(new, args=ocp.args.PyTreeSave(dict(params)), force=True)
-    if main:
-        if (folder / component).exists():
-            shutil.rmtree(old, ignore_errors=True)
-            (folder / component).rename(old)
-        new.rename(folder / component)
-        shutil.rmtree(old, ignore_errors=True)
-        there = {name for name in COMPONENTS if (folder / name).is_dir()}
-        content["components"] = [name for name in COMPONENTS if name in there]
+    if jax.process_index() == 0:
+        content["folders"] = before.get("folders", {}) | {component: new.name}
+        content["components"] = [
+            name for name in COMPONENTS if component_folder(folder, name, content).is_dir()
+        ]
         # other weights than what was converted, even if they are the same again
         fingerprint = {component: secrets.token_hex(16)}
         content["fingerprints"] = content.get("fingerprints", {}) | fingerprint
         content["format"] = FORMAT
         temporary = folder / ".config.json.new"
         temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(folder / "config.json")
+        temporary.replace(folder / "config.json")  # from here on the new ones are valid
+        if old != new and old.exists():
+            old.rmtree()
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -262,7 +281,7 @@ def _component_path(folder: str | os.PathLike, component: str) -> epath.Path:
     _check_component(component)
     folder = locate(folder)
     content = load_config(folder)
-    path = folder / component
+    path = component_folder(folder, component, content)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{folder} has no {component} (it has {', '.join(content['components'])}); "

@@ -9,15 +9,14 @@ import shutil
 import pytest
 
 from checkpoint_converters import (
-    converting,
     export,
     gemma3,
     ltx2,
     omniforcing,
+    output,
     reading,
     synthetic,
     synthetic_gemma,
-    writing,
 )
 
 
@@ -57,12 +56,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_one_line_and_nothing_left(inputs, tmp_path, capsys, case):
     converter, arguments, limit = CASES[case]
-    output = tmp_path / "out.safetensors"
+    out = tmp_path / "out.safetensors"
     arguments = [word.format(**inputs) for word in arguments]
     with small_disk(limit):
-        assert converter.main([*arguments, "--output", str(output)]) == 1
+        assert converter.main([*arguments, "--output", str(out)]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"{output}: File too large while it was being written; ")
+    assert captured.err.startswith(f"{out}: File too large while it was being written; ")
     assert "0.1 GB are needed, " in captured.err or case == "synthetic_gemma"  # size not known
     assert f"GB are free in {tmp_path}; nothing was left behind; make room" in captured.err
     assert captured.err.count("\n") == 1
@@ -72,7 +71,7 @@ def test_one_line_and_nothing_left(inputs, tmp_path, capsys, case):
 def test_the_earlier_conversion_stays(inputs, tmp_path):
     ltx2.convert(inputs["file"], tmp_path / "out", components=("connectors",))
     before = sorted(tmp_path.rglob("*"))
-    with small_disk(20_000), pytest.raises(converting.DiskFullError, match="File too large"):
+    with small_disk(20_000), pytest.raises(output.DiskFullError, match="File too large"):
         ltx2.convert(inputs["file"], tmp_path / "out", overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -81,18 +80,18 @@ def test_copied_components(inputs, tmp_path):
     """shutil.copytree goes on after an error, and raises a list at its end."""
     with (
         small_disk(20_000),
-        pytest.raises(converting.DiskFullError, match="File too large"),
-        converting.appearing(tmp_path / "out", tmp_path / "partial"),
+        pytest.raises(output.DiskFullError, match="File too large"),
+        output.appearing(tmp_path / "out") as partial,
     ):
-        shutil.copytree(inputs["ltx2"], tmp_path / "partial" / "copy")
+        shutil.copytree(inputs["ltx2"], partial / "copy")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_trees_in_memory(inputs, tmp_path):
     config = synthetic.metadata("tiny", "2.0")
     tree = reading.load_component(inputs["file"], "vocoder")
-    with small_disk(20_000), pytest.raises(converting.DiskFullError, match="nothing was left"):
-        writing.write_components(tmp_path / "a.safetensors", {"vocoder": tree}, config, "2.0.0")
+    with small_disk(20_000), pytest.raises(output.DiskFullError, match="nothing was left"):
+        export.write_components(tmp_path / "a.safetensors", {"vocoder": tree}, config, "2.0.0")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,10 +109,9 @@ FULL = {
 
 @pytest.mark.parametrize("error", FULL.values(), ids=FULL)
 def test_errors_of_a_full_disk(tmp_path, error):
-    output, partial = tmp_path / "out", tmp_path / "partial"
     with (
-        pytest.raises(converting.DiskFullError) as raised,
-        converting.appearing(output, partial, num_bytes=43_300_000_000),
+        pytest.raises(output.DiskFullError) as raised,
+        output.appearing(tmp_path / "out", num_bytes=43_300_000_000),
     ):
         raise error
     assert re.search(r"; 43\.4 GB are needed, \d+\.\d GB are free in ", str(raised.value))
@@ -125,7 +123,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
     for error in (OSError(errno.EIO, "Input/output error"), numbered, ValueError("shapes differ")):
         with (
             pytest.raises(type(error)) as raised,
-            converting.appearing(tmp_path / "out", tmp_path / "partial"),
+            output.appearing(tmp_path / "out"),
         ):
             raise error
         assert raised.value is error
@@ -136,7 +134,7 @@ def test_what_could_not_be_removed_is_named(tmp_path):
     partial = tmp_path / "partial"
     partial.touch()
     with (
-        pytest.raises(converting.DiskFullError, match=f"what there is of it is in {partial}"),
-        converting.explaining_a_full_disk(tmp_path / "out", partial),
+        pytest.raises(output.DiskFullError, match=f"what there is of it is in {partial}"),
+        output.explaining_a_full_disk(tmp_path / "out", partial),
     ):
         raise FULL["python"]

@@ -13,15 +13,11 @@ import textwrap
 import numpy as np
 import pytest
 
-from checkpoint_converters import checks, export, ltx2, omniforcing, orbax_writer, synthetic
+from checkpoint_converters import checks, export, ltx2, omniforcing, orbax_io, synthetic
 from checkpoint_converters.key_map import DIT
-from checkpoint_converters.safetensors_io import (
-    ConversionError,
-    SafetensorsWriter,
-    read_header,
-    read_tensor,
-)
+from checkpoint_converters.safetensors_io import ConversionError, read_header
 from omniforcing_jax.io import checkpoints
+from tests.checkpoint_converters.files import rewrite_file as rewrite
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -32,18 +28,6 @@ def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("source") / "tiny.safetensors"
     synthetic.write(path, "tiny", "2.0")
     return path
-
-
-def rewrite(source, target, change=lambda arrays: None, metadata=None):
-    """Copies a file, with `change` applied to {key: array} and other metadata."""
-    tensors, strings = read_header(source)
-    arrays = {key: read_tensor(info) for key, info in tensors.items()}
-    change(arrays)
-    table = {key: (array.dtype, array.shape) for key, array in arrays.items()}
-    with SafetensorsWriter(target, table, strings if metadata is None else metadata) as writer:
-        for key, array in arrays.items():
-            writer.write(key, array)
-    return target
 
 
 def refused(inputs, output, **options):
@@ -209,7 +193,7 @@ def test_input_and_output_problems_come_together(source, tmp_path):
 
 def test_overwrite_keeps_the_old_one_until_the_new_is_complete(source, tmp_path, monkeypatch):
     ltx2.convert(source, tmp_path / "out", components=("connectors",))
-    read = orbax_writer.read_tensor
+    read = orbax_io.read_tensor
     calls = []
 
     def fail(info):
@@ -218,12 +202,12 @@ def test_overwrite_keeps_the_old_one_until_the_new_is_complete(source, tmp_path,
             raise OSError("disk on fire")
         return read(info)
 
-    monkeypatch.setattr(orbax_writer, "read_tensor", fail)
+    monkeypatch.setattr(orbax_io, "read_tensor", fail)
     with pytest.raises(OSError, match="fire"):
         ltx2.convert(source, tmp_path / "out", components=("audio_vae",), overwrite=True)
     assert checkpoints.load_config(tmp_path / "out")["components"] == ["connectors"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    monkeypatch.setattr(orbax_writer, "read_tensor", read)
+    monkeypatch.setattr(orbax_io, "read_tensor", read)
     ltx2.convert(source, tmp_path / "out", components=("audio_vae",), overwrite=True)
     assert checkpoints.load_config(tmp_path / "out")["components"] == ["audio_vae"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -235,10 +219,10 @@ def test_signals_clean_up(source, tmp_path, number):
     script = textwrap.dedent(
         """
         import signal, sys, threading, time
-        from checkpoint_converters import ltx2, orbax_writer
+        from checkpoint_converters import ltx2, orbax_io
         # what a suite in the background of a shell starts would ignore it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        read, count = orbax_writer.read_tensor, []
+        read, count = orbax_io.read_tensor, []
         def slow(info):
             count.append(info)
             if len(count) == 3:
@@ -246,8 +230,9 @@ def test_signals_clean_up(source, tmp_path, number):
             if len(count) >= 3:
                 time.sleep(0.2)
             return read(info)
-        orbax_writer.read_tensor = slow
-        sys.exit(ltx2.main(["--input", sys.argv[1], "--output", sys.argv[2]]))
+        orbax_io.read_tensor = slow
+        source, output = sys.argv[1:]
+        sys.exit(ltx2.main(["--input", source, "--output", output, "--components", "connectors"]))
         """
     )
     process = subprocess.Popen(

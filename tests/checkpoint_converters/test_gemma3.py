@@ -12,19 +12,14 @@ import pytest
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from checkpoint_converters import gemma3, orbax_writer, synthetic, synthetic_gemma
+from checkpoint_converters import gemma3, orbax_io, synthetic, synthetic_gemma
 from checkpoint_converters.key_map import GEMMA, TEXT_TOWER
-from checkpoint_converters.safetensors_io import (
-    ConversionError,
-    SafetensorsWriter,
-    TensorInfo,
-    read_header,
-    read_tensor,
-)
+from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
 from omniforcing_jax.models.text.gemma import init_boxed_params
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.text.encoder_files import load_gemma_config
 from omniforcing_jax.text.text_encoder import load_text_tower
+from tests.checkpoint_converters.files import read_file, write_file
 from tests.models.text.test_gemma import GEMMA_12B
 from tests.tiny_gemma import write_word_tokenizer
 
@@ -39,7 +34,7 @@ def source(tmp_path_factory):
 
 def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
     files = sorted(folder.glob("*.safetensors"))
-    return {key: read_tensor(info) for file in files for key, info in read_header(file)[0].items()}
+    return {key: array for file in files for key, array in read_file(file)[0].items()}
 
 
 def rewrite(source, target, change=lambda arrays: None, rename=lambda key: key):
@@ -49,10 +44,7 @@ def rewrite(source, target, change=lambda arrays: None, rename=lambda key: key):
         shutil.copyfile(source / name, target / name)
     arrays = {rename(key): array for key, array in weights(source).items()}
     change(arrays)
-    table = {key: (array.dtype, array.shape) for key, array in arrays.items()}
-    with SafetensorsWriter(target / "model.safetensors", table, {"format": "pt"}) as writer:
-        for key, array in arrays.items():
-            writer.write(key, array)
+    write_file(target / "model.safetensors", arrays, {"format": "pt"})
     return target
 
 
@@ -190,7 +182,7 @@ def test_an_older_conversion_survives_until_the_new_one_is_complete(
         raise OSError("the disk broke")
 
     with monkeypatch.context() as patch:
-        patch.setattr(orbax_writer, "_copy", fail)
+        patch.setattr(orbax_io, "_copy", fail)
         with pytest.raises(OSError, match="the disk broke"):
             gemma3.main([*arguments, "--overwrite"])
     assert sorted(tmp_path.rglob("*")) == before
@@ -241,7 +233,7 @@ def test_every_key_of_the_12b_model_has_its_place(layout, real_names):
     chosen, problems = gemma3.select(tensors, config, pathlib.Path("gemma"))
     assert problems == []
     assert len(chosen) == 2 + 48 * 13
-    leaves = orbax_writer.plan_leaves(chosen, TEXT_TOWER, mesh={"fsdp": 4, "tensor": 2})
+    leaves = orbax_io.plan_leaves(chosen, TEXT_TOWER, mesh={"fsdp": 4, "tensor": 2})
     boxed = jax.eval_shape(lambda k: init_boxed_params(config, k), jax.random.key(0))
     expected = {
         "/".join(key.key for key in path): leaf.shape

@@ -39,11 +39,11 @@ def test_every_published_tensor_has_one_place_and_comes_back(published):
     assert len(rows) == {"2.0": 4049, "2.3": 5947}[version]
     places = set()
     for component, key, shape, _ in rows:
-        target = key_map.find_target(key)
+        target = key_map.find_place(key)
         assert target is not None, key
         assert target.component == component == owner(key)
         target.transform.shape(shape)  # raises if the rank is wrong
-        assert key_map.is_stacked(component, target.path) == (target.layer is not None)
+        assert key_map.is_stacked(target.path) == (target.layer is not None)
         assert key_map.official_key(component, target.path, target.layer) == (
             key,
             target.transform,
@@ -140,7 +140,7 @@ def test_absent_multipliers_are_those_of_the_reference(version):
     ],
 )
 def test_examples(key, component, path, layer):
-    target = key_map.find_target(key)
+    target = key_map.find_place(key)
     assert (target.component, target.path, target.layer) == (component, path, layer)
 
 
@@ -156,7 +156,7 @@ def test_examples(key, component, path, layer):
     ],
 )
 def test_transforms_and_their_inverses(key, shape, ours):
-    transform = key_map.find_target(key).transform
+    transform = key_map.find_place(key).transform
     array = np.arange(np.prod(shape)).reshape(shape)
     moved = transform.apply(array)
     assert moved.shape == ours == transform.shape(shape)
@@ -164,21 +164,19 @@ def test_transforms_and_their_inverses(key, shape, ours):
 
 
 def test_a_linear_kernel_is_transposed_and_a_transposed_convolution_is_not_flipped():
-    linear = key_map.find_target("model.diffusion_model.proj_out.weight").transform
+    linear = key_map.find_place("model.diffusion_model.proj_out.weight").transform
     array = np.arange(6).reshape(2, 3)
     np.testing.assert_array_equal(linear.apply(array), array.T)
-    up = key_map.find_target("vocoder.ups.0.weight").transform
+    up = key_map.find_place("vocoder.ups.0.weight").transform
     array = np.arange(24).reshape(2, 3, 4)
     np.testing.assert_array_equal(up.apply(array)[1], array[:, :, 1])
 
 
 def test_unknown_and_ignored_keys():
     assert (
-        key_map.find_target("model.diffusion_model.transformer_blocks.0.attn3.to_q.weight") is None
+        key_map.find_place("model.diffusion_model.transformer_blocks.0.attn3.to_q.weight") is None
     )
-    assert (
-        key_map.find_target("model.diffusion_model.transformer_blocks.01.attn1.to_q.bias") is None
-    )
+    assert key_map.find_place("model.diffusion_model.transformer_blocks.01.attn1.to_q.bias") is None
     assert key_map.is_ignored("vae.per_channel_statistics.mean-of-stds")
     assert not key_map.is_ignored("vae.per_channel_statistics.mean-of-means")
     with pytest.raises(ValueError, match="no official key"):
@@ -186,6 +184,6 @@ def test_unknown_and_ignored_keys():
 
 
 def test_wrong_rank_is_refused():
-    transform = key_map.find_target("vae.decoder.conv_in.conv.weight").transform
+    transform = key_map.find_place("vae.decoder.conv_in.conv.weight").transform
     with pytest.raises(ValueError, match="5 axes"):
         transform.shape((1, 2, 3, 4))

@@ -6,13 +6,9 @@ import shutil
 import pytest
 
 from checkpoint_converters import ltx2, synthetic
-from checkpoint_converters.safetensors_io import (
-    ConversionError,
-    SafetensorsWriter,
-    read_header,
-    read_tensor,
-)
+from checkpoint_converters.safetensors_io import ConversionError, read_header
 from omniforcing_jax.pipeline import PipelineConfig
+from tests.checkpoint_converters.files import read_file, write_file
 from tests.checkpoint_converters.test_diffusers_layout import ADDED_LATER, models, without
 
 # -- shards --------------------------------------------------------------------------------------
@@ -28,16 +24,13 @@ def source(tmp_path_factory):
 
 def split(source, folder, *metadata):
     """Two shards with an index: the audio VAE's tensors, all others; what each says of itself."""
-    tensors, _ = read_header(source)
+    whole, _ = read_file(source)
     weight_map = {}
     for number, strings in enumerate(metadata):
         name = f"model-{number}.safetensors"
-        arrays = {key: read_tensor(info) for key, info in tensors.items()
+        arrays = {key: array for key, array in whole.items()
                   if key.startswith("audio_vae.") == (number == 0)}  # fmt: skip
-        table = {key: (array.dtype, array.shape) for key, array in arrays.items()}
-        with SafetensorsWriter(folder / name, table, strings) as writer:
-            for key, array in arrays.items():
-                writer.write(key, array)
+        write_file(folder / name, arrays, strings)
         weight_map |= dict.fromkeys(arrays, name)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from checkpoint_converters import ltx2
+from checkpoint_converters.safetensors_io import ConversionError
 from launch import export_run, plot_run
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.pipeline import PipelineConfig
@@ -124,6 +125,40 @@ def test_export_of_raw_weights_and_refusals(run, random_checkpoint, tmp_path, ca
     write_config(copy, config | {"student_config": without_sinks})
     assert "audio_sinks is not in the model" in error(copy, other)
     assert not other.exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ConversionError(["a key is missing"])])
+def test_a_file_that_fails_says_what_was_written(tmp_path, monkeypatch, capsys, error):
+    """The checkpoint was complete before, and stays."""
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(export_run, "export_run", lambda *args, **options: 7)
+    monkeypatch.setattr(export_run, "export", fail)
+    file = tmp_path / "student.safetensors"
+    assert export(tmp_path, tmp_path, "--safetensors", str(file)) == 1
+    text = capsys.readouterr().err
+    assert "nothing was written" not in text
+    assert text.startswith(f"{file} was not written; {tmp_path / 'student'} was, and is complete")
+    assert ("interrupted" if isinstance(error, KeyboardInterrupt) else "a key is missing") in text
+
+
+def test_an_interruption_says_that_nothing_was_written(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_run, "export_run", interrupt)
+    assert export(tmp_path, tmp_path) == 1
+    assert capsys.readouterr().err == "interrupted, nothing was written\n"
+
+
+def test_a_file_that_cannot_be_written_stops_everything(run, tmp_path, capsys):
+    (tmp_path / "precious.safetensors").touch()
+    assert export(run[0], tmp_path, "--safetensors", str(tmp_path / "precious.safetensors")) == 1
+    text = capsys.readouterr().err
+    assert "nothing was written" in text and "precious.safetensors: exists" in text
+    assert not (tmp_path / "student").exists()
 
 
 def records(folder, networks, steps=4):

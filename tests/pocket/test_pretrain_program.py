@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from checkpoint_converters import ltx2, reading, synthetic
+from checkpoint_converters.export import write_components
 from checkpoint_converters.safetensors_io import ConversionError
-from checkpoint_converters.writing import write_components
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.training.metrics import read_records
 from pocket import assemble, pretrain

@@ -141,6 +141,8 @@ class AntialiasedSnake(nn.Module):
         shape = (1, 1, FILTER_TAPS)
         f = Stored("filter", kaiser_lowpass, shape, name="upsample")().reshape(FILTER_TAPS)
         g = Stored("lowpass/filter", kaiser_lowpass, shape, name="downsample")()
+        if self.is_initializing():
+            return snake(x)  # of the same shape; tracing 200 activations would take seconds
         batch, length, channels = x.shape
         x = _extend(x, 3)  # [B, T + 6, C]
         none = jnp.zeros((1,), f.dtype)

@@ -220,7 +220,7 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 # Settings that exist in the metadata but have a single value in every published model.
-_FIXED = {
+FIXED_SETTINGS = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "norm_elementwise_affine": False,
@@ -252,7 +252,7 @@ _REQUIRED = (
 
 
 def _check_metadata(transformer: Mapping[str, Any]) -> None:
-    problems = find_problems(transformer, required=_REQUIRED, fixed=_FIXED)
+    problems = find_problems(transformer, required=_REQUIRED, fixed=FIXED_SETTINGS)
     for stream in ("", "audio_"):
         inputs = transformer.get(f"{stream}in_channels")
         outputs = transformer.get(f"{stream}out_channels", inputs)

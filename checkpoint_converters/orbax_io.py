@@ -1,25 +1,27 @@
-"""Streams tensors from safetensors files into Orbax checkpoints, a few at a time.
+"""Streams tensors from safetensors files into Orbax checkpoints, a few at a time, and back.
 
 Orbax's own writer wants the whole tree in memory. A stacked leaf [L, ...] of the 19B transformer
-has 6 GB, so each leaf is written here through tensorstore, layer by layer, in the array format
-that Orbax reads (one zarr array per leaf, `use_ocdbt=False`), next to Orbax's `_METADATA`. The
-arrays are not compressed: weights hardly compress and on few cores compression is the bottleneck.
+has 6 GB, so each leaf is written here through tensorstore, layer by layer, as the zarr array that
+Orbax has for it without OCDBT; Orbax itself writes the tree's description. The arrays are not
+compressed: weights hardly compress and on few cores compression is the bottleneck.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import pathlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorstore as ts
+from flax.traverse_util import unflatten_dict
 
 from checkpoint_converters import key_map
 from checkpoint_converters.safetensors_io import TensorInfo, read_tensor
@@ -43,7 +45,8 @@ class Source(NamedTuple):
     transform: key_map.Transform
 
 
-class Leaf(NamedTuple):
+@dataclasses.dataclass(frozen=True)  # a tuple would be a tree of its own
+class Leaf:
     """One array of the Orbax checkpoint.
 
     Attributes:
@@ -81,10 +84,10 @@ def plan_leaves(
     """
     sources: dict[str, list[Source]] = {}
     for key, info in tensors.items():
-        target = key_map.find_target(key)
-        if target is not None and target.component == component:
-            source = Source(target.layer, info, target.transform)
-            sources.setdefault(target.path, []).append(source)
+        place = key_map.find_place(key)
+        if place is not None and place.component == component:
+            source = Source(place.layer, info, place.transform)
+            sources.setdefault(place.path, []).append(source)
     leaves = []
     for path, found in sorted(sources.items()):
         found.sort(key=lambda source: source.layer or 0)
@@ -107,7 +110,7 @@ def chunk_shape(
     the sizes divide, so that each shard of a restore on such a mesh is a set of whole chunks.
     """
     chunks = list(shape)
-    if key_map.is_stacked(component, path) and math.prod(shape) * itemsize > MAX_GATHERED_BYTES:
+    if key_map.is_stacked(path) and math.prod(shape) * itemsize > MAX_GATHERED_BYTES:
         chunks[0] = 1
     *_, parent, name = ("", *path.split("/"))
     if name == "kernel" and component in ("transformer", "connectors", key_map.TEXT_TOWER):
@@ -142,75 +145,60 @@ def write_component(
     tasks = itertools.islice(_tasks(folder, leaves), index, None, count)
     _run(tasks, advance)
     if index == 0:
-        write_tree_metadata(folder, leaves)
+        _describe(folder, leaves)
 
 
-def write_tree_metadata(folder: pathlib.Path, leaves: list[Leaf]) -> None:
-    """Writes the file from which Orbax learns the tree's structure and the array format."""
-    tree = {}
-    for leaf in leaves:
-        keys = tuple(leaf.path.split("/"))
-        tree[str(keys)] = {
-            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
-            "value_metadata": {
-                "value_type": "np.ndarray",  # restores anywhere, also without shardings
-                "skip_deserialize": False,
-                "write_shape": list(leaf.shape),
-            },
-        }
-    metadata = {
-        "tree_metadata": tree,
-        "use_ocdbt": False,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }
-    (folder / "_METADATA").write_text(json.dumps(metadata))
-    now = time.time_ns()
-    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-    checkpoint = {
-        "item_handlers": handler,
-        "metrics": {},
-        "performance_metrics": {},
-        "init_timestamp_nsecs": now,
-        "commit_timestamp_nsecs": now,
-        "custom_metadata": {},
-    }
-    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps(checkpoint))
+class _StreamedHandler(ocp.type_handlers.NumpyHandler):
+    """Orbax's handler of NumPy arrays, which restore anywhere, for leaves that are streamed."""
+
+    async def serialize(self, values, infos, args=None):
+        return []
 
 
-class _Task(NamedTuple):
-    num_bytes: int
-    run: Callable[[Callable[[], None]], None]
+def _describe(folder: pathlib.Path, leaves: list[Leaf]) -> None:
+    """Lets Orbax write down the tree's structure and the format of its arrays."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Leaf, _StreamedHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where it is missing
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    tree = unflatten_dict({leaf.path: leaf for leaf in leaves}, sep="/")
+    handler.save(folder, args=ocp.args.PyTreeSave(tree))
 
 
-def _tasks(folder: pathlib.Path, leaves: list[Leaf]) -> Iterator[_Task]:
-    """Pieces of work whose chunks do not overlap: a leaf, or one layer of a large stack."""
+def open_leaf(folder: os.PathLike, path: str) -> ts.TensorStore:
+    """An array of any Orbax checkpoint, unread.
+
+    Args:
+      folder: the component's folder.
+      path: "/"-separated path in its tree.
+    """
+    root, name = f"{os.path.abspath(folder)}/", path.replace("/", ".") + "/"
+    kvstore: dict = {"driver": "file", "path": root + name}
+    if ocp.type_handlers.is_ocdbt_checkpoint(folder):
+        kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": root}, "path": name}
+    return ts.open({"driver": "auto", "kvstore": kvstore}, read=True).result()
+
+
+def _tasks(folder: pathlib.Path, leaves: list[Leaf]) -> Iterator[tuple[int, Callable]]:
+    """(bytes, work) whose chunks do not overlap: a leaf, or one layer of a large stack."""
     for leaf in leaves:
         layered = len(leaf.sources) > 1 and leaf.chunks[0] == 1
         groups = [(source,) for source in leaf.sources] if layered else [leaf.sources]
         for group in groups:
             size = sum(source.info.num_bytes for source in group)
-            yield _Task(size, functools.partial(_copy, folder, leaf, group))
+            yield size, functools.partial(_copy, folder, leaf, group)
 
 
 def _open(folder: pathlib.Path, leaf: Leaf) -> ts.TensorStore:
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{folder / leaf.path.replace('/', '.')}/"},
-        "metadata": {
-            "shape": list(leaf.shape),
-            "chunks": list(leaf.chunks),
-            "dtype": "bfloat16" if leaf.dtype.name == "bfloat16" else leaf.dtype.str,
-            "compressor": None,
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-            "dimension_separator": ".",
-        },
+        "metadata": {"chunks": list(leaf.chunks), "compressor": None},
         "store_data_equal_to_fill_value": True,
     }
-    return ts.open(spec, create=True, open=True, context=_context()).result()
+    options = {"shape": leaf.shape, "dtype": leaf.dtype, "context": _context()}
+    return ts.open(spec, create=True, open=True, **options).result()
 
 
 @functools.cache
@@ -220,25 +208,22 @@ def _context() -> ts.Context:
 
 
 def _copy(
-    folder: pathlib.Path, leaf: Leaf, group: tuple[Source, ...], check: Callable[[], None]
+    folder: pathlib.Path, leaf: Leaf, group: tuple[Source, ...], stopped: threading.Event
 ) -> None:
-    """Writes the chunks that `group` covers; `check` raises when the conversion was stopped."""
+    """Writes the chunks that `group` covers, unless the conversion was stopped."""
     store = _open(folder, leaf)
     arrays = [source.transform.apply(read_tensor(source.info)) for source in group]
-    first = group[0].layer
-    if first is None:
-        view, base = arrays[0], 0
-    elif len(arrays) == 1:
-        view, base = arrays[0][None], first
-    else:
-        view, base = np.stack(arrays), first
-    grid = [range(0, size, chunk) for size, chunk in zip(view.shape, leaf.chunks)]
+    view, first = arrays[0], group[0].layer
+    if first is not None:
+        store = store[ts.d[0][first : first + len(arrays)].translate_to[0]]
+        view = np.stack(arrays) if len(arrays) > 1 else view[None]
+    grid = [range(0, size, chunk) for size, chunk in zip(view.shape, leaf.chunks, strict=True)]
     for corner in itertools.product(*grid):
-        check()
-        region = tuple(slice(c, min(c + n, s)) for c, n, s in zip(corner, leaf.chunks, view.shape))
+        if stopped.is_set():
+            return
+        region = tuple(slice(start, min(start + chunk, size)) for start, chunk, size in
+                       zip(corner, leaf.chunks, view.shape, strict=True))  # fmt: skip
         block = _contiguous(view[region], leaf.dtype)
-        if first is not None:
-            region = (slice(region[0].start + base, region[0].stop + base), *region[1:])
         store[region].write(block, can_reference_source_data_indefinitely=True).result()
 
 
@@ -252,42 +237,28 @@ def _contiguous(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return block
 
 
-class _Stopped(Exception):
-    """A thread saw that another one failed or the user interrupted."""
-
-
-def _run(tasks: Iterator[_Task], advance: Callable[[int], None]) -> None:
+def _run(tasks: Iterator[tuple[int, Callable]], advance: Callable[[int], None]) -> None:
     """Runs tasks on threads with a bound on the bytes in flight; stops all on the first error."""
-    stop = threading.Event()
-
-    def check() -> None:
-        if stop.is_set():
-            raise _Stopped
-
+    stopped = threading.Event()
     pending: dict[concurrent.futures.Future, int] = {}
 
-    def finish(done: set[concurrent.futures.Future]) -> None:
-        for future in done:
+    def finish_some() -> None:
+        first = concurrent.futures.FIRST_COMPLETED
+        for future in concurrent.futures.wait(pending, return_when=first).done:
             size = pending.pop(future)
             future.result()
             advance(size)
 
     with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         try:
-            for task in tasks:
+            for size, work in tasks:
                 while pending and (
-                    len(pending) >= NUM_THREADS
-                    or sum(pending.values()) + task.num_bytes > IN_FLIGHT_BYTES
+                    len(pending) >= NUM_THREADS or sum(pending.values()) + size > IN_FLIGHT_BYTES
                 ):
-                    finish(_wait(pending))
-                pending[pool.submit(task.run, check)] = task.num_bytes
+                    finish_some()
+                pending[pool.submit(work, stopped)] = size
             while pending:
-                finish(_wait(pending))
+                finish_some()
         except BaseException:
-            stop.set()
+            stopped.set()
             raise
-
-
-def _wait(pending: Mapping[concurrent.futures.Future, int]) -> set[concurrent.futures.Future]:
-    first = concurrent.futures.FIRST_COMPLETED
-    return concurrent.futures.wait(pending, return_when=first).done
