@@ -12,15 +12,17 @@ from typing import Any
 import ml_collections
 
 from checkpoint_converters import synthetic
-from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax import (
+    BlockLayout,
+    CacheConfig,
+    PipelineConfig,
+    RolloutConfig,
+    TransformerConfig,
+)
 from omniforcing_jax.distributed.partitioning import MESH_AXES
 from omniforcing_jax.models.text.connectors import ConnectorConfig
-from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig
-from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
 
