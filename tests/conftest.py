@@ -25,6 +25,9 @@ import jax
 import numpy as np
 import pytest
 
+# Operands of different ranks are a mistake more often than not.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 

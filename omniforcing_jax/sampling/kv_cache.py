@@ -297,4 +297,6 @@ def history(cache: RollingCache, rope: ClipRope, rope_type: str, patches: int) -
 def _frames(block_positions: jax.Array, first: int, later: int) -> jax.Array:
     """Frame indices of all slots: those of block 0, then `later` for each slot's block position."""
     starts = first + (block_positions - 1) * later
-    return jnp.concatenate([jnp.arange(first), (starts[:, None] + jnp.arange(later)).reshape(-1)])
+    return jnp.concatenate(
+        [jnp.arange(first), (starts[:, None] + jnp.arange(later)[None]).reshape(-1)]
+    )

@@ -148,11 +148,11 @@ class AntialiasedSnake(nn.Module):
         none = jnp.zeros((1,), f.dtype)
         even = jnp.concatenate([f[1::2][::-1], none])
         odd = jnp.concatenate([none, f[0::2][::-1]])
-        taps = 2.0 * jnp.stack([even, odd], axis=1)[:, :, None]  # [7, 2, 1]
+        taps = 2.0 * jnp.stack([even, odd], axis=1)[:, None, None, :, None]  # [7, 1, 1, 2, 1]
         u = sum(taps[d] * x[:, d : d + length, None] for d in range(7))  # [B, T, 2, C]
         u = snake(u).reshape(batch, 2 * length, channels)
         u = _extend(u, 5).reshape(batch, length + 5, 2, channels)
-        taps = g.reshape(6, 2, 1)
+        taps = g.reshape(6, 1, 1, 2, 1)
         return jnp.sum(sum(taps[d] * u[:, d : d + length] for d in range(6)), axis=2)
 
 

@@ -108,8 +108,8 @@ class OffsetRMSNorm(nn.Module):
         self.scale = self.param("scale", init, (self.dim,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = rms_norm(x, self.eps)
-        return (x * (1.0 + self.scale.astype(jnp.float32))).astype(self.dtype)
+        scale = jnp.expand_dims(self.scale.astype(jnp.float32), range(x.ndim - 1))
+        return (rms_norm(x, self.eps) * (1.0 + scale)).astype(self.dtype)
 
 
 class Linear(nn.Module):

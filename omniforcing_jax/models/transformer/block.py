@@ -231,5 +231,5 @@ def parameter_table(module: nn.Module, name: str, rows: int, dim: int) -> jax.Ar
 
 def modulation_rows(table: jax.Array, modulation: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
     """table [k, D] + modulation [B, G, k, D] (or broadcast over k) -> k arrays [B, G, D]."""
-    rows = table.astype(dtype) + modulation
+    rows = table.astype(dtype)[None, None] + modulation
     return [rows[:, :, j] for j in range(table.shape[0])]

@@ -156,7 +156,7 @@ def test_projection_folded_into_the_layer_loop(case):
             x = normalize_hidden_states(hidden[..., layer], mask, case.config)
             total = total + x @ kernel[:, layer]
         total = projection_scale(kernel.shape[-1], case.config) * total
-        total = total + case.params[name].get("bias", 0.0)
+        total = np.asarray(total) + np.asarray(case.params[name].get("bias", 0.0))
         np.testing.assert_allclose(total, features, atol=ATOL)
 
 
