@@ -38,7 +38,8 @@ class Rope:
 
         "split" pairs channel j with j + H/2, "interleaved" channel 2j with 2j + 1.
         """
-        cos, sin = self.cos, self.sin
+        new_axes = range(x.ndim - self.cos.ndim)
+        cos, sin = jnp.expand_dims(self.cos, new_axes), jnp.expand_dims(self.sin, new_axes)
         half = x.shape[-1] // 2
         x32 = x.astype(jnp.float32)
         if rope_type == "split":
