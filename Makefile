@@ -78,6 +78,7 @@ pocket-ablations:  ## stage II of the pocket model with other stabilisers: hours
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow tests
 	$(PYTEST)
+	TEST_XLA=default $(PYTEST) -m "default_xla and not slow"
 
 aot: $(VENV)/.installed-compilers  ## compile the 19B stages and the sampler for TPUs and GPUs: hours
 	$(BIN)/python -m launch.aot --all --output outputs/scaling.json

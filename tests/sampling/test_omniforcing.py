@@ -17,6 +17,8 @@ from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig, block_step, prompt_kv
 from omniforcing_jax.types import AVLatents
 
+pytestmark = pytest.mark.default_xla
+
 V2 = TransformerConfig(
     num_layers=2,
     video_heads=4,

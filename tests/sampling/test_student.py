@@ -23,6 +23,8 @@ from tests.tiny_model import (
     random_params,
 )
 
+pytestmark = pytest.mark.default_xla
+
 HEIGHT, WIDTH, BATCH = 1, 2, 2
 NUM_BLOCKS = 7  # a window of two blocks has let go of four by then
 KEY = jax.random.key(3)
@@ -236,7 +238,6 @@ def test_a_stream_compiles_two_programs(sinks):
     assert programs[1:] == programs[1:2] * (NUM_BLOCKS - 1)
 
 
-@pytest.mark.slow
 def test_bfloat16(sinks):
     """bf16 compute and cache: finite, float32 latents, and close to the fp32 clip."""
     model = Transformer(sinks.model.config, dtype=jnp.bfloat16)

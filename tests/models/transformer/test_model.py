@@ -14,6 +14,7 @@ from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Modality, Pathways, Transformer
 from omniforcing_jax.models.transformer.rope import rope_from_bounds
 
+pytestmark = pytest.mark.default_xla
 TOLERANCE = 1e-4  # the references' own fp32 error is 9e-6; phases are formed in their order
 
 
