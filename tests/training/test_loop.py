@@ -12,8 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.training.loop import Hook, LoopConfig, TrainingDiverged
 from omniforcing_jax.training.metrics import read_records
+from omniforcing_jax.training.objectives.common import on_devices
 from tests.training.toy_stage import ToyBatches, ToyStage, train_toy
 
 
@@ -212,6 +214,16 @@ def test_a_step_that_moves_arrays_without_saying_so_is_an_error(stage, tmp_path)
 
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train_toy(tmp_path, stage=Careless(), state=stage.init_state())
+
+
+def test_numbers_are_moved_by_name():
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    with jax.transfer_guard("disallow"):
+        moved = [
+            on_devices(np.uint32(2**32 - 1), place)
+            for place in (None, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        ]
+    assert [(x.dtype, int(x)) for x in moved] == [(np.uint32, 2**32 - 1)] * 2
 
 
 def test_loop_config_problems_are_reported_together():

@@ -48,8 +48,9 @@ def toy_loss(params: dict, batch: dict) -> tuple[jax.Array, dict]:
     blocks = params["blocks"]
     w = blocks["video_attn"]["q"]["kernel"].sum(0) @ params["video_out"]["kernel"]
     w = w + blocks["audio_ff"]["up"]["kernel"].sum(0)
-    y = batch["x"].astype(w.dtype) @ w + blocks["video_attn"]["q"]["bias"].sum(0)
-    y = y * blocks["v2a_attn"]["q_norm"]["scale"].prod(0) + params["audio_sinks"].sum(0)
+    y = batch["x"].astype(w.dtype) @ w + blocks["video_attn"]["q"]["bias"].sum(0)[None]
+    y = y * blocks["v2a_attn"]["q_norm"]["scale"].prod(0)[None]
+    y = y + params["audio_sinks"].sum(0)[None]
     error = jnp.square(y.astype(jnp.float32) - batch["y"]).mean(-1)  # [B]
     high = batch["x"][:, 0] > 1.5
     loss = error.mean()

@@ -125,8 +125,10 @@ class Source:
         content = checkpoints.read_json(file)
         run = content["config"]
         if "student_config" not in run:
-            pipeline = PipelineConfig.from_content(checkpoints.load_config(folder))
-            return cls(pipeline.model_version, pipeline.transformer, {})
+            content = checkpoints.load_config(folder)
+            version = content["model_version"]
+            metadata = checkpoints.component_metadata(content, "transformer")
+            return cls(version, TransformerConfig.from_metadata(metadata, version), {})
         fields = run["student_config"]
         return cls(run["model_version"], TransformerConfig.from_dict(fields), run)
 
@@ -181,15 +183,16 @@ def check(
         rollout = attempt("student", lambda: c.rollout(*size))
     if data is not None and connectors is not None:
         problems += fit.data_problems(c, data.manifest, pipeline, connectors, rollout)
+    mesh_shape = c.mesh_shape(num_devices) if problems.free("mesh") else None
+    if student is not None and mesh_shape is not None:
+        problems += fit.head_problems(student, mesh_shape)
     if problems:
         raise ConfigError(problems)
 
-    mesh_shape = c.mesh_shape(num_devices)
     clip = ClipGeometry.from_blocks(c.layout, c.clip.blocks, *size)
     experiment = Experiment(
         c, content, pipeline, student, connectors, clip, rollout, data, mesh_shape
     )
-    problems += fit.head_problems(student, mesh_shape)
     attempt(c.stage, lambda: make_stage(experiment))
     if problems:
         raise ConfigError(problems)

@@ -86,7 +86,8 @@ def on_devices(value: np.generic, sharding: jax.sharding.Sharding | None = None)
     """A number as programs take it, moved to the devices by name; the same on all processes."""
     if sharding is None:
         return jax.device_put(value)
-    return jax.make_array_from_callback((), sharding, lambda index: np.asarray(value)[index])
+    shards = [jax.device_put(value, device) for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays((), sharding, shards)
 
 
 def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
