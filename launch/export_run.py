@@ -19,7 +19,6 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from checkpoint_converters.export import export
 from checkpoint_converters.output import appearing, file_problems, folder_problems
@@ -28,9 +27,7 @@ from omniforcing_jax import Transformer, TransformerConfig
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.transformer.model import init_params
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
-
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-
+from omniforcing_jax.types import DTYPES
 
 # fields of TransformerConfig in which a student may differ from its teacher: their metadata keys
 _METADATA_KEYS = {

@@ -181,7 +181,10 @@ class ClipDecoder:
     def _params(self) -> dict[str, Any]:
         return {
             name: checkpoints.load_params(
-                self._checkpoint, name, dtype=jnp.float32 if name == "vocoder" else self._dtype
+                self._checkpoint,
+                name,
+                dtype=jnp.float32 if name == "vocoder" else self._dtype,
+                without="encoder",
             )
             for name in DECODERS
         }

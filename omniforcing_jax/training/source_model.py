@@ -133,10 +133,7 @@ def _describe_run(run: pathlib.Path) -> tuple[TransformerConfig, dict[str, Any],
     names = ("stage", "clip", "model_version", "student", "student_config")
     if missing := [name for name in names if name not in config]:
         raise ValueError(f"{run / 'config.json'}: the configuration lacks {', '.join(missing)}")
-    fields = config["student_config"].items()
-    transformer = TransformerConfig(
-        **{name: tuple(x) if isinstance(x, list) else x for name, x in fields}
-    )
+    transformer = TransformerConfig.from_dict(config["student_config"])
     student = {}
     if config["stage"] != "stage1":
         student = config["student"] | {"layout": config["clip"]["layout"]}
