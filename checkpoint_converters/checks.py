@@ -116,7 +116,7 @@ def _matches(shape: tuple[int, ...], expected: tuple[int, ...], width: int) -> b
     """Equal sizes; where any is allowed, a multiple of the text encoder's width."""
     return len(shape) == len(expected) and all(
         (size % width == 0 and size > 0) if want == ANY else size == want
-        for size, want in zip(shape, expected)
+        for size, want in zip(shape, expected, strict=True)
     )
 
 

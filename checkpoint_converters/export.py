@@ -144,7 +144,9 @@ def _official_pieces(
                  for key in found if key not in expected]  # fmt: skip
     for key, shape in expected.items():
         own = found[key].shape if key in found else shape
-        if len(own) != len(shape) or any(m not in (n, ANY) for n, m in zip(own, shape)):
+        if len(own) != len(shape) or any(
+            m not in (n, ANY) for n, m in zip(own, shape, strict=True)
+        ):
             problems.append(f"{component}: {key} has shape {own}, must be {shape}")
     return {key: found[key] for key in expected if key in found}, problems
 

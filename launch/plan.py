@@ -122,7 +122,10 @@ def table(found: list[MeshProposal], target: Target, steps: int, show: int) -> s
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    lines += [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     if shown:
         lines += ["", "memory per device of the first"]
         lines += [f"  {name:<45}{n / GIB:>8.2f} GiB" for name, n in shown[0].memory.items()]

@@ -195,7 +195,7 @@ def choose_columns(
 ) -> dict[str, dict[str, float | None]]:
     """What the table shows: clips or stretches, and all together."""
     if len(results) > 1:
-        shown = list(zip(paths, results))[:MAX_COLUMNS]
+        shown = list(zip(paths, results, strict=True))[:MAX_COLUMNS]
         return {p.stem: r.total.scalars() | r.truth for p, r in shown} | {"all": everything}
     columns, start = {}, 0.0
     for part in results[0].windows:
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.seconds is not None and not args.seconds > 0:
             raise ValueError(f"--seconds must be positive, not {args.seconds}")
-        targets = list(zip(args.clips, read_targets(args)))
+        targets = list(zip(args.clips, read_targets(args), strict=True))
         references = sorted(args.reference.glob("*.mp4")) if args.reference else []
         if args.reference and min(len(references), len(args.clips)) < 2:
             raise ValueError(
@@ -222,7 +222,9 @@ def main(argv: list[str] | None = None) -> int:
         for path, target in track(targets, "clips", console=console, transient=True):
             sheet = None if results else args.sheet
             results.append(measure_file(path, args.layout, sheet, seconds=args.seconds, **target))
-        clips = {str(path): result.to_json() for path, result in zip(args.clips, results)}
+        clips = {
+            str(path): result.to_json() for path, result in zip(args.clips, results, strict=True)
+        }
         content: dict[str, Any] = {"clips": clips}
         content["all"] = pool([result.total for result in results]).scalars()
         if references:

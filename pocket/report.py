@@ -160,8 +160,8 @@ def plot_drift(rows: Rows, path: pathlib.Path) -> None:
     """Curves over time of rows that have stretches."""
     figure = new_figure(figsize=(14, 7), dpi=110, layout="constrained")
     axes = figure.subplots(2, 3)
-    for panel, (scalar, heading) in zip(axes.flat, CURVES.items()):
-        for (name, seeds), color in zip(rows.items(), COLORS):
+    for panel, (scalar, heading) in zip(axes.flat, CURVES.items(), strict=False):
+        for (name, seeds), color in zip(rows.items(), COLORS, strict=False):
             stretches = [[part[scalar] for part in content["stretches"]] for content in seeds]
             values = np.array(stretches, float)  # None, where there is nothing to go by, is NaN
             seconds = seeds[0]["arguments"]["every"] * (np.arange(values.shape[1]) + 0.5)

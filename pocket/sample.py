@@ -147,7 +147,9 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
             latent_size = (whole.clip.video_frames, *size)
             decoded.append(decode_clip(config, pipeline.params, one, latent_size, pipeline.dtype))
         seconds = time.perf_counter() - start
-        return SampledClips(*map(np.stack, zip(*decoded)), first=seconds, total=seconds)
+        return SampledClips(
+            *map(np.stack, zip(*decoded, strict=True)), first=seconds, total=seconds
+        )
 
     return run
 
@@ -211,7 +213,7 @@ def sample_all(
         filled = (numbers + numbers[-1:] * args.batch_size)[: args.batch_size]
         batch = jax.tree.map(lambda *x: jnp.concatenate(x), *(contexts[n] for n in filled))
         clips = sampler(batch, filled)
-        yield from list(zip(clips.frames, clips.waveforms))[: len(numbers)]
+        yield from list(zip(clips.frames, clips.waveforms, strict=True))[: len(numbers)]
 
 
 def world_clips(args: argparse.Namespace, seeds: list[int]) -> FramesAndSound:
@@ -295,7 +297,9 @@ def main(argv: list[str] | None = None) -> int:
     content = {
         "arguments": {k: v for k, v in vars(args).items() if k != "output"},
         "all": pool([result.total for result in results]).scalars(),
-        "stretches": [pool(same).scalars() for same in zip(*(r.windows for r in results))],
+        "stretches": [
+            pool(same).scalars() for same in zip(*(r.windows for r in results), strict=True)
+        ],
         "clips": [result.total.scalars() for result in results],
     }
     if len(results) > 1:

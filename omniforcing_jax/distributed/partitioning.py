@@ -89,7 +89,7 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     shape = (data, fsdp, sequence, tensor)
     if math.prod(shape) != len(devices):
-        axes = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape))
+        axes = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
         raise ValueError(
             f"a mesh of {axes} needs {math.prod(shape)} devices, there are {len(devices)}"
         )
@@ -132,7 +132,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         ways = _ways(axis, mesh)
         return axis if ways > 1 and size % ways == 0 else P.UNCONSTRAINED
 
-    spec = [place(*each) for each in zip(names, axes, x.shape)]
+    spec = [place(*each) for each in zip(names, axes, x.shape, strict=True)]
     spec += [P.UNCONSTRAINED] * (x.ndim - len(names))
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
@@ -267,7 +267,10 @@ def _manual(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
 def _fitting(names, shape, mesh) -> tuple[Any, ...]:
     """The mesh axes that split each axis of a parameter; what is not divided stays whole."""
     axes = nn.logical_to_mesh_axes(names, LOGICAL_AXIS_RULES)
-    return tuple(axis if size % _ways(axis, mesh) == 0 else None for axis, size in zip(axes, shape))
+    return tuple(
+        axis if size % _ways(axis, mesh) == 0 else None
+        for axis, size in zip(axes, shape, strict=True)
+    )
 
 
 def _ways(axes: tuple[str, ...] | str | None, mesh) -> int:

@@ -228,7 +228,7 @@ def _prefix(q, k, v, kv_end, kv_length, scale, kernel):
     stops = [*starts[1:], len(kv_end)]
     groups = [
         _dense(q[:, i:j], k[:, : kv_end[i]], v[:, : kv_end[i]], None, scale, kernel)
-        for i, j in zip(starts, stops)
+        for i, j in zip(starts, stops, strict=True)
     ]
     return jnp.concatenate(groups, axis=1)  # [B, T, N, H]
 
@@ -278,7 +278,7 @@ def _check_inputs(q, k, v, kv_end, kv_length, mask) -> None:
     if mask is not None:
         full = (batch, heads, q_len, kv_len)
         padded = (1,) * (4 - mask.ndim) + mask.shape
-        fits = len(padded) == 4 and all(m in (1, n) for m, n in zip(padded, full))
+        fits = len(padded) == 4 and all(m in (1, n) for m, n in zip(padded, full, strict=True))
         if mask.dtype != bool or not fits:
             raise ValueError(
                 f"mask must be bool and broadcastable to {full}, got {mask.dtype} {mask.shape}"

@@ -161,7 +161,7 @@ def _sharded(run, batch: int, heads: int):
     # Axes that an enclosing shard_map has already taken are split before we see the arrays.
     free = {
         name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
         if kind != AxisType.Manual
     }
     if not free:

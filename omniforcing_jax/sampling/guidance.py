@@ -65,7 +65,7 @@ class Guidance:
     def passes(self) -> tuple[str, ...]:
         """Names of the network passes these scales need, in the order of `PASSES`."""
         needed = (True, self.cfg != 1.0, self.stg != 0.0, self.modality != 1.0)
-        return tuple(name for name, need in zip(PASSES, needed) if need)
+        return tuple(name for name, need in zip(PASSES, needed, strict=True) if need)
 
 
 class AVGuidance(NamedTuple):

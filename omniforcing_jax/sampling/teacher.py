@@ -93,7 +93,7 @@ class SampleConfig:
 
     def check_model(self, model: Transformer) -> None:
         """Raises ValueError when the guidance names blocks that the model does not have."""
-        for stream, guidance in zip(AVGuidance._fields, self.guidance):
+        for stream, guidance in zip(AVGuidance._fields, self.guidance, strict=True):
             try:
                 guidance.check_layers(model.config.num_layers)
             except ValueError as error:

@@ -61,7 +61,7 @@ def schedule_indices(schedule: Sequence[float], chosen: Sequence[float]) -> tupl
     """
     schedule, chosen = flow.check_sigmas(schedule), flow.check_sigmas(chosen)
     found = [np.flatnonzero(schedule == sigma) for sigma in chosen]
-    foreign = [f"{sigma:.6g}" for sigma, at in zip(chosen, found) if not at.size]
+    foreign = [f"{sigma:.6g}" for sigma, at in zip(chosen, found, strict=True) if not at.size]
     if foreign:
         raise ValueError(
             f"the {len(schedule) - 1}-step schedule has no noise level {', '.join(foreign)}; pick "
@@ -137,14 +137,16 @@ def autoregressive_trajectory(
     contexts = [prompt[:2]]
     if negative is not None:
         contexts.append(
-            tuple(jnp.broadcast_to(n, p.shape) for n, p in zip(negative[:2], prompt[:2]))
+            tuple(
+                jnp.broadcast_to(n, p.shape) for n, p in zip(negative[:2], prompt[:2], strict=True)
+            )
         )
     layout = config.cache.layout
     clip = ClipGeometry.from_blocks(layout, num_blocks, config.height, config.width)
     return _roll_out(
         model,
         params,
-        tuple(interleave_rows(passes) for passes in zip(*contexts)),
+        tuple(interleave_rows(passes) for passes in zip(*contexts, strict=True)),
         draw_noise(keys, clip, model),
         config.rope(model, num_blocks),
         config=config,

@@ -135,7 +135,7 @@ def _draw_marks(axes, marks: Marks):
     axes.set_ylim(low - room, high + room)
     axes.set_facecolor("0.93")  # yellow and cyan can be told from it
     rows = (("v", high + room / 2), ("^", low - room / 2))
-    for (name, events), (marker, level) in zip(marks.items(), rows):
+    for (name, events), (marker, level) in zip(marks.items(), rows, strict=False):
         for time, color in events:
             axes.plot([time, time], [middle, level], color=color, linewidth=1.0, zorder=0)
             axes.plot(time, level, marker, color=color, markersize=7, markeredgecolor="0.2")
@@ -155,7 +155,7 @@ def _draw_sound(figure, grid, row: int, waveform: np.ndarray, sample_rate: int, 
     columns = waveform[:usable].reshape(-1, step, waveform.shape[1])  # [column, sample, channel]
     times = (np.arange(len(columns)) + 0.5) * step / sample_rate
     channels = waveform.shape[1]
-    for channel, color in zip(range(channels), ("#2f6f9f", "#c8553d")):
+    for channel, color in zip(range(channels), ("#2f6f9f", "#c8553d"), strict=False):
         offset = -2.2 * channel
         low, high = columns[..., channel].min(1) + offset, columns[..., channel].max(1) + offset
         top.fill_between(times, low, high, color=color, linewidth=0.4)

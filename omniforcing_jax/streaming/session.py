@@ -164,7 +164,9 @@ class StreamingSession:
         return contexts
 
     def _set_contexts(self, contexts: tuple[jax.Array, jax.Array]) -> None:
-        for name, context, width in zip(("video", "audio"), contexts, self._model.config.text_dims):
+        for name, context, width in zip(
+            ("video", "audio"), contexts, self._model.config.text_dims, strict=True
+        ):
             if context.ndim != 3 or context.shape[0] != self._batch or context.shape[2] != width:
                 raise ValueError(
                     f"the {name} text context has shape {tuple(context.shape)}; this session "

@@ -219,4 +219,4 @@ def _text_contexts(e: Experiment) -> Callable[[Any, dict[str, Any]], dict[str, j
     """(parameters of the connectors, stored text) -> contexts, under the names that a batch has."""
     text = TextInput(TextConnectors(e.connectors, e.dtype))
     names = ("video_context", "audio_context")
-    return lambda params, batch: dict(zip(names, text.contexts(params, batch)))
+    return lambda params, batch: dict(zip(names, text.contexts(params, batch), strict=True))

@@ -141,7 +141,7 @@ class GaussianWorld:
         mean = np.stack([x.mean(axis=0) for x in by_prompt])
         covariance = np.stack([np.cov(x, rowvar=False) for x in by_prompt])
         size, truth = self.sizes[0], self.covariance
-        moments = zip(mean, covariance, self.mean)
+        moments = zip(mean, covariance, self.mean, strict=True)
         squares = [gaussian_distance(m, c, mu, truth) for m, c, mu in moments]
 
         def relative(found, truth, *part):
@@ -256,7 +256,7 @@ class GaussianTeacher(nn.Module):
         velocity = (x - x0) / s
         parts = jnp.split(velocity, [self.sizes[0]], axis=1)
         latents = (video.latents, audio.latents)
-        return tuple(v.reshape(like.shape) for v, like in zip(parts, latents)), None
+        return tuple(v.reshape(like.shape) for v, like in zip(parts, latents, strict=True)), None
 
 
 def make_teacher(world: GaussianWorld) -> tuple[GaussianTeacher, dict[str, jax.Array]]:

@@ -54,7 +54,7 @@ def draw_panel(axes, variants, lines: dict[str, tuple[str, str]], teacher: dict)
     The legend names the colors, and below them the variants where there are several.
     """
     drawn = [variant for variant in variants if any(name in variant[2] for name in lines)]
-    for (_, steps, curves), style in zip(drawn, ("-", "--")):
+    for (_, steps, curves), style in zip(drawn, ("-", "--"), strict=False):
         for name, (label, color) in lines.items():
             values = np.array(curves.get(name, []), float)
             there = np.isfinite(values)
@@ -62,7 +62,7 @@ def draw_panel(axes, variants, lines: dict[str, tuple[str, str]], teacher: dict)
                 shown = label if style == "-" else None
                 axes.plot(np.array(steps)[there], values[there], style, color=color, label=shown)
     if len(drawn) > 1:
-        for (variant, *_), style in zip(drawn, ("-", "--")):
+        for (variant, *_), style in zip(drawn, ("-", "--"), strict=False):
             axes.plot([], [], style, color=TEXT, label=variant)
     for name, (_, color) in lines.items():
         if name in teacher:
@@ -81,12 +81,12 @@ def draw_distances(result: dict[str, Any]):
     figure = new_figure(figsize=(3.7 * len(groups), 8.4), layout="constrained")
     panels = figure.subplots(len(ROWS), len(groups), sharey="row", sharex="col")
     teacher = next(row for name, row in result["table"].items() if name.startswith("teacher"))
-    for column, (title, variants) in zip(panels.T, groups.items()):
-        for axes, lines in zip(column, ROWS.values()):
+    for column, (title, variants) in zip(panels.T, groups.items(), strict=False):
+        for axes, lines in zip(column, ROWS.values(), strict=False):
             draw_panel(axes, variants, lines, teacher)
         column[0].set_title(title, fontsize=10, color=TEXT)
         column[-1].set_xlabel("training step", fontsize=9)
-    for axes, label in zip(panels[:, 0], ROWS):
+    for axes, label in zip(panels[:, 0], ROWS, strict=False):
         axes.set_ylabel(label, fontsize=9)
     figure.suptitle(
         "Gaussian clips with a known score: losses, and distances of the students' samples from "

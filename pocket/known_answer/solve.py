@@ -261,7 +261,7 @@ def train(
 
 
 def _curves(records) -> dict[str, Any]:
-    steps, distances, scalars = zip(*records)
+    steps, distances, scalars = zip(*records, strict=True)
     # norms by parameter group say little here, and are most of a log
     names = sorted(
         {n for s in scalars for n in s if "grad_norm/" not in n or n.endswith("grad_norm/audio")}

@@ -53,7 +53,7 @@ def clip_features(
     for name, pieces in (("speed", steps), ("place", [t.positions for t in o.tracks])):
         values = np.concatenate([np.zeros((1, 2)), *pieces])
         values = values[np.isfinite(values[:, 0])]
-        for axis, column in zip("xy", values.T):
+        for axis, column in zip("xy", values.T, strict=True):
             features |= _spread(f"{name}_{axis}", column)
     features["radius"] = float(np.mean([t.radius for t in o.tracks])) if o.tracks else 0.0
     for name, change in (("motion", o.motion), ("jerk", o.jerk), ("flicker", o.flicker)):

@@ -202,7 +202,7 @@ def measure(
         phantoms=sum(map(inside, o.matching.phantoms)),
         balls_right=np.concatenate([[], *(blobs[c] == 1 for c in colours)]),
         sizes_right=np.array([_size(tracks[c], part) == s
-                              for c, s in zip(colours, sizes) if c in tracks]),
+                              for c, s in zip(colours, sizes, strict=True) if c in tracks]),
         count_right=total == len(colours),
         prompted=np.array([tone.colour in colours for tone in o.tones if inside(tone)]),
         errors=np.array([f.residual**2 for f in long]),
@@ -336,7 +336,7 @@ def compare_with_truth(observation: Observation, truth: Truth) -> dict[str, floa
     height = observation.size[0]
     tracks = {track.colour: track for track in observation.tracks}
     errors, count = [], 0
-    for ball, path in zip(truth.scene, truth.trajectories.swapaxes(0, 1)):
+    for ball, path in zip(truth.scene, truth.trajectories.swapaxes(0, 1), strict=True):
         count += observation.num_frames
         if ball.colour in tracks:
             seen = tracks[ball.colour].positions * height

@@ -50,7 +50,7 @@ def match(
     wrong = wrong.reshape(distance.shape)
     cost = np.where(distance <= 1, distance + WRONG_PITCH * wrong, UNMATCHED)
     rows, columns = linear_sum_assignment(cost)
-    chosen = [(i, j) for i, j in zip(rows, columns) if distance[i, j] <= 1]
+    chosen = [(i, j) for i, j in zip(rows, columns, strict=True) if distance[i, j] <= 1]
     pairs = [(impacts[i], tones[j]) for i, j in chosen]
 
     def lacking(events: Sequence, number: int, taken: set[int]) -> list:

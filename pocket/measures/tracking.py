@@ -104,8 +104,8 @@ def track_balls(frames: np.ndarray) -> list[Track]:
         own = (np.where(nearest == index, share, 0.0) for index in range(len(COLOURS)))
         pieces.append([_locate(shares) for shares in own])
     tracks = [
-        Track(colour, *map(np.concatenate, zip(*parts)))
-        for colour, parts in zip(COLOURS, zip(*pieces))
+        Track(colour, *map(np.concatenate, zip(*parts, strict=True)))
+        for colour, parts in zip(COLOURS, zip(*pieces, strict=True), strict=True)
     ]
     return [track for track in tracks if track.blobs.any()]
 
@@ -187,12 +187,12 @@ def find_impacts(
             run = track.positions[start:end]
             pieces = _partition(run, frame_rate, config.gravity)
             fits = [_fit(run[a:b], frame_rate, config.gravity) for a, b in pieces]
-            for (a, b), fit in zip(pieces, fits):
+            for (a, b), fit in zip(pieces, fits, strict=True):
                 if fit is not None:
                     height = FLOOR - track.radius - fit.place[1]
                     energy = float(0.5 * (fit.velocity**2).sum() + config.gravity * height)
                     flights[track.colour].append(Flight(start + a, start + b, fit.rms, energy))
-            for (piece, before), (_, after) in itertools.pairwise(zip(pieces, fits)):
+            for (piece, before), (_, after) in itertools.pairwise(zip(pieces, fits, strict=True)):
                 impact = _meet(run, piece, before, after, frame_rate, config.gravity)
                 if impact is None:
                     continue

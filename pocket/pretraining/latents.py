@@ -96,7 +96,7 @@ def write_latents(
         if path.is_file() and _length(path) == len(chosen):
             continue
         batches = [chosen[i : i + _BATCH] for i in range(0, len(chosen), _BATCH)]
-        streams = zip(*map(encoder.encode, batches))
+        streams = zip(*map(encoder.encode, batches), strict=True)
         video, audio = (np.concatenate(parts).astype(np.float16) for parts in streams)
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, video=video, audio=audio)

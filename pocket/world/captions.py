@@ -65,7 +65,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     noun, motion, place, hit = pick(NOUNS), pick(MOTIONS), pick(PLACES), pick(HITS)
     sizes = [pick(SIZE_WORDS[ball.size]) for ball in balls]
     registers = [pick(REGISTER_WORDS[COLOURS.index(ball.colour)]) for ball in balls]
-    kinds = [f"{size} {ball.colour}" for size, ball in zip(sizes, balls)]
+    kinds = [f"{size} {ball.colour}" for size, ball in zip(sizes, balls, strict=True)]
     # verbs: "a ball bounces", "two balls bounce"
     bounce, fall = (motion, pick(FALLS)) if many else (f"{motion}s", f"{pick(FALLS)}s")
 
@@ -85,7 +85,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     tone, rings = pick(TONES), pick(RINGS)
     tones = _join([f"{_article(register)} {tone}" for register in dict.fromkeys(registers)])
     plural = f"{_join(list(dict.fromkeys(registers)))} {tone}s"
-    owners = zip(registers, balls)
+    owners = zip(registers, balls, strict=True)
     each = _join(
         [f"the {ball.colour} one {rings} {_article(word)} {tone}" for word, ball in owners]
     )
@@ -129,7 +129,7 @@ def scene_from_caption(text: str) -> Scene:
     found: dict[str, str] = {}
     size, count = None, None
     words = words_of(text)
-    for word, following in zip(words, [*words[1:], ""]):
+    for word, following in zip(words, [*words[1:], ""], strict=True):
         if word in sizes:
             size = sizes[word]
         elif word in COLOURS:

@@ -166,7 +166,7 @@ class Truth:
             "scene": [dataclasses.asdict(ball) for ball in self.scene],
             "radii": self.radii.tolist(),
             "trajectories": self.trajectories.tolist(),
-            "impacts": [dict(zip(IMPACT.names, row.tolist())) for row in self.impacts],
+            "impacts": [dict(zip(IMPACT.names, row.tolist(), strict=True)) for row in self.impacts],
         }
 
     @classmethod
@@ -210,7 +210,7 @@ def _draw_bodies(scene: Scene, seed: int, config: WorldConfig) -> list[_Body]:
     room = aspect - 2 * sum(ball.radius for ball in scene)
     cuts = np.sort(rng.uniform(0, room, len(scene)))  # gaps between balls, which thus never overlap
     left, bodies = 0.0, {}
-    for index, gap in zip(rng.permutation(len(scene)), np.diff(cuts, prepend=0)):
+    for index, gap in zip(rng.permutation(len(scene)), np.diff(cuts, prepend=0), strict=True):
         radius = scene[index].radius
         drop = FLOOR - 2 * radius  # from the ceiling to the floor
         own_vy = math.sqrt(2 * config.gravity * drop * rng.uniform(0.45, 0.85))

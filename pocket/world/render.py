@@ -48,7 +48,9 @@ def render(truth: Truth, config: WorldConfig) -> np.ndarray:
     inside = np.s_[:, margin : margin + config.height, margin : margin + config.width]
     canvas[inside] = background(config.width, config.height)
     frame = np.arange(num_frames)[:, None, None]
-    for ball, centres, radius in zip(truth.scene, truth.trajectories.swapaxes(0, 1), truth.radii):
+    for ball, centres, radius in zip(
+        truth.scene, truth.trajectories.swapaxes(0, 1), truth.radii, strict=True
+    ):
         reach = int(np.ceil(radius)) + 1
         offsets = np.arange(-reach, reach + 1)
         # Patch of pixels around the centre: [frames, 2 * reach + 1] by axis.

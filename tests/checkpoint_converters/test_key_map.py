@@ -70,7 +70,11 @@ def test_expected_shapes_equal_the_published_ones(published):
     for _, key, shape, _ in rows:
         found = expected[key]
         assert len(found) == len(shape)
-        assert all(f in (n, shapes.ANY) for f, n in zip(found, shape)), (key, found, shape)
+        assert all(f in (n, shapes.ANY) for f, n in zip(found, shape, strict=True)), (
+            key,
+            found,
+            shape,
+        )
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.3"])

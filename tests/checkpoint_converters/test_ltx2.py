@@ -53,7 +53,7 @@ def assert_trees_equal(actual, expected):
     actual = jax.tree_util.tree_leaves_with_path(actual)
     expected = jax.tree_util.tree_leaves_with_path(expected)
     assert [path for path, _ in actual] == [path for path, _ in expected]
-    for (path, a), (_, b) in zip(actual, expected):
+    for (path, a), (_, b) in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
 

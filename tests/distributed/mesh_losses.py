@@ -56,8 +56,8 @@ def main(stage: str, axes: dict[str, int]) -> list[dict[str, float]]:
         rows = partitioning.batch_sharding(mesh)
         contexts = random_contexts(model.config, batch=BATCH)
         names = ("video_context", "audio_context")
-        batch = dict(zip(names, contexts))
-        negative = dict(zip(names, random_contexts(model.config, batch=1, seed=5)))
+        batch = dict(zip(names, contexts, strict=True))
+        negative = dict(zip(names, random_contexts(model.config, batch=1, seed=5), strict=True))
         frozen = Frozen(
             params[2], None, jax.device_put(negative, NamedSharding(mesh, PartitionSpec()))
         )

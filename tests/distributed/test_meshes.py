@@ -39,7 +39,7 @@ def assert_same_losses(stage: str, *meshes: str) -> None:
     expected = losses(stage, "one device")
     for mesh in meshes:
         found = losses(stage, mesh)
-        for step, (a, e) in enumerate(zip(found, expected)):
+        for step, (a, e) in enumerate(zip(found, expected, strict=True)):
             assert a.keys() == e.keys()
             for name, value in e.items():
                 assert a[name] == pytest.approx(value, rel=1e-4, nan_ok=True), (mesh, step, name)

@@ -136,7 +136,7 @@ def test_score_networks_on_devices_of_their_own(world):
     done = launch(1, f"--workdir={split}", **common | {"num_steps": 3}, **halves)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [r["step"] for r in records(split) if "critic/loss" in r] == [1, 2, 3]
-    for one, other in zip(records(folder / "alone"), records(split)):
+    for one, other in zip(records(folder / "alone"), records(split), strict=True):
         names = [name for name in ("generator/loss", "critic/loss") if name in one]
         assert [one[n] for n in names] == pytest.approx([other[n] for n in names], rel=1e-4)
 

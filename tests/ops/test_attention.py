@@ -269,7 +269,7 @@ def test_cudnn_decomposition(cudnn_stand_in, name, implementation):
         actual.astype(jnp.float32), expected.astype(jnp.float32), rtol=2e-2, atol=2e-2
     )
     # One call per block that is long enough, on ever longer keys, with neither mask nor bias.
-    blocks = zip(*np.unique(kv_end, return_counts=True))
+    blocks = zip(*np.unique(kv_end, return_counts=True), strict=True)
     long = [(rows, end) for end, rows in blocks if min(rows, end) >= 64]
     assert [call[:2] for call in cudnn_stand_in] == long
     assert len(long) == {"video": 3, "a2v": 2, "v2a": 0}[name]

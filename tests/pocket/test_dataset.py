@@ -82,7 +82,7 @@ def test_stored_clips_are_the_ones_made_on_the_fly(tmp_path):
         impacts = np.array([tuple(row) for row in record["impacts"]], IMPACT)
         np.testing.assert_array_equal(impacts, truth.impacts)
         np.testing.assert_array_equal(record["radii"], truth.radii)
-        balls = zip(record["colours"], record["sizes"])
+        balls = zip(record["colours"], record["sizes"], strict=True)
         assert tuple(Ball(COLOURS[c], SIZES[s]) for c, s in balls) == truth.scene
 
     with pytest.raises(ValueError, match="num_frames 25 instead of 26"):

@@ -221,7 +221,7 @@ def test_distribution_matching_converges_with_exact_scores():
 
     def distance(weights):
         covariance = np.asarray(weights["factor"] @ weights["factor"].T, np.float64)
-        pairs = zip(np.asarray(weights["mean"], np.float64), WORLD.mean)
+        pairs = zip(np.asarray(weights["mean"], np.float64), WORLD.mean, strict=True)
         squares = [gaussian_distance(m, covariance, mu, WORLD.covariance) for m, mu in pairs]
         return float(np.sqrt(np.mean(squares) / np.trace(WORLD.covariance)))
 

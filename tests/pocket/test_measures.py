@@ -70,7 +70,7 @@ def late(waveform, seconds):
 def test_truth_scores_as_truth(clips, observations):
     parts = [
         measure(observation, scene=clip.truth.scene, layout=LAYOUT)
-        for clip, observation in zip(clips, observations)
+        for clip, observation in zip(clips, observations, strict=True)
     ]
     result = pool(parts).scalars()
     assert set(result) == set(MEANINGS)
@@ -90,7 +90,7 @@ def test_truth_scores_as_truth(clips, observations):
 
 def test_what_is_seen_and_heard_is_what_happened(clips, observations):
     surfaces = []
-    for clip, observation in zip(clips, observations):
+    for clip, observation in zip(clips, observations, strict=True):
         errors = compare_with_truth(observation, clip.truth)
         assert errors["position_error_px"] < 0.05 and errors["position_seen"] == 1
         assert abs(errors["seen_offset_ms"]) < 1 and abs(errors["heard_offset_ms"]) < 1
@@ -327,7 +327,7 @@ def test_distance_between_sets_of_clips(clips, observations):
             for c in clips
         ]
 
-    real = [clip_features(o, c.waveform, RATE) for c, o in zip(clips, observations)]
+    real = [clip_features(o, c.waveform, RATE) for c, o in zip(clips, observations, strict=True)]
     assert frechet_distance(real, real) == pytest.approx(0, abs=1e-3)
     assert all(np.isfinite(list(f.values())).all() for f in real)
     others = [make_clip(seed, 121) for seed in SPLITS["test"][100 : 100 + NUM_CLIPS]]
@@ -347,7 +347,7 @@ def test_a_picture_of_another_size_is_the_same_world(clips):
     result = measure(observe(clip.frames, 24, clip.waveform, RATE), scene=clip.truth.scene)
     assert result.scalars()["unmatched_rate"] < 0.1 and result.scalars()["size_right"] == 1
     small = track_balls(make_clip(SPLITS["test"][3], 61).frames)
-    for a, b in zip(track_balls(clip.frames), small):
+    for a, b in zip(track_balls(clip.frames), small, strict=True):
         np.testing.assert_allclose(a.positions, b.positions, atol=0.003)
 
 

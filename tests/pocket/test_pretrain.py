@@ -268,7 +268,7 @@ def test_a_dropped_caption_is_the_empty_one():
     empty_ids, empty_mask = np.zeros((2, 6), np.int32), np.arange(6)[None] == [[5], [5]]
     empty_ids[:, 5] = 2  # <bos>, at the right end as the tokenizer pads
     empty = contexts_of(params, frozen, empty_ids, empty_mask)
-    for found, expected in zip(contexts, empty):
+    for found, expected in zip(contexts, empty, strict=True):
         np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
         assert np.abs(found[1] - expected[0]).max() > 0.05
 

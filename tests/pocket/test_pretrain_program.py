@@ -125,7 +125,7 @@ def test_files_with_some_components_each_convert_together(tmp_path):
     files = {"teacher_only": ["transformer"],
              "shared": ["connectors", "video_vae", "audio_vae", "vocoder"]}  # fmt: skip
     inputs = [str(tmp_path / f"{name}.safetensors") for name in files]
-    for file, names in zip(inputs, files.values()):
+    for file, names in zip(inputs, files.values(), strict=True):
         chosen = ["--components", *names, "--dtype", "bfloat16", "--output", file]
         assert not assemble.main(["--folder", str(tmp_path), *chosen])
     with pytest.raises(ConversionError, match="has no transformer"):

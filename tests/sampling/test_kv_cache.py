@@ -105,7 +105,9 @@ def forward_clip(model, params, rope, blocks, sigmas, frames, keep=None):
     config = model.config
     x = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *blocks)
     levels = [
-        jnp.concatenate([jnp.full((1, f[stream].size), s) for s, f in zip(sigmas, frames)], axis=1)
+        jnp.concatenate(
+            [jnp.full((1, f[stream].size), s) for s, f in zip(sigmas, frames, strict=True)], axis=1
+        )
         for stream in (0, 1)
     ]
     if config.text_adaln:  # one for the whole sample
@@ -120,7 +122,9 @@ def split_blocks(clip, blocks):
     video_ends = np.cumsum([x.video.shape[1] for x in blocks])[:-1]
     audio_ends = np.cumsum([x.audio.shape[1] for x in blocks])[:-1]
     video, audio = (np.asarray(x) for x in clip)
-    return list(zip(np.split(video, video_ends, axis=1), np.split(audio, audio_ends, axis=1)))
+    return list(
+        zip(np.split(video, video_ends, axis=1), np.split(audio, audio_ends, axis=1), strict=True)
+    )
 
 
 def assert_close(actual, expected, message=""):
@@ -227,7 +231,7 @@ def by_hand(config, cache_config, rope, recorded, block) -> Pathways:
             parts[name].append((table.rotate(kv.k, config.rope_type), kv.v))
 
     def join(name):
-        k, v = (np.concatenate(x, axis=2) for x in zip(*parts[name]))
+        k, v = (np.concatenate(x, axis=2) for x in zip(*parts[name], strict=True))
         return History(KV(k, v), np.full(config.num_layers, k.shape[2]))
 
     return Pathways(**{name: join(name) for name in PATHWAYS})
@@ -289,8 +293,8 @@ def test_ring_holds_what_the_block_may_see(name, request):
 
 def test_relative_is_absolute_until_a_block_is_evicted(relative, absolute):
     differences = [
-        max(float(jnp.abs(x - y).max()) for x, y in zip(a, b))
-        for a, b in zip(relative.velocities, absolute.velocities)
+        max(float(jnp.abs(x - y).max()) for x, y in zip(a, b, strict=True))
+        for a, b in zip(relative.velocities, absolute.velocities, strict=True)
     ]
     first = 2 + EVICTING["anchor_blocks"] + EVICTING["window"]
     assert max(differences[:first]) < TOLERANCE
@@ -371,7 +375,9 @@ def test_many_writes():
         before = jax.tree.map(np.asarray, cache.kv)
         cache = write(cache, recorded[b], PATCHES, first=b == 0)
         assert int(cache.num_blocks) == b + 1
-        for old, new, block in zip(*map(jax.tree.leaves, (before, cache.kv, recorded[b]))):
+        for old, new, block in zip(
+            *map(jax.tree.leaves, (before, cache.kv, recorded[b])), strict=True
+        ):
             changed = np.any(old != np.asarray(new), axis=(0, 1, 3, 4))
             assert changed.sum() == block.shape[2], b
     # Block 0, its sinks and the anchor have never been overwritten.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ def block_by_hand(s: Setup, block, history=None):
         return jax.tree.map(lambda x, n: (1 - sigma) * x + sigma * n, x0, noise)
 
     x = jax.tree.map(lambda n: n[0], noise)
-    for i, (sigma, following) in enumerate(zip(s.config.sigmas, s.config.sigmas[1:])):
+    for i, (sigma, following) in enumerate(itertools.pairwise(s.config.sigmas)):
         v, _ = velocity(x, sigma)
         x0 = jax.tree.map(lambda x, v, sigma=sigma: x - sigma * v, x, v)
         if following > 0:
@@ -181,7 +182,7 @@ def test_any_block_can_be_redrawn(sinks, ltx23):
         lambda block: block_noise(KEY, block, sinks.config, sinks.model, BATCH, first=False)
     )
     draws = [sinks.noise(block) for block in (5, 1, 2)]
-    for block, noise in zip((5, 1, 2), draws):
+    for block, noise in zip((5, 1, 2), draws, strict=True):
         # Fusions may round the inverse error function's last bit differently.
         np.testing.assert_allclose(noise.video, traced(block).video, atol=1e-6)
         np.testing.assert_allclose(noise.audio, traced(block).audio, atol=1e-6)

@@ -78,7 +78,7 @@ def network(model, params, latents, tokens_sigma, sigma, tables, text, keep):
             context_mask=text.mask,
             global_sigma=sigma[s][None],
         )
-        for s, context in zip(STREAMS, text)
+        for s, context in zip(STREAMS, text, strict=True)
     )
     (video, audio), _ = model.apply({"params": params}, *streams, keep=keep)
     return {"video": video[0], "audio": audio[0]}
@@ -111,7 +111,7 @@ def plain_sampler(model, params, prompt, negative, noise, config, clean=None, ma
     }
     weight = {s: mask[s][:, None] for s in STREAMS}
     x = {s: (1 - weight[s]) * clean[s] + weight[s] * noise[s] for s in STREAMS}
-    for sigma, sigma_next in zip(config.sigmas[:-1], config.sigmas[1:]):
+    for sigma, sigma_next in zip(config.sigmas[:-1], config.sigmas[1:], strict=False):
         tokens_sigma = {s: np.float32(sigma) * mask[s] for s in STREAMS}
         own_sigma = {s: np.float32(sigma if mask[s].any() else 0.0) for s in STREAMS}
         x0 = {s: {} for s in STREAMS}

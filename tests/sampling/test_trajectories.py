@@ -76,7 +76,7 @@ def test_of_the_guided_teacher():
 
     visited = sample(model, params, prompt, negative, keys(), config, trajectory=True)
     states = jax.tree.map(lambda x: np.moveaxis(np.asarray(x)[list(indices)], 0, 1), visited)
-    for a, e in zip(jax.tree.leaves(found.states), jax.tree.leaves(states)):
+    for a, e in zip(jax.tree.leaves(found.states), jax.tree.leaves(states), strict=True):
         np.testing.assert_array_equal(a, e)
 
     negatives = jax.tree.map(lambda n: jnp.repeat(n, BATCH, axis=0), negative)

@@ -109,7 +109,7 @@ def test_what_the_model_sends(axes):
     layers = found["layers"]
     ways = math.prod(int(a.split("=")[1]) for a in axes if not a.startswith("tensor"))
     tensor = math.prod(int(a.split("=")[1]) for a in axes if a.startswith("tensor"))
-    messages = [dict(zip(("kind", "shape", "bytes", "group", "count", "name"), m))
+    messages = [dict(zip(("kind", "shape", "bytes", "group", "count", "name"), m, strict=True))
                 for m in found["messages"]]  # fmt: skip
     of = lambda kind: [m for m in messages if m["kind"] == kind]  # noqa: E731
     layer_shapes = {tuple(s[1:]) for n, s in found["weights"].items() if n.startswith("blocks/")}

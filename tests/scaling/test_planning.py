@@ -50,7 +50,7 @@ def compared() -> list[tuple[str, float, float]]:
     """(row, error of the peak, error of the bytes) of the planned against the compiled steps."""
     rows = [line for line in plan.compare(COMPILED).splitlines() if line.startswith("| stage")]
     errors = [[float(cell.strip().rstrip("%")) for cell in r.split("|")[4:7:2]] for r in rows]
-    return [(row, peak / 100, sent / 100) for row, (peak, sent) in zip(rows, errors)]
+    return [(row, peak / 100, sent / 100) for row, (peak, sent) in zip(rows, errors, strict=True)]
 
 
 def test_bytes_against_compiled_programs():
@@ -80,7 +80,9 @@ def test_allowances_fitted_to_some_machines_hold_for_others(monkeypatch):
             rows[target.device.torus > 0].append((e, planning.plan_step(e), peak))
 
     def worst(rows, allowances) -> float:
-        for name, value in zip(("TEMPORARIES", "GATHERED_LAYERS", "CACHES"), allowances):
+        for name, value in zip(
+            ("TEMPORARIES", "GATHERED_LAYERS", "CACHES"), allowances, strict=False
+        ):
             monkeypatch.setattr(planning, name, value)
         return max(abs(sum(planning.peak_memory(e, p).values()) / peak - 1) for e, p, peak in rows)
 

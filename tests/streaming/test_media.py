@@ -101,13 +101,13 @@ def test_splitting_the_stream_over_calls_does_not_change_the_file(tmp_path):
         path = tmp_path / f"{name}.mp4"
         with writer(path) as clip:
             frame, sample = 0, 0
-            for more_frames, more_samples in zip(frame_counts, sample_counts):
+            for more_frames, more_samples in zip(frame_counts, sample_counts, strict=True):
                 clip.write(
                     frames[frame : frame + more_frames], samples[sample : sample + more_samples]
                 )
                 frame, sample = frame + more_frames, sample + more_samples
         decoded[name] = media.read_clip(path)
-    for one, other in zip(decoded["whole"], decoded["uneven"]):
+    for one, other in zip(decoded["whole"], decoded["uneven"], strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -36,7 +36,7 @@ def make_config(pipeline, layout="prefix", rate=24.0, **cache) -> RolloutConfig:
 def contexts(pipeline, seed=0):
     keys = jax.random.split(jax.random.key(seed))
     dims = pipeline.config.transformer.text_dims
-    return tuple(jax.random.normal(k, (1, 16, d)) for k, d in zip(keys, dims))
+    return tuple(jax.random.normal(k, (1, 16, d)) for k, d in zip(keys, dims, strict=True))
 
 
 def session(pipeline, config=None, *, seed=0, decode_mode="causal", **options):
@@ -117,7 +117,7 @@ def test_equals_offline_rollout_and_full_decode(pipeline):
 
 def test_replays_from_its_seed(pipeline):
     first, again, other = (join(session(pipeline, seed=s).stream(3)) for s in (1, 1, 2))
-    for a, b in zip(first, again):
+    for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(first[0], other[0])
 
@@ -131,7 +131,7 @@ def test_snapshot_continues_bit_for_bit(pipeline):
     end = live.snapshot()
     live.restore(snapshot)  # the same compiled programs: the same bits
     assert live.num_blocks == 3
-    for a, b in zip(expected, join([live.step() for _ in range(3)])):
+    for a, b in zip(expected, join([live.step() for _ in range(3)]), strict=True):
         np.testing.assert_array_equal(a, b)
     # Another session has its own decoders, but shares the block step.
     fresh = session(pipeline, seed=99)

@@ -59,16 +59,19 @@ def test_equals_torch_adamw_with_clipping():
     tensors = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for _, x in flat]
     decays = [path[-1].key == "kernel" for path, _ in flat]
     groups = [
-        {"params": [t for t, d in zip(tensors, decays) if d == decay], "weight_decay": value}
+        {
+            "params": [t for t, d in zip(tensors, decays, strict=True) if d == decay],
+            "weight_decay": value,
+        }
         for decay, value in ((True, 0.1), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.95), eps=1e-6)
     for grad in grads:
-        for tensor, g in zip(tensors, jax.tree.leaves(grad)):
+        for tensor, g in zip(tensors, jax.tree.leaves(grad), strict=True):
             tensor.grad = torch.tensor(np.asarray(g))
         torch.nn.utils.clip_grad_norm_(tensors, 0.5)
         optimizer.step()
-    for tensor, ours in zip(tensors, jax.tree.leaves(trace[-1])):
+    for tensor, ours in zip(tensors, jax.tree.leaves(trace[-1]), strict=True):
         np.testing.assert_allclose(np.asarray(ours), tensor.detach().numpy(), atol=2e-7)
 
 

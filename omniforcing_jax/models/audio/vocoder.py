@@ -76,7 +76,7 @@ class HiFiGANConfig:
                     f"vocoder {first} and {second} must be equally long and not empty, "
                     f"lengths are {lengths[0]} and {lengths[1]}"
                 )
-        for rate, kernel in zip(self.upsample_rates, self.upsample_kernel_sizes):
+        for rate, kernel in zip(self.upsample_rates, self.upsample_kernel_sizes, strict=True):
             if kernel < rate or (kernel - rate) % 2:
                 raise ValueError(
                     f"vocoder upsample_kernel_sizes {kernel} does not fit upsample_rates {rate}: "
@@ -107,9 +107,11 @@ class HiFiGANConfig:
         first, last = first - reach, last + reach
         block_reach = max(
             sum((kernel // 2) * (dilation + 1) + 2 * snake_reach for dilation in dilations)
-            for kernel, dilations in zip(self.resblock_kernel_sizes, self.resblock_dilation_sizes)
+            for kernel, dilations in zip(
+                self.resblock_kernel_sizes, self.resblock_dilation_sizes, strict=True
+            )
         )
-        upsamplings = zip(self.upsample_rates, self.upsample_kernel_sizes)
+        upsamplings = zip(self.upsample_rates, self.upsample_kernel_sizes, strict=True)
         for rate, kernel in reversed(list(upsamplings)):
             first, last = first - block_reach, last + block_reach
             # Input i reaches outputs i * rate - padding ... i * rate - padding + kernel - 1
@@ -343,8 +345,10 @@ class HiFiGAN(nn.Module):
         snake = config.resblock == "AMP1"
         x = einops.rearrange(log_mel.astype(jnp.float32), "B T M S -> B T (S M)")
         x = conv1d(config.initial_channels, _END_KERNEL, "conv_pre")(x)
-        blocks = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes))
-        upsamplings = zip(config.upsample_rates, config.upsample_kernel_sizes)
+        blocks = list(
+            zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True)
+        )
+        upsamplings = zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
         for level, (rate, kernel_size) in enumerate(upsamplings):
             if not snake:
                 x = nn.leaky_relu(x, _SLOPE)

@@ -389,7 +389,9 @@ class TextConnectors(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Contexts [B, S, Wv] and [B, S, Wa]; every token of them is to be attended to."""
         widths = {"video": self.config.video_dim, "audio": self.config.audio_dim}
-        for features, (name, width) in zip((video_features, audio_features), widths.items()):
+        for features, (name, width) in zip(
+            (video_features, audio_features), widths.items(), strict=True
+        ):
             if features.ndim != 3 or features.shape[-1] != width:
                 raise ValueError(
                     f"{name} features must have shape [B, S, {width}], got {list(features.shape)}"

@@ -332,7 +332,7 @@ def init_params(config: VideoVAEConfig, key: jax.Array) -> dict[str, Any]:
     kernel_sizes = [leaf.size if leaf.ndim > 1 else 0 for leaf in leaves]
     normal = jax.random.normal(key, (sum(kernel_sizes),))
     values, offset = [], 0
-    for leaf, size in zip(leaves, kernel_sizes):
+    for leaf, size in zip(leaves, kernel_sizes, strict=True):
         if size:
             fan_in = leaf.size // leaf.shape[-1]
             kernel = normal[offset : offset + size].reshape(leaf.shape)

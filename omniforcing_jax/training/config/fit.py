@@ -133,7 +133,9 @@ def _trajectory_problems(c: StageConfig, manifest: Any, rollout: RolloutConfig) 
 
 def _same_levels(a: Sequence[float], b: Sequence[float]) -> bool:
     """Up to what JSON and float32 make of a number."""
-    return len(a) == len(b) and all(math.isclose(x, y, abs_tol=1e-6) for x, y in zip(a, b))
+    return len(a) == len(b) and all(
+        math.isclose(x, y, abs_tol=1e-6) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _listed(sigmas: Sequence[float]) -> str:

@@ -108,7 +108,7 @@ def move(tree: Any, target: Mesh) -> Any:
         source = x.sharding.mesh
         if source.shape != target.shape:
             raise ValueError(f"meshes {dict(source.shape)} and {dict(target.shape)} differ")
-        partner = dict(zip(source.devices.flat, target.devices.flat))
+        partner = dict(zip(source.devices.flat, target.devices.flat, strict=True))
         shards = [jax.device_put(s.data, partner[s.device]) for s in x.addressable_shards]
         sharding = NamedSharding(target, x.sharding.spec)
         return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)

@@ -281,7 +281,7 @@ def test_transposed_convolution_matches_torch(rate, size):
     ours = conv_transpose1d(x, kernel, bias, rate)
     np.testing.assert_allclose(ours, wanted.detach().numpy(), atol=1e-5, rtol=0)
     gradients = jax.grad(lambda *args: (conv_transpose1d(*args, rate) * weight).sum(), (0, 1, 2))
-    for ours, tensor in zip(gradients(x, kernel, bias), theirs):
+    for ours, tensor in zip(gradients(x, kernel, bias), theirs, strict=True):
         np.testing.assert_allclose(ours, tensor.grad.numpy(), atol=1e-4, rtol=0)
 
 

@@ -101,17 +101,19 @@ def test_layer_parameters_are_sharded_by_name(case):
 def test_padding_has_no_influence(case, garbage):
     hidden, mask = case.inputs
     changed = np.where(mask[:, :, None, None] > 0, hidden, np.float32(garbage))
-    for a, b in zip(case.run(hidden, mask), case.run(changed, mask)):
+    for a, b in zip(case.run(hidden, mask), case.run(changed, mask), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_side_of_the_padding_has_no_influence(case):
     hidden, mask = case.inputs
     counts = mask.sum(axis=1)
-    rolled = np.stack([np.roll(h, n, axis=0) for h, n in zip(hidden, counts)])  # left -> right pad
-    right = np.stack([np.roll(m, n) for m, n in zip(mask, counts)])
+    rolled = np.stack(
+        [np.roll(h, n, axis=0) for h, n in zip(hidden, counts, strict=True)]
+    )  # left -> right pad
+    right = np.stack([np.roll(m, n) for m, n in zip(mask, counts, strict=True)])
     assert np.all(right[:, 0] == 1)
-    for a, b in zip(case.run(hidden, mask), case.run(rolled, right)):
+    for a, b in zip(case.run(hidden, mask), case.run(rolled, right), strict=True):
         np.testing.assert_allclose(a, b, atol=ATOL)
 
 
@@ -120,7 +122,7 @@ def test_every_valid_token_matters(case):
     first = int(np.argmax(mask[0]))
     changed = hidden.copy()
     changed[0, first] = np.random.default_rng(0).normal(size=changed[0, first].shape)
-    for a, b in zip(case.run(hidden, mask), case.run(changed, mask)):
+    for a, b in zip(case.run(hidden, mask), case.run(changed, mask), strict=True):
         assert np.abs(np.asarray(a - b)[0]).max() > 1e-3
         np.testing.assert_array_equal(a[1], b[1])
 
@@ -149,7 +151,7 @@ def test_projection_folded_into_the_layer_loop(case):
         if case.config.separate_projections
         else ("projection", "projection")
     )
-    for name, features in zip(names, expected):
+    for name, features in zip(names, expected, strict=True):
         kernel = kernel_by_layer(case.params[name]["kernel"], case.config)
         total = 0.0
         for layer in range(hidden.shape[-1]):
@@ -163,7 +165,7 @@ def test_projection_folded_into_the_layer_loop(case):
 def test_bfloat16(case):
     model = TextConnectors(case.config, dtype=jnp.bfloat16)
     contexts = jax.jit(model.apply)({"params": case.params}, *case.inputs)
-    for context, name in zip(contexts, ("video", "audio")):
+    for context, name in zip(contexts, ("video", "audio"), strict=True):
         assert context.dtype == jnp.bfloat16
         error = np.asarray(context, np.float32) - case.golden[f"f_{name}_context"]
         assert np.sqrt(np.mean(error**2)) < 0.05  # contexts have unit RMS
@@ -281,7 +283,7 @@ def test_matches_diffusers(version, rope_type):
         expected = reference(torch.from_numpy(hidden), torch.from_numpy(mask.astype(np.int64)))[:2]
     params = {"params": tree_from_diffusers(reference)}
     got = jax.jit(TextConnectors(config).apply)(params, hidden, mask)
-    for g, e in zip(got, expected):
+    for g, e in zip(got, expected, strict=True):
         np.testing.assert_allclose(g, e.numpy(), atol=ATOL, rtol=0)
 
 

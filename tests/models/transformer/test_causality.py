@@ -73,7 +73,7 @@ def gradients(model, params, layout, x, keep):
     """{stream: AVLatents [K, 1, T, C]}: gradient of each block's summed velocities of a stream."""
     _, backward = jax.vjp(lambda x: forward(model, params, layout, x, keep), x)
     result = {}
-    for stream, blocks in zip(STREAMS, token_blocks(layout)):
+    for stream, blocks in zip(STREAMS, token_blocks(layout), strict=True):
         of_block = jnp.asarray(blocks == np.arange(NUM_BLOCKS)[:, None], jnp.float32)  # [K, T]
         cotangents = {s: jnp.zeros((NUM_BLOCKS, *getattr(x, s).shape)) for s in STREAMS}
         cotangents[stream] += of_block[:, None, :, None]
@@ -90,7 +90,7 @@ def influence(model, params, layout, pathways) -> dict[tuple[str, str], np.ndarr
     x = random_latents(config, *map(len, tokens))
     result = {}
     for to, gradient in gradients(model, params, layout, x, keep).items():
-        for source, blocks in zip(STREAMS, tokens):
+        for source, blocks in zip(STREAMS, tokens, strict=True):
             size = np.abs(getattr(gradient, source)).max(axis=(1, 3))  # [K, T]
             columns = [size[:, blocks == block].max(axis=1) for block in range(NUM_BLOCKS)]
             result[source, to] = np.stack(columns, axis=1)
@@ -161,7 +161,9 @@ def test_later_latents_do_not_change_earlier_velocities(params):
         jnp.where((audio_blocks == last)[:, None], other.audio, x.audio),
     )
     run = jax.jit(lambda x: forward(model, params[0], layout, x), compiler_options=QUICK_COMPILE)
-    for before, after, blocks in zip(run(x), run(changed), (video_blocks, audio_blocks)):
+    for before, after, blocks in zip(
+        run(x), run(changed), (video_blocks, audio_blocks), strict=True
+    ):
         np.testing.assert_array_equal(before[:, blocks < last], after[:, blocks < last])
         assert not np.allclose(before[:, blocks == last], after[:, blocks == last], atol=1e-3)
 
@@ -184,7 +186,7 @@ def assert_student_is_teacher(config, params):
         for model in models
     )
     for student in students:
-        for actual, expected in zip(student, teacher):
+        for actual, expected in zip(student, teacher, strict=True):
             assert np.std(expected) > 0.1
             np.testing.assert_allclose(actual, expected, atol=2e-6)
 

@@ -54,7 +54,9 @@ def test_sinks_are_dropped_from_the_output_and_take_part():
     larger = velocities(
         tiny(num_audio_sinks=4), lambda p: {**p, "audio_sinks": 50 * p["audio_sinks"]}
     )
-    for a, b in zip(with_sinks, larger):  # seen by the audio and, through A2V, by the video
+    for a, b in zip(
+        with_sinks, larger, strict=True
+    ):  # seen by the audio and, through A2V, by the video
         assert np.abs(np.asarray(a) - b).max() > 1e-4
 
 
@@ -100,7 +102,7 @@ def test_tanh_gate_starts_closed():
     ]["a2v_attn"]["alpha"]
     np.testing.assert_array_equal(alpha, np.zeros((2, 1)))
     closed = velocities(config, closed_gates)
-    for a, b in zip(closed, velocities(config, zero_outputs)):
+    for a, b in zip(closed, velocities(config, zero_outputs), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
     assert np.abs(np.asarray(closed[1]) - velocities(config, open_audio)[1]).max() > 1e-4

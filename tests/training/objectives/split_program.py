@@ -32,8 +32,8 @@ BATCH, STEPS = 4, 3
 # momentum alone: AdamW would make of a gradient's rounding a step of full size
 OPTIMIZER = optax.sgd(0.1, momentum=0.5)
 NAMES = ("video_context", "audio_context")
-CONTEXTS = dict(zip(NAMES, random_contexts(MODEL.config, batch=BATCH)))
-NEGATIVE = dict(zip(NAMES, random_contexts(MODEL.config, batch=1, seed=7)))
+CONTEXTS = dict(zip(NAMES, random_contexts(MODEL.config, batch=BATCH), strict=True))
+NEGATIVE = dict(zip(NAMES, random_contexts(MODEL.config, batch=1, seed=7), strict=True))
 
 
 def make_dmd(stage: str) -> DMD:

@@ -62,8 +62,8 @@ def inputs():
     contexts = random_contexts(MODEL.config, batch=BATCH)
     negative = random_contexts(MODEL.config, batch=1, seed=7)
     names = ("video_context", "audio_context")
-    frozen = Frozen(random_params(MODEL.config, 3), None, dict(zip(names, negative)))
-    return frozen, dict(zip(names, contexts))
+    frozen = Frozen(random_params(MODEL.config, 3), None, dict(zip(names, negative, strict=True)))
+    return frozen, dict(zip(names, contexts, strict=True))
 
 
 def new_state() -> TrainState:
@@ -78,7 +78,8 @@ def new_state() -> TrainState:
 
 def changed(before, after) -> bool:
     return any(
-        bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))
+        bool(jnp.any(a != b))
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     )
 
 
@@ -125,7 +126,7 @@ def test_microbatches_give_the_gradient_of_the_batch(inputs):
     (whole, (loss, sigma)), (parts, (part_loss, part_sigma)) = gradient(1), gradient(2)
     np.testing.assert_array_equal(sigma, part_sigma)
     np.testing.assert_allclose(loss.video, part_loss.video, rtol=1e-4)
-    for w, p in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
+    for w, p in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(w, p, atol=1e-5 * float(jnp.abs(w).max() + 1e-6))
     with pytest.raises(ValueError, match="cannot be cut into 3"):
         accumulate(lambda b: b, {"x": jnp.ones((4, 1))}, 3)
@@ -154,11 +155,13 @@ def test_generator_gradient_is_that_of_the_written_loss(inputs):
             )
             return weights.video * video + weights.audio * audio
 
-        cotangent = AVLatents(*(w * x / x.size for w, x in zip((0.7, 2.0), (g.video, g.audio))))
+        cotangent = AVLatents(
+            *(w * x / x.size for w, x in zip((0.7, 2.0), (g.video, g.audio), strict=True))
+        )
         return pullback(cotangent), pullback(jax.grad(written)(sample))
 
     ours, expected = compare(generator)
-    for a, e in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+    for a, e in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-4 * float(jnp.abs(e).max() + 1e-9))
 
 
@@ -253,7 +256,7 @@ def test_block_causal_critic_gradient(inputs):
     grads, (loss, _) = jit(dmd._block_causal_critic)(critic, contexts, x0, noisy, noise, sigma)
     np.testing.assert_allclose(loss.video, per_sample.video, rtol=1e-4)
     np.testing.assert_allclose(loss.audio, per_sample.audio, rtol=1e-4)
-    for a, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected)):
+    for a, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=2e-4 * float(jnp.abs(e).max() + 1e-9))
 
 

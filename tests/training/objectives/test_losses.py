@@ -153,7 +153,7 @@ def test_guidance_of_scores_is_that_of_the_sampler():
     assert config.passes() == ("cond", "uncond", "perturbed")
     x = jax.random.normal(jax.random.key(0), (3, 2, 5, 4))
     cfg = jnp.array([1.5, 2.5])
-    ours = scores.guide_each(dict(zip(config.passes(), x)), cfg, config)
+    ours = scores.guide_each(dict(zip(config.passes(), x, strict=True)), cfg, config)
     for i in range(2):
         settings = Guidance(cfg=float(cfg[i]), stg=0.7, stg_blocks=(1,))
         expected = guide(*x[:, i : i + 1], None, settings)

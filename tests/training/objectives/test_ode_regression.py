@@ -162,7 +162,7 @@ def test_masked_loss_by_hand():
     np.testing.assert_allclose(total.video, expected.video, rtol=1e-5)
     np.testing.assert_allclose(total.audio, expected.audio, rtol=1e-5)
     assert np.all((np.asarray(per_block.video) > 0) == (np.asarray(problem.weight) > 0))
-    for a, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads)):
+    for a, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-4 * float(jnp.abs(e).max() + 1e-9))
 
 

@@ -38,7 +38,7 @@ def test_three_steps_equal_those_on_one_device(stage):
     assert result.returncode == 0, result.stderr[-3000:]
     together, split = json.loads(result.stdout.splitlines()[-1])
     assert "generator/loss" in together[0] and "generator/loss" not in together[1]
-    for one, other in zip(together, split):
+    for one, other in zip(together, split, strict=True):
         assert one == pytest.approx(other, rel=2e-3, abs=1e-6)
     # and the losses, which do not pile up rounding, much closer
     for name in ("generator/loss", "critic/loss"):

@@ -74,7 +74,9 @@ def self_forcing():
 
 
 def assert_trees_close(actual, expected, tolerance):
-    for (path, a), e in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)):
+    for (path, a), e in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
         scale = float(jnp.max(jnp.abs(e))) + 1e-6
         error = float(jnp.max(jnp.abs(a.astype(jnp.float32) - e))) / scale
         assert error < tolerance, f"{jax.tree_util.keystr(path)}: {error}"
@@ -294,7 +296,8 @@ def test_gradient_through_the_history(self_forcing):
 
     def along(tree):
         return sum(
-            float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(tree), jax.tree.leaves(direction))
+            float(jnp.vdot(g, d))
+            for g, d in zip(jax.tree.leaves(tree), jax.tree.leaves(direction), strict=True)
         )
 
     def value(step):
