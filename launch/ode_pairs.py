@@ -370,7 +370,7 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     if writer.complete:
         print_line(f"{args.output} is complete already")
         return
-    decoder = ClipDecoder(args.checkpoint, job.source.config, job.recipe.sampling, dtype)
+    decoder = ClipDecoder(args.checkpoint, job.source.config, job.recipe.sampling.clip, dtype)
 
     def preview(clip: int, states: dict[str, np.ndarray]) -> None:
         if clip < args.previews:
