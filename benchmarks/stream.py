@@ -170,12 +170,13 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
     latents = jnp.zeros((1, 2, config.audio_vae.latent_bins, config.audio_vae.latent_channels))
     mel = jnp.zeros((1, 8, config.vocoder.mel_bins, vocoder.STEREO))
     vae = jax.eval_shape(functools.partial(video_vae.init_params, config.video_vae), keys[1])
+    vae = {name: tree for name, tree in vae.items() if name != "encoder"}
     audio = jax.eval_shape(AudioDecoder(config.audio_vae).init, keys[2], latents)
     sound = jax.eval_shape(vocoder.vocoder_module(config.vocoder).init, keys[3], mel)
     width = config.transformer.audio_channels
     params = {
         "transformer": random_transformer(pipeline.transformer(args.attention), keys[0]),
-        "video_vae": random_params(vae, keys[1], dtype),
+        "video_vae": random_params(vae, keys[1], dtype),  # without its encoder, as loaded
         "audio_vae": {
             "decoder": random_params(nn.unbox(audio["params"]), keys[2], dtype),
             "per_channel_statistics": {

@@ -247,11 +247,14 @@ class GaussianTeacher(nn.Module):
         if history is not None or keep is not None or levels != {1}:
             raise ValueError("the analytic teacher sees whole clips, at one noise level each")
         context = video.context if text is None else text.video[0]
-        distance = context.reshape(len(context), 1, -1) - self.contexts  # [B, prompts, S * dim]
+        distance = (
+            context.reshape(len(context), 1, -1) - self.contexts[None]
+        )  # [B, prompts, S * dim]
         mean = self.mean[jnp.argmin(jnp.sum(distance**2, axis=2), axis=1)]  # [B, D]
         x = join(AVLatents(video.latents, audio.latents)).astype(jnp.float32)
         s = video.sigma  # [B, 1]
-        gain = (1 - s) * self.eigenvalues / ((1 - s) ** 2 * self.eigenvalues + s**2)  # [B, D]
+        eigenvalues = self.eigenvalues[None]
+        gain = (1 - s) * eigenvalues / ((1 - s) ** 2 * eigenvalues + s**2)  # [B, D]
         x0 = mean + (((x - (1 - s) * mean) @ self.eigenvectors) * gain) @ self.eigenvectors.T
         velocity = (x - x0) / s
         parts = jnp.split(velocity, [self.sizes[0]], axis=1)

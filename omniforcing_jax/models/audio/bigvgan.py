@@ -120,6 +120,7 @@ class SnakeBeta(nn.Module):
             jnp.asarray(self.param(name, nn.initializers.zeros, x.shape[-1:]), jnp.float32)
             for name in ("alpha", "beta")
         )
+        alpha, beta = (jnp.expand_dims(p, range(x.ndim - 1)) for p in (alpha, beta))
         return x + jnp.square(jnp.sin(x * jnp.exp(alpha))) / (jnp.exp(beta) + _SNAKE_EPS)
 
 

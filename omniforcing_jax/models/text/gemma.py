@@ -320,7 +320,11 @@ class TextTower(nn.Module):
         results = {}
         for name, projection in projections.items():
             y = projection.scale * sums[name]
-            y = y if projection.bias is None else y + projection.bias.astype(jnp.float32)
+            y = (
+                y
+                if projection.bias is None
+                else y + projection.bias.astype(jnp.float32)[None, None]
+            )
             results[name] = y.astype(self.dtype)
         return results
 

@@ -259,7 +259,7 @@ class Attention(nn.Module):
         y = rearrange(y, "B T N H -> B T (N H)")
         y = self.out(constrain(y, "batch", "tokens" if self.split_tokens[0] else None))
         if self.tanh_gate:
-            y = y * jnp.tanh(self.alpha).astype(self.dtype)
+            y = y * jnp.tanh(self.alpha).astype(self.dtype)[None, None]
         if keep is not None and not self.value_when_skipped:
             y = jnp.where(keep[:, None, None] > 0, y, 0)
         return y
