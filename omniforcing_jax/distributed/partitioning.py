@@ -132,7 +132,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         ways = _ways(axis, mesh)
         return axis if ways > 1 and size % ways == 0 else P.UNCONSTRAINED
 
-    spec = [place(*each) for each in zip(names, axes, x.shape, strict=True)]
+    spec = [place(*each) for each in zip(names, axes, x.shape, strict=False)]
     spec += [P.UNCONSTRAINED] * (x.ndim - len(names))
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
