@@ -23,7 +23,7 @@ from omniforcing_jax.distributed.partitioning import constrain
 from omniforcing_jax.geometry import draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.guidance import keep_pathways
+from omniforcing_jax.sampling.guidance import interleave_rows, keep_pathways
 from omniforcing_jax.sampling.whole_clip import clip_velocity
 from omniforcing_jax.training.config.settings import DMDStage
 from omniforcing_jax.training.objectives import losses, scores
@@ -250,8 +250,8 @@ class DMD:
                 lambda n, c: jnp.broadcast_to(n, c.shape), negative, contexts
             )
         by_pass = [texts.get(name, contexts) for name in passes]
-        rows = jax.tree.map(lambda x: _interleave([x] * len(passes)), (x, noisy, sigma))
-        texts = jax.tree.map(lambda *c: _interleave(c), *by_pass)
+        rows = jax.tree.map(lambda x: _rows([x] * len(passes)), (x, noisy, sigma))
+        texts = jax.tree.map(lambda *c: _rows(c), *by_pass)
         skipped = (score.perturbation.skipped,) * 2
         keep = keep_pathways(passes, skipped, self.teacher.config.num_layers, sigma.size)
         predictions = self._x0(self.teacher, frozen.teacher, *rows, texts, keep)
@@ -334,7 +334,6 @@ class DMD:
         return sigma, jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), x, noise), noise
 
 
-def _interleave(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Rows a0, b0, ..., a1, b1, ...: n arrays [B, ...] -> [n B, ...]."""
-    rows = jnp.stack(arrays, axis=1)
-    return constrain(rows.reshape(-1, *rows.shape[2:]), "batch")
+def _rows(passes: Sequence[jax.Array]) -> jax.Array:
+    """The passes of each sample as neighbouring rows [B * P, ...], where the batch lies."""
+    return constrain(interleave_rows(passes), "batch")
