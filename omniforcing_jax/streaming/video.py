@@ -89,7 +89,7 @@ def _window_step(
     video = video[:, first:]
     if num_blend:
         weight = jnp.arange(1, num_blend + 1, dtype=jnp.float32) / (num_blend + 1)
-        weight = weight[:, None, None, None]
+        weight = weight[None, :, None, None, None]
         old, new = (part[:, :num_blend].astype(jnp.float32) for part in (tail, video))
         faded = ((1.0 - weight) * old + weight * new).astype(dtype)
         video = jnp.concatenate([faded, video[:, num_blend:]], axis=1)

@@ -224,7 +224,8 @@ def _magnitudes(waveform: jax.Array, window: int, hop: int) -> jax.Array:
     starts = np.arange(0, waveform.shape[1] - window + 1, hop)
     frames = waveform[:, starts[:, None] + np.arange(window)]  # [B, T, window, 2]
     taper = np.hanning(window + 1)[:-1]
-    spectrum = jnp.fft.rfft(frames * jnp.asarray(taper * 2 / taper.sum())[:, None], axis=2)
+    taper = jnp.asarray(taper * 2 / taper.sum())[None, None, :, None]
+    spectrum = jnp.fft.rfft(frames * taper, axis=2)
     # the square root of 0 has no gradient
     return jnp.sqrt(jnp.square(spectrum.real) + jnp.square(spectrum.imag) + 1e-10)
 
@@ -250,7 +251,7 @@ def init_audio_vae(config: AudioVAEConfig, key: jax.Array) -> dict[str, Any]:
         # What differs between the channels is small beside what they share, and would drown in it:
         # half of the features hear nothing else.
         half = first["kernel"].shape[-1] // 2
-        difference = jnp.array([1.0, -1.0])[:, None] * first["kernel"][:, :, :1, half:]
+        difference = jnp.array([1.0, -1.0])[None, None, :, None] * first["kernel"][:, :, :1, half:]
         first["kernel"] = first["kernel"].at[..., half:].set(_SIDE * difference)
         # Norms keep directions only: silence and sound must lie on different sides of 0.
         first["bias"] = -_MIDDLE_LEVEL * jnp.sum(first["kernel"], axis=(0, 1, 2))

@@ -78,7 +78,7 @@ def network(model, params, latents, tokens_sigma, sigma, tables, text, keep):
             context_mask=text.mask,
             global_sigma=sigma[s][None],
         )
-        for s, context in zip(STREAMS, text, strict=True)
+        for s, context in zip(STREAMS, text[:2], strict=True)
     )
     (video, audio), _ = model.apply({"params": params}, *streams, keep=keep)
     return {"video": video[0], "audio": audio[0]}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import base, stage1
+from configs import stage1
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.streaming import media
 from omniforcing_jax.training import assembly, previews
@@ -45,7 +45,7 @@ def run(random_checkpoint, tmp_path_factory):
     c.clip.update({"height": 64, "width": 64, "blocks": 2})
     c.student.timesteps = (1000.0, 725.0)
     c.sample_every, c.sample_clips = 100, 1
-    e = experiment.check(c, base.training("stage1"), 1, TextFeatures())
+    e = experiment.check(c, 1, TextFeatures())
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         stage, state, frozen = assembly.assemble(e, mesh, fresh=True)
