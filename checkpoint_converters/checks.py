@@ -7,6 +7,7 @@ from checkpoint_converters import key_map
 from checkpoint_converters.reading import Checkpoint, combine
 from checkpoint_converters.safetensors_io import TensorInfo
 from checkpoint_converters.shapes import ANY, expected_shapes
+from omniforcing_jax.io.checkpoints import COMPONENTS
 
 KNOWN_VERSIONS = ("2.0", "2.3", "2.5")
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
@@ -31,7 +32,7 @@ def owner(key: str) -> str | None:
 def present_components(tensors: Iterable[str]) -> tuple[str, ...]:
     """Components of which at least one tensor is there."""
     found = {owner(key) for key in tensors}
-    return tuple(name for name in key_map.COMPONENTS if name in found)
+    return tuple(name for name in COMPONENTS if name in found)
 
 
 def merge(checkpoints: list[Checkpoint]) -> tuple[Checkpoint, list[str]]:

@@ -29,6 +29,7 @@ from checkpoint_converters.output import file_problems, write_file
 from checkpoint_converters.safetensors_io import ConversionError, table_bytes
 from checkpoint_converters.shapes import ANY, expected_shapes
 from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io.checkpoints import COMPONENTS
 
 
 def export(
@@ -128,7 +129,7 @@ def _official_pieces(
     """({official key: piece} in the order of the official model, problems).
 
     Args:
-      component: one of `key_map.COMPONENTS`.
+      component: one of `checkpoints.COMPONENTS`.
       leaves: {"/"-separated path: array, in memory or on disk}.
       config: the metadata's `config` object.
     """
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--input", required=True, type=pathlib.Path, help="converted folder")
     parser.add_argument("--output", required=True, type=pathlib.Path, help=".safetensors file")
-    parser.add_argument("--components", nargs="+", choices=key_map.COMPONENTS)
+    parser.add_argument("--components", nargs="+", choices=COMPONENTS)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     stay_on_host()

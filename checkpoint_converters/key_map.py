@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")  # of LTX-2
-TEXT_TOWER = "text_tower"  # of Gemma, which has a checkpoint of its own
+from omniforcing_jax.text.encoder_files import TEXT_TOWER
 
 DIT = "model.diffusion_model."
 GEMMA = "language_model.model."
@@ -276,7 +275,7 @@ class Place(NamedTuple):
     """Where one official tensor goes.
 
     Attributes:
-      component: one of `COMPONENTS`, or `TEXT_TOWER`.
+      component: one of `checkpoints.COMPONENTS`, or `TEXT_TOWER`.
       path: "/"-separated path of the leaf in that component's tree.
       layer: index along the leaf's leading (layer) axis, None for a leaf that is not stacked.
       transform: layout change of the tensor.
@@ -350,7 +349,7 @@ def official_key(component: str, path: str, layer: int | None = None) -> tuple[s
     """Official key and transform of a leaf, the inverse of `find_place`.
 
     Args:
-      component: one of `COMPONENTS`, or `TEXT_TOWER`.
+      component: one of `checkpoints.COMPONENTS`, or `TEXT_TOWER`.
       path: "/"-separated path of the leaf.
       layer: which layer of a stacked leaf (see `is_stacked`); None for other leaves.
 

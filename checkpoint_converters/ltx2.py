@@ -18,9 +18,10 @@ import pathlib
 import sys
 from typing import Any
 
-from checkpoint_converters import checks, converting, key_map
+from checkpoint_converters import checks, converting
 from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError
+from omniforcing_jax.io.checkpoints import COMPONENTS
 
 
 def convert(
@@ -36,7 +37,7 @@ def convert(
     Args:
       inputs: file(s) or folder(s), see `reading.open_checkpoint`.
       output: folder to create.
-      components: subset of `key_map.COMPONENTS`; None takes those that the inputs hold.
+      components: subset of `checkpoints.COMPONENTS`; None takes those that the inputs hold.
       model_version: e.g. "2.0.0", for files whose metadata does not say.
       options: dtype, mesh, overwrite, show_progress of `converting.run`.
 
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--components",
         nargs="+",
-        choices=key_map.COMPONENTS,
+        choices=COMPONENTS,
         help="convert only these (default: all that the input holds); of LTX-2.5's transformer "
         "file: transformer, for its text projections are in another file, with a Gemma 4",
     )
@@ -129,7 +130,7 @@ def describe(content: dict) -> str:
     """What was converted, and what was not."""
     there = content["components"]
     text = f"LTX-2 {content['model_version']}, {', '.join(there)}"
-    absent = [name for name in key_map.COMPONENTS if name not in there]
+    absent = [name for name in COMPONENTS if name not in there]
     return text + (f"\nnot converted: {', '.join(absent)}" if absent else "")
 
 

@@ -1,6 +1,6 @@
 """OmniForcing's released causal student (PyTorch) -> Orbax.
 
-    python -m checkpoint_converters.omniforcing --input causal.safetensors \
+    python -m checkpoint_converters.omniforcing --input causal.safetensors \\
         --base ltx2 --output student
 
 The release holds the transformer only; VAEs, vocoder and text connectors come from the LTX-2.0

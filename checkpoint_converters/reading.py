@@ -23,6 +23,7 @@ from checkpoint_converters.safetensors_io import (
     read_header,
     read_tensor,
 )
+from omniforcing_jax.io.checkpoints import COMPONENTS
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # a key of the transformer that every version has, used to find what stands before the names
@@ -249,7 +250,7 @@ def load_component(path: str | PathLike, component: str, dtype=None) -> dict:
 
     Args:
       path: see `open_checkpoint`.
-      component: one of `key_map.COMPONENTS`.
+      component: one of `checkpoints.COMPONENTS`.
       dtype: dtype of the result; None keeps the file's.
 
     Returns:
@@ -258,8 +259,8 @@ def load_component(path: str | PathLike, component: str, dtype=None) -> dict:
     Raises:
       ConversionError: the checkpoint lacks the component or some of a stack's layers.
     """
-    if component not in key_map.COMPONENTS:
-        raise ValueError(f"component is {component!r}, must be one of {key_map.COMPONENTS}")
+    if component not in COMPONENTS:
+        raise ValueError(f"component is {component!r}, must be one of {COMPONENTS}")
     tree = {}
     for leaf in plan_leaves(open_checkpoint(path).tensors, component, dtype and np.dtype(dtype)):
         layers = [source.layer for source in leaf.sources]

@@ -46,7 +46,7 @@ def expected_shapes(config: Mapping[str, Any], component: str) -> Shapes:
     Args:
       config: the metadata's `config` object. Absent settings take the defaults of LTX-2's own
         loader.
-      component: one of `key_map.COMPONENTS`.
+      component: one of `checkpoints.COMPONENTS`.
 
     Raises:
       ValueError: a setting is missing or not supported; names it.

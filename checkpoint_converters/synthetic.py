@@ -17,11 +17,11 @@ import zlib
 import numpy as np
 
 from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
-from checkpoint_converters.key_map import COMPONENTS
 from checkpoint_converters.output import write_file
 from checkpoint_converters.published import published_config
 from checkpoint_converters.safetensors_io import ConversionError
 from checkpoint_converters.shapes import ANY, expected_shapes
+from omniforcing_jax.io.checkpoints import COMPONENTS
 
 VERSIONS = {"2.0": "2.0.0", "2.3": "2.3.0"}
 

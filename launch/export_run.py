@@ -2,7 +2,7 @@
 
 Example:
   python -m launch.export_run --run runs/stage3 --output checkpoints/student
-  python -m launch.export_run --run runs/stage3 --output checkpoints/student \
+  python -m launch.export_run --run runs/stage3 --output checkpoints/student \\
       --weights params --step 1500 --safetensors student.safetensors
 
 The other components (VAEs, vocoder, connectors) are copied from the converted checkpoint that the

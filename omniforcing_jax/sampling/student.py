@@ -6,8 +6,8 @@
                           x  <- (1 - next) * x0 + next * fresh noise
                       velocity(x0, 0 | history, prompt) writes the block's keys and values (refresh)
 
-`rollout` scans it over the blocks of a clip in one jitted program; `streaming.StreamingSession`
-calls the same step from the host, one block at a time.
+`rollout` scans it over the blocks of a clip in one jitted program; `StreamingSession` calls
+the same step from the host, one block at a time.
 """
 
 import dataclasses

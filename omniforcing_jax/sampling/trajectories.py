@@ -2,7 +2,7 @@
 
 Stage II regresses a student to them (Eq. 6). Two models make them:
 
-  * a bidirectional one, guided or not: the states of `sampler.sample`;
+  * a bidirectional one, guided or not: the states of `teacher.sample`;
   * an autoregressive one: block after block over a rolling cache of clean blocks, each block by the
     same many Euler steps. The states of all blocks at one noise level together are that state of
     the clip. A student can reach such a target, as it depends on no future (Causal Forcing).
@@ -87,13 +87,13 @@ def sample_trajectory(
     """Trajectories of a bidirectional model.
 
     Args:
-      prompt, negative: as for `sampler.sample`.
+      prompt, negative: as for `teacher.sample`.
       keys: [B] keys, one per clip.
       config: clip, schedule and guidance.
       indices: of the stored states, from `schedule_indices`.
 
     Raises:
-      ValueError: see `sampler.sample`.
+      ValueError: see `teacher.sample`.
     """
     visited = sample(model, params, prompt, negative, keys, config, trajectory=True)
     return _choose(visited, config.sigmas, indices)

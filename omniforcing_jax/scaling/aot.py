@@ -16,8 +16,13 @@ from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import kv_cache
-from omniforcing_jax.sampling import student as sampler
-from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.student import (
+    RolloutConfig,
+    block_noise,
+    block_step,
+    new_cache,
+    prompt_kv,
+)
 from omniforcing_jax.scaling import collectives, planning
 from omniforcing_jax.scaling.devices import Target, group_speed
 from omniforcing_jax.scaling.flops import block_flops
@@ -150,17 +155,17 @@ def stream_case(
     mesh = partitioning.make_mesh(**shape, devices=devices)
     model = Transformer(config, jnp.bfloat16)
     params = assembly.abstract_params(model, mesh, jnp.bfloat16)
-    cache = _placed(jax.eval_shape(lambda: sampler.new_cache(model, rollout, 1)), mesh)
+    cache = _placed(jax.eval_shape(lambda: new_cache(model, rollout, 1)), mesh)
     contexts = [jax.ShapeDtypeStruct((1, text_tokens, d), jnp.bfloat16) for d in config.text_dims]
-    encode = functools.partial(sampler.prompt_kv, model, levels=rollout.sigma_levels)
+    encode = functools.partial(prompt_kv, model, levels=rollout.sigma_levels)
     text = _placed(jax.eval_shape(encode, params, *contexts), mesh)
     noise = jax.eval_shape(
-        lambda: sampler.block_noise(jax.random.key(0), 1, rollout, model, 1, first=False)
+        lambda: block_noise(jax.random.key(0), 1, rollout, model, 1, first=False)
     )
     rope = rollout.rope(model)
 
     def step(params, cache, text, noise):
-        return sampler.block_step(model, params, cache, text, rope, noise, rollout, first=False)
+        return block_step(model, params, cache, text, rope, noise, rollout, first=False)
 
     def lower():
         with jax.set_mesh(mesh):

@@ -20,7 +20,7 @@ Loss = Callable[[Any, Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, Sc
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """A `train.Stage` that minimises a loss."""
+    """A `loop.Stage` that minimises a loss."""
 
     loss: Loss  # of any tree of parameters
     optimizer: optax.GradientTransformation  # from `optimizers.make_optimizer`

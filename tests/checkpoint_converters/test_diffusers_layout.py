@@ -11,9 +11,10 @@ from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoT
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 
-from checkpoint_converters import diffusers_layout, key_map, ltx2, reading, shapes
+from checkpoint_converters import diffusers_layout, ltx2, reading, shapes
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io.checkpoints import COMPONENTS
 from omniforcing_jax.models.audio.vae import AudioVAEConfig
 from omniforcing_jax.models.audio.vocoder import VocoderConfig
 from omniforcing_jax.models.text.connectors import ConnectorConfig
@@ -145,7 +146,7 @@ def test_every_tensor_is_expected_by_the_derived_config(folder):
     version, path, states = folder
     checkpoint = reading.open_checkpoint(path)
     assert checkpoint.model_version == f"{version}.0"
-    components = [c for c in key_map.COMPONENTS if c != "audio_vae" or "audio_vae" in states]
+    components = [c for c in COMPONENTS if c != "audio_vae" or "audio_vae" in states]
     expected = {}
     for component in components:
         expected |= shapes.expected_shapes(checkpoint.config, component)
@@ -267,7 +268,7 @@ def test_configs_of_january_2026(folder, tmp_path):
     old = without(path, tmp_path / "old", ADDED_LATER)
     content = ltx2.convert(path, tmp_path / "new_out")
     old_content = ltx2.convert(old, tmp_path / "old_out")
-    assert content["components"] == list(key_map.COMPONENTS)
+    assert content["components"] == list(COMPONENTS)
     assert old_content == content  # with fingerprints of every component
 
 

@@ -12,6 +12,7 @@ import pytest
 from checkpoint_converters import key_map, shapes, synthetic
 from checkpoint_converters.checks import owner
 from checkpoint_converters.diffusers_layout import official_from_diffusers
+from omniforcing_jax.io.checkpoints import COMPONENTS
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig
 
 DATA = pathlib.Path(__file__).parents[1] / "golden"
@@ -54,7 +55,7 @@ def test_every_published_tensor_has_one_place_and_comes_back(published):
 
 def test_diffusers_names_map_onto_the_official_ones(published):
     _, rows = published
-    for component in key_map.COMPONENTS:
+    for component in COMPONENTS:
         ours = [row for row in rows if row[0] == component]
         names = official_from_diffusers(component, [row[3] for row in ours])
         assert names == {row[3]: row[1] for row in ours}
@@ -64,7 +65,7 @@ def test_expected_shapes_equal_the_published_ones(published):
     version, rows = published
     config = synthetic.metadata("full", version)
     expected = {}
-    for component in key_map.COMPONENTS:
+    for component in COMPONENTS:
         expected |= shapes.expected_shapes(config, component)
     assert set(expected) == {row[1] for row in rows}
     for _, key, shape, _ in rows:

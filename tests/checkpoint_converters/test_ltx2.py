@@ -33,6 +33,7 @@ from checkpoint_converters import (
 )
 from checkpoint_converters.safetensors_io import ConversionError, read_header, read_tensor
 from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io.checkpoints import COMPONENTS
 from tests.checkpoint_converters.files import read_file, write_file
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def test_round_trip_is_bitwise(golden_dir, tmp_path, name):
     """Mixed float32 and bfloat16 file; only the statistics that nobody reads are dropped."""
     source = golden_dir / f"{name}.safetensors"
     content = ltx2.convert(source, tmp_path / "out")
-    assert content["components"] == list(key_map.COMPONENTS)
+    assert content["components"] == list(COMPONENTS)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == content
     export.export(tmp_path / "out", tmp_path / "back.safetensors")
     before, after = raw(source), raw(tmp_path / "back.safetensors")
@@ -116,7 +117,7 @@ def test_fingerprints(tiny, tmp_path):
     source, converted = tiny
     names = ("connectors", "vocoder")
     before = checkpoints.load_config(converted)["fingerprints"]
-    assert set(before) == set(key_map.COMPONENTS) and len(set(before.values())) == 5
+    assert set(before) == set(COMPONENTS) and len(set(before.values())) == 5
 
     def fingerprints(path, **options):
         content = ltx2.convert(path, tmp_path / "out", components=names, overwrite=True, **options)
@@ -195,7 +196,7 @@ def test_student_with_base(tiny, tmp_path):
     for name, base in (("a", source), ("b", converted)):
         out = tmp_path / name
         content = omniforcing.convert(tmp_path / "student.safetensors", out, base=base, num_heads=4)
-        assert content["components"] == list(key_map.COMPONENTS)
+        assert content["components"] == list(COMPONENTS)
         assert content["fingerprints"] == checkpoints.load_config(converted)["fingerprints"]
         teacher = checkpoints.load_config(converted)["config"]["transformer"]
         assert checkpoints.component_metadata(content, "connectors") == teacher
@@ -397,7 +398,7 @@ def test_saved_parameters_can_be_loaded_and_exported(tiny, tmp_path):
     assert_trees_equal(checkpoints.load_params(tmp_path / "out", "connectors"), trained)
     content = checkpoints.load_config(tmp_path / "out")
     folders = {checkpoints.component_folder(tmp_path / "out", name, content).name
-               for name in key_map.COMPONENTS}  # fmt: skip
+               for name in COMPONENTS}  # fmt: skip
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", *folders}
     export.export(tmp_path / "out", tmp_path / "trained.safetensors", components=("connectors",))
     back = reading.load_component(tmp_path / "trained.safetensors", "connectors")
