@@ -25,7 +25,7 @@ DTYPE_CHOICES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
-MESH_AXES = ("fsdp", "tensor")
+SPLIT_AXES = ("fsdp", "tensor")
 _SAMPLE_BYTES = 4096  # of each tensor that goes into a component's fingerprint
 
 
@@ -58,9 +58,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     mesh: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
-        if name not in MESH_AXES or not size.isdigit() or int(size) < 1:
+        if name not in SPLIT_AXES or not size.isdigit() or int(size) < 1:
             raise ValueError(
-                f"--mesh {text!r}: {part!r} must be AXIS=SIZE with AXIS one of {MESH_AXES} and "
+                f"--mesh {text!r}: {part!r} must be AXIS=SIZE with AXIS one of {SPLIT_AXES} and "
                 "SIZE at least 1, for example fsdp=8 or fsdp=8,tensor=2"
             )
         mesh[name] = int(size)
