@@ -22,6 +22,18 @@ MAY_IMPORT = {
     "benchmarks": {"omniforcing_jax", "configs", "checkpoint_converters", "launch"},
     "pocket": {"omniforcing_jax", "configs", "checkpoint_converters", "launch"},
 }
+# The library's own, top down as docs/architecture.md draws them: each imports its own row and those
+# below.
+ROWS = (
+    {"scaling"},
+    {"training", "data"},
+    {"pipeline", "streaming"},
+    {"sampling", "text"},
+    {"geometry"},
+    {"models", "ops"},
+    {"distributed", "io", "blocks", "types"},
+)
+UPWARDS = {"training/metrics.py": {"scaling.devices"}}  # the one table of devices
 PUBLIC = {
     "AVGuidance",
     "AVLatents",
@@ -82,6 +94,32 @@ def test_packages_point_one_way(package):
         for path in modules
     }
     assert {path: names for path, names in wrong.items() if names} == {}
+
+
+def library_imports(tree: ast.AST) -> set[str]:
+    """Names below `omniforcing_jax` that a module of it imports from, or imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("omniforcing_jax"):
+            home = node.module.removeprefix("omniforcing_jax").removeprefix(".")
+            found |= {home} if home else {alias.name for alias in node.names}
+    return found
+
+
+def test_the_library_points_downwards():
+    library = ROOT / "omniforcing_jax"
+    row_of = {name: i for i, row in enumerate(ROWS) for name in row}
+    assert {path.stem for path in library.iterdir() if path.stem[0] != "_"} == set(row_of)
+    wrong = {}
+    for path in sorted(library.rglob("*.py")):
+        name = str(path.relative_to(library))
+        own = row_of.get(name.split("/")[0].removesuffix(".py"), -1)
+        up = {
+            x for x in library_imports(ast.parse(path.read_text())) if row_of[x.split(".")[0]] < own
+        }
+        if up != UPWARDS.get(name, set()):
+            wrong[name] = sorted(up)
+    assert wrong == {}
 
 
 def test_public_names():
