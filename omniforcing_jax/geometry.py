@@ -51,7 +51,10 @@ class ClipGeometry:
     def from_blocks(
         cls, layout: BlockLayout, num_blocks: int, height: int, width: int, *, start: bool = True
     ) -> "ClipGeometry":
-        """`num_blocks` blocks: the first ones (`start`), or uniform ones from the middle."""
+        """`num_blocks` blocks: the first ones (`start`), or uniform ones from the middle.
+
+        `height` and `width` are in latents.
+        """
         if start:
             video, audio = layout.num_video_frames(num_blocks), layout.num_audio_frames(num_blocks)
             return cls(video, audio, height, width, layout.frame_rate)

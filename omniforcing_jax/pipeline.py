@@ -38,6 +38,8 @@ class PipelineConfig:
     """What `config.json` of a converted checkpoint says, parsed.
 
     Attributes:
+      transformer, video_vae, audio_vae, vocoder: configurations of the networks.
+      model_version: of LTX-2, such as "2.3.0".
       layout_name, timesteps: what a student was trained with; None for LTX-2 itself, and where the
         checkpoint does not say.
       trained_cache: the same of its cache.
@@ -157,8 +159,12 @@ class PipelineConfig:
         cache: CacheConfig | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> RolloutConfig:
-        """How this checkpoint streams video of `height` x `width` pixels: as it was trained, but
-        for a cache and noise levels that are given.
+        """How this checkpoint streams video: as it was trained, but for what is given.
+
+        Args:
+          height, width: of the video, in pixels.
+          cache: layout, window and positions; see `cache`.
+          sigmas: noise levels, decreasing from 1 to 0; see `sigmas`.
 
         Raises:
           ValueError: see `check_complete`, `check_size` and `flow.check_sigmas`.
@@ -204,6 +210,7 @@ class Pipeline:
     """Configuration and weights.
 
     Attributes:
+      config: what the checkpoint says.
       params: {"transformer", "video_vae", "audio_vae", "vocoder": parameter tree}; the VAEs have
         an "encoder" only if they were loaded with it.
       dtype: in which the transformer and the VAEs compute.
@@ -234,9 +241,17 @@ class Pipeline:
         """A live session; see `StreamingSession` and `StreamingVideoDecoder` for the options.
 
         Args:
-          prompt: a sentence, which needs `prompts`, or contexts of video and audio.
+          rollout_config: from `PipelineConfig.rollout`.
+          prompt: a sentence, which needs `prompts`, or contexts of video and audio, each
+            [B, S, text_dim].
           prompts: encodes sentences.
+          seed, max_blocks: see `StreamingSession`.
+          implementation: attention backend, see `ops.attention`.
           decode_mode: None is "causal" for a decoder that was trained so, else "window".
+          look_back, look_ahead, blend: latent frames, of a "window" decoder only.
+
+        Raises:
+          ValueError: see `StreamingSession` and `StreamingVideoDecoder`.
         """
         c = self.config
         trained = "causal" if c.video_vae.causal_decoder else "window"
@@ -277,6 +292,9 @@ def load_pipeline(
         always computes.
       encoders: whether the VAEs' encoders are loaded as well; sampling and decoding need none.
 
+    Returns:
+      Configuration and parameters, from which sessions start.
+
     Raises:
       FileNotFoundError, ValueError: see `PipelineConfig.from_checkpoint` and `check_complete`;
         before any weights are read.
@@ -303,13 +321,15 @@ def decode_clip(
     """Decodes a whole clip at once.
 
     Args:
+      config: of the networks.
       params: at least "video_vae", "audio_vae" and "vocoder".
-      latents: [1, T, C] tokens.
+      latents: [1, T, C] normalised latents, as the samplers make them.
       size: (frames, height, width) of the video, in latents.
       dtype: in which the VAEs compute.
 
     Returns:
-      frames [F, H, W, 3] uint8 and waveform [N, 2] float32.
+      frames [F, H, W, 3] uint8 RGB and waveform [N, 2] float32, at
+      `config.vocoder.sample_rate` samples per second.
     """
     frames = _decode_video(config.video_vae, params["video_vae"], latents.video, size, dtype)
     log_mel = audio_vae.decode_audio(

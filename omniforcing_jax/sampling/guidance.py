@@ -69,7 +69,11 @@ class Guidance:
 
 
 class AVGuidance(NamedTuple):
-    """Guidance of both modalities. One pass serves both, so it runs if either needs it."""
+    """Guidance of both modalities. One pass serves both, so it runs if either needs it.
+
+    Attributes:
+      video, audio: scales of each modality.
+    """
 
     video: Guidance
     audio: Guidance
@@ -109,7 +113,17 @@ LTX23_GUIDANCE = AVGuidance(
 
 
 def default_guidance(model_version: str) -> AVGuidance:
-    """The guidance of LTX-2's own pipelines for a version such as "2.3.0"."""
+    """The guidance of LTX-2's own pipelines.
+
+    Args:
+      model_version: that of the checkpoint, such as "2.3.0".
+
+    Returns:
+      Scales for 2.3 and later, or for 2.0: they differ in the blocks that STG skips.
+
+    Raises:
+      ValueError: the version does not begin with numbers.
+    """
     major_minor = tuple(int(x) for x in model_version.split(".")[:2])
     return LTX23_GUIDANCE if major_minor >= (2, 3) else LTX20_GUIDANCE
 

@@ -199,15 +199,17 @@ def block_step(
     """Generates the next block and writes its keys and values.
 
     Args:
-      cache: of all blocks so far; its counter says which block this is.
-      text: from `prompt_kv` for `config.sigma_levels`.
+      model, params: the student and its parameter tree.
+      cache: of all blocks so far, from `new_cache`; its counter says which block this is.
+      text: keys and values from `prompt_kv` for `config.sigma_levels`.
       rope: from `config.rope`.
-      noise: [steps, B, T, C], from `block_noise`.
+      noise: [steps, B, T, C] float32, from `block_noise`.
+      config: how blocks are generated; that of `cache`, `text` and `rope`.
       first: whether this is block 0 (another shape, no history, the sinks).
       exit_step: [] int32 the denoising step whose prediction is the block; None is the last one.
 
     Returns:
-      The block and how it came about, and the cache with the block in it.
+      The block (`x0` [B, T, C] float32) and how it came about, and the cache with the block in it.
     """
     forward = bind(model, params, cache, rope, config, first=first)
     with jax.named_scope("denoise"):
@@ -322,6 +324,15 @@ def rollout(
     batch: int,
 ) -> AVLatents:
     """Generates a whole clip: block 0, then a scan over the uniform blocks, in one program.
+
+    Args:
+      model, params: the student and its parameter tree.
+      text: keys and values from `prompt_kv` for `config.sigma_levels`.
+      rope: from `config.rope`, for `num_blocks` or more.
+      key: a key, from which each block's noise follows.
+      config: how blocks are generated.
+      num_blocks: K, block 0 included.
+      batch: B, samples.
 
     Returns:
       AVLatents of the clip, [B, T, C] float32 (T over all frames).

@@ -83,6 +83,13 @@ class SampleConfig:
     ) -> "SampleConfig":
         """The config for a clip given in pixels, with the LTX-2 schedule and sound as long as it.
 
+        Args:
+          frames, height, width: of the video, in pixel frames (8k + 1) and pixels.
+          frame_rate: pixel frames per second.
+          num_steps: Euler steps.
+          guidance: scales of both modalities.
+          spatial_compression: pixels per latent of the VAE.
+
         Raises:
           ValueError: see `ClipGeometry.from_pixels`.
         """

@@ -379,6 +379,9 @@ def read_clip(path: str | os.PathLike | BinaryIO) -> tuple[np.ndarray, float, np
     A truncated end is dropped. The waveform may end up to one AAC frame (1024 samples) after the
     sound that was written, which the encoder filled with silence.
 
+    Args:
+      path: a file, or an object that it can be read from.
+
     Returns:
       frames [n, H, W, 3] uint8 RGB, frames per second, waveform [m, channels] float32 and its
       sample rate in Hz ([0, 2] and 0 without sound).

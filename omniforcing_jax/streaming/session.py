@@ -58,6 +58,7 @@ class Chunk:
       first_frame, first_sample: where frames and waveform belong in the stream.
       frames: [B, n, H, W, 3] uint8; n may be 0 while a decoder looks ahead.
       waveform: [B, m, 2] float32 in [-1, 1].
+      timings: wall seconds of the block's parts.
     """
 
     block: int
@@ -107,10 +108,13 @@ class StreamingSession:
     ):
         """
         Args:
+          model, params: the student and its parameter tree.
           config: see `RolloutConfig`.
+          video_decoder, audio_decoder: decode each block; their state is the session's.
           prompt: a sentence, which needs `prompts`, or text contexts of video and audio, each
             [B, S, text_dim].
           prompts: encodes sentences; it must be for the connectors of this model.
+          seed: of all noise; a block's follows from it and the block's index.
           max_blocks: longest stream; None means without end, which needs relative positions.
 
         Raises:

@@ -17,12 +17,22 @@ class TransformerConfig:
     """Dual-stream transformer: `video_*` is the wide stream, `audio_*` the narrow one.
 
     Attributes:
+      num_layers: L.
+      video_heads, audio_heads: N, equal for both, as the cross-modal attention joins them.
+      video_head_dim, audio_head_dim: H; heads times it is the width of a stream.
+      video_channels, audio_channels: of a token's latents.
+      video_context_dim, audio_context_dim: widths of the text contexts behind the caption
+        projection.
       caption_channels: width of the text features before the caption projection; None when the
         context already has the streams' widths (LTX-2.3 and later).
       rope_type: "split" pairs channel j with j + H/2 inside a head, "interleaved" 2j with 2j + 1.
       rope_frequency_dtype: precision in which the frequency grid is formed on the host.
+      rope_theta: base of the frequencies.
+      video_max_position: (seconds, pixels, pixels) that positions are divided by.
+      audio_max_position: the same for the audio, in seconds.
       timestep_scale: factor from sigma in [0, 1] to the timestep that is embedded.
       cross_gate_timestep_scale: the same for the gates of the cross-modal attention.
+      norm_eps: of all norms.
       gated_attention: per-head output gates 2 * sigmoid(linear(x)) (2.3).
       text_adaln: text attention is modulated as well: 9-row tables and prompt AdaLN (2.3).
       cross_timestep: which sigma drives the cross-modal AdaLN: "own" (2.0), "other" (2.3), or
