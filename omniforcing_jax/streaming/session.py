@@ -209,7 +209,7 @@ class StreamingSession:
         self._failed = True  # until this step is done
         try:
             chunk = self._next_chunk()
-        except BaseException as error:
+        except Exception as error:  # Ctrl-C needs no advice: it ends a program
             error.add_note(f"this streaming session lost its cache: {HOW_TO_GO_ON}")
             raise
         self._failed = False
