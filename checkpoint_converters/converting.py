@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -19,12 +18,9 @@ from checkpoint_converters import orbax_io
 from checkpoint_converters.output import appearing, folder_problems, progress_bar
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_middle
 from omniforcing_jax.io.checkpoints import FORMAT
+from omniforcing_jax.types import DTYPES
 
-DTYPE_CHOICES = {
-    "keep": None,
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-}
+DTYPE_CHOICES = {"keep": None} | {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 SPLIT_AXES = ("fsdp", "tensor")
 _SAMPLE_BYTES = 4096  # of each tensor that goes into a component's fingerprint
 

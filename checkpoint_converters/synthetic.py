@@ -22,6 +22,7 @@ from checkpoint_converters.published import published_config
 from checkpoint_converters.safetensors_io import ConversionError
 from checkpoint_converters.shapes import ANY, expected_shapes
 from omniforcing_jax.io.checkpoints import COMPONENTS
+from omniforcing_jax.types import DTYPES
 
 VERSIONS = {"2.0": "2.0.0", "2.3": "2.3.0"}
 
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--version", default="2.0", choices=list(VERSIONS))
     parser.add_argument("--output", required=True, type=pathlib.Path, help=".safetensors file")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
     parser.add_argument("--layers", type=int, help="transformer layers (default: the size's)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -23,6 +23,7 @@ from checkpoint_converters.output import appearing
 from checkpoint_converters.safetensors_io import ConversionError, table_bytes, write_safetensors
 from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
+from omniforcing_jax.types import DTYPES
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--words", type=pathlib.Path, help="file of all words there are, one a line"
