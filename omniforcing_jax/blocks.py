@@ -59,6 +59,9 @@ class BlockLayout:
       name: `prefix` or `merged`; free for layouts built by hand.
       temporal_compression: pixel frames per video latent (the first latent holds one frame).
       audio_latents_per_second: rate of the audio latents.
+
+    Raises:
+      ValueError: a count is not a positive integer.
     """
 
     first_video_frames: int

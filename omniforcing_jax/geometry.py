@@ -37,6 +37,9 @@ class ClipGeometry:
       video_start, audio_start: latents before the clip. A window from the middle of a rollout is
         positioned like the blocks behind block 0, whatever its true time: its first latent stands
         for as many pixel frames as the others.
+
+    Raises:
+      ValueError: a size or rate is not positive.
     """
 
     video_frames: int

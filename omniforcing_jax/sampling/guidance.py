@@ -32,6 +32,9 @@ class Guidance:
       rescale: in [0, 1]; how far the result's standard deviation is pulled back to that of the
         conditional prediction.
       stg_blocks: transformer blocks whose self-attention the perturbed pass skips.
+
+    Raises:
+      ValueError: `rescale` is out of range, or there is STG without blocks.
     """
 
     cfg: float = 1.0

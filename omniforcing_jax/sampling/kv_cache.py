@@ -86,6 +86,9 @@ class CacheConfig:
       anchor_blocks: blocks 1..n that are never evicted (block 0 never is).
       positions: "absolute" (a token keeps the time at which it was generated) or "relative" (to the
         window: streams of any length stay inside the trained range).
+
+    Raises:
+      ValueError: no window, fewer than no anchors, or other positions.
     """
 
     layout: BlockLayout

@@ -36,6 +36,9 @@ class RolloutConfig:
       sigmas: noise levels of the denoising steps, decreasing, with the final 0.
       height, width: of the video, in latents (32 pixels each).
       context_noise: noise level at which a finished block writes its keys and values.
+
+    Raises:
+      ValueError: a size or noise level that cannot be; see also `flow.check_sigmas`.
     """
 
     cache: CacheConfig

@@ -56,6 +56,9 @@ class SampleConfig:
       sigmas: noise levels, decreasing from 1 to 0, as `flow.ltx2_schedule` gives them.
       clip: sizes of the clip in latents.
       guidance: scales of both modalities.
+
+    Raises:
+      ValueError: sigmas that do not start at 1; see also `flow.check_sigmas`.
     """
 
     sigmas: tuple[float, ...]

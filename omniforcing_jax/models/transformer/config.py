@@ -45,6 +45,9 @@ class TransformerConfig:
       sink_rope: "identity" (Eq. 8) or "incremental": sinks continue the audio clock before t = 0.
       extra_qk_norm: per-head LayerNorm of q and k in the four causal attentions (Table 3).
       tanh_gated_attention: their outputs are scaled by tanh of a scalar that starts at 0 (Table 3).
+
+    Raises:
+      ValueError: a choice that does not exist, or sizes that do not fit each other.
     """
 
     num_layers: int = 48
