@@ -54,7 +54,7 @@ from omniforcing_jax.training.state import TrainState, create_network, create_st
 from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
 from omniforcing_jax.training.students.unrolled import UnrolledStudent
 from omniforcing_jax.types import AVLatents
-from pocket.known_answer import plot as known_answer_plot
+from pocket.known_answer import plot
 from pocket.known_answer.gaussian_world import (
     DISTANCES,
     GaussianTeacher,
@@ -481,7 +481,7 @@ def main(argv: list[str] | None = None) -> None:
     (output / "known_answer.json").write_text(json.dumps(result, indent=1) + "\n")
     rows = [(name, *(f"{row[d]:.3f}" for d in DISTANCES)) for name, row in result["table"].items()]
     print(markdown([name.replace("_", " ") for name in DISTANCES], rows))
-    known_answer_plot.draw(result, output)
+    plot.draw(result, output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from omniforcing_jax.distributed import partitioning
-from omniforcing_jax.sampling import student as rollout
+from omniforcing_jax.sampling import student
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.models.transformer.config import tiny
@@ -17,14 +17,14 @@ from tests.tiny_model import random_params
 
 config = tiny(num_audio_sinks=4)
 model = Transformer(config)
-settings = rollout.RolloutConfig(
+settings = student.RolloutConfig(
     CacheConfig(BlockLayout.prefix(), window=1), (1.0, 0.5, 0.0), 1, 2)
 contexts = [jax.random.normal(jax.random.key(i), (4, 3, 12)) for i in range(2)]
 rope = settings.rope(model)
 
 def clip(params, contexts):
-    text = rollout.prompt_kv(model, params, *contexts, settings.sigma_levels)
-    return rollout.rollout(
+    text = student.prompt_kv(model, params, *contexts, settings.sigma_levels)
+    return student.rollout(
         model, params, text, rope, jax.random.key(7), config=settings, num_blocks=3, batch=4)
 
 params = random_params(config)

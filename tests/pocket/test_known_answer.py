@@ -16,9 +16,7 @@ from omniforcing_jax.training.objectives.common import Frozen, TextInput, number
 from omniforcing_jax.training.objectives.dmd import DMD
 from omniforcing_jax.training.objectives.scores import ScoreConfig
 from omniforcing_jax.types import AVLatents
-from pocket.known_answer import gaussian_world
-from pocket.known_answer import plot as known_answer_plot
-from pocket.known_answer import solve as known_answer
+from pocket.known_answer import gaussian_world, plot, solve
 from pocket.known_answer.gaussian_world import (
     GaussianWorld,
     best_regression_student,
@@ -245,7 +243,7 @@ def test_a_short_stage_lowers_the_distance():
             return GaussianWorld(config, LAYOUT)
 
     problem = Small(steps=(60, 1, 1, 1), batch=64, samples=512, points=1)
-    _, curves = known_answer.pretrain(problem)
+    _, curves = solve.pretrain(problem)
     assert curves["steps"] == [0, 60]
     start, end = curves["distances"]["sampler"]["wasserstein"]
     assert end < 0.8 * start, curves["distances"]
@@ -256,7 +254,7 @@ def test_trajectories_end_where_the_sampler_does():
     """Stage II's data: from noise to the world's samples, with the teacher's own velocities."""
     problem = GaussianProblem(trajectories=512)
     sigmas = sample_config(problem, TEACHER_STEPS).sigmas
-    data = known_answer.trajectories(problem, TEACHER, TEACHER_PARAMS, sigmas)
+    data = solve.trajectories(problem, TEACHER, TEACHER_PARAMS, sigmas)
     assert data["video"].shape == (512, len(SIGMAS), 5, 2)
     clean = AVLatents(data["video"][:, -1], data["audio"][:, -1])
     found = WORLD.distances(clean)
@@ -299,7 +297,7 @@ def test_optimum_of_stage_two():
 
 def test_bad_command_lines_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        known_answer.parse_arguments(["--output", str(tmp_path), "--batch", "0"])
+        solve.parse_arguments(["--output", str(tmp_path), "--batch", "0"])
     assert "must be positive" in capsys.readouterr().err
 
 
@@ -319,6 +317,6 @@ def test_plots_are_drawn(tmp_path):
     teacher = {name: 0.1 for name in gaussian_world.DISTANCES}
     result = {"table": {"teacher": teacher}, "stages": {name: curves for name in names}}
     (tmp_path / "known_answer.json").write_text(json.dumps(result))
-    known_answer_plot.main([str(tmp_path / "known_answer.json")])
+    plot.main([str(tmp_path / "known_answer.json")])
     for name in ("known_answer.png", "training_curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -14,9 +14,7 @@ from ml_collections import config_flags
 
 from checkpoint_converters import gemma3, ltx2
 from omniforcing_jax.streaming import media
-from pocket import demo
-from pocket import report as report_world
-from pocket import sample as sample_world
+from pocket import demo, report, sample
 from pocket.measure import shrink
 from pocket.measures.scalars import MEANINGS
 
@@ -59,7 +57,7 @@ def test_samples_are_measured(pocket, tmp_path, sampler):
     """Three clips in batches of two, whole and by the second."""
     options = ["--sampler", sampler, "--clips", "3", "--batch-size", "2", "--seconds", "2"]
     options += ["--every", "1", "--steps", "2", "--show", "1"]
-    assert sample_world.main([*pocket, *options, "--output", str(tmp_path)]) == 0
+    assert sample.main([*pocket, *options, "--output", str(tmp_path)]) == 0
     measures = json.loads((tmp_path / "measures.json").read_text())
     assert len(measures["clips"]) == 3 and len(measures["stretches"]) == 2
     assert measures["all"]["seconds"] == pytest.approx(3 * 49 / 24)
@@ -74,7 +72,7 @@ def test_samples_are_measured(pocket, tmp_path, sampler):
     assert (tmp_path / "00.png").is_file()
     assert measures["all"]["frechet_distance"] > 0
     # a row of a table, and a curve
-    assert report_world.main([str(tmp_path), "--output", str(tmp_path / "report")]) == 0
+    assert report.main([str(tmp_path), "--output", str(tmp_path / "report")]) == 0
     lines = (tmp_path / "report.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith(f"| {tmp_path.name} | ")]
     assert len(rows) == 3 and rows[2].startswith(f"| {tmp_path.name} | 1–2 | ")
@@ -85,10 +83,10 @@ def test_samples_are_measured(pocket, tmp_path, sampler):
 def test_the_world_itself_and_chance_bound_the_measures(tmp_path):
     """True clips are all but perfect; sound of another motion of the same balls is not in step."""
     measures = {}
-    for sampler in sample_world.MODEL_FREE:
+    for sampler in sample.MODEL_FREE:
         output = tmp_path / sampler
         options = ["--clips", "6", "--seconds", "2", "--show", "0", "--output", str(output)]
-        assert sample_world.main(["--sampler", sampler, *options]) == 0
+        assert sample.main(["--sampler", sampler, *options]) == 0
         measures[sampler] = json.loads((output / "measures.json").read_text())["all"]
     world, chance = measures["world"], measures["chance"]
     assert world["unmatched_rate"] < 0.1 and world["abs_offset_ms"] < 5
@@ -99,10 +97,10 @@ def test_the_world_itself_and_chance_bound_the_measures(tmp_path):
 
 def test_a_sampler_needs_a_model(capsys):
     with pytest.raises(SystemExit):
-        sample_world.parse_arguments(["--sampler", "stream", "--output", "nowhere"])
+        sample.parse_arguments(["--sampler", "stream", "--output", "nowhere"])
     assert "--sampler stream needs --checkpoint and --text-encoder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        sample_world.parse_arguments(["--sampler", "world", "--other-sound", "--output", "nowhere"])
+        sample.parse_arguments(["--sampler", "world", "--other-sound", "--output", "nowhere"])
     assert "it is --sampler chance" in capsys.readouterr().err
 
 
@@ -110,24 +108,24 @@ def test_the_sound_of_another_clip_of_the_caption(monkeypatch):
     """The picture is the clip's own, the sound that of the clip with the next seed."""
 
     def make_sampler(args, pipeline):
-        return lambda contexts, numbers: sample_world.SampledClips(
+        return lambda contexts, numbers: sample.SampledClips(
             np.full((len(numbers), 1), args.seed), np.full((len(numbers), 1), args.seed), 0.1, 0.2
         )
 
-    monkeypatch.setattr(sample_world, "make_sampler", make_sampler)
+    monkeypatch.setattr(sample, "make_sampler", make_sampler)
     args = ["--sampler", "stream", "--checkpoint", "a", "--text-encoder", "b", "--output", "c"]
-    args = sample_world.parse_arguments([*args, "--other-sound", "--seed", "3"])
-    clips = sample_world.with_other_sound(args, None)(None, [0, 1])
+    args = sample.parse_arguments([*args, "--other-sound", "--seed", "3"])
+    clips = sample.with_other_sound(args, None)(None, [0, 1])
     assert clips.frames.tolist() == [[3], [3]] and clips.waveforms.tolist() == [[4], [4]]
 
 
 def test_captions_are_chosen_by_their_balls():
-    one, two = (sample_world.choose_seeds(5, balls) for balls in (1, 2))
-    both = sample_world.choose_seeds(5, None)
+    one, two = (sample.choose_seeds(5, balls) for balls in (1, 2))
+    both = sample.choose_seeds(5, None)
     assert len(one) == len(two) == 5 and not set(one) & set(two)
     assert set(both) <= {*one, *two} and sorted(both) == both
     with pytest.raises(ValueError, match="--balls must be 1 to 2, not 3"):
-        sample_world.choose_seeds(5, 3)
+        sample.choose_seeds(5, 3)
 
 
 def test_a_clip_written_enlarged_is_measured_in_the_worlds_pixels():
@@ -139,25 +137,25 @@ def test_a_clip_written_enlarged_is_measured_in_the_worlds_pixels():
 
 
 def test_the_report_has_every_measure():
-    shown = {*report_world.COLUMNS, *report_world.OTHERS}
+    shown = {*report.COLUMNS, *report.OTHERS}
     assert set(MEANINGS) - shown == {"seconds"}
     assert shown - set(MEANINGS) == {"frechet_distance", "fps", "first_frames_after"}
 
 
 def test_cells_show_mean_and_spread_over_seeds():
-    assert report_world.cell([0.1, 0.3, None], "{:.0%}") == "20% ±10%"
-    assert report_world.cell([3.0], "{:.1f}") == "3.0" and report_world.cell([None], "{}") == "–"
+    assert report.cell([0.1, 0.3, None], "{:.0%}") == "20% ±10%"
+    assert report.cell([3.0], "{:.1f}") == "3.0" and report.cell([None], "{}") == "–"
 
 
 def test_drift_is_shown_at_the_same_moments():
     """A stretch is that which ends there; a mean over the seeds that know it."""
-    names = [name for name in report_world.CURVES if name in report_world.COLUMNS]
+    names = [name for name in report.CURVES if name in report.COLUMNS]
     stretches = [[dict.fromkeys(names, offset + i) for i in range(6)] for offset in (10, 20)]
     stretches[1][5] = dict.fromkeys(names, None)
     rows = {"a": [{"arguments": {"every": 5.0}, "stretches": parts} for parts in stretches]}
     rows["b"] = [{"arguments": {"every": None}, "stretches": []}]
-    assert [*report_world.with_stretches(rows)] == ["a"]
-    line = report_world.drift_table(report_world.with_stretches(rows)).splitlines()[2]
+    assert [*report.with_stretches(rows)] == ["a"]
+    line = report.drift_table(report.with_stretches(rows)).splitlines()[2]
     assert line.startswith("| a | 0–5, 25–30 | 15, 15 | 1500%, 1500% |")
 
 
@@ -177,7 +175,7 @@ def test_runs_are_put_side_by_side(tmp_path, capsys):
         ]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = ["--runs", "--output", str(tmp_path / "table"), str(tmp_path / "seeds")]
-    assert report_world.main([*arguments, str(tmp_path / "seeds" / "1")]) == 0
+    assert report.main([*arguments, str(tmp_path / "seeds" / "1")]) == 0
     heading, _, both, one = (tmp_path / "table.md").read_text().splitlines()
     assert heading == (
         "| | runs | audio loss | half way | largest gradient norm | updates skipped |"
@@ -185,7 +183,7 @@ def test_runs_are_put_side_by_side(tmp_path, capsys):
     last, middle = np.mean([2 / s for s in (180, 190, 200)]), np.mean([2 / 90, 2 / 100, 2 / 110])
     assert one == f"| 1 | 1 | {last:.3f} | {middle:.3f} | 7.000 | 0.025 |"
     assert both.startswith(f"| seeds | 2 | {0.75 * last:.3f} ±{0.25 * last:.3f} |")
-    assert report_world.main([*arguments, str(tmp_path)]) == 2
+    assert report.main([*arguments, str(tmp_path)]) == 2
     assert "there is no metrics.jsonl in" in capsys.readouterr().err
 
 
@@ -258,7 +256,7 @@ def test_make_evaluates_all_rows(target, program, rows):
     assert len(runs) == rows == len({tuple(command) for command in runs})
     for command in runs:
         if program == "pocket.sample":
-            args = sample_world.parse_arguments(command[1:])
+            args = sample.parse_arguments(command[1:])
             assert str(args.output).endswith(f"/{args.seed}") and args.seed in (3, 4)
         elif "ablations" in command[-1]:
             assert command[-1].rsplit("/", 1)[1] in ("3", "4")

@@ -24,7 +24,7 @@ from omniforcing_jax.text.tokenizer import load_tokenizer
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import create_network, create_state
-from pocket import pretrain_config as configs
+from pocket import pretrain_config
 from pocket.pretraining import autoencoders, latents
 from pocket.pretraining.autoencoders import ErrorLoss, LatentNoise
 from pocket.pretraining.batches import DrawnBatches, WorldWindows
@@ -77,7 +77,7 @@ def test_the_pocket_tokenizer_knows_every_word_of_every_caption(tmp_path):
     assert not any(unknown in ids for ids in encoded[:-1]) and unknown in encoded[-1]
     assert encoded[-2] == tokenizer.encode(["a red ball"])[0]
     assert tokenizer.vocab_size == len(VOCABULARY) + 4
-    assert max(map(len, encoded)) <= configs.get_config("teacher").text_length
+    assert max(map(len, encoded)) <= pretrain_config.get_config("teacher").text_length
 
 
 def test_batches_are_functions_of_their_number():

@@ -10,13 +10,12 @@ from checkpoint_converters.export import write_components
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.training.metrics import read_records
-from pocket import assemble, pretrain
-from pocket import pretrain_config as configs
+from pocket import assemble, pretrain, pretrain_config
 from tests.pocket.test_pretrain import PIPELINE
 
 
 def tiny_config(folder, part, **changes):
-    c = configs.get_config(part)
+    c = pretrain_config.get_config(part)
     c.folder = str(folder)
     c.world.update({"width": 16, "height": 16})
     c.update({"batch_size": 2, "num_steps": 4, "log_every": 1, "checkpoint_every": 2} | changes)
@@ -87,7 +86,7 @@ def test_a_part_says_what_it_needs(tmp_path, capfd):
     assert pretrain.run(tiny_config(tmp_path, "video_vae", frames=10)) == 2
     assert "nearest valid: 9 or 17" in capfd.readouterr().err
     with pytest.raises(ValueError, match="unknown part"):
-        configs.get_config("critic")
+        pretrain_config.get_config("critic")
 
 
 @pytest.mark.slow
