@@ -192,50 +192,6 @@ class BlockLayout:
         """Audio latents in the first `num_blocks` blocks, sinks not counted (Eq. 2)."""
         return self.first_audio_frames + (num_blocks - 1) * self.audio_frames if num_blocks else 0
 
-    def num_blocks_for(self, video_frames: int) -> int:
-        """Number of blocks that hold exactly `video_frames` video latents.
-
-        Raises:
-          ValueError: the length does not end at a block border; names the nearest that do.
-        """
-        later, rest = divmod(video_frames - self.first_video_frames, self.video_frames)
-        if later >= 0 and rest == 0:
-            return 1 + later
-        below, above = self.num_video_frames(later + 1), self.num_video_frames(later + 2)
-        nearest = f"{below} or {above}" if later >= 0 else f"{self.first_video_frames}"
-        raise ValueError(
-            f"{video_frames} video latents are not a whole number of blocks in layout "
-            f"{self.name!r} ({self.first_video_frames} + {self.video_frames}k); "
-            f"nearest valid length: {nearest}"
-        )
-
-    def block_bounds(self, video_frames: int) -> np.ndarray:
-        """Table of block borders for a clip whose last block may be cut short.
-
-        A last block with fewer video latents keeps the audio latents that end within it.
-
-        Args:
-          video_frames: video latents in the clip, at least `first_video_frames`.
-
-        Returns:
-          int32 [K, 4]: video start, video end, audio start, audio end, ends exclusive.
-
-        Raises:
-          ValueError: the clip is shorter than block 0.
-        """
-        if video_frames < self.first_video_frames:
-            raise ValueError(
-                f"{video_frames} video latents do not fill block 0 of layout {self.name!r}, "
-                f"which has {self.first_video_frames}"
-            )
-        rows = []
-        for block in range(int(self.block_of_video_frame(video_frames - 1)) + 1):
-            start, audio_start = self.video_start(block), self.audio_start(block)
-            frames = min(self.video_frames_in(block), video_frames - start)
-            audio = self.audio_frames_in(block) * frames // self.video_frames_in(block)
-            rows.append((start, start + frames, audio_start, audio_start + audio))
-        return np.array(rows, np.int32)
-
     # Block indices, tau of Eq. 3
 
     def block_of_video_frame(self, frame) -> np.ndarray:

@@ -315,7 +315,7 @@ def stage_two(checkpoint, manifest, **changes):
     return ODERegression(
         model=Transformer(pipeline.transformer),
         rollout=rollout,
-        num_blocks=layout.num_blocks_for(manifest.video_frames),
+        num_blocks=2,
         text=TextInput(),
         optimizer=make_optimizer(OptimizerConfig(1e-4)),
         config=StageII(regression=RegressionConfig(**changes)),

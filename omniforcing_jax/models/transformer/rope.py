@@ -99,23 +99,6 @@ def rope_from_bounds(
     return Rope(jnp.asarray(split(cos)), jnp.asarray(split(sin)))
 
 
-def video_bounds(num_frames: int, height: int, width: int, frame_rate: float) -> np.ndarray:
-    """[3, T, 2] float32 bounds of all latents of a clip, order f, h, w (seconds, pixels, pixels).
-
-    Args:
-      num_frames, height, width: in latents. The first latent covers one pixel frame only.
-    """
-    time = video_time_bounds(num_frames, frame_rate)
-    rows, columns = _pixel_bounds(height), _pixel_bounds(width)
-    shape = (num_frames, height, width, 2)
-    axes = (
-        np.broadcast_to(time[:, None, None], shape),
-        np.broadcast_to(rows[None, :, None], shape),
-        np.broadcast_to(columns[None, None, :], shape),
-    )
-    return np.stack([a.reshape(-1, 2) for a in axes])
-
-
 def video_time_bounds(num_frames: int, frame_rate: float) -> np.ndarray:
     """[F, 2] float32 seconds covered by each latent frame: [0, 1/fps], [1/fps, 9/fps], …"""
     index = np.arange(num_frames, dtype=np.float32)
