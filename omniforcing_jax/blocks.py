@@ -90,14 +90,7 @@ class BlockLayout:
         return cls.from_name("merged", frame_rate=frame_rate)
 
     @classmethod
-    def from_name(
-        cls,
-        name: str,
-        *,
-        frame_rate: float = 24.0,
-        temporal_compression: int = 8,
-        audio_latents_per_second: int = 25,
-    ) -> Self:
+    def from_name(cls, name: str, *, frame_rate: float = 24.0) -> Self:
         """Builds a layout for a frame rate.
 
         A block holds 3 video latents whatever the rate; the audio latents of the same stretch of
@@ -106,8 +99,6 @@ class BlockLayout:
         Args:
           name: `prefix` or `merged`.
           frame_rate: pixel frames per second.
-          temporal_compression: pixel frames per video latent.
-          audio_latents_per_second: rate of the audio latents.
 
         Raises:
           ValueError: unknown name, or a frame rate that splits an audio latent between blocks (the
@@ -116,7 +107,7 @@ class BlockLayout:
         if name not in LAYOUT_NAMES:
             raise ValueError(f"unknown block layout {name!r}; known layouts: {LAYOUT_NAMES}")
         # audio_frames = ticks / frame_rate
-        ticks = VIDEO_FRAMES_PER_BLOCK * temporal_compression * audio_latents_per_second
+        ticks = VIDEO_FRAMES_PER_BLOCK * cls.temporal_compression * cls.audio_latents_per_second
         if frame_rate <= 0 or round(frame_rate * round(ticks / frame_rate), 6) != ticks:
             rates = [rate for rate in range(1, 121) if ticks % rate == 0]
             raise ValueError(
@@ -132,8 +123,6 @@ class BlockLayout:
             first_audio_frames=1 if prefix else 1 + audio_frames,
             audio_frames=audio_frames,
             name=name,
-            temporal_compression=temporal_compression,
-            audio_latents_per_second=audio_latents_per_second,
         )
 
     # Time
@@ -176,16 +165,8 @@ class BlockLayout:
         """Audio latents in block `block`, sinks not counted."""
         return self.first_audio_frames if block == 0 else self.audio_frames
 
-    def video_start(self, block: int) -> int:
-        """First video latent of block `block`."""
-        return self.num_video_frames(block)
-
-    def audio_start(self, block: int) -> int:
-        """First audio latent of block `block`, sinks not counted."""
-        return self.num_audio_frames(block)
-
     def num_video_frames(self, num_blocks: int) -> int:
-        """Video latents in the first `num_blocks` blocks (Eq. 2)."""
+        """Video latents in the first `num_blocks` blocks (Eq. 2): where the next one begins."""
         return self.first_video_frames + (num_blocks - 1) * self.video_frames if num_blocks else 0
 
     def num_audio_frames(self, num_blocks: int) -> int:

@@ -47,7 +47,9 @@ def test_block_borders_of_another_length_equal_reference(golden_dir):
 
 def borders(layout: BlockLayout, num_blocks: int) -> np.ndarray:
     """[K, 4]: video start, video end, audio start, audio end of every block, ends exclusive."""
-    starts = [(layout.video_start(k), layout.audio_start(k)) for k in range(num_blocks + 1)]
+    starts = [
+        (layout.num_video_frames(k), layout.num_audio_frames(k)) for k in range(num_blocks + 1)
+    ]
     return np.array([(v, v_end, a, a_end) for (v, a), (v_end, a_end) in itertools.pairwise(starts)])
 
 
@@ -73,8 +75,8 @@ def test_sizes_starts_and_block_indices_agree(layout, sinks):
     np.testing.assert_array_equal(layout.block_of_video_frame(np.arange(len(video))), video)
     np.testing.assert_array_equal(layout.block_of_audio_frame(np.arange(len(audio))), audio)
     for k in range(num_blocks):
-        assert layout.video_start(k) == video.index(k)
-        assert layout.audio_start(k) == audio.index(k)
+        assert layout.num_video_frames(k) == video.index(k)
+        assert layout.num_audio_frames(k) == audio.index(k)
     patches = 2
     np.testing.assert_array_equal(
         layout.video_token_blocks(len(video), patches), np.repeat(video, patches)

@@ -152,10 +152,6 @@ class BlockForward:
     ropes: StreamRopes
     keep: Pathways | None = None
 
-    def with_params(self, params) -> "BlockForward":
-        """The same forward pass with other parameters (those to differentiate by)."""
-        return dataclasses.replace(self, params=params)
-
     def __call__(self, x: AVLatents, sigma: jax.Array, text: TextKV, *, return_kv: bool = False):
         """Clean prediction of x [B, T, C] at noise level sigma [] or [B], and the block's K/V."""
         sigmas = jnp.broadcast_to(sigma.reshape(-1, 1), (x.video.shape[0], 1)).astype(jnp.float32)

@@ -55,8 +55,8 @@ def position_when_seen(config: CacheConfig, seen: int, block: int) -> int:
 def frames_at(layout: BlockLayout, position: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the video and audio latents of the block at `position`."""
     return (
-        layout.video_start(position) + np.arange(layout.video_frames_in(position)),
-        layout.audio_start(position) + np.arange(layout.audio_frames_in(position)),
+        layout.num_video_frames(position) + np.arange(layout.video_frames_in(position)),
+        layout.num_audio_frames(position) + np.arange(layout.audio_frames_in(position)),
     )
 
 

@@ -78,7 +78,8 @@ def blockwise_gradient(
         forward = bind(model, weights, cache, rope, config, first=first)
 
         def objective(weights, text):
-            x0, _ = forward.with_params(weights)(block.x, block.sigma, text)
+            differentiated = dataclasses.replace(forward, params=weights)
+            x0, _ = differentiated(block.x, block.sigma, text)
             return loss(x0, block.extra)
 
         gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)

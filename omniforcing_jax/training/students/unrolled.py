@@ -118,9 +118,9 @@ class UnrolledStudent:
         self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
     ) -> UnrolledTrace:
         """A rollout without gradient; arguments as `sample`."""
-        exit_step = self._exit(step_key)
-        first, rest, cache = self._unroll(weights, self._text(weights, contexts), keys, exit_step)
-        sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[exit_step])
+        step = exit_step(step_key, self.num_steps, self.exit_weights)
+        first, rest, cache = self._unroll(weights, self._text(weights, contexts), keys, step)
+        sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[step])
         return UnrolledTrace(first, rest, cache, sigma)
 
     def sample_of(self, weights: Any, contexts: Contexts, trace: UnrolledTrace) -> AVLatents:
@@ -184,9 +184,6 @@ class UnrolledStudent:
             _, x0 = jax.lax.scan(lambda c, x: step(c, x, False), cache, rest.exit_input)
             rest = rest.replace(x0=x0)
         return _joined(first, rest)
-
-    def _exit(self, step_key: jax.Array) -> jax.Array:
-        return exit_step(step_key, self.num_steps, self.exit_weights)
 
     def _text(self, weights, contexts: Contexts) -> TextKV:
         return prompt_kv(self.model, weights, *contexts, levels=self.config.sigma_levels)

@@ -68,7 +68,7 @@ def draw(stage: ODERegression, seed: int = 0) -> Problem:
 
 def drawn_states(stage: ODERegression, problem: Problem) -> np.ndarray:
     """[B, K] state of every block, read off the numbers in its frames."""
-    first = [stage.layout.video_start(k) * PATCHES for k in range(BLOCKS)]
+    first = [stage.layout.num_video_frames(k) * PATCHES for k in range(BLOCKS)]
     return np.asarray(problem.noisy.video[:, np.array(first), 0]).astype(int) // 100
 
 
