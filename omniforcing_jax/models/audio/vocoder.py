@@ -305,7 +305,7 @@ def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-class ResBlock(nn.Module):
+class WaveResBlock(nn.Module):
     """For every dilation: x + conv(act(dilated conv(act(x))))."""
 
     kernel_size: int
@@ -350,8 +350,8 @@ class HiFiGAN(nn.Module):
             upsample = ConvTranspose(x.shape[-1] // 2, kernel_size, rate, name=f"ups_{level}")
             x = upsample(x)  # [B, T * rates so far, C]
             parallel = [
-                ResBlock(kernel, dilations, snake, name=f"resblocks_{level * len(blocks) + i}")(x)
-                for i, (kernel, dilations) in enumerate(blocks)
+                WaveResBlock(*block, snake, name=f"resblocks_{level * len(blocks) + i}")(x)
+                for i, block in enumerate(blocks)  # kernel, dilations
             ]
             x = sum(parallel) / len(blocks)
         x = _activate(x, snake, "act_post", _LAST_SLOPE)

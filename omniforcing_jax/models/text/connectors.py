@@ -245,7 +245,7 @@ def connector_rope(length: int, heads: int, dim: int, config: ConnectorConfig) -
     )
 
 
-class Block(nn.Module):
+class ConnectorLayer(nn.Module):
     """Pre-norm layer of a connector, in the carry form of `nn.scan`."""
 
     heads: int
@@ -289,7 +289,7 @@ class Connector(nn.Module):
         x = fill_with_registers(features.astype(self.dtype), attention_mask, registers)
         rope = connector_rope(x.shape[1], self.heads, self.dim, self.config)
         blocks = nn.scan(
-            Block,
+            ConnectorLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

@@ -198,7 +198,7 @@ class GatedFeedForward(nn.Module):
         return self.down(nn.gelu(self.gate(x), approximate=True) * self.up(x))
 
 
-class Block(nn.Module):
+class GemmaLayer(nn.Module):
     """One layer; a norm before and after attention and feed-forward."""
 
     config: GemmaConfig
@@ -238,7 +238,7 @@ class TextTower(nn.Module):
         quantization.check_mode(self.quantize)
         c = self.config
         self.embed = Embedding(c, self.dtype, self.quantize)
-        self.blocks = Block(c, self.dtype, self.quantize)
+        self.blocks = GemmaLayer(c, self.dtype, self.quantize)
         self.final_norm = OffsetRMSNorm(c.hidden_size, c.norm_eps, self.dtype)
 
     def __call__(self, token_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
