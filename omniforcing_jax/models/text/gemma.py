@@ -349,12 +349,10 @@ class TextTower(nn.Module):
         return scan(self.blocks, carry, jnp.arange(self.config.num_layers))
 
 
-def init_boxed_params(
-    config: GemmaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32, quantize: str = "none"
-) -> Any:
+def init_boxed_params(config: GemmaConfig, key: jax.Array, quantize: str = "none") -> Any:
     """Random parameters with their logical axis names; under `jax.eval_shape` only shapes."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return TextTower(config, dtype, quantize).init(key, tokens, jnp.ones_like(tokens))["params"]
+    return TextTower(config, quantize=quantize).init(key, tokens, jnp.ones_like(tokens))["params"]
 
 
 def _check_tokens(token_ids: jax.Array, attention_mask: jax.Array) -> None:
