@@ -113,10 +113,6 @@ class AudioVAEConfig:
         """Features of a latent as the transformer sees it, index c * latent_bins + f."""
         return self.latent_channels * self.latent_bins
 
-    def num_latents(self, num_mel_frames: int) -> int:
-        """Latents that `encode_audio` makes of so many mel frames: ceil(frames / 4)."""
-        return -(-num_mel_frames // self.downsampling)
-
     def num_mel_frames(self, num_latents: int) -> int:
         """Mel frames that `decode_audio` makes of so many latents: 4 T - 3."""
         return max(0, self.downsampling * num_latents - (self.downsampling - 1))

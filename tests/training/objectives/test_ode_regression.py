@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.geometry import draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
@@ -21,7 +22,6 @@ from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.objectives.ode_regression import ODERegression, Problem
 from omniforcing_jax.training.state import create_network, create_state
-from omniforcing_jax.types import AVLatents
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
 
 BATCH, BLOCKS, STATES, PATCHES = 2, 3, 4, 2
@@ -176,8 +176,8 @@ def test_clean_history_equals_one_masked_pass_per_block():
     def normal(x):
         return jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
 
-    clean = jax.tree.map(normal, stage.clip.zeros(stage.model, BATCH))
     keys = jax.random.split(jax.random.key(2), BATCH)
+    clean = jax.tree.map(normal, draw_noise(keys, stage.clip, stage.model))
     problem = stage._flow_problem(clean, keys)
     noise = jax.tree.map(jnp.add, problem.target, clean)
     sigma = sigmas_per_frame(problem.sigma, stage.layout, stage.clip)
@@ -255,4 +255,3 @@ def test_bad_settings_are_refused():
         RegressionConfig(objective="v")
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         RegressionConfig(clean_history=2.0)
-    assert isinstance(make().clip.zeros(make().model, 1), AVLatents)

@@ -115,7 +115,8 @@ class Uncached:
 
     def generate(self, noise_of, exit_step):
         """The clip, and the noisy input of every block's last pass."""
-        x = self.clip.zeros(self.model, BATCH)
+        keys = jax.random.split(jax.random.key(0), BATCH)
+        x = jax.tree.map(jnp.zeros_like, draw_noise(keys, self.clip, self.model))
         masked_x0 = jit(self.masked_x0, static_argnums=1)
         inputs = []
         for block in range(self.num_blocks):
