@@ -102,14 +102,9 @@ class CacheConfig:
             raise ValueError(f"positions must be one of {POSITIONS}, not {self.positions!r}")
 
     @property
-    def video_capacity(self) -> int:
-        """Video latents the cache holds."""
-        return self.layout.num_video_frames(1 + self.anchor_blocks + self.window)
-
-    @property
-    def audio_capacity(self) -> int:
-        """Audio latents the cache holds, without the sinks."""
-        return self.layout.num_audio_frames(1 + self.anchor_blocks + self.window)
+    def capacity(self) -> int:
+        """Blocks that the cache holds: block 0, the anchors and the window."""
+        return 1 + self.anchor_blocks + self.window
 
     def blocks_in_positions(self, num_blocks: int | None) -> int:
         """Blocks for which RoPE tables are needed to stream `num_blocks` (None: without end).
@@ -117,8 +112,8 @@ class CacheConfig:
         Raises:
           ValueError: an endless stream with absolute positions.
         """
-        bounded = self.anchor_blocks + self.window + 2
         if self.positions == "relative":
+            bounded = self.capacity + 1
             return bounded if num_blocks is None else min(bounded, num_blocks)
         if num_blocks is None:
             raise ValueError(
@@ -129,7 +124,7 @@ class CacheConfig:
 
     def holds(self, num_blocks: int) -> bool:
         """Whether nothing has been evicted after `num_blocks` blocks."""
-        return num_blocks <= 1 + self.anchor_blocks + self.window
+        return num_blocks <= self.capacity
 
     def for_clip(self, num_blocks: int) -> "CacheConfig":
         """The same for a clip of known length: without slots that it would leave empty, and with
@@ -140,7 +135,7 @@ class CacheConfig:
 
     def evicted(self, block: jax.Array | int) -> jax.Array:
         """Blocks that have left the window when block `block` is generated."""
-        return jnp.maximum(0, block - 1 - self.anchor_blocks - self.window)
+        return jnp.maximum(0, block - self.capacity)
 
     def position_of(self, block: jax.Array | int) -> jax.Array:
         """Block index by which the block being generated is positioned."""
@@ -187,8 +182,8 @@ def init_cache(
     dtype: jnp.dtype = jnp.float32,
 ) -> RollingCache:
     """An empty cache for `patches` tokens per video latent."""
-    video = config.video_capacity * patches
-    audio = config.audio_capacity + model.num_audio_sinks
+    video = config.layout.num_video_frames(config.capacity) * patches
+    audio = config.layout.num_audio_frames(config.capacity) + model.num_audio_sinks
 
     def kv(slots, heads, head_dim):
         shape = (model.num_layers, batch, slots, heads, head_dim)
