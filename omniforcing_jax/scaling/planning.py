@@ -331,7 +331,7 @@ def _rollout_bytes(e: Experiment) -> int:
     kwargs = {"batch": _samples_per_device(e), "patches": e.rollout.patches, "dtype": e.dtype}
     total = cache_bytes(cache, e.student, **kwargs)
     if not cache.holds(e.config.rollout_blocks):
-        whole = dataclasses.replace(cache, window=max(e.config.clip.blocks - 1, 1), anchor_blocks=0)
+        whole = dataclasses.replace(cache, window=max(e.config.clip.blocks - 1, 1), anchors=0)
         total += cache_bytes(whole, e.student, **kwargs)
     return total // (e.mesh_shape["tensor"] * e.mesh_shape["sequence"])
 
