@@ -24,7 +24,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache
-from omniforcing_jax.types import AVLatents
+from omniforcing_jax.types import AVLatents, Contexts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +113,16 @@ def prompt_kv(
     batch = video_context.shape[0]
     sigmas = jnp.repeat(jnp.asarray(levels, jnp.float32)[:, None], batch, axis=1)
     return jax.lax.map(encode, sigmas)
+
+
+def text_kv(model: Transformer, params, contexts: Contexts, sigma: jax.Array) -> TextKV:
+    """Text keys and values [L, B, S, N, H] at the samples' noise levels `sigma` [B].
+
+    Args:
+      contexts: (video, audio) text contexts [B, S, text_dim].
+    """
+    level = sigma if model.config.text_adaln else None
+    return model.apply({"params": params}, *contexts, level, method="text_kv")
 
 
 def block_noise(

@@ -27,6 +27,7 @@ from omniforcing_jax.sampling.student import (
     prompt_kv,
     refresh,
     split_blocks,
+    text_kv,
 )
 from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students.bidirectional import Pullback
@@ -144,8 +145,7 @@ class UnrolledStudent:
 
     def _pull_back(self, weights, contexts, keys, trace: UnrolledTrace, cotangent: AVLatents):
         def exit_text(weights):
-            level = trace.sigma if self.model.config.text_adaln else None
-            return self.model.apply({"params": weights}, *contexts, level, method="text_kv")
+            return text_kv(self.model, weights, contexts, trace.sigma)
 
         if not self.detach_history:
 
