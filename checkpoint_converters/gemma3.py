@@ -21,8 +21,8 @@ from checkpoint_converters.reading import open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
 from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
+from omniforcing_jax.text.encoder_files import FAMILY
 
-FAMILY = "gemma3"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (
     *TOKENIZERS,

@@ -17,13 +17,13 @@ import argparse
 import pathlib
 import sys
 
-import ml_dtypes
 import numpy as np
 
 from checkpoint_converters import reading
 from checkpoint_converters.export import write_components
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax.io.checkpoints import metadata_section
+from omniforcing_jax.types import DTYPES
 
 # component: part
 SOURCES = {
@@ -33,7 +33,6 @@ SOURCES = {
     "audio_vae": "audio_vae",
     "vocoder": "vocoder",
 }
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def assemble(args: argparse.Namespace) -> None:
