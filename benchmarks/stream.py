@@ -301,7 +301,7 @@ def block_parts(
 ) -> dict[str, float]:
     """Median wall seconds of `rotated_keys` and of `refresh_block`, on a full cache."""
     model, params = pipeline.transformer(args.attention), pipeline.params["transformer"]
-    held = 2 + config.cache.anchor_blocks + config.cache.window
+    held = config.cache.capacity + 1
     cache = student.new_cache(model, config, 1).replace(num_blocks=jnp.int32(held))
     rope = config.rope(model, None if args.positions == "relative" else held + repeats + 1)
     text = text_kv(pipeline, args, config, "refresh")
@@ -390,7 +390,7 @@ def run(args: argparse.Namespace, report: Callable[[dict], None] = lambda result
 
 def steady_state(pipeline: Pipeline, args, config: RolloutConfig) -> dict:
     """Start and long run of a stream, which all other measurements only explain."""
-    fill = 1 + config.cache.anchor_blocks + config.cache.window + 1
+    fill = config.cache.capacity + 1
     prompt = contexts(pipeline, args, "steady state")
     progress("compiling every shape")
     measure_stream(make_session(pipeline, args, config, prompt), 4)
@@ -425,7 +425,7 @@ def steady_state(pipeline: Pipeline, args, config: RolloutConfig) -> dict:
 def arithmetic(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, float]:
     """Sizes of the model and its cache, and operations for a block while the cache is full."""
     model, layout = pipeline.config.transformer, config.cache.layout
-    late = 2 + config.cache.anchor_blocks + config.cache.window
+    late = config.cache.capacity + 1
     transformer = flops.block_flops(model, config, late, args.text_tokens)
     latents = layout.video_frames
     if args.decode == "window":

@@ -37,7 +37,7 @@ NUM_THREADS = max(2, min(4, os.cpu_count() or 1))
 _WIDTH_LAST = ("out", "down", "video_out", "audio_out")
 
 
-class OfficialTensor(NamedTuple):
+class LeafSource(NamedTuple):
     """One official tensor and how it lies in its leaf."""
 
     layer: int | None
@@ -61,7 +61,7 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: np.dtype
     chunks: tuple[int, ...]
-    sources: tuple[OfficialTensor, ...]
+    sources: tuple[LeafSource, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -82,11 +82,11 @@ def plan_leaves(
       dtype: dtype to store; None keeps the file's (float32 where the layers of a stack differ).
       mesh: {"fsdp": n, "tensor": m}: the shards a later restore will want.
     """
-    sources: dict[str, list[OfficialTensor]] = {}
+    sources: dict[str, list[LeafSource]] = {}
     for key, info in tensors.items():
         place = key_map.find_place(key)
         if place is not None and place.component == component:
-            source = OfficialTensor(place.layer, info, place.transform)
+            source = LeafSource(place.layer, info, place.transform)
             sources.setdefault(place.path, []).append(source)
     leaves = []
     for path, found in sorted(sources.items()):
@@ -208,7 +208,7 @@ def _context() -> ts.Context:
 
 
 def _copy(
-    folder: pathlib.Path, leaf: Leaf, group: tuple[OfficialTensor, ...], stopped: threading.Event
+    folder: pathlib.Path, leaf: Leaf, group: tuple[LeafSource, ...], stopped: threading.Event
 ) -> None:
     """Writes the chunks that `group` covers, unless the conversion was stopped."""
     store = _open(folder, leaf)

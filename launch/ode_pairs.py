@@ -225,7 +225,7 @@ def make_manifest(
         autoregression = {
             "layout": cache.layout.name,
             "window": cache.window,
-            "anchor_blocks": cache.anchor_blocks,
+            "anchor_blocks": cache.anchors,
             "positions": cache.positions,
         }
     config = source.config.transformer

@@ -168,7 +168,7 @@ def _contexts(args, config: PipelineConfig, needs_negative: bool) -> tuple[Promp
 
 
 @contextlib.contextmanager
-def stage(console: Console, name: str):
+def timed(console: Console, name: str):
     """Shows what is being done, then how long it took."""
     start = time.perf_counter()
     with console.status(f"{name} ..."):
@@ -203,10 +203,10 @@ def run(
     request = encode_sentences(request, console)
     sampling = request.sample
     dtype = options.compute_dtype(args)
-    with stage(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
+    with timed(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
         pipeline = load_pipeline(args.checkpoint, dtype=dtype)
     passes = sampling.guidance.passes()
-    with stage(console, f"sampling {len(sampling.sigmas) - 1} steps of {', '.join(passes)}"):
+    with timed(console, f"sampling {len(sampling.sigmas) - 1} steps of {', '.join(passes)}"):
         latents = sample(
             pipeline.transformer(args.attention),
             # Popped: once sampled, the room is the decoder's.
@@ -221,13 +221,13 @@ def run(
         raise FloatingPointError(
             "the sampled latents are not finite; try --dtype float32, and check the checkpoint"
         )
-    with stage(console, "decoding video and sound"):
+    with timed(console, "decoding video and sound"):
         clip = sampling.clip
         size = (clip.video_frames, clip.height, clip.width)
         frames, waveform = decode_clip(
             pipeline.config, pipeline.params, latents, size, pipeline.dtype
         )
-    with stage(console, f"writing {args.output}"):
+    with timed(console, f"writing {args.output}"):
         writer.write(frames, waveform)
         writer.close()
     console.print(

@@ -93,14 +93,7 @@ class BlockLayout:
         return cls.from_name("merged", frame_rate=frame_rate)
 
     @classmethod
-    def from_name(
-        cls,
-        name: str,
-        *,
-        frame_rate: float = 24.0,
-        temporal_compression: int = 8,
-        audio_latents_per_second: int = 25,
-    ) -> Self:
+    def from_name(cls, name: str, *, frame_rate: float = 24.0) -> Self:
         """Builds a layout for a frame rate.
 
         A block holds 3 video latents whatever the rate; the audio latents of the same stretch of
@@ -109,8 +102,6 @@ class BlockLayout:
         Args:
           name: `prefix` or `merged`.
           frame_rate: pixel frames per second.
-          temporal_compression: pixel frames per video latent.
-          audio_latents_per_second: rate of the audio latents.
 
         Raises:
           ValueError: unknown name, or a frame rate that splits an audio latent between blocks (the
@@ -119,7 +110,7 @@ class BlockLayout:
         if name not in LAYOUT_NAMES:
             raise ValueError(f"unknown block layout {name!r}; known layouts: {LAYOUT_NAMES}")
         # audio_frames = ticks / frame_rate
-        ticks = VIDEO_FRAMES_PER_BLOCK * temporal_compression * audio_latents_per_second
+        ticks = VIDEO_FRAMES_PER_BLOCK * cls.temporal_compression * cls.audio_latents_per_second
         if frame_rate <= 0 or round(frame_rate * round(ticks / frame_rate), 6) != ticks:
             rates = [rate for rate in range(1, 121) if ticks % rate == 0]
             raise ValueError(
@@ -135,8 +126,6 @@ class BlockLayout:
             first_audio_frames=1 if prefix else 1 + audio_frames,
             audio_frames=audio_frames,
             name=name,
-            temporal_compression=temporal_compression,
-            audio_latents_per_second=audio_latents_per_second,
         )
 
     # Time
@@ -179,65 +168,13 @@ class BlockLayout:
         """Audio latents in block `block`, sinks not counted."""
         return self.first_audio_frames if block == 0 else self.audio_frames
 
-    def video_start(self, block: int) -> int:
-        """First video latent of block `block`."""
-        return self.num_video_frames(block)
-
-    def audio_start(self, block: int) -> int:
-        """First audio latent of block `block`, sinks not counted."""
-        return self.num_audio_frames(block)
-
     def num_video_frames(self, num_blocks: int) -> int:
-        """Video latents in the first `num_blocks` blocks (Eq. 2)."""
+        """Video latents in the first `num_blocks` blocks (Eq. 2): where the next one begins."""
         return self.first_video_frames + (num_blocks - 1) * self.video_frames if num_blocks else 0
 
     def num_audio_frames(self, num_blocks: int) -> int:
         """Audio latents in the first `num_blocks` blocks, sinks not counted (Eq. 2)."""
         return self.first_audio_frames + (num_blocks - 1) * self.audio_frames if num_blocks else 0
-
-    def num_blocks_for(self, video_frames: int) -> int:
-        """Number of blocks that hold exactly `video_frames` video latents.
-
-        Raises:
-          ValueError: the length does not end at a block border; names the nearest that do.
-        """
-        later, rest = divmod(video_frames - self.first_video_frames, self.video_frames)
-        if later >= 0 and rest == 0:
-            return 1 + later
-        below, above = self.num_video_frames(later + 1), self.num_video_frames(later + 2)
-        nearest = f"{below} or {above}" if later >= 0 else f"{self.first_video_frames}"
-        raise ValueError(
-            f"{video_frames} video latents are not a whole number of blocks in layout "
-            f"{self.name!r} ({self.first_video_frames} + {self.video_frames}k); "
-            f"nearest valid length: {nearest}"
-        )
-
-    def block_bounds(self, video_frames: int) -> np.ndarray:
-        """Table of block borders for a clip whose last block may be cut short.
-
-        A last block with fewer video latents keeps the audio latents that end within it.
-
-        Args:
-          video_frames: video latents in the clip, at least `first_video_frames`.
-
-        Returns:
-          int32 [K, 4]: video start, video end, audio start, audio end, ends exclusive.
-
-        Raises:
-          ValueError: the clip is shorter than block 0.
-        """
-        if video_frames < self.first_video_frames:
-            raise ValueError(
-                f"{video_frames} video latents do not fill block 0 of layout {self.name!r}, "
-                f"which has {self.first_video_frames}"
-            )
-        rows = []
-        for block in range(int(self.block_of_video_frame(video_frames - 1)) + 1):
-            start, audio_start = self.video_start(block), self.audio_start(block)
-            frames = min(self.video_frames_in(block), video_frames - start)
-            audio = self.audio_frames_in(block) * frames // self.video_frames_in(block)
-            rows.append((start, start + frames, audio_start, audio_start + audio))
-        return np.array(rows, np.int32)
 
     # Block indices, tau of Eq. 3
 

@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.blocks import BlockLayout
@@ -141,13 +140,6 @@ class ClipGeometry:
     def mask(self, layout: BlockLayout) -> ClipMask:
         """The block-causal masks of this clip, for `Transformer.causal`."""
         return ClipMask(layout, self.video_frames, self.audio_frames, self.patches)
-
-    def zeros(self, model: Transformer, batch: int) -> AVLatents:
-        """A clip of zeros, [B, T, C] float32."""
-        video = (batch, self.video_tokens, model.config.video_channels)
-        return AVLatents(
-            jnp.zeros(video), jnp.zeros((batch, self.audio_frames, model.config.audio_channels))
-        )
 
 
 def audio_frames_for(frames: int, frame_rate: float) -> int:

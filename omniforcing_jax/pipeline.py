@@ -30,7 +30,7 @@ from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.types import AVLatents
 
 # What is sampled and decoded with; the text connectors are the prompt encoder's.
-NEEDED = ("transformer", "video_vae", "audio_vae", "vocoder")
+PIPELINE_COMPONENTS = ("transformer", "video_vae", "audio_vae", "vocoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PipelineConfig:
           ValueError: another format, or a setting that is not supported.
         """
         config = cls.from_content(checkpoints.load_config(directory))
-        missing = checkpoints.missing_components(directory, NEEDED)
+        missing = checkpoints.missing_components(directory, PIPELINE_COMPONENTS)
         return dataclasses.replace(config, missing=missing)
 
     def check_complete(self) -> None:

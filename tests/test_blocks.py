@@ -1,5 +1,7 @@
 """Block layouts and the four masks, against the reference implementations' arrays."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -31,21 +33,24 @@ def test_masks_equal_reference(golden_dir, name):
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_block_bounds_equal_reference(golden_dir, name):
-    folder, layout, sizes = REFERENCES[name]
+def test_block_borders_equal_reference(golden_dir, name):
+    folder, layout, _ = REFERENCES[name]
     expected = np.load(golden_dir / folder / "expected.npz")
-    bounds = layout.block_bounds(sizes[0])
-    np.testing.assert_array_equal(bounds, expected["blocks_video_start_end_audio_start_end"])
+    table = expected["blocks_video_start_end_audio_start_end"]
+    np.testing.assert_array_equal(borders(layout, len(table)), table)
 
 
-def test_block_bounds_of_other_lengths_equal_reference(golden_dir):
-    expected = np.load(golden_dir / "omniforcing_v1" / "expected.npz")
-    layout = BlockLayout.prefix()
-    np.testing.assert_array_equal(layout.block_bounds(16), expected["blocks_16_video_frames"])
-    np.testing.assert_array_equal(
-        layout.block_bounds(6), expected["blocks_6_video_frames_partial_last"]
-    )
-    assert layout.block_bounds(1).tolist() == [[0, 1, 0, 1]]
+def test_block_borders_of_another_length_equal_reference(golden_dir):
+    expected = np.load(golden_dir / "omniforcing_v1" / "expected.npz")["blocks_16_video_frames"]
+    np.testing.assert_array_equal(borders(BlockLayout.prefix(), len(expected)), expected)
+
+
+def borders(layout: BlockLayout, num_blocks: int) -> np.ndarray:
+    """[K, 4]: video start, video end, audio start, audio end of every block, ends exclusive."""
+    starts = [
+        (layout.num_video_frames(k), layout.num_audio_frames(k)) for k in range(num_blocks + 1)
+    ]
+    return np.array([(v, v_end, a, a_end) for (v, a), (v_end, a_end) in itertools.pairwise(starts)])
 
 
 @pytest.mark.parametrize("layout, sinks", LAYOUTS, ids=str)
@@ -67,12 +72,11 @@ def test_sizes_starts_and_block_indices_agree(layout, sinks):
     audio = [k for k in range(num_blocks) for _ in range(layout.audio_frames_in(k))]
     assert layout.num_video_frames(num_blocks) == len(video)
     assert layout.num_audio_frames(num_blocks) == len(audio)
-    assert layout.num_blocks_for(len(video)) == num_blocks
     np.testing.assert_array_equal(layout.block_of_video_frame(np.arange(len(video))), video)
     np.testing.assert_array_equal(layout.block_of_audio_frame(np.arange(len(audio))), audio)
     for k in range(num_blocks):
-        assert layout.video_start(k) == video.index(k)
-        assert layout.audio_start(k) == audio.index(k)
+        assert layout.num_video_frames(k) == video.index(k)
+        assert layout.num_audio_frames(k) == audio.index(k)
     patches = 2
     np.testing.assert_array_equal(
         layout.video_token_blocks(len(video), patches), np.repeat(video, patches)
@@ -148,20 +152,6 @@ def test_five_seconds_is_the_published_clip():
     assert BlockLayout.merged().num_audio_frames(5) == 126
 
 
-@pytest.mark.parametrize(
-    "layout, frames, nearest",
-    [
-        (BlockLayout.prefix(), 12, "10 or 13"),
-        (BlockLayout.merged(), 9, "7 or 10"),
-        (BlockLayout.merged(), 3, "4"),
-        (BlockLayout.prefix(), 0, "1"),
-    ],
-)
-def test_length_between_blocks_is_refused(layout, frames, nearest):
-    with pytest.raises(ValueError, match=f"nearest valid length: {nearest}$"):
-        layout.num_blocks_for(frames)
-
-
 def test_bad_layouts_are_refused():
     with pytest.raises(ValueError, match="unknown block layout 'paper'"):
         BlockLayout.from_name("paper")
@@ -169,8 +159,6 @@ def test_bad_layouts_are_refused():
         BlockLayout(1, 0, 1, 25)
     with pytest.raises(ValueError, match="seconds must be positive"):
         BlockLayout.prefix().blocks_for_seconds(0)
-    with pytest.raises(ValueError, match="do not fill block 0"):
-        BlockLayout.merged().block_bounds(3)
 
 
 def test_mask_plot(tmp_path, capsys):

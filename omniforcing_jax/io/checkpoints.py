@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from omniforcing_jax.distributed import multihost
 from omniforcing_jax.io.paths import locate
 
 FORMAT = 1
@@ -266,10 +267,7 @@ def save_params(
         temporary.replace(folder / "config.json")  # from here on the new ones are valid
         if old != new and old.exists():
             old.rmtree()
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"saved {component}")
+    multihost.barrier(f"saved {component}")
 
 
 def _check_component(component: str) -> None:

@@ -70,7 +70,7 @@ class TrainedCache:
         """
         chosen = {
             "window": self.window if window is None else window,
-            "anchor_blocks": self.anchors if anchors is None else anchors,
+            "anchors": self.anchors if anchors is None else anchors,
             "positions": self.positions if positions is None else positions,
         }
         return CacheConfig(layout, **{name: x for name, x in chosen.items() if x is not None})
@@ -83,7 +83,7 @@ class CacheConfig:
     Attributes:
       layout: frames per block.
       window: recent blocks kept besides the anchors; at least 1.
-      anchor_blocks: blocks 1..n that are never evicted (block 0 never is).
+      anchors: blocks 1..n that are never evicted (block 0 never is).
       positions: "absolute" (a token keeps the time at which it was generated) or "relative" (to the
         window: streams of any length stay inside the trained range).
 
@@ -93,26 +93,21 @@ class CacheConfig:
 
     layout: BlockLayout
     window: int = 7
-    anchor_blocks: int = 0
+    anchors: int = 0
     positions: str = "relative"
 
     def __post_init__(self):
         if self.window < 1:
             raise ValueError(f"window must be at least 1 block, not {self.window}")
-        if self.anchor_blocks < 0:
-            raise ValueError(f"anchor_blocks must be 0 or more, not {self.anchor_blocks}")
+        if self.anchors < 0:
+            raise ValueError(f"anchors must be 0 or more, not {self.anchors}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, not {self.positions!r}")
 
     @property
-    def video_capacity(self) -> int:
-        """Video latents the cache holds."""
-        return self.layout.num_video_frames(1 + self.anchor_blocks + self.window)
-
-    @property
-    def audio_capacity(self) -> int:
-        """Audio latents the cache holds, without the sinks."""
-        return self.layout.num_audio_frames(1 + self.anchor_blocks + self.window)
+    def capacity(self) -> int:
+        """Blocks that the cache holds: block 0, the anchors and the window."""
+        return 1 + self.anchors + self.window
 
     def blocks_in_positions(self, num_blocks: int | None) -> int:
         """Blocks for which RoPE tables are needed to stream `num_blocks` (None: without end).
@@ -120,8 +115,8 @@ class CacheConfig:
         Raises:
           ValueError: an endless stream with absolute positions.
         """
-        bounded = self.anchor_blocks + self.window + 2
         if self.positions == "relative":
+            bounded = self.capacity + 1
             return bounded if num_blocks is None else min(bounded, num_blocks)
         if num_blocks is None:
             raise ValueError(
@@ -132,18 +127,18 @@ class CacheConfig:
 
     def holds(self, num_blocks: int) -> bool:
         """Whether nothing has been evicted after `num_blocks` blocks."""
-        return num_blocks <= 1 + self.anchor_blocks + self.window
+        return num_blocks <= self.capacity
 
     def for_clip(self, num_blocks: int) -> "CacheConfig":
         """The same for a clip of known length: without slots that it would leave empty, and with
         one for its last block where only that one would evict another, for nobody to miss."""
-        whole = num_blocks - 1 - self.anchor_blocks
+        whole = num_blocks - 1 - self.anchors
         window = self.window if self.window < whole - 1 else whole
         return dataclasses.replace(self, window=max(window, 1))
 
     def evicted(self, block: jax.Array | int) -> jax.Array:
         """Blocks that have left the window when block `block` is generated."""
-        return jnp.maximum(0, block - 1 - self.anchor_blocks - self.window)
+        return jnp.maximum(0, block - self.capacity)
 
     def position_of(self, block: jax.Array | int) -> jax.Array:
         """Block index by which the block being generated is positioned."""
@@ -154,7 +149,7 @@ class CacheConfig:
 
         Empty slots get a position inside the tables; they are never attended to.
         """
-        first = 1 + self.anchor_blocks
+        first = 1 + self.anchors
         ring = jnp.arange(self.window)
         # The youngest block in ring slot r is the largest b < block with (b - first) % window == r.
         held = block - 1 - (block - 1 - first - ring) % self.window
@@ -190,8 +185,8 @@ def init_cache(
     dtype: jnp.dtype = jnp.float32,
 ) -> RollingCache:
     """An empty cache for `patches` tokens per video latent."""
-    video = config.video_capacity * patches
-    audio = config.audio_capacity + model.num_audio_sinks
+    video = config.layout.num_video_frames(config.capacity) * patches
+    audio = config.layout.num_audio_frames(config.capacity) + model.num_audio_sinks
 
     def kv(slots, heads, head_dim):
         shape = (model.num_layers, batch, slots, heads, head_dim)
@@ -250,8 +245,8 @@ def write(
     if first:
         video_start = audio_start = 0
     else:
-        anchors = c.anchor_blocks
-        slot = jnp.where(block - 1 < anchors, block - 1, anchors + (block - 1 - anchors) % c.window)
+        slot = block - 1
+        slot = jnp.where(slot < c.anchors, slot, c.anchors + (slot - c.anchors) % c.window)
         video_start = (layout.first_video_frames + slot * layout.video_frames) * patches
         audio_start = cache.num_sinks + layout.first_audio_frames + slot * layout.audio_frames
 
@@ -279,7 +274,7 @@ def history(cache: RollingCache, rope: ClipRope, rope_type: str, patches: int) -
     positions = c.slot_positions(block)
     video_frames = _frames(positions, layout.first_video_frames, layout.video_frames)
     audio_frames = _frames(positions, layout.first_audio_frames, layout.audio_frames)
-    slots = jnp.minimum(block - 1, c.anchor_blocks + c.window)
+    slots = jnp.minimum(block - 1, c.anchors + c.window)
     video_length = (layout.first_video_frames + slots * layout.video_frames) * patches
     audio_length = cache.num_sinks + layout.first_audio_frames + slots * layout.audio_frames
     sinks = cache.num_sinks > 0

@@ -24,7 +24,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache
-from omniforcing_jax.types import AVLatents
+from omniforcing_jax.types import AVLatents, Contexts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,16 @@ def prompt_kv(
     return jax.lax.map(encode, sigmas)
 
 
+def text_kv(model: Transformer, params, contexts: Contexts, sigma: jax.Array) -> TextKV:
+    """Text keys and values [L, B, S, N, H] at the samples' noise levels `sigma` [B].
+
+    Args:
+      contexts: (video, audio) text contexts [B, S, text_dim].
+    """
+    level = sigma if model.config.text_adaln else None
+    return model.apply({"params": params}, *contexts, level, method="text_kv")
+
+
 def block_noise(
     key: jax.Array,
     block: jax.Array | int,
@@ -154,10 +164,6 @@ class BlockForward:
     history: Pathways | None
     ropes: StreamRopes
     keep: Pathways | None = None
-
-    def with_params(self, params) -> "BlockForward":
-        """The same forward pass with other parameters (those to differentiate by)."""
-        return dataclasses.replace(self, params=params)
 
     def __call__(self, x: AVLatents, sigma: jax.Array, text: TextKV, *, return_kv: bool = False):
         """Clean prediction of x [B, T, C] at noise level sigma [] or [B], and the block's K/V."""

@@ -109,7 +109,7 @@ def stage_case(e: Experiment, target: Target, devices: Sequence[Any]) -> Case:
             "generator_step": program(module.generator_step, "generator", share),
             "critic_step": program(module.critic_step, "critic", 1.0),
         }
-    read = 2 * _count(state.generator.params) / e.mesh_shape["tensor"]
+    read = 2 * planning.count(state.generator.params) / e.mesh_shape["tensor"]
     held = 2 * planning.bytes_on_device(state.generator)
     return Case(target, mesh, programs, read, held)
 
@@ -176,12 +176,8 @@ def stream_case(
     work = Work(flops, 0.0, passes, 0.0, rollout.cache.layout.video_frames * rollout.patches)
     program = Program(lower, float(rollout.num_steps), work)
     read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.kv, text)))
-    read = (2 * _count(params) + read) / mesh.shape["tensor"]
+    read = (2 * planning.count(params) + read) / mesh.shape["tensor"]
     return Case(target, mesh, {"block_step": program}, read)
-
-
-def _count(params: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -56,7 +56,7 @@ def block_flops(
 ) -> int:
     """Operations to generate block `block` of one sample: denoising steps and refresh."""
     layout: BlockLayout = rollout.cache.layout
-    held = min(block, 1 + rollout.cache.anchor_blocks + rollout.cache.window)
+    held = min(block, rollout.cache.capacity)
     sinks = config.num_audio_sinks
     video = layout.video_frames_in(block) * rollout.patches
     audio = layout.audio_frames_in(block) + (sinks if block == 0 else 0)

@@ -270,7 +270,7 @@ def plan_step(e: Experiment) -> StepPlan:
     sizes = tuple(e.mesh_shape[axis] for axis in axes)
     mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))
     state = abstract_state(e, mesh)
-    parameters = {"generator": _count(state.generator.params)}
+    parameters = {"generator": count(state.generator.params)}
     memory = {
         "generator: masters": bytes_on_device(state.generator.params),
         "generator: optimizer": bytes_on_device(state.generator.opt_state),
@@ -284,11 +284,11 @@ def plan_step(e: Experiment) -> StepPlan:
         ways = e.mesh_shape["fsdp"] * e.mesh_shape["sequence"]
         memory["generator: whole weights for rollouts"] = compute * ways
     if state.critic is not None:
-        parameters["critic"] = _count(state.critic.params)
+        parameters["critic"] = count(state.critic.params)
         memory["critic: masters"] = bytes_on_device(state.critic.params)
         memory["critic: optimizer"] = bytes_on_device(state.critic.opt_state)
         teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
-        parameters["teacher"] = _count(teacher)
+        parameters["teacher"] = count(teacher)
         memory["critic: compute weights"] = memory["teacher"] = bytes_on_device(teacher)
     if e.config.compute.remat == "full":
         memory[_ACTIVATIONS] = _activation_bytes(e)
@@ -298,7 +298,8 @@ def plan_step(e: Experiment) -> StepPlan:
     return StepPlan(parameters, memory, work_of_step(e).flops, tokens)
 
 
-def _count(tree: Any) -> int:
+def count(tree: Any) -> int:
+    """Numbers in arrays, or in their shapes."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
@@ -331,7 +332,7 @@ def _rollout_bytes(e: Experiment) -> int:
     kwargs = {"batch": _samples_per_device(e), "patches": e.rollout.patches, "dtype": e.dtype}
     total = cache_bytes(cache, e.student, **kwargs)
     if not cache.holds(e.config.rollout_blocks):
-        whole = dataclasses.replace(cache, window=max(e.config.clip.blocks - 1, 1), anchor_blocks=0)
+        whole = dataclasses.replace(cache, window=max(e.config.clip.blocks - 1, 1), anchors=0)
         total += cache_bytes(whole, e.student, **kwargs)
     return total // (e.mesh_shape["tensor"] * e.mesh_shape["sequence"])
 

@@ -98,18 +98,11 @@ class StreamingAudioDecoder:
         """Sample rate of the waveform, Hz."""
         return self.vocoder_config.sample_rate
 
-    @property
-    def latency_seconds(self) -> float:
-        """Sound that is held back until later latents arrive: the vocoder's look-ahead.
-
-        0.18 s for LTX-2.0, 0.52 s for LTX-2.3 as published.
-        """
-        return self._right * self.vocoder_config.hop / self.sample_rate
-
     def samples_after(self, num_latents: int, flushed: bool) -> int:
         """Samples emitted in total after `num_latents` latents (exact).
 
-        (4 T - 3) * hop once flushed; before that the vocoder's right context is held back.
+        (4 T - 3) * hop once flushed; before that the vocoder's right context is held back
+        (0.18 s of LTX-2.0, 0.52 s of LTX-2.3 as published).
 
         Raises:
           ValueError: `num_latents` is negative.

@@ -11,7 +11,6 @@ import os
 import pathlib
 import sys
 import warnings
-import wave
 from fractions import Fraction
 from typing import BinaryIO
 
@@ -413,26 +412,3 @@ def read_clip(path: str | os.PathLike | BinaryIO) -> tuple[np.ndarray, float, np
         raise ValueError(f"{path} holds no video frames")
     waveform = np.concatenate(pieces, axis=1).T if pieces else np.zeros((0, AUDIO_CHANNELS))
     return np.stack(frames), frame_rate, waveform.astype(np.float32), sample_rate
-
-
-def save_wav(path: str | os.PathLike, waveform: np.ndarray, sample_rate: int) -> None:
-    """Writes `waveform` [m, channels] float32 in [-1, 1] (clipped) as 16-bit PCM.
-
-    Raises:
-      ValueError: wrong shape or dtype, non-finite samples, or a sample rate below 1.
-    """
-    waveform = np.asarray(waveform)
-    if waveform.ndim != 2 or not np.issubdtype(waveform.dtype, np.floating):
-        raise ValueError(
-            f"waveform must be float [m, channels], got {waveform.dtype} {list(waveform.shape)}"
-        )
-    if not np.isfinite(waveform).all():
-        raise ValueError("waveform has non-finite samples")
-    if sample_rate < 1:
-        raise ValueError(f"sample_rate must be positive, got {sample_rate}")
-    pcm = np.round(np.clip(waveform, -1.0, 1.0) * 32767.0).astype("<i2")
-    with wave.open(os.fspath(path), "wb") as file:
-        file.setnchannels(waveform.shape[1])
-        file.setsampwidth(2)
-        file.setframerate(sample_rate)
-        file.writeframes(pcm.tobytes())

@@ -26,7 +26,6 @@ from omniforcing_jax.models import quantization
 from omniforcing_jax.models.text.connectors import (
     ConnectorConfig,
     TextConnectors,
-    kernel_by_layer,
     projection_scale,
 )
 from omniforcing_jax.models.text.gemma import LayerProjection, TextTower
@@ -262,8 +261,8 @@ def layer_projections(
     if config.separate_projections:
         sources = {"video": "video_projection", "audio": "audio_projection"}
 
-    def split(kernel):  # [D * L, W] -> [L, D, W]
-        return jnp.swapaxes(kernel_by_layer(kernel, config), 0, 1)
+    def split(kernel):  # [D * L, W], row d * L + l -> [L, D, W]
+        return kernel.reshape(config.text_channels, -1, kernel.shape[-1]).swapaxes(0, 1)
 
     result = {}
     for name, source in sources.items():

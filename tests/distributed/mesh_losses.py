@@ -79,11 +79,14 @@ def main(stage: str, axes: dict[str, int]) -> list[dict[str, float]]:
                 model, ROLLOUT, BLOCKS, TextInput(), OPTIMIZER,
                 StageII(regression=RegressionConfig("flow")), shardings=state_shardings(state),
             )  # fmt: skip
-            clip, rng = trained.clip, np.random.default_rng(0)
-            shapes = clip.zeros(model, BATCH)
+            clip, c, rng = trained.clip, model.config, np.random.default_rng(0)
+            video, audio = (
+                (clip.video_tokens, c.video_channels),
+                (clip.audio_frames, c.audio_channels),
+            )
             batch |= {
-                "video": rng.standard_normal((BATCH, 1, *shapes.video.shape[1:])),
-                "audio": rng.standard_normal((BATCH, 1, *shapes.audio.shape[1:])),
+                "video": rng.standard_normal((BATCH, 1, *video)),
+                "audio": rng.standard_normal((BATCH, 1, *audio)),
             }
         batch = {name: jax.device_put(np.asarray(x, np.float32), rows) for name, x in batch.items()}
         found = []

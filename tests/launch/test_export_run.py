@@ -77,12 +77,12 @@ def test_export_of_the_average(run, random_checkpoint, tmp_path):
     assert dataclasses.asdict(parsed.transformer) == run[2]["student_config"]
     assert (parsed.layout_name, parsed.timesteps) == ("prefix", (1000, 757, 522))
     cache = parsed.cache(parsed.layout())
-    assert (cache.window, cache.anchor_blocks, cache.positions) == (2, 1, "absolute")
+    assert (cache.window, cache.anchors, cache.positions) == (2, 1, "absolute")
     assert parsed.context_noise == 0.125
     sigmas = tuple(student_sigmas((1000, 757, 522)).tolist())
     assert parsed.rollout(64, 96) == RolloutConfig(cache, sigmas, 2, 3, context_noise=0.125)
     other = parsed.cache(parsed.layout(), window=3, anchors=0, positions="relative")
-    assert (other.window, other.anchor_blocks, other.positions) == (3, 0, "relative")
+    assert (other.window, other.anchors, other.positions) == (3, 0, "relative")
     plain = PipelineConfig.from_checkpoint(base)
     assert plain.context_noise == 0.0
     assert plain.cache(parsed.layout()) == CacheConfig(parsed.layout(), window=7)

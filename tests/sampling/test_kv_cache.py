@@ -40,14 +40,14 @@ write = jit(kv_cache.write, static_argnames=("patches", "first"))
 
 def visible_blocks(config: CacheConfig, block: int) -> list[int]:
     """Blocks that `block` may attend to, oldest first."""
-    anchors = range(min(block, 1 + config.anchor_blocks))
-    window = range(max(1 + config.anchor_blocks, block - config.window), block)
+    anchors = range(min(block, 1 + config.anchors))
+    window = range(max(1 + config.anchors, block - config.window), block)
     return [*anchors, *window]
 
 
 def position_when_seen(config: CacheConfig, seen: int, block: int) -> int:
     """Block index that gives `seen` its position while `block` is generated."""
-    if config.positions == "absolute" or seen <= config.anchor_blocks:
+    if config.positions == "absolute" or seen <= config.anchors:
         return seen
     return [*visible_blocks(config, block), block].index(seen)
 
@@ -55,8 +55,8 @@ def position_when_seen(config: CacheConfig, seen: int, block: int) -> int:
 def frames_at(layout: BlockLayout, position: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the video and audio latents of the block at `position`."""
     return (
-        layout.video_start(position) + np.arange(layout.video_frames_in(position)),
-        layout.audio_start(position) + np.arange(layout.audio_frames_in(position)),
+        layout.num_video_frames(position) + np.arange(layout.video_frames_in(position)),
+        layout.num_audio_frames(position) + np.arange(layout.audio_frames_in(position)),
     )
 
 
@@ -163,7 +163,7 @@ class Clip:
         clip_frames = layout.num_video_frames(NUM_BLOCKS), layout.num_audio_frames(NUM_BLOCKS)
         self.masked = self.model.clone(causal=ClipMask(layout, *clip_frames, PATCHES))
         # The last block finds the cache exactly full: block 0, one anchor, a window of one.
-        cache_config = CacheConfig(layout, window=1, anchor_blocks=1)
+        cache_config = CacheConfig(layout, window=1, anchors=1)
         self.empty = kv_cache.init_cache(cache_config, config, batch=1, patches=PATCHES)
 
     def whole(self, sigmas):
@@ -209,7 +209,7 @@ def test_over_a_clean_history_as_well(layout, changes):
 
 # -- eviction -------------------------------------------------------------------------------------
 
-EVICTING = dict(window=2, anchor_blocks=1)
+EVICTING = dict(window=2, anchors=1)
 STREAM_LENGTH = 8  # blocks; the first eviction is before block 5
 
 
@@ -296,7 +296,7 @@ def test_relative_is_absolute_until_a_block_is_evicted(relative, absolute):
         max(float(jnp.abs(x - y).max()) for x, y in zip(a, b, strict=True))
         for a, b in zip(relative.velocities, absolute.velocities, strict=True)
     ]
-    first = 2 + EVICTING["anchor_blocks"] + EVICTING["window"]
+    first = 2 + EVICTING["anchors"] + EVICTING["window"]
     assert max(differences[:first]) < TOLERANCE
     assert min(differences[first:]) > 1e-3
 
@@ -337,7 +337,7 @@ def test_many_writes():
     """12 blocks through a window of 3: contents, lengths and rotations of every slot."""
     config = tiny(num_layers=1, num_audio_sinks=2)
     layout = BlockLayout.prefix()
-    cache_config = CacheConfig(layout, window=3, anchor_blocks=1)
+    cache_config = CacheConfig(layout, window=3, anchors=1)
     rope = tables(config, layout)
     rng = np.random.default_rng(0)
     cache = kv_cache.init_cache(cache_config, config, batch=2, patches=PATCHES)
@@ -421,7 +421,7 @@ def test_slot_positions(window, anchors, positions):
 def test_cache_bytes():
     config = tiny(num_layers=3, num_audio_sinks=4)
     layout = BlockLayout.prefix()
-    cache_config = CacheConfig(layout, window=2, anchor_blocks=1)
+    cache_config = CacheConfig(layout, window=2, anchors=1)
     video_tokens = (1 + 3 * 3) * PATCHES
     audio_tokens = 4 + 1 + 3 * 25
     numbers = 2 * (video_tokens + audio_tokens) * config.audio_dim  # a2v and v2a
@@ -447,7 +447,7 @@ def test_tables_a_stream_needs():
     "changes, message",
     [
         ({"window": 0}, "window must be at least 1"),
-        ({"anchor_blocks": -1}, "anchor_blocks"),
+        ({"anchors": -1}, "anchors"),
         ({"positions": "rolling"}, "absolute.*relative"),
     ],
 )

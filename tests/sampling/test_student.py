@@ -103,8 +103,8 @@ def block_by_hand(s: Setup, block, history=None):
     """Clean latents and K/V of a block before any eviction, in plain Python."""
     layout = s.config.cache.layout
     frames = (
-        layout.video_start(block) + np.arange(layout.video_frames_in(block)),
-        layout.audio_start(block) + np.arange(layout.audio_frames_in(block)),
+        layout.num_video_frames(block) + np.arange(layout.video_frames_in(block)),
+        layout.num_audio_frames(block) + np.arange(layout.audio_frames_in(block)),
     )
     noise = s.noise(block)
 

@@ -131,8 +131,10 @@ def test_autoregressive_equals_a_plain_loop():
     states = {name: np.stack([n] * len(SIGMAS), axis=1) for name, n in noise.items()}
     for block in range(BLOCKS):
         at = {
-            "video": slice(LAYOUT.video_start(block) * 2, LAYOUT.video_start(block + 1) * 2),
-            "audio": slice(LAYOUT.audio_start(block), LAYOUT.audio_start(block + 1)),
+            "video": slice(
+                LAYOUT.num_video_frames(block) * 2, LAYOUT.num_video_frames(block + 1) * 2
+            ),
+            "audio": slice(LAYOUT.num_audio_frames(block), LAYOUT.num_audio_frames(block + 1)),
         }
         for name in x:
             x[name][:, at[name]] = noise[name][:, at[name]]

@@ -68,7 +68,7 @@ def test_block_flops_count_every_weight_and_every_key(block):
     """Each weight once per token that meets it, each pair of a query and a key that it sees."""
     config = tiny(num_audio_sinks=2)
     layout = BlockLayout.prefix()
-    rollout = RolloutConfig(CacheConfig(layout, window=2, anchor_blocks=1), (1.0, 0.5, 0.0), 2, 3)
+    rollout = RolloutConfig(CacheConfig(layout, window=2, anchors=1), (1.0, 0.5, 0.0), 2, 3)
     # Blocks that are seen: the first, one anchor, the two before this one, and this one itself.
     seen = {0, 1, block - 2, block - 1, block} & set(range(block + 1))
     frames = {b: (1, 1 + 2) if b == 0 else (3, 25) for b in seen}  # with the sinks

@@ -6,7 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import wave
 
 import av
 import numpy as np
@@ -345,20 +344,6 @@ def test_reading_garbage(tmp_path):
         media.read_clip(path)
     with pytest.raises(FileNotFoundError):
         media.read_clip(tmp_path / "missing.mp4")
-
-
-def test_wav_round_trip(tmp_path):
-    samples = tone(1000, 24_000)
-    samples[0] = [1.5, -1.5]
-    media.save_wav(tmp_path / "sound.wav", samples, 24_000)
-    with wave.open(str(tmp_path / "sound.wav")) as file:
-        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 24_000, 1000)
-        pcm = np.frombuffer(file.readframes(1000), "<i2").reshape(-1, 2) / 32767
-    np.testing.assert_allclose(pcm, np.clip(samples, -1, 1), atol=0.6 / 32767)
-    with pytest.raises(ValueError, match="non-finite"):
-        media.save_wav(tmp_path / "bad.wav", np.full((4, 2), np.inf, np.float32), 24_000)
-    with pytest.raises(ValueError, match="float"):
-        media.save_wav(tmp_path / "bad.wav", np.zeros(4, np.float32), 24_000)
 
 
 def test_contact_sheet_shows_frames_and_sound(tmp_path):

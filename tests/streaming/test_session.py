@@ -206,7 +206,7 @@ def test_runs_past_its_window_without_recompiling(pipeline):
 
 @pytest.mark.slow
 def test_clocks_after_two_hundred_seconds(pipeline):
-    live = session(pipeline, make_config(pipeline, window=3, anchor_blocks=1))
+    live = session(pipeline, make_config(pipeline, window=3, anchors=1))
     shape = jax.tree.map(np.shape, live.snapshot()["cache"])
     for _ in range(201):
         chunk = live.step()

@@ -154,8 +154,6 @@ def test_causal_state_is_two_frames_per_convolution():
 @pytest.mark.parametrize("chunks", [[4, 3, 3, 3, 3], [1, 3, 3, 3, 3, 3]])
 @pytest.mark.parametrize("blend", [0, 2])
 def test_window_equals_the_clip_when_it_covers_the_receptive_field(chunks, blend):
-    latents_needed = -(-video_vae.decoder_receptive_field(SMALL) // SMALL.temporal_compression)
-    assert latents_needed == 4
     params, latents = random_model(SMALL, 16)
     decoder = StreamingVideoDecoder(SMALL, params, look_back=4, look_ahead=4, blend=blend)
     frames, _ = stream(decoder, latents, chunks)

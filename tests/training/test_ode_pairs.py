@@ -315,22 +315,11 @@ def stage_two(checkpoint, manifest, **changes):
     return ODERegression(
         model=Transformer(pipeline.transformer),
         rollout=rollout,
-        num_blocks=layout.num_blocks_for(manifest.video_frames),
+        num_blocks=2,
         text=TextInput(),
         optimizer=make_optimizer(OptimizerConfig(1e-4)),
         config=StageII(regression=RegressionConfig(**changes)),
     )
-
-
-def noisy_problem(stage, batch, keys):
-    """Only what the problem is made of: its dataclass is no pytree."""
-
-    @jax.jit
-    def arrays(batch, keys):
-        problem = stage.problem(batch, keys)
-        return problem.noisy, problem.target, problem.sigma
-
-    return arrays({name: jnp.asarray(x) for name, x in batch.items()}, keys)
 
 
 @pytest.mark.parametrize("objective", ["velocity", "x0"])
@@ -353,13 +342,13 @@ def test_batches_are_what_stage_two_takes(stored, random_checkpoint, objective):
         random_checkpoint("2.0"), pairs.manifest, objective=objective, level_per_block=False
     )
     keys = jax.random.split(jax.random.key(2), 2)
-    noisy, targets, sigma = noisy_problem(stage, batch, keys)
+    task = jax.jit(stage.task)({name: jnp.asarray(x) for name, x in batch.items()}, keys)
     for row in range(2):
-        (state,) = np.flatnonzero(batch["sigmas"][row] == np.asarray(sigma[row, 0]))
-        np.testing.assert_array_equal(noisy.audio[row], batch["audio"][row, state])
+        (state,) = np.flatnonzero(batch["sigmas"][row] == np.asarray(task.sigma[row, 0]))
+        np.testing.assert_array_equal(task.noisy.audio[row], batch["audio"][row, state])
         velocity = batch["video_velocity"][row, min(state, 2)]
         target = velocity if objective == "velocity" else batch["video"][row, -1]
-        np.testing.assert_array_equal(targets.video[row], target)
+        np.testing.assert_array_equal(task.target.video[row], target)
 
 
 def test_records_of_separate_features(tmp_path):

@@ -113,10 +113,6 @@ class AudioVAEConfig:
         """Features of a latent as the transformer sees it, index c * latent_bins + f."""
         return self.latent_channels * self.latent_bins
 
-    def num_latents(self, num_mel_frames: int) -> int:
-        """Latents that `encode_audio` makes of so many mel frames: ceil(frames / 4)."""
-        return -(-num_mel_frames // self.downsampling)
-
     def num_mel_frames(self, num_latents: int) -> int:
         """Mel frames that `decode_audio` makes of so many latents: 4 T - 3."""
         return max(0, self.downsampling * num_latents - (self.downsampling - 1))
@@ -169,7 +165,7 @@ class CausalConv(nn.Module):
         return y + bias.astype(x.dtype)[None, None, None], rows[:, -2:]
 
 
-class ResBlock(nn.Module):
+class MelResBlock(nn.Module):
     """x + conv2(silu(norm(conv1(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
 
     features: int
@@ -225,7 +221,7 @@ class Level(nn.Module):
         """x [B, T, W, C] -> the result and the histories of its convolutions; see `Upsample`."""
         history, new = history or {}, {}
         for name in self.blocks:
-            x, new[name] = ResBlock(self.features, name=name)(x, history.get(name))
+            x, new[name] = MelResBlock(self.features, name=name)(x, history.get(name))
         if self.resample == "downsample":
             conv = CausalConv(self.features, stride=2, width_padding=(0, 1), name="downsample")
             x, _ = conv(x)

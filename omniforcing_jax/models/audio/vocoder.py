@@ -253,11 +253,6 @@ class VocoderConfig:
         """Mel frames after a frame that its samples depend on: the look-ahead of streaming."""
         return self._frame_span()[1]
 
-    @property
-    def context(self) -> int:
-        """Mel frames on either side of a frame that suffice to synthesise it exactly."""
-        return max(self.left_context, self.right_context)
-
 
 # The reference loader of 2.0 reads the second spelling, its files hold the first
 _RATE_NAMES = ("output_sampling_rate", "output_sample_rate")
@@ -310,7 +305,7 @@ def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-class ResBlock(nn.Module):
+class WaveResBlock(nn.Module):
     """For every dilation: x + conv(act(dilated conv(act(x))))."""
 
     kernel_size: int
@@ -355,8 +350,8 @@ class HiFiGAN(nn.Module):
             upsample = ConvTranspose(x.shape[-1] // 2, kernel_size, rate, name=f"ups_{level}")
             x = upsample(x)  # [B, T * rates so far, C]
             parallel = [
-                ResBlock(kernel, dilations, snake, name=f"resblocks_{level * len(blocks) + i}")(x)
-                for i, (kernel, dilations) in enumerate(blocks)
+                WaveResBlock(*block, snake, name=f"resblocks_{level * len(blocks) + i}")(x)
+                for i, block in enumerate(blocks)  # kernel, dilations
             ]
             x = sum(parallel) / len(blocks)
         x = _activate(x, snake, "act_post", _LAST_SLOPE)
@@ -379,21 +374,9 @@ class BandwidthExtendedVocoder(nn.Module):
             extension.input_rate, extension.n_fft, extension.hop, _MEL_BINS
         )
 
-    def first_stage(self, log_mel: jax.Array) -> jax.Array:
-        """Waveform at the extension's input rate, [B, T * first hop, 2]."""
-        return self.vocoder(log_mel)
-
-    def second_log_mel(self, waveform: jax.Array) -> jax.Array:
-        """Spectrogram of the first stage's waveform, [B, N / bwe hop, M, 2]."""
-        return self.mel_stft(waveform)
-
-    def residual(self, log_mel: jax.Array) -> jax.Array:
-        """What is added to the resampled first stage, [B, N * ratio, 2], from its spectrogram."""
-        return self.bwe_generator(log_mel)
-
     def __call__(self, log_mel: jax.Array) -> jax.Array:
-        waveform = self.first_stage(log_mel)
-        residual = self.residual(self.second_log_mel(waveform))
+        waveform = self.vocoder(log_mel)  # [B, N, 2] at the extension's input rate
+        residual = self.bwe_generator(self.mel_stft(waveform))  # [B, N * ratio, 2]
         skip = bigvgan.upsample_waveform(waveform, self.config.bandwidth_extension.ratio)
         return jnp.clip(residual + skip, -1.0, 1.0)
 

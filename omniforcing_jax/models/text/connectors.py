@@ -11,17 +11,19 @@ layers where stacked), N heads, H head dim, W connector width (the context's wid
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.norms import rms_norm
 from omniforcing_jax.models.transformer.layers import Attention, FeedForward
-from omniforcing_jax.models.transformer.rope import Rope, rope_from_bounds
+from omniforcing_jax.models.transformer.rope import Rope, axis_angles, frequencies
 
 _NORM_EPS = 1e-6
 _ROPE_THETA = 10000.0
@@ -188,26 +190,6 @@ def projection_scale(out_dim: int, config: ConnectorConfig) -> float:
     return float(np.sqrt(out_dim / config.text_channels)) if config.separate_projections else 1.0
 
 
-def kernel_by_layer(kernel: jax.Array, config: ConnectorConfig) -> jax.Array:
-    """View of a projection kernel [D * L, W], whose row is d * L + l, as [D, L, W].
-
-    With it a text encoder can project each layer's states as they are computed, instead of holding
-    all of them (0.8 GB in float32 for 1024 tokens):
-    features = scale * sum_l normalized_l @ view[:, l] + bias, with `normalize_hidden_states` of
-    layer l and `projection_scale`.
-
-    Raises:
-      ValueError: the kernel's rows are not a multiple of the text encoder's width.
-    """
-    rows, out_dim = kernel.shape
-    if rows % config.text_channels:
-        raise ValueError(
-            f"projection kernel has {rows} rows, not a multiple of the text encoder's width "
-            f"{config.text_channels}"
-        )
-    return kernel.reshape(config.text_channels, rows // config.text_channels, out_dim)
-
-
 def fill_with_registers(
     features: jax.Array, attention_mask: jax.Array, registers: jax.Array
 ) -> jax.Array:
@@ -234,18 +216,13 @@ def fill_with_registers(
 
 def connector_rope(length: int, heads: int, dim: int, config: ConnectorConfig) -> Rope:
     """Rotation table [1, length, N, H/2] of positions 0, 1, 2, … (no mid-points here)."""
-    positions = np.arange(length, dtype=np.float32)
-    return rope_from_bounds(
-        np.stack([positions, positions], axis=-1)[None, None],
-        dim=dim,
-        heads=heads,
-        max_position=(config.max_position,),
-        theta=_ROPE_THETA,
-        frequency_dtype=config.rope_frequency_dtype,
-    )
+    freqs = frequencies(dim // 2, _ROPE_THETA, config.rope_frequency_dtype)
+    angles = axis_angles(np.arange(length), config.max_position, freqs)  # [length, N * H/2]
+    split = partial(rearrange, pattern="T (N h) -> 1 T N h", N=heads)
+    return Rope(jnp.asarray(split(np.cos(angles))), jnp.asarray(split(np.sin(angles))))
 
 
-class Block(nn.Module):
+class ConnectorLayer(nn.Module):
     """Pre-norm layer of a connector, in the carry form of `nn.scan`."""
 
     heads: int
@@ -289,7 +266,7 @@ class Connector(nn.Module):
         x = fill_with_registers(features.astype(self.dtype), attention_mask, registers)
         rope = connector_rope(x.shape[1], self.heads, self.dim, self.config)
         blocks = nn.scan(
-            Block,
+            ConnectorLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
@@ -330,7 +307,7 @@ class Projection(nn.Module):
 class TextConnectors(nn.Module):
     """Text encoder states -> contexts of the video and the audio stream.
 
-    `contexts` alone turns features projected elsewhere (see `kernel_by_layer`) into contexts.
+    `contexts` alone turns features projected elsewhere (see `TextTower.features`) into contexts.
     """
 
     config: ConnectorConfig

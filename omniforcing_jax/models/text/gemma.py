@@ -198,7 +198,7 @@ class GatedFeedForward(nn.Module):
         return self.down(nn.gelu(self.gate(x), approximate=True) * self.up(x))
 
 
-class Block(nn.Module):
+class GemmaLayer(nn.Module):
     """One layer; a norm before and after attention and feed-forward."""
 
     config: GemmaConfig
@@ -238,7 +238,7 @@ class TextTower(nn.Module):
         quantization.check_mode(self.quantize)
         c = self.config
         self.embed = Embedding(c, self.dtype, self.quantize)
-        self.blocks = Block(c, self.dtype, self.quantize)
+        self.blocks = GemmaLayer(c, self.dtype, self.quantize)
         self.final_norm = OffsetRMSNorm(c.hidden_size, c.norm_eps, self.dtype)
 
     def __call__(self, token_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
@@ -349,12 +349,10 @@ class TextTower(nn.Module):
         return scan(self.blocks, carry, jnp.arange(self.config.num_layers))
 
 
-def init_boxed_params(
-    config: GemmaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32, quantize: str = "none"
-) -> Any:
+def init_boxed_params(config: GemmaConfig, key: jax.Array, quantize: str = "none") -> Any:
     """Random parameters with their logical axis names; under `jax.eval_shape` only shapes."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return TextTower(config, dtype, quantize).init(key, tokens, jnp.ones_like(tokens))["params"]
+    return TextTower(config, quantize=quantize).init(key, tokens, jnp.ones_like(tokens))["params"]
 
 
 def _check_tokens(token_ids: jax.Array, attention_mask: jax.Array) -> None:

@@ -65,57 +65,6 @@ def axis_angles(positions: np.ndarray, max_position: float, freqs: np.ndarray) -
     return freqs * (fraction * np.float32(2) - np.float32(1))[..., None]
 
 
-def rope_from_bounds(
-    bounds: np.ndarray,
-    *,
-    dim: int,
-    heads: int,
-    max_position: tuple[float, ...],
-    theta: float = 10000.0,
-    frequency_dtype: str = "float64",
-) -> Rope:
-    """Table for tokens at arbitrary places.
-
-    Args:
-      bounds: [B, axes, T, 2] start and end of each token on each axis (seconds, pixels, pixels).
-      dim: inner width N * H of the attention.
-      max_position: one divisor per axis.
-
-    Returns:
-      Rope of shape [B, T, N, H/2]; entries run frequency-major, axis-minor, after identity padding.
-    """
-    num_axes = bounds.shape[1]
-    freqs = frequencies(dim // (2 * num_axes), theta, frequency_dtype)
-    bounds = bounds.astype(np.float32)
-    middle = (bounds[..., 0] + bounds[..., 1]) / np.float32(2)  # [B, axes, T]
-    angles = np.stack(
-        [axis_angles(middle[:, a], max_position[a], freqs) for a in range(num_axes)], axis=-1
-    )  # [B, T, n, axes]
-    angles = angles.reshape(*angles.shape[:2], -1)
-    pad = dim // 2 - angles.shape[-1]
-    cos = np.pad(np.cos(angles), ((0, 0), (0, 0), (pad, 0)), constant_values=1.0)
-    sin = np.pad(np.sin(angles), ((0, 0), (0, 0), (pad, 0)))
-    split = partial(rearrange, pattern="B T (N h) -> B T N h", N=heads)
-    return Rope(jnp.asarray(split(cos)), jnp.asarray(split(sin)))
-
-
-def video_bounds(num_frames: int, height: int, width: int, frame_rate: float) -> np.ndarray:
-    """[3, T, 2] float32 bounds of all latents of a clip, order f, h, w (seconds, pixels, pixels).
-
-    Args:
-      num_frames, height, width: in latents. The first latent covers one pixel frame only.
-    """
-    time = video_time_bounds(num_frames, frame_rate)
-    rows, columns = _pixel_bounds(height), _pixel_bounds(width)
-    shape = (num_frames, height, width, 2)
-    axes = (
-        np.broadcast_to(time[:, None, None], shape),
-        np.broadcast_to(rows[None, :, None], shape),
-        np.broadcast_to(columns[None, None, :], shape),
-    )
-    return np.stack([a.reshape(-1, 2) for a in axes])
-
-
 def video_time_bounds(num_frames: int, frame_rate: float) -> np.ndarray:
     """[F, 2] float32 seconds covered by each latent frame: [0, 1/fps], [1/fps, 9/fps], …"""
     index = np.arange(num_frames, dtype=np.float32)

@@ -477,12 +477,3 @@ def decoder_flops(config: VideoVAEConfig, frames: int, height: int, width: int) 
         positions = (time * (latent_frames - 1) + 1) * latent_area * space**2
         total += 2 * KERNEL_SIZE**3 * inputs * outputs * positions
     return total
-
-
-def decoder_receptive_field(config: VideoVAEConfig) -> int:
-    """Pixel frames on either side of a frame that the non-causal decoder looks at.
-
-    173 for LTX-2.0 and 108 for LTX-2.3: 21.6 and 13.5 latent frames.
-    """
-    full = config.temporal_compression
-    return sum(full // time for _, _, time, _ in _decoder_convs(config))

@@ -101,7 +101,7 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class StudentStart:
     """Where a student starts: a converted checkpoint, or a run.
 
     Attributes:
@@ -113,7 +113,7 @@ class Source:
     settings: Mapping[str, Any]
 
     @classmethod
-    def read(cls, folder: str) -> "Source":
+    def read(cls, folder: str) -> "StudentStart":
         """Reads its config.json.
 
         Raises:
@@ -164,7 +164,7 @@ def check(
     if content is None:
         content = attempt("checkpoint", lambda: checkpoints.load_config(c.checkpoint))
     pipeline = content and attempt("checkpoint", lambda: PipelineConfig.from_content(content))
-    source = attempt("generator", lambda: Source.read(c.generator)) if c.generator else None
+    source = attempt("generator", lambda: StudentStart.read(c.generator)) if c.generator else None
     if data is None:
         data = attempt("data", lambda: _open_data(c))
     if not pipeline:
@@ -199,7 +199,9 @@ def check(
     return experiment
 
 
-def _student(c: StageConfig, pipeline: PipelineConfig, source: Source | None) -> TransformerConfig:
+def _student(
+    c: StageConfig, pipeline: PipelineConfig, source: StudentStart | None
+) -> TransformerConfig:
     """Built as where it starts, which may rotate otherwise than the teacher."""
     if pipeline.transformer.num_audio_sinks:
         raise ValueError(

@@ -48,22 +48,8 @@ def dmd_loss(gradient: jax.Array) -> jax.Array:
 
 
 def flow_matching_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:
-    """[B]: mean((v - (noise - x0))^2)."""
-    return squared_error(velocity, noise - x0)
-
-
-def squared_error(
-    prediction: jax.Array, target: jax.Array, weight: jax.Array | None = None
-) -> jax.Array:
-    """[B]: mean of the weighted squared error over tokens and channels.
-
-    Args:
-      prediction, target: [B, T, C].
-      weight: [B, T]; 1 when None.
-    """
-    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
-    if weight is not None:
-        error = error * weight[:, :, None]
+    """[B]: mean((v - (noise - x0))^2), in float32, of arrays [B, T, C]."""
+    error = jnp.square(velocity.astype(jnp.float32) - (noise - x0).astype(jnp.float32))
     return jnp.mean(error, axis=(1, 2))
 
 

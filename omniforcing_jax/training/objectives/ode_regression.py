@@ -48,7 +48,7 @@ from omniforcing_jax.types import AVLatents, RandomUse
 
 
 @flax.struct.dataclass
-class Problem:
+class RegressionTask:
     """What a batch asks of the student.
 
     Attributes:
@@ -145,9 +145,9 @@ class ODERegression:
 
         def gradient(batch):
             contexts = self.text.contexts(frozen.connectors, batch)
-            problem = self.problem(batch, sample_keys(key, batch["row"]))
-            grads, per_block = gradient_of(weights, contexts, problem)
-            return grads, (per_block, problem.sigma)
+            task = self.task(batch, sample_keys(key, batch["row"]))
+            grads, per_block = gradient_of(weights, contexts, task)
+            return grads, (per_block, task.sigma)
 
         values = accumulate(gradient, numbered(batch), self.config.microbatches, params)
         grads, (per_block, sigma) = values
@@ -165,12 +165,12 @@ class ODERegression:
         metrics |= {f"generator/{name}": value for name, value in info.items()}
         return state.replace(generator=network, step=state.step + 1), metrics
 
-    def problem(self, batch: dict[str, jax.Array], keys: jax.Array) -> Problem:
+    def task(self, batch: dict[str, jax.Array], keys: jax.Array) -> RegressionTask:
         """Draws every block's level and gathers, or makes, its noisy tokens and their target."""
         clean = AVLatents(batch["video"][:, -1], batch["audio"][:, -1])
         clean = jax.tree.map(lambda x: x.astype(jnp.float32), clean)
         if self.config.regression.objective == "flow":
-            return self._flow_problem(clean, keys)
+            return self._flow_task(clean, keys)
         last = batch["sigmas"].shape[1] - 1
         drawn = self._per_block(
             keys, lambda key, shape: jax.random.randint(key, shape, 0, last + self._clean_states)
@@ -183,13 +183,13 @@ class ODERegression:
             target = self._gather(velocity, jnp.minimum(drawn, last - 1))
         # Drawing the clean state leaves a share of the blocks without loss.
         weight = (drawn < last) * ((last + self._clean_states) / last)
-        return Problem(clean, noisy, target, weight, level)
+        return RegressionTask(clean, noisy, target, weight, level)
 
     @property
     def _clean_states(self) -> int:
         return int(self.config.regression.include_clean)
 
-    def _flow_problem(self, clean: AVLatents, keys: jax.Array) -> Problem:
+    def _flow_task(self, clean: AVLatents, keys: jax.Array) -> RegressionTask:
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return jax.random.randint(key, shape, 1, len(scores.sigma_table()))
 
@@ -207,7 +207,7 @@ class ODERegression:
         noise = draw_noise(fold(keys, RandomUse.REGRESSION_NOISE), self.clip, self.model)
         noisy = jax.tree.map(flow.add_noise, clean, noise, sigma)
         target = jax.tree.map(jnp.subtract, noise, clean)
-        return Problem(clean, noisy, target, weight, level)
+        return RegressionTask(clean, noisy, target, weight, level)
 
     def _per_block(self, keys: jax.Array, draw) -> jax.Array:
         """[B, K] draws, independent or one for all blocks of a sample."""
@@ -232,12 +232,12 @@ class ODERegression:
             return flow.velocity_to_x0(noisy, velocity, sigma)
         return velocity
 
-    def _masked_gradient(self, weights: Any, contexts, problem: Problem):
+    def _masked_gradient(self, weights: Any, contexts, task: RegressionTask):
         """Gradients, and the losses of each block [B, K], in one pass over the clip."""
         clip, layout = self.clip, self.layout
         model = self.model.clone(causal=clip.mask(layout))
-        sigma = sigmas_per_frame(problem.sigma, layout, clip)
-        weight = sigmas_per_frame(problem.weight, layout, clip)
+        sigma = sigmas_per_frame(task.sigma, layout, clip)
+        weight = sigmas_per_frame(task.weight, layout, clip)
         given = (
             jax.tree.map(lambda s: s[:, :1], sigma)
             if not self.config.regression.level_per_block
@@ -245,10 +245,10 @@ class ODERegression:
         )
 
         def loss(weights):
-            velocity = clip_velocity(model, weights, problem.noisy, given, contexts, clip)
-            prediction = jax.tree.map(self._predict, problem.noisy, velocity, sigma)
+            velocity = clip_velocity(model, weights, task.noisy, given, contexts, clip)
+            prediction = jax.tree.map(self._predict, task.noisy, velocity, sigma)
             per_block = jax.tree.map(
-                self._block_losses, prediction, problem.target, weight, self._frame_blocks()
+                self._block_losses, prediction, task.target, weight, self._frame_blocks()
             )
             per_sample = jax.tree.map(lambda x: jnp.sum(x, axis=1), per_block)
             return losses.total(per_sample, self.config.loss), per_block
@@ -270,9 +270,9 @@ class ODERegression:
         per_frame = weight * jnp.mean(error, axis=2) / frames
         return per_frame @ frame_blocks
 
-    def _forced_gradient(self, weights: Any, contexts, problem: Problem):
+    def _forced_gradient(self, weights: Any, contexts, task: RegressionTask):
         """As `_masked_gradient`, each block with the clean ones before it as history."""
-        sizes = jax.tree.map(lambda x: x.shape[1] * x.shape[2], problem.noisy)
+        sizes = jax.tree.map(lambda x: x.shape[1] * x.shape[2], task.noisy)
 
         def block_loss(x0: AVLatents, block: NoisyBlock):
             target, weight = block.targets
@@ -285,7 +285,7 @@ class ODERegression:
             shares = jax.tree.map(share, x0, block.x, target, weight, sizes)
             return losses.total(shares, self.config.loss), shares
 
-        weight = sigmas_per_frame(problem.weight, self.layout, self.clip)
+        weight = sigmas_per_frame(task.weight, self.layout, self.clip)
         weight = AVLatents(
             jnp.repeat(weight.video, self.clip.patches, axis=1)[..., None], weight.audio[..., None]
         )
@@ -293,10 +293,10 @@ class ODERegression:
             self.model,
             weights,
             contexts,
-            problem.clean,
-            problem.noisy,
-            problem.sigma,
-            (problem.target, weight),
+            task.clean,
+            task.noisy,
+            task.sigma,
+            (task.target, weight),
             self.rollout,
             block_loss,
         )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.geometry import ClipGeometry
-from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
+from omniforcing_jax.models.transformer.inputs import Pathways
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.guidance import Guidance
@@ -29,6 +29,7 @@ from omniforcing_jax.sampling.student import (
     join_blocks,
     new_cache,
     split_blocks,
+    text_kv,
 )
 from omniforcing_jax.sampling.whole_clip import clip_velocity
 from omniforcing_jax.types import AVLatents, Contexts
@@ -195,10 +196,9 @@ def block_causal_velocity(
     config = blocks.config
     layout, patches = config.cache.layout, config.patches
     rope = config.rope(model, blocks.num_blocks)
-    text = _text(model, params, contexts, sigma)
-    clean_text = _text(model, params, contexts, jnp.full_like(sigma, config.context_noise))
-
+    text = text_kv(model, params, contexts, sigma)
     level = jnp.full_like(sigma, config.context_noise)
+    clean_text = text_kv(model, params, contexts, level)
 
     def step(cache: RollingCache, clean: AVLatents, noisy: AVLatents, first: bool):
         """A noisy block's velocity; then its clean version joins the history."""
@@ -216,8 +216,3 @@ def block_causal_velocity(
         return first
     _, rest = jax.lax.scan(lambda c, b: step(c, *b, False), cache, (clean, later_noisy))
     return join_blocks(first, rest)
-
-
-def _text(model: Transformer, params, contexts: Contexts, sigma: jax.Array) -> TextKV:
-    level = sigma if model.config.text_adaln else None
-    return model.apply({"params": params}, *contexts, level, method="text_kv")

@@ -10,7 +10,6 @@ differentiating a scan over the cache would keep one cache per block.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling.kv_cache import RollingCache
-from omniforcing_jax.sampling.student import RolloutConfig, bind, new_cache, split_blocks
+from omniforcing_jax.sampling.student import RolloutConfig, bind, new_cache, split_blocks, text_kv
 from omniforcing_jax.types import AVLatents
 
 
@@ -78,7 +77,8 @@ def blockwise_gradient(
         forward = bind(model, weights, cache, rope, config, first=first)
 
         def objective(weights, text):
-            x0, _ = forward.with_params(weights)(block.x, block.sigma, text)
+            differentiated = dataclasses.replace(forward, params=weights)
+            x0, _ = differentiated(block.x, block.sigma, text)
             return loss(x0, block.extra)
 
         gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
@@ -152,11 +152,11 @@ def teacher_forced_gradient(
     layout, patches = config.cache.layout, config.patches
     rope = config.rope(model, num_blocks)
 
-    def text_of(weights, level):
-        level = level if model.config.text_adaln else None
-        return model.apply({"params": weights}, *contexts, level, method="text_kv")
+    def text_of(weights):
+        return text_kv(model, weights, contexts, sigma[:, 0])
 
-    clean_text = text_of(weights, jnp.full(sigma.shape[:1], config.context_noise))
+    clean_level = jnp.full(sigma.shape[:1], config.context_noise)
+    clean_text = text_kv(model, weights, contexts, clean_level)
     holds = config.cache.holds(num_blocks)
 
     def write_clean(cache, block: AVLatents, first: bool):
@@ -178,5 +178,4 @@ def teacher_forced_gradient(
 
     first = block_input(0, sigma[:, 0], first_kv)
     rest = block_input(1, sigma[:, 1:].T, later_kv) if num_blocks > 1 else None
-    text = functools.partial(text_of, level=sigma[:, 0])
-    return blockwise_gradient(model, weights, text, (first, rest), start, rope, config, loss)
+    return blockwise_gradient(model, weights, text_of, (first, rest), start, rope, config, loss)

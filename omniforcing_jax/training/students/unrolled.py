@@ -27,6 +27,7 @@ from omniforcing_jax.sampling.student import (
     prompt_kv,
     refresh,
     split_blocks,
+    text_kv,
 )
 from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students.bidirectional import Pullback
@@ -118,9 +119,9 @@ class UnrolledStudent:
         self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
     ) -> UnrolledTrace:
         """A rollout without gradient; arguments as `sample`."""
-        exit_step = self._exit(step_key)
-        first, rest, cache = self._unroll(weights, self._text(weights, contexts), keys, exit_step)
-        sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[exit_step])
+        step = exit_step(step_key, self.num_steps, self.exit_weights)
+        first, rest, cache = self._unroll(weights, self._text(weights, contexts), keys, step)
+        sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[step])
         return UnrolledTrace(first, rest, cache, sigma)
 
     def sample_of(self, weights: Any, contexts: Contexts, trace: UnrolledTrace) -> AVLatents:
@@ -144,8 +145,7 @@ class UnrolledStudent:
 
     def _pull_back(self, weights, contexts, keys, trace: UnrolledTrace, cotangent: AVLatents):
         def exit_text(weights):
-            level = trace.sigma if self.model.config.text_adaln else None
-            return self.model.apply({"params": weights}, *contexts, level, method="text_kv")
+            return text_kv(self.model, weights, contexts, trace.sigma)
 
         if not self.detach_history:
 
@@ -184,9 +184,6 @@ class UnrolledStudent:
             _, x0 = jax.lax.scan(lambda c, x: step(c, x, False), cache, rest.exit_input)
             rest = rest.replace(x0=x0)
         return _joined(first, rest)
-
-    def _exit(self, step_key: jax.Array) -> jax.Array:
-        return exit_step(step_key, self.num_steps, self.exit_weights)
 
     def _text(self, weights, contexts: Contexts) -> TextKV:
         return prompt_kv(self.model, weights, *contexts, levels=self.config.sigma_levels)

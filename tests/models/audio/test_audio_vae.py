@@ -54,7 +54,6 @@ def test_encode_matches_reference(model):
     latents = encode_audio(params, config, to_log_mel(expected["h_enc_mel"]))
     wanted = to_tokens(expected["h_enc_latent_normalised"])
     assert latents.shape == wanted.shape
-    assert config.num_latents(expected["h_enc_mel"].shape[2]) == wanted.shape[1]
     np.testing.assert_allclose(latents, wanted, atol=ATOL, rtol=0)
 
 
@@ -233,6 +232,5 @@ def test_published_clip_lengths():
     config = AudioVAEConfig()
     assert config.latent_width == 128
     assert config.num_mel_frames(126) == 501
-    assert config.num_latents(501) == 126
     with pytest.raises(ValueError, match="mel_bins"):
         dataclasses.replace(config, mel=MelConfig(mel_bins=66))

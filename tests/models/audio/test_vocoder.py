@@ -343,7 +343,7 @@ def test_published_rates_and_contexts():
     """LTX-2.0 needs 18 mel frames on both sides."""
     hifigan = VocoderConfig()
     assert (hifigan.sample_rate, hifigan.hop) == (24000, 240)
-    assert (hifigan.left_context, hifigan.right_context, hifigan.context) == (18, 18, 18)
+    assert (hifigan.left_context, hifigan.right_context) == (18, 18)
     extended = VocoderConfig(
         PUBLISHED_BIGVGAN, BandwidthExtensionConfig(PUBLISHED_BWE), sample_rate=48000
     )

@@ -19,7 +19,6 @@ from omniforcing_jax.models.text.connectors import (
     TextConnectors,
     connector_rope,
     fill_with_registers,
-    kernel_by_layer,
     normalize_hidden_states,
     projection_scale,
 )
@@ -152,7 +151,8 @@ def test_projection_folded_into_the_layer_loop(case):
         else ("projection", "projection")
     )
     for name, features in zip(names, expected, strict=True):
-        kernel = kernel_by_layer(case.params[name]["kernel"], case.config)
+        kernel = case.params[name]["kernel"]
+        kernel = kernel.reshape(case.config.text_channels, -1, kernel.shape[-1])
         total = 0.0
         for layer in range(hidden.shape[-1]):
             x = normalize_hidden_states(hidden[..., layer], mask, case.config)
@@ -304,8 +304,6 @@ def test_errors_come_before_any_work():
     with pytest.raises(ValueError, match=r"video features must have shape \[B, S, 24\]"):
         model.apply({"params": {}}, jnp.ones((1, 16, 20)), jnp.ones((1, 16, 24)), mask,
                     method="contexts")  # fmt: skip
-    with pytest.raises(ValueError, match="not a multiple of the text encoder's width 24"):
-        kernel_by_layer(jnp.ones((100, 24)), TINY)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from omniforcing_jax.models import quantization
 from omniforcing_jax.models.text.connectors import (
     ConnectorConfig,
     TextConnectors,
-    kernel_by_layer,
     projection_scale,
 )
 from omniforcing_jax.models.text.gemma import LayerProjection, TextTower, init_boxed_params
@@ -140,7 +139,7 @@ def projections_of(connectors: ConnectorConfig, num_states: int, seed: int = 0):
         bias = bias if connectors.separate_projections else None
         key = f"{name}_projection" if name != "shared" else "projection"
         params[key] = {"kernel": kernel} | ({} if bias is None else {"bias": bias})
-        split = jnp.swapaxes(kernel_by_layer(jnp.asarray(kernel), connectors), 0, 1)
+        split = jnp.asarray(kernel).reshape(connectors.text_channels, -1, width).swapaxes(0, 1)
         scale = projection_scale(width, connectors)
         by_layer[name] = LayerProjection(split, bias, scale)
     return params, by_layer

@@ -155,7 +155,11 @@ def per_token():
 def test_positions(ltx20):
     reference = ltx20.torch
     video = reference.rope.prepare_video_coords(1, 11, HEIGHT, WIDTH, "cpu", fps=FPS)[0]
-    np.testing.assert_array_equal(rope.video_bounds(11, HEIGHT, WIDTH, FPS), video)
+    video = np.reshape(video, (3, 11, HEIGHT, WIDTH, 2))
+    rows, columns = rope._pixel_bounds(HEIGHT), rope._pixel_bounds(WIDTH)
+    ours = (rope.video_time_bounds(11, FPS)[:, None, None], rows[:, None], columns)
+    for bounds, expected in zip(ours, video, strict=True):
+        np.testing.assert_array_equal(np.broadcast_to(bounds, expected.shape), expected)
     audio = reference.audio_rope.prepare_audio_coords(1, 300, "cpu")[0, 0]
     np.testing.assert_array_equal(rope.audio_time_bounds(300), audio)
 

@@ -8,14 +8,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
 from checkpoint_converters.reading import load_component
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Modality, Pathways, Transformer
-from omniforcing_jax.models.transformer.rope import rope_from_bounds
+from omniforcing_jax.models.transformer.rope import Rope, axis_angles, frequencies
 
 pytestmark = pytest.mark.default_xla
 TOLERANCE = 1e-4  # the references' own fp32 error is 9e-6; phases are formed in their order
+
+
+def rope_from_bounds(
+    bounds: np.ndarray,
+    *,
+    dim: int,
+    heads: int,
+    max_position: tuple[float, ...],
+    theta: float = 10000.0,
+    frequency_dtype: str = "float64",
+) -> Rope:
+    """Table for tokens at arbitrary places.
+
+    Args:
+      bounds: [B, axes, T, 2] start and end of each token on each axis (seconds, pixels, pixels).
+      dim: inner width N * H of the attention.
+      max_position: one divisor per axis.
+
+    Returns:
+      Rope of shape [B, T, N, H/2]; entries run frequency-major, axis-minor, after identity padding.
+    """
+    num_axes = bounds.shape[1]
+    freqs = frequencies(dim // (2 * num_axes), theta, frequency_dtype)
+    bounds = bounds.astype(np.float32)
+    middle = (bounds[..., 0] + bounds[..., 1]) / np.float32(2)  # [B, axes, T]
+    angles = np.stack(
+        [axis_angles(middle[:, a], max_position[a], freqs) for a in range(num_axes)], axis=-1
+    )  # [B, T, n, axes]
+    angles = angles.reshape(*angles.shape[:2], -1)
+    pad = dim // 2 - angles.shape[-1]
+    cos = np.pad(np.cos(angles), ((0, 0), (0, 0), (pad, 0)), constant_values=1.0)
+    sin = np.pad(np.sin(angles), ((0, 0), (0, 0), (pad, 0)))
+    split = functools.partial(rearrange, pattern="B T (N h) -> B T N h", N=heads)
+    return Rope(jnp.asarray(split(cos)), jnp.asarray(split(sin)))
 
 
 class Reference:

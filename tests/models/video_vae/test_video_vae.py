@@ -286,15 +286,14 @@ def test_equals_diffusers(golden):
 # Configuration.
 
 
-@pytest.mark.parametrize(("version", "frames"), [("2.0", 173), ("2.3", 108)])
-def test_published_configurations(version, frames):
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+def test_published_configurations(version):
     config = VideoVAEConfig.from_metadata(published_metadata(version))
     assert (config.temporal_compression, config.spatial_compression) == (8, 32)
     assert config.bottleneck_channels == 1024
     assert (config.decoder_base_channels, config.causal_decoder) == (128, False)
     modes = config.encoder_padding_mode, config.decoder_padding_mode
     assert modes == ("zeros", "reflect" if version == "2.0" else "zeros")
-    assert video_vae.decoder_receptive_field(config) == frames
     shapes = jax.eval_shape(lambda key: video_vae.init_params(config, key), jax.random.key(0))
     assert shapes["decoder"]["up_blocks_1"]["conv"]["kernel"].shape == (3, 3, 3, 1024, 4096)
     assert shapes["decoder"]["conv_out"]["kernel"].shape == (3, 3, 3, 128, 48)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.geometry import draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
@@ -19,9 +20,8 @@ from omniforcing_jax.sampling.whole_clip import clip_velocity, sigmas_per_frame
 from omniforcing_jax.training.config.settings import RegressionConfig, StageII
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
 from omniforcing_jax.training.objectives.losses import LossWeights
-from omniforcing_jax.training.objectives.ode_regression import ODERegression, Problem
+from omniforcing_jax.training.objectives.ode_regression import ODERegression, RegressionTask
 from omniforcing_jax.training.state import create_network, create_state
-from omniforcing_jax.types import AVLatents
 from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
 
 BATCH, BLOCKS, STATES, PATCHES = 2, 3, 4, 2
@@ -62,14 +62,14 @@ def make_batch(stage: ODERegression) -> dict[str, jax.Array]:
     }
 
 
-def draw(stage: ODERegression, seed: int = 0) -> Problem:
-    return stage.problem(make_batch(stage), jax.random.split(jax.random.key(seed), BATCH))
+def draw(stage: ODERegression, seed: int = 0) -> RegressionTask:
+    return stage.task(make_batch(stage), jax.random.split(jax.random.key(seed), BATCH))
 
 
-def drawn_states(stage: ODERegression, problem: Problem) -> np.ndarray:
+def drawn_states(stage: ODERegression, task: RegressionTask) -> np.ndarray:
     """[B, K] state of every block, read off the numbers in its frames."""
-    first = [stage.layout.video_start(k) * PATCHES for k in range(BLOCKS)]
-    return np.asarray(problem.noisy.video[:, np.array(first), 0]).astype(int) // 100
+    first = [stage.layout.num_video_frames(k) * PATCHES for k in range(BLOCKS)]
+    return np.asarray(task.noisy.video[:, np.array(first), 0]).astype(int) // 100
 
 
 def test_blocks_have_levels_of_their_own_and_audio_follows_its_block():
@@ -77,25 +77,25 @@ def test_blocks_have_levels_of_their_own_and_audio_follows_its_block():
     stage = make()
     seen = set()
     for seed in range(8):
-        problem = draw(stage, seed)
-        states = drawn_states(stage, problem)
-        np.testing.assert_allclose(problem.sigma, SIGMAS[states])
+        task = draw(stage, seed)
+        states = drawn_states(stage, task)
+        np.testing.assert_allclose(task.sigma, SIGMAS[states])
         frames = sigmas_per_frame(jnp.asarray(states), stage.layout, stage.clip)
-        video = np.asarray(problem.noisy.video[..., 0]).astype(int)
+        video = np.asarray(task.noisy.video[..., 0]).astype(int)
         np.testing.assert_array_equal(video // 100, np.repeat(frames.video, PATCHES, axis=1))
-        audio = np.asarray(problem.noisy.audio[..., 0]).astype(int)
+        audio = np.asarray(task.noisy.audio[..., 0]).astype(int)
         np.testing.assert_array_equal(audio // 100, frames.audio)
         np.testing.assert_array_equal(
             audio % 100, np.tile(np.arange(stage.clip.audio_frames), (2, 1))
         )
         # targets are the velocities at the same states; the clean state has no loss
-        noisy = np.asarray(problem.weight) > 0
+        noisy = np.asarray(task.weight) > 0
         np.testing.assert_array_equal(noisy, states < STATES - 1)
         where = np.repeat(
             sigmas_per_frame(jnp.asarray(noisy), stage.layout, stage.clip).audio[..., None], 6, 2
         )
         np.testing.assert_array_equal(
-            np.asarray(problem.target.audio)[where], -np.asarray(problem.noisy.audio)[where]
+            np.asarray(task.target.audio)[where], -np.asarray(task.noisy.audio)[where]
         )
         seen |= set(states.ravel().tolist())
     assert seen == set(range(STATES))
@@ -119,9 +119,9 @@ def test_levels_of_flow_matching():
             ("video", stage.clip.video_tokens, stage.model.config.video_channels),
             ("audio", stage.clip.audio_frames, stage.model.config.audio_channels),
         )}  # fmt: skip
-        problem = jax.jit(stage.problem)(batch, keys)
-        sigma.append(np.asarray(problem.sigma))
-        weight.append(np.asarray(problem.weight))
+        task = jax.jit(stage.task)(batch, keys)
+        sigma.append(np.asarray(task.sigma))
+        weight.append(np.asarray(task.weight))
     clean = sigma[0] == 0.0
     assert np.mean(clean) == pytest.approx(1 / 3, abs=0.02)  # of two steps and the clean state
     np.testing.assert_allclose(weight[0], np.where(clean, 0.0, 1.5))
@@ -133,35 +133,35 @@ def test_levels_of_flow_matching():
 def test_masked_loss_by_hand():
     """Weighted mean over frames, and its split over blocks, from the network's own outputs."""
     stage = make(loss=LossWeights(0.5, 2.0))
-    problem = draw(stage, 3)
-    problem = dataclasses.replace(
-        problem, noisy=jax.tree.map(lambda x: x / 100, problem.noisy),
-        target=jax.tree.map(lambda x: x / 100, problem.target),
+    task = draw(stage, 3)
+    task = dataclasses.replace(
+        task, noisy=jax.tree.map(lambda x: x / 100, task.noisy),
+        target=jax.tree.map(lambda x: x / 100, task.target),
     )  # fmt: skip
     params, contexts = (
         random_params(stage.model.config),
         random_contexts(stage.model.config, batch=2),
     )
-    sigma = sigmas_per_frame(problem.sigma, stage.layout, stage.clip)
-    weight = sigmas_per_frame(problem.weight, stage.layout, stage.clip)
+    sigma = sigmas_per_frame(task.sigma, stage.layout, stage.clip)
+    weight = sigmas_per_frame(task.weight, stage.layout, stage.clip)
     model = stage.model.clone(causal=stage.clip.mask(stage.layout))
 
     def written(params):
-        v = clip_velocity(model, params, problem.noisy, sigma, contexts, stage.clip)
+        v = clip_velocity(model, params, task.noisy, sigma, contexts, stage.clip)
 
         def mean(v, target, weight):
             weight = jnp.repeat(weight, v.shape[1] // weight.shape[1], axis=1)[..., None]
             return jnp.mean(weight * jnp.square(v - target))
 
-        parts = jax.tree.map(mean, v, problem.target, weight)
+        parts = jax.tree.map(mean, v, task.target, weight)
         return 0.5 * parts.video + 2.0 * parts.audio, parts
 
     expected_grads, expected = jit(jax.grad(written, has_aux=True))(params)
-    grads, per_block = jit(lambda p: stage._masked_gradient(p, contexts, problem))(params)
+    grads, per_block = jit(lambda p: stage._masked_gradient(p, contexts, task))(params)
     total = jax.tree.map(lambda x: jnp.mean(jnp.sum(x, axis=1)), per_block)
     np.testing.assert_allclose(total.video, expected.video, rtol=1e-5)
     np.testing.assert_allclose(total.audio, expected.audio, rtol=1e-5)
-    assert np.all((np.asarray(per_block.video) > 0) == (np.asarray(problem.weight) > 0))
+    assert np.all((np.asarray(per_block.video) > 0) == (np.asarray(task.weight) > 0))
     for a, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-4 * float(jnp.abs(e).max() + 1e-9))
 
@@ -176,27 +176,27 @@ def test_clean_history_equals_one_masked_pass_per_block():
     def normal(x):
         return jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
 
-    clean = jax.tree.map(normal, stage.clip.zeros(stage.model, BATCH))
     keys = jax.random.split(jax.random.key(2), BATCH)
-    problem = stage._flow_problem(clean, keys)
-    noise = jax.tree.map(jnp.add, problem.target, clean)
-    sigma = sigmas_per_frame(problem.sigma, stage.layout, stage.clip)
+    clean = jax.tree.map(normal, draw_noise(keys, stage.clip, stage.model))
+    task = stage._flow_task(clean, keys)
+    noise = jax.tree.map(jnp.add, task.target, clean)
+    sigma = sigmas_per_frame(task.sigma, stage.layout, stage.clip)
     jax.tree.map(
         lambda x, c, n, s: np.testing.assert_allclose(x, flow.add_noise(c, n, s), atol=1e-5),
-        problem.noisy, clean, noise, sigma,
+        task.noisy, clean, noise, sigma,
     )  # fmt: skip
-    grads, per_block = jit(lambda p: stage._forced_gradient(p, contexts, problem))(params)
-    masked = jit(lambda p, problem: stage._masked_gradient(p, contexts, problem)[1])
+    grads, per_block = jit(lambda p: stage._forced_gradient(p, contexts, task))(params)
+    masked = jit(lambda p, task: stage._masked_gradient(p, contexts, task)[1])
     for block in range(BLOCKS):
         only = jnp.arange(BLOCKS) == block
-        level = jnp.where(only, problem.sigma, 0.0)
+        level = jnp.where(only, task.sigma, 0.0)
         shown = jax.tree.map(
             lambda s, n, c: jnp.where(
                 jnp.repeat(s, n.shape[1] // s.shape[1], axis=1)[..., None] > 0, n, c
             ),
-            sigmas_per_frame(level, stage.layout, stage.clip), problem.noisy, clean,
+            sigmas_per_frame(level, stage.layout, stage.clip), task.noisy, clean,
         )  # fmt: skip
-        expected = masked(params, dataclasses.replace(problem, noisy=shown, sigma=level))
+        expected = masked(params, dataclasses.replace(task, noisy=shown, sigma=level))
         np.testing.assert_allclose(per_block.video[:, block], expected.video[:, block], rtol=2e-4)
         np.testing.assert_allclose(per_block.audio[:, block], expected.audio[:, block], rtol=2e-4)
     assert float(jnp.abs(grads["audio_sinks"]).max()) > 0
@@ -255,4 +255,3 @@ def test_bad_settings_are_refused():
         RegressionConfig(objective="v")
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         RegressionConfig(clean_history=2.0)
-    assert isinstance(make().clip.zeros(make().model, 1), AVLatents)

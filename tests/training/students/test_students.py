@@ -99,8 +99,11 @@ class Uncached:
         """Token ranges of a block in both streams."""
         patches, layout = self.clip.patches, self.layout
         return (
-            slice(layout.video_start(block) * patches, layout.video_start(block + 1) * patches),
-            slice(layout.audio_start(block), layout.audio_start(block + 1)),
+            slice(
+                layout.num_video_frames(block) * patches,
+                layout.num_video_frames(block + 1) * patches,
+            ),
+            slice(layout.num_audio_frames(block), layout.num_audio_frames(block + 1)),
         )
 
     def masked_x0(self, x, block, sigma):
@@ -112,7 +115,8 @@ class Uncached:
 
     def generate(self, noise_of, exit_step):
         """The clip, and the noisy input of every block's last pass."""
-        x = self.clip.zeros(self.model, BATCH)
+        keys = jax.random.split(jax.random.key(0), BATCH)
+        x = jax.tree.map(jnp.zeros_like, draw_noise(keys, self.clip, self.model))
         masked_x0 = jit(self.masked_x0, static_argnums=1)
         inputs = []
         for block in range(self.num_blocks):
@@ -165,8 +169,8 @@ class Uncached:
     def block_objective(self, params, block, x_in, kv, sigma, cotangent):
         """<x0 of the block, cotangent>, its history detached and the text not."""
         layout, sinks = self.layout, self.model.config.num_audio_sinks
-        video_frames = range(layout.video_start(block), layout.video_start(block + 1))
-        audio_frames = range(layout.audio_start(block), layout.audio_start(block + 1))
+        video_frames = range(layout.num_video_frames(block), layout.num_video_frames(block + 1))
+        audio_frames = range(layout.num_audio_frames(block), layout.num_audio_frames(block + 1))
         streams = self.streams(
             x_in, jnp.full((BATCH, 1), sigma), video_frames, audio_frames, sinks=block == 0
         )
@@ -174,8 +178,8 @@ class Uncached:
         if block:
             video, audio = self.bounds(block)
             v, a = video.start, sinks + audio.start
-            before_video = jnp.arange(layout.video_start(block))
-            before_audio = jnp.arange(layout.audio_start(block))
+            before_video = jnp.arange(layout.num_video_frames(block))
+            before_audio = jnp.arange(layout.num_audio_frames(block))
             tables = Pathways(
                 self.rope.video_rope(before_video),
                 self.rope.audio_rope(before_audio, sinks > 0),
