@@ -24,8 +24,6 @@ from tests.tiny_model import (
     random_params,
 )
 
-pytestmark = pytest.mark.default_xla
-
 HEIGHT, WIDTH, BATCH = 1, 2, 2
 NUM_BLOCKS = 7  # a window of two blocks has let go of four by then
 KEY = jax.random.key(3)
@@ -129,6 +127,7 @@ def block_by_hand(s: Setup, block, history=None):
 
 
 @pytest.mark.parametrize("name", ["sinks", "ltx23"])
+@pytest.mark.default_xla
 def test_block_step_by_hand(name, request):
     """Noise, sigmas, refresh, and text K/V (per noise level in LTX-2.3) instead of contexts."""
     s = request.getfixturevalue(name)
@@ -155,6 +154,7 @@ def test_block_step_by_hand(name, request):
     assert_close(written, kv.video)
 
 
+@pytest.mark.default_xla
 def test_text_kv_depends_on_the_level_only_where_it_is_modulated(sinks, ltx23):
     c = sinks.model.config
     assert sinks.text.video.k.shape == (c.num_layers, BATCH, 3, c.video_heads, c.video_head_dim)
@@ -176,6 +176,7 @@ def assert_close(actual, expected, atol=2e-5):
 # -- noise ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.default_xla
 def test_any_block_can_be_redrawn(sinks, ltx23):
     """Noise follows from key and block index, whether the index is static or traced."""
     traced = jit(
@@ -202,6 +203,7 @@ def test_any_block_can_be_redrawn(sinks, ltx23):
 
 
 @pytest.mark.parametrize("name", ["sinks", "ltx23"])
+@pytest.mark.default_xla
 def test_scan_is_the_host_loop(name, request):
     s = request.getfixturevalue(name)
     clip = s.scan()
@@ -214,6 +216,7 @@ def test_scan_is_the_host_loop(name, request):
     assert_close(clip, joined, atol=1e-5)
 
 
+@pytest.mark.default_xla
 def test_a_clip_of_one_block(sinks):
     clip = jax.eval_shape(
         functools.partial(
@@ -225,6 +228,7 @@ def test_a_clip_of_one_block(sinks):
     assert clip.audio.shape == (BATCH, 1, 6)
 
 
+@pytest.mark.default_xla
 def test_seeds(sinks):
     first, again, other = sinks.scan(), sinks.scan(), sinks.scan(jax.random.key(4))
     np.testing.assert_array_equal(first.video, again.video)
@@ -233,12 +237,14 @@ def test_seeds(sinks):
     assert np.abs(first.audio - other.audio).max() > 0.1
 
 
+@pytest.mark.default_xla
 def test_a_stream_compiles_two_programs(sinks):
     """One for block 0 and one for all others, whatever the cache holds."""
     programs = [block_step._cache_size() for _ in sinks.host_loop(NUM_BLOCKS)]
     assert programs[1:] == programs[1:2] * (NUM_BLOCKS - 1)
 
 
+@pytest.mark.default_xla
 def test_bfloat16(sinks):
     """bf16 compute and cache: finite, float32 latents, and close to the fp32 clip."""
     model = Transformer(sinks.model.config, dtype=jnp.bfloat16)
@@ -312,6 +318,7 @@ def test_bad_configs(ltx23, changes, message):
         dataclasses.replace(ltx23.config, **changes)
 
 
+@pytest.mark.default_xla
 def test_absolute_positions_need_a_length(ltx23):
     cache = dataclasses.replace(ltx23.config.cache, positions="absolute")
     config = dataclasses.replace(ltx23.config, cache=cache)
