@@ -49,6 +49,7 @@ def random_latents(config, length, batch=1, seed=0):
     return rng.standard_normal((batch, length, config.latent_width)).astype(np.float32)
 
 
+@pytest.mark.default_xla
 def test_encode_matches_reference(model):
     config, params, expected = model
     latents = encode_audio(params, config, to_log_mel(expected["h_enc_mel"]))
@@ -57,6 +58,7 @@ def test_encode_matches_reference(model):
     np.testing.assert_allclose(latents, wanted, atol=ATOL, rtol=0)
 
 
+@pytest.mark.default_xla
 def test_decode_matches_reference(model):
     config, params, expected = model
     log_mel = decode_audio(params, config, to_tokens(expected["h_dec_latent"]))

@@ -110,6 +110,7 @@ def random_params(config, seed=0):
 @pytest.mark.parametrize(
     ("mel", "waveform"), [("j_mel", "j_waveform"), ("h_dec_mel", "j_waveform_from_h_dec_mel")]
 )
+@pytest.mark.default_xla
 def test_hifigan_matches_reference(hifigan, mel, waveform):
     config, params, expected = hifigan
     assert config.sample_rate == int(expected["j_sample_rate"]) == 24000

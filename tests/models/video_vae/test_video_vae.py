@@ -87,6 +87,7 @@ def published_metadata(version: str) -> dict:
     return vae
 
 
+@pytest.mark.default_xla
 def test_encoder_equals_reference(golden):
     config, params, expected = golden
     video = channels_last(expected["g_enc_video"])
@@ -114,6 +115,7 @@ def test_encoder_intermediates_equal_reference(golden):
     assert compared >= 9
 
 
+@pytest.mark.default_xla
 def test_decoder_equals_reference(golden):
     config, params, expected = golden
     video = decode(config, params, channels_last(expected["g_dec_latent"]), causal=False)
@@ -140,6 +142,7 @@ def test_decoder_intermediates_equal_reference(golden):
     assert compared >= 8
 
 
+@pytest.mark.default_xla
 def test_causal_decode_equals_reference(golden):
     config, params, expected = golden
     video = decode(config, params, channels_last(expected["g_deccausal_latent"]), causal=True)
@@ -167,6 +170,7 @@ def test_encoder_is_causal(golden):
 
 
 @pytest.mark.parametrize("golden", ["ltx23_tiny"], indirect=True)
+@pytest.mark.default_xla
 def test_bfloat16_stays_close(golden):
     config, params, expected = golden
     latents = channels_last(expected["g_dec_latent"])
