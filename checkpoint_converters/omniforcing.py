@@ -92,7 +92,6 @@ def infer_metadata(tensors: dict[str, TensorInfo], num_heads: int = 32) -> tuple
         raise ConversionError(problems)
     student = {
         "layout": "prefix" if sinks else "merged",
-        "num_audio_sinks": sinks,
         # the sigmas are the entries of the 40-step schedule nearest to these timesteps
         "timesteps": [1000, 757, 522] if sinks else [1000, 909, 725, 421],
     }

@@ -94,7 +94,6 @@ def student_content(
         },
         "student": {
             "layout": config["clip"]["layout"] if causal else None,
-            "num_audio_sinks": student["num_audio_sinks"],
             "timesteps": list(config["student"]["timesteps"]),
         }
         | {name: config["student"][name] for name in _CACHE_SETTINGS if causal},

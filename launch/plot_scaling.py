@@ -11,6 +11,11 @@ import argparse
 import pathlib
 import sys
 
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise SystemExit(f"{error}; pictures need it: pip install -e '.[train]'") from None
+
 from launch.dry_run import mesh_text
 from launch.plan import fitting, propose
 from omniforcing_jax.scaling.devices import DEVICES, Target
@@ -34,8 +39,6 @@ def points(kind: str, stage: str, sizes=SIZES) -> list[tuple[int, MeshProposal |
 
 def draw(curves: dict[str, list], stage: str, file: pathlib.Path) -> None:
     """Time per step with its parts, and MFU, over the number of devices."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     for kind, curve in curves.items():

@@ -20,7 +20,14 @@ _MODULES = {
     "streaming.media": ("ClipWriter", "read_clip"),
     "text.prompts": ("PromptEncoder",),
     # the samplers
-    "sampling.student": ("RolloutConfig", "block_step", "rollout"),
+    "sampling.student": (
+        "RolloutConfig",
+        "block_noise",
+        "block_step",
+        "new_cache",
+        "prompt_kv",
+        "rollout",
+    ),
     "sampling.kv_cache": ("CacheConfig",),
     "sampling.teacher": ("SampleConfig", "sample"),
     "sampling.guidance": ("AVGuidance", "Guidance", "default_guidance"),

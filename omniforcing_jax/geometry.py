@@ -168,13 +168,15 @@ def draw_noise(keys: jax.Array, clip: ClipGeometry, model: Transformer) -> AVLat
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _draw(keys: jax.Array, video_shape, audio_shape) -> AVLatents:
-    def draw(key: jax.Array) -> AVLatents:
-        video_key, audio_key = jax.random.split(key)
-        return AVLatents(
-            jax.random.normal(video_key, video_shape), jax.random.normal(audio_key, audio_shape)
-        )
+    return jax.vmap(lambda key: normal_latents(key, video_shape, audio_shape))(keys)
 
-    return jax.vmap(draw)(keys)
+
+def normal_latents(key: jax.Array, video_shape, audio_shape) -> AVLatents:
+    """Normal numbers of these shapes, float32: the one draw that all samplers and losses make."""
+    video_key, audio_key = jax.random.split(key)
+    return AVLatents(
+        jax.random.normal(video_key, video_shape), jax.random.normal(audio_key, audio_shape)
+    )
 
 
 class StreamRopes(NamedTuple):

@@ -18,7 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.blocks import BlockLayout
-from omniforcing_jax.geometry import ClipGeometry, StreamRopes, modalities, stream_ropes
+from omniforcing_jax.geometry import (
+    ClipGeometry,
+    StreamRopes,
+    modalities,
+    normal_latents,
+    stream_ropes,
+)
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
@@ -99,7 +105,9 @@ def prompt_kv(
     """Text keys and values for the noise levels `RolloutConfig.sigma_levels`, once per prompt.
 
     Args:
+      model, params: the transformer and its parameter tree.
       video_context, audio_context: [B, S, text_dim].
+      levels: noise levels in [0, 1].
 
     Returns:
       [L, B, S, N, H] arrays; where the text attention is modulated (LTX-2.3) they depend on the
@@ -139,6 +147,14 @@ def block_noise(
 ) -> AVLatents:
     """All noise of a block, from the rollout's key and the block's index alone.
 
+    Args:
+      key: of the rollout.
+      block: index of the block, from 0.
+      config: layout, sizes and steps.
+      model: the transformer, for the latents' channels.
+      batch: B, samples.
+      first: whether this is block 0, whose shape differs.
+
     Returns:
       AVLatents [steps, B, T, C] float32: the initial noise and that of each later step (and of the
       refresh, when it is noisy). Any block can be redrawn without its predecessors.
@@ -147,12 +163,9 @@ def block_noise(
     frames = layout.first_video_frames if first else layout.video_frames
     audio_frames = layout.first_audio_frames if first else layout.audio_frames
     draws = config.num_steps + (config.context_noise > 0)
-    video_key, audio_key = jax.random.split(jax.random.fold_in(key, block))
     video_shape = (draws, batch, frames * config.patches, model.config.video_channels)
     audio_shape = (draws, batch, audio_frames, model.config.audio_channels)
-    return AVLatents(
-        jax.random.normal(video_key, video_shape), jax.random.normal(audio_key, audio_shape)
-    )
+    return normal_latents(jax.random.fold_in(key, block), video_shape, audio_shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +327,16 @@ def bind(
 
 
 def new_cache(model: Transformer, config: RolloutConfig, batch: int) -> RollingCache:
-    """An empty cache for this rollout, in the model's dtype."""
+    """An empty cache for a rollout.
+
+    Args:
+      model: the transformer; keys and values have its dtype.
+      config: cache and sizes.
+      batch: B, samples.
+
+    Returns:
+      Keys and values [L, B, S, N, H] for each attention, of zeros, and no blocks.
+    """
     return kv_cache.init_cache(
         config.cache, model.config, batch=batch, patches=config.patches, dtype=model.dtype
     )

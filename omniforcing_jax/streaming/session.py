@@ -199,8 +199,7 @@ class StreamingSession:
         Raises:
           RuntimeError: the stream is as long as `max_blocks` allows, or an earlier step failed.
         """
-        if self._failed:
-            raise RuntimeError(f"an earlier step of this session failed: {HOW_TO_GO_ON}")
+        self._check_whole()
         if self.max_blocks is not None and self.num_blocks >= self.max_blocks:
             raise RuntimeError(
                 f"this session was made for {self.max_blocks} blocks; give a larger max_blocks, "
@@ -214,6 +213,10 @@ class StreamingSession:
             raise
         self._failed = False
         return chunk
+
+    def _check_whole(self) -> None:
+        if self._failed:
+            raise RuntimeError(f"an earlier step of this session failed: {HOW_TO_GO_ON}")
 
     def _next_chunk(self) -> Chunk:
         marks = [time.perf_counter()]
@@ -253,7 +256,12 @@ class StreamingSession:
         return self._chunk(self.num_blocks - 1, frames, waveform, timings)
 
     def finish(self) -> Chunk:
-        """Ends the stream: emits what the decoders held back. `step` must not be called after."""
+        """Ends the stream: emits what the decoders held back. `step` must not be called after.
+
+        Raises:
+          RuntimeError: a step of this session failed, and the decoders' state went with it.
+        """
+        self._check_whole()
         start = time.perf_counter()
         self._video_state, frames = self._video_decoder.flush(self._video_state)
         self._audio_state, waveform = self._audio_decoder.flush(self._audio_state)
@@ -277,8 +285,7 @@ class StreamingSession:
         Raises:
           RuntimeError: a step of this session failed, so there is nothing to copy.
         """
-        if self._failed:
-            raise RuntimeError(f"an earlier step of this session failed: {HOW_TO_GO_ON}")
+        self._check_whole()
         state = {
             "cache": self._cache,
             "key": jax.random.key_data(self._key),

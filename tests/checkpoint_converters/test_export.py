@@ -29,7 +29,7 @@ def assert_equal(actual, expected):
 
 def test_a_student_with_stabilisers_goes_out_and_comes_back(student, tmp_path):
     config, params = student
-    state = {"layout": "prefix", "num_audio_sinks": 4, "timesteps": [1000, 500]}
+    state = {"layout": "prefix", "timesteps": [1000, 500]}
     content = {"family": "omniforcing", "model_version": "2.0.0", "config": config}
     content |= {"student": state, "source": []}
     checkpoints.save_params(tmp_path / "student", "transformer", params, content)

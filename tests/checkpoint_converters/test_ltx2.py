@@ -146,7 +146,10 @@ def test_student(golden_dir, tmp_path, name, layout, sinks):
     content = omniforcing.convert(golden_dir / name, tmp_path / "out", num_heads=4)
     reference = json.loads((golden_dir / name / "tiny_config.json").read_text())
     assert content["family"] == "omniforcing"
-    assert (content["student"]["layout"], content["student"]["num_audio_sinks"]) == (layout, sinks)
+    assert (
+        content["student"]["layout"],
+        content["config"]["transformer"]["num_audio_sink_tokens"],
+    ) == (layout, sinks)
     transformer = content["config"]["transformer"]
     assert transformer["rope_type"] == "interleaved"
     assert transformer["frequencies_precision"] == "float32"

@@ -256,7 +256,7 @@ def test_a_failed_step_says_how_to_go_on(pipeline, monkeypatch):
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as caught:
             live.step()
     assert "restore(snapshot)" in caught.value.__notes__[0]
-    for call in (live.step, live.snapshot):
+    for call in (live.step, live.snapshot, live.finish):
         with pytest.raises(RuntimeError, match=r"earlier step.*restore\(snapshot\)"):
             call()
     live.restore(snapshot)

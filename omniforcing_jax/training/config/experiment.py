@@ -171,9 +171,11 @@ def check(
         raise ConfigError(problems)
 
     if source is not None:
-        problems += fit.source_problems(
-            c, source.version, {} if allow_config_change else source.settings, pipeline
+        settings = {} if allow_config_change else source.settings
+        found = attempt(
+            "generator", lambda: fit.source_problems(c, source.version, settings, pipeline)
         )
+        problems += found or []
     problems += fit.preview_problems(c, content)
     student = attempt("student", lambda: _student(c, pipeline, source))
     connectors = attempt("connectors", lambda: _connectors(content))
