@@ -143,8 +143,8 @@ def test_causal_state_is_two_frames_per_convolution():
     for begin in (0, 1):
         state, _ = decoder.push(state, latents[:, begin : begin + 1])
         assert jax.tree.map(jnp.shape, state.cache) == before
-    raw = latents * params["per_channel_statistics"]["std"]
-    raw = raw + params["per_channel_statistics"]["mean"]
+    statistics = jax.tree.map(np.asarray, params["per_channel_statistics"])
+    raw = np.asarray(latents) * statistics["std"] + statistics["mean"]
     np.testing.assert_allclose(state.cache["conv_in"], raw[:, :2], atol=1e-6)
 
 
