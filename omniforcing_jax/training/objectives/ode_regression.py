@@ -305,4 +305,4 @@ class ODERegression:
     def _per_level(self, per_block: AVLatents) -> AVLatents:
         """Blocks' shares [B, K] as means over the block, [B * K]: comparable between blocks."""
         frames = jax.tree.map(lambda x: x.sum(axis=0) / x.shape[0], self._frame_blocks())
-        return jax.tree.map(lambda x, share: (x / share).reshape(-1), per_block, frames)
+        return jax.tree.map(lambda x, share: (x / share[None]).reshape(-1), per_block, frames)
