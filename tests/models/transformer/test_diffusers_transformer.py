@@ -155,7 +155,7 @@ def per_token():
 def test_positions(ltx20):
     reference = ltx20.torch
     video = reference.rope.prepare_video_coords(1, 11, HEIGHT, WIDTH, "cpu", fps=FPS)[0]
-    video = np.reshape(video, (3, 11, HEIGHT, WIDTH, 2))
+    video = np.asarray(video).reshape(3, 11, HEIGHT, WIDTH, 2)
     rows, columns = rope._pixel_bounds(HEIGHT), rope._pixel_bounds(WIDTH)
     ours = (rope.video_time_bounds(11, FPS)[:, None, None], rows[:, None], columns)
     for bounds, expected in zip(ours, video, strict=True):
