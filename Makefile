@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PYTEST := NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest --quiet -n $(WORKERS)
+PYTEST := NPROC=1 OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest --quiet -n $(WORKERS) --dist worksteal
 DEMO := outputs/demo
 TINY := outputs/tiny
 # XLA takes the memory of a step from malloc and gives it back, 4 kB at a time: with huge pages training
