@@ -80,9 +80,10 @@ def check_folder(
     folder = pathlib.Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a folder, or nothing yet")
-    if not (folder / _MANIFEST).exists():
-        there = folder.iterdir() if folder.exists() else ()
-        others = [path.name for path in there if not path.name.endswith(TEMPORARY)]
+    # One look at the folder: another process may begin the dataset at any moment.
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if _MANIFEST not in there:
+        others = sorted(name for name in there if not name.endswith(TEMPORARY))
         if others:
             raise ValueError(f"{folder} holds other files ({others[0]}); choose a new folder")
         return

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,16 @@ def test_another_dataset_is_not_continued(stored, tmp_path):
         TextDatasetWriter(tmp_path, manifest)
     with pytest.raises(ValueError, match="is a file"):
         TextDatasetWriter(tmp_path / "thesis.tex", manifest)
+
+
+def test_another_process_may_begin_at_any_moment(stored, monkeypatch):
+    """The manifest appears just after this process has found none: it is no foreign file."""
+    folder, manifest = stored
+    exists = pathlib.Path.exists
+    monkeypatch.setattr(
+        pathlib.Path, "exists", lambda path: path.name != shards._MANIFEST and exists(path)
+    )
+    shards.check_folder(TEXT_FEATURES, folder, manifest)
 
 
 def test_damage_is_found(stored, tmp_path):
