@@ -9,7 +9,7 @@ from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.student import RolloutConfig
-from omniforcing_jax.training.config.settings import STAGES, StageConfig
+from omniforcing_jax.training.config.settings import STAGES, StageConfig, to_dict
 
 DECODERS = ("video_vae", "audio_vae", "vocoder")  # of sample clips
 # Settings that a causal student passes on to the one that starts from it.
@@ -53,11 +53,12 @@ def source_problems(
             f"{pipeline.model_version}; student and teacher must be of the same model"
         )
     if run.get("stage") in ("stage2", "stage3"):
-        usual, differing = STAGES[run["stage"]](), []
+        ours, usual = to_dict(c), to_dict(STAGES[run["stage"]]())
+        differing = []
         for group, name in INHERITED:
-            now = getattr(getattr(c, group), name)
+            now = ours[group][name]
             # a run from before the setting existed did what the setting's default does
-            then = run.get(group, {}).get(name, getattr(getattr(usual, group), name))
+            then = run.get(group, {}).get(name, usual[group][name])
             then = tuple(then) if isinstance(then, list) else then
             if then != now:
                 differing.append(f"{group}.{name} ({then} there, {now} here)")
@@ -106,7 +107,12 @@ def _trajectory_problems(c: StageConfig, manifest: Any, rollout: RolloutConfig) 
         "height": rollout.height,
         "width": rollout.width,
     }
-    found = {name: getattr(manifest, name) for name in expected}
+    found = {
+        "video_frames": manifest.video_frames,
+        "audio_frames": manifest.audio_frames,
+        "height": manifest.height,
+        "width": manifest.width,
+    }
     if found != expected:
         problems.append(
             f"data: trajectories are of clips with {found}, the config's clip has {expected}"
