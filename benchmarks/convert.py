@@ -20,6 +20,7 @@ import time
 
 from benchmarks.memory import peak_resident_bytes
 from checkpoint_converters import ltx2, synthetic
+from omniforcing_jax import programs
 
 COPY_BYTES = 16 << 20
 
@@ -56,18 +57,20 @@ def convert_here(source: pathlib.Path, target: pathlib.Path, mesh: str) -> dict[
     return {"seconds": seconds, "peak_bytes": peak_resident_bytes()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert")
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = programs.Parser("benchmarks.convert", __doc__)
     parser.add_argument("--folder", required=True, type=pathlib.Path, help="created, then deleted")
     parser.add_argument("--size", default="full", choices=list(synthetic.SIZES))
     parser.add_argument("--layers", type=int, default=2, help="transformer layers")
     parser.add_argument("--mesh", default="", help="as for checkpoint_converters.ltx2")
     parser.add_argument("--convert-only", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     source, target = args.folder / "source.safetensors", args.folder / "converted"
     if args.convert_only:  # a process of its own, so that its peak memory is the converter's
         print(json.dumps(convert_here(source, target, args.mesh)))
-        return
+        return 0
     args.folder.mkdir(parents=True)
     try:
         # in a process of its own as well: a process counts its parent's peak memory as its own
@@ -80,7 +83,13 @@ def main() -> None:
         num_bytes = source.stat().st_size
         copied = copy_seconds(source, args.folder / "copy")
         (args.folder / "copy").unlink()
-        command = [sys.executable, "-m", "benchmarks.convert", *sys.argv[1:], "--convert-only"]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.convert",
+            *(sys.argv[1:] if argv is None else argv),
+            "--convert-only",
+        ]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         result = json.loads(output.splitlines()[-1])
         print(f"file        {num_bytes / 1e9:8.2f} GB")
@@ -89,7 +98,8 @@ def main() -> None:
         print(f"peak memory {result['peak_bytes'] / 2**30:8.2f} GiB")
     finally:
         shutil.rmtree(args.folder)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

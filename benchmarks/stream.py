@@ -53,6 +53,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.stream_report import measure_stream
 from checkpoint_converters import synthetic
 from launch import options
+from omniforcing_jax import programs
 from omniforcing_jax.models.audio import bigvgan, vocoder
 from omniforcing_jax.models.audio.vae import AudioDecoder
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
@@ -80,7 +81,7 @@ POOL = 1_048_573
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = options.new_parser("benchmarks.stream", __doc__)
+    parser = programs.Parser("benchmarks.stream", __doc__)
     add = parser.add_argument
     add("--size", choices=tuple(synthetic.SIZES), default="tiny")
     add("--version", choices=tuple(synthetic.VERSIONS), default="2.0")
@@ -471,11 +472,13 @@ def _shown(args: argparse.Namespace) -> list[str]:
     return words
 
 
-def main(argv: list[str] | None = None) -> None:
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     args = parse_arguments(argv)
     run(args, functools.partial(stream_report.publish, folder=args.output))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

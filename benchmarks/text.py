@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 import tempfile
 import time
 import zlib
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoint_converters import synthetic, synthetic_gemma
+from omniforcing_jax import programs
 from omniforcing_jax.models import quantization
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
 from omniforcing_jax.models.text.gemma import TextTower
@@ -45,7 +47,7 @@ TRAINED_LENGTH = 1024  # tokens of a prompt, padding included
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.text")
+    parser = programs.Parser("benchmarks.text", __doc__)
     add = parser.add_argument
     add("--size", choices=tuple(synthetic_gemma.SIZES), default="tiny")
     add("--version", choices=tuple(synthetic.VERSIONS), default="2.0")
@@ -230,7 +232,9 @@ def accuracy(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     on_cpu = jax.default_backend() == "cpu"
     encoder = make_encoder(args, args.dtype, args.quantize)
@@ -255,7 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if args.output is not None:
         args.output.write_text(text + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,15 +8,16 @@ The files come from the page cache when they are read: this is the cost of the f
 disk. How fast the text encoder itself is says `benchmarks.text`.
 """
 
-import argparse
 import itertools
 import pathlib
 import shutil
+import sys
 import time
 
 import ml_dtypes
 import numpy as np
 
+from omniforcing_jax import programs
 from omniforcing_jax.data.text_dataset import (
     TextDatasetWriter,
     TextManifest,
@@ -74,14 +75,16 @@ def report(what: str, num_prompts: int, seconds: float, num_bytes: float) -> Non
     print(f"{what:32s} {rate:8.0f} prompts/s  {volume / seconds:8.0f} MB/s")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.text_dataset")
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = programs.Parser("benchmarks.text_dataset", __doc__)
     parser.add_argument("--folder", required=True, type=pathlib.Path, help="created, then deleted")
     parser.add_argument("--version", default="2.0", choices=list(DIMS))
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=100, help="per prompt, 1024 at most")
     parser.add_argument("--batch-size", type=int, default=8)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.folder.mkdir(parents=True)
     try:
         start = time.perf_counter()
@@ -110,7 +113,8 @@ def main() -> None:
         report("grain_batches, both streams", done, seconds, padded * done)
     finally:
         shutil.rmtree(args.folder)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,6 +26,7 @@ from benchmarks.stream import random_transformer
 from checkpoint_converters import synthetic
 from configs import base
 from launch import dry_run
+from omniforcing_jax import programs
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.scaling import planning
@@ -43,7 +44,7 @@ from omniforcing_jax.types import DTYPES
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train")
+    parser = programs.Parser("benchmarks.train", __doc__)
     add = parser.add_argument
     add("--stage", choices=tuple(STAGES), default="stage3")
     add("--size", choices=tuple(synthetic.SIZES), default="tiny")
@@ -184,7 +185,8 @@ def random_state(e: Experiment, abstract):
     return create_state(generator, network("critic", e.teacher, 1) if abstract.critic else None)
 
 
-def main(argv: list[str] | None = None) -> None:
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
     """Prints the row."""
     args = parse_arguments(argv)
     result = run(args)
@@ -205,7 +207,8 @@ def main(argv: list[str] | None = None) -> None:
         f"`{command.strip()}`",
     ]
     print("| " + " | ".join(cells) + " |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

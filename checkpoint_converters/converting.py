@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +16,8 @@ from jax.experimental import multihost_utils
 from checkpoint_converters import orbax_io
 from checkpoint_converters.output import appearing, folder_problems, progress_bar
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_middle
+from omniforcing_jax import programs
+from omniforcing_jax.distributed import multihost
 from omniforcing_jax.io.checkpoints import FORMAT
 from omniforcing_jax.types import DTYPES
 
@@ -212,16 +213,10 @@ def main(
     except ValueError as error:
         parser.error(str(error))
     if args.pop("distributed"):
-        jax.distributed.initialize()
+        multihost.join(multihost.find_job(True))
     else:
         stay_on_host()
-    try:
+    with programs.when_interrupted("nothing was written"):
         content = convert(**args, show_progress=True)
-    except ConversionError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted, nothing was written", file=sys.stderr)
-        return 130
     print(f"{args['output']}: {describe(content)}")
     return 0

@@ -11,7 +11,6 @@ and the transformer computes the same there (`test_export_diffusers.py`). They d
 A causal student needs a reader that knows its sink tokens and its masks.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -28,6 +27,7 @@ from checkpoint_converters.orbax_io import open_leaf
 from checkpoint_converters.output import file_problems, write_file
 from checkpoint_converters.safetensors_io import ConversionError, table_bytes
 from checkpoint_converters.shapes import ANY, expected_shapes
+from omniforcing_jax import programs
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.checkpoints import COMPONENTS
 
@@ -152,18 +152,16 @@ def _official_pieces(
     return {key: found[key] for key in expected if key in found}, problems
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_converters.export",
-        description="Writes a converted checkpoint as one official safetensors file.",
-    )
+    parser = programs.Parser("checkpoint_converters.export", __doc__)
     parser.add_argument("--input", required=True, type=pathlib.Path, help="converted folder")
     parser.add_argument("--output", required=True, type=pathlib.Path, help=".safetensors file")
     parser.add_argument("--components", nargs="+", choices=COMPONENTS)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     stay_on_host()
-    try:
+    with programs.when_interrupted("nothing was written"):
         export(
             args.input,
             args.output,
@@ -171,9 +169,6 @@ def main(argv: list[str] | None = None) -> int:
             overwrite=args.overwrite,
             show_progress=True,
         )
-    except (ConversionError, KeyboardInterrupt) as error:
-        print(str(error) or "interrupted, nothing was written", file=sys.stderr)
-        return 1
     print(f"{args.output}: {args.output.stat().st_size / 1e9:.2f} GB")
     return 0
 

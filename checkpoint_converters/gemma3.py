@@ -7,7 +7,6 @@ and writes OUTPUT/config.json, the Orbax checkpoint OUTPUT/text_tower and the to
 Vision tower, projector and head are left behind: LTX-2 reads hidden states of text only.
 """
 
-import argparse
 import json
 import pathlib
 import re
@@ -20,6 +19,7 @@ from checkpoint_converters.key_map import GEMMA, TEXT_TOWER
 from checkpoint_converters.reading import open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
 from checkpoint_converters.shapes import model_shapes
+from omniforcing_jax import programs
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.text.encoder_files import FAMILY
 
@@ -154,11 +154,9 @@ def select(
     return chosen, checks.grouped(problems)
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_converters.gemma3",
-        description="Converts Gemma 3's text tower (Hugging Face folder) to Orbax.",
-    )
+    parser = programs.Parser("checkpoint_converters.gemma3", __doc__)
     parser.add_argument(
         "--input",
         required=True,

@@ -12,7 +12,6 @@ convolutional video VAE and the audio VAE convert. Its text projections are in t
 encoder, a Gemma 4, which is not implemented here.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 from checkpoint_converters import checks, converting
 from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError
+from omniforcing_jax import programs
 from omniforcing_jax.io.checkpoints import COMPONENTS
 
 
@@ -99,11 +99,9 @@ def check_components(
     return taken, problems
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_converters.ltx2",
-        description="Converts LTX-2 weights (safetensors or diffusers) to Orbax.",
-    )
+    parser = programs.Parser("checkpoint_converters.ltx2", __doc__)
     parser.add_argument(
         "--input",
         required=True,

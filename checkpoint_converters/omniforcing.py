@@ -9,7 +9,6 @@ sizes follow from the shapes, the rest is fixed by how the student was trained, 
 LTX-2 (interleaved RoPE on a float32 frequency grid, cross-modal gates at sigma, not 1000 sigma).
 """
 
-import argparse
 import os
 import pathlib
 import re
@@ -21,6 +20,7 @@ from checkpoint_converters import checks, converting, ltx2
 from checkpoint_converters.key_map import DIT
 from checkpoint_converters.reading import open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
+from omniforcing_jax import programs
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.transformer.config import FIXED_SETTINGS
 
@@ -231,11 +231,9 @@ def _base_problems(base: pathlib.Path, config: dict, base_config: dict) -> list[
     return problems
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_converters.omniforcing",
-        description="Converts OmniForcing's released causal student to Orbax.",
-    )
+    parser = programs.Parser("checkpoint_converters.omniforcing", __doc__)
     parser.add_argument(
         "--input",
         required=True,

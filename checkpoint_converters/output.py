@@ -1,13 +1,9 @@
 """Outputs that appear at once, complete, or not at all: folders, and safetensors files."""
 
 import contextlib
-import errno
 import os
 import pathlib
-import re
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -19,12 +15,15 @@ from checkpoint_converters.safetensors_io import (
     table_bytes,
     write_safetensors,
 )
+from omniforcing_jax import programs
 
 SPARE_BYTES = 64 << 20
 
 
 class DiskFullError(ConversionError):
     """No room for the output: a single line, as nothing is wrong with the inputs."""
+
+    exit_status = programs.FAILED
 
     def __init__(self, line: str):
         super().__init__([line])
@@ -100,7 +99,7 @@ def appearing(
 ) -> Iterator[pathlib.Path]:
     """Yields a new folder, renamed to `output` when the block ends without an exception.
 
-    On an exception, SIGINT or SIGTERM, it is removed; an older `output` stays as it was until the
+    On an exception, Ctrl-C or SIGTERM, it is removed; an older `output` stays as it was until the
     new one is complete and on disk.
 
     Args:
@@ -113,7 +112,7 @@ def appearing(
       DiskFullError: there was no room.
     """
     partial = partial_path(output)
-    with sigterm_as_exit(), explaining_a_full_disk(output, partial, num_bytes):
+    with explaining_a_full_disk(output, partial, num_bytes):
         try:
             if owner:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -150,12 +149,6 @@ def _rename(partial: pathlib.Path, output: pathlib.Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# TensorStore, and with it Orbax, raises ValueError, shutil.copytree an error that lists others, and
-# what is written in Rust a plain Exception
-_NUMBER_IN_TEXT = re.compile(r"(?:os_error_code='|\[Errno |\(os error )(\d+)")
-
-
 @contextlib.contextmanager
 def explaining_a_full_disk(
     output: pathlib.Path, partial: pathlib.Path, num_bytes: int | None = None
@@ -164,10 +157,8 @@ def explaining_a_full_disk(
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number is None and (match := _NUMBER_IN_TEXT.search(str(error))):
-            number = int(match[1])
-        if number not in _NO_ROOM:
+        number = programs.full_disk_number(error)
+        if number is None:
             raise
         raise DiskFullError(_full_disk(output, partial, number, num_bytes)) from error
 
@@ -207,7 +198,7 @@ def write_file(
       DiskFullError: there was no room.
     """
     partial, num_bytes = partial_path(output), table_bytes(table)
-    with sigterm_as_exit(), explaining_a_full_disk(output, partial, num_bytes):
+    with explaining_a_full_disk(output, partial, num_bytes):
         try:
             with progress_bar(show_progress, "exporting", num_bytes) as advance:
                 write_safetensors(partial, table, metadata, make, advance)
@@ -215,23 +206,6 @@ def write_file(
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-
-
-@contextlib.contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM raises SystemExit, so that the cleaning up runs; SIGINT already raises."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(signum, frame):
-        raise SystemExit(128 + signum)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from omniforcing_jax import programs
+
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -37,6 +39,8 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 class ConversionError(Exception):
     """Everything that is wrong with a conversion, in plain words, one line per problem."""
+
+    exit_status = programs.REFUSED
 
     def __init__(self, problems: list[str]):
         self.problems = list(problems)

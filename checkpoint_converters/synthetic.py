@@ -6,7 +6,6 @@ The weights are noise, but scaled so that activations stay finite and vary; a co
 through every part of the system. Tensors are made and written one at a time.
 """
 
-import argparse
 import json
 import math
 import os
@@ -19,8 +18,8 @@ import numpy as np
 from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
 from checkpoint_converters.output import write_file
 from checkpoint_converters.published import published_config
-from checkpoint_converters.safetensors_io import ConversionError
 from checkpoint_converters.shapes import ANY, expected_shapes
+from omniforcing_jax import programs
 from omniforcing_jax.io.checkpoints import COMPONENTS
 from omniforcing_jax.types import DTYPES
 
@@ -254,20 +253,18 @@ def _stft_basis(shape: tuple[int, ...]) -> np.ndarray:
     return basis[:, None].astype(np.float32)
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_converters.synthetic",
-        description="Writes a random LTX-2 checkpoint in the official single-file layout.",
-    )
+    parser = programs.Parser("checkpoint_converters.synthetic", __doc__)
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--version", default="2.0", choices=list(VERSIONS))
     parser.add_argument("--output", required=True, type=pathlib.Path, help=".safetensors file")
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
     parser.add_argument("--layers", type=int, help="transformer layers (default: the size's)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=programs.SEED, default=0)
     args = parser.parse_args(argv)
     stay_on_host()
-    try:
+    with programs.when_interrupted("nothing was written"):
         write(
             args.output,
             args.size,
@@ -276,9 +273,6 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             num_layers=args.layers,
         )
-    except ConversionError as error:
-        print(error, file=sys.stderr)
-        return 1
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -8,7 +8,6 @@ the tokenizer is a byte-fallback BPE, so any text can be encoded, if not in few 
 it knows those alone, a token each; size "pocket" is too small for any other.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -20,8 +19,9 @@ from checkpoint_converters import synthetic
 from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
 from checkpoint_converters.key_map import TEXT_TOWER
 from checkpoint_converters.output import appearing
-from checkpoint_converters.safetensors_io import ConversionError, table_bytes, write_safetensors
+from checkpoint_converters.safetensors_io import table_bytes, write_safetensors
 from checkpoint_converters.shapes import model_shapes
+from omniforcing_jax import programs
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.types import DTYPES
 
@@ -203,28 +203,21 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_converters.synthetic_gemma",
-        description="Writes a random Gemma 3 folder in the Hugging Face layout.",
-    )
+    parser = programs.Parser("checkpoint_converters.synthetic_gemma", __doc__)
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=programs.SEED, default=0)
     parser.add_argument(
         "--words", type=pathlib.Path, help="file of all words there are, one a line"
     )
     args = parser.parse_args(argv)
     stay_on_host()
-    try:
+    with programs.when_interrupted("nothing was written"):
         words = args.words.read_text().split() if args.words else None
         write(args.output, args.size, seed=args.seed, dtype=args.dtype, words=words)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    except ConversionError as error:
-        print(error, file=sys.stderr)
-        return 1
     num_bytes = sum(file.stat().st_size for file in args.output.iterdir())
     print(f"{args.output}: {num_bytes / 1e6:.1f} MB")
     return 0

@@ -26,6 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 from launch import dry_run
+from omniforcing_jax import programs
 from omniforcing_jax.scaling import aot, devices
 from omniforcing_jax.scaling.planning import ACHIEVABLE
 from omniforcing_jax.training.config.settings import STAGES
@@ -59,9 +60,7 @@ RESULTS, PAGE = pathlib.Path("docs/scaling.json"), pathlib.Path("docs/scaling.md
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.aot", description=__doc__.split("\n")[0]
-    )
+    parser = programs.Parser("launch.aot", __doc__)
     add = parser.add_argument
     add("--target", default="cpu", help=f"machine: {devices.EXAMPLES}")
     add("--program", choices=(*STAGES, "stream"), default="stage3")
@@ -245,6 +244,7 @@ def add_result(file: pathlib.Path, result: dict[str, Any]) -> None:
     partial.replace(file)
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 fits, 1 does not fit, 2 the arguments are wrong."""
     args = parse_arguments(argv)
@@ -253,11 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.all:
         return run_all(args)
-    try:
-        result = measure(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = measure(args)
     if result["step"]:
         print(describe_step(result["step"]), file=sys.stderr)
     if args.output:

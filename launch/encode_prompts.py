@@ -20,7 +20,9 @@ import numpy as np
 
 from launch import options, shard_job
 from launch.shard_job import ShardProgress
+from omniforcing_jax import programs
 from omniforcing_jax.data.text_dataset import PromptFeatures, TextDatasetWriter, TextManifest
+from omniforcing_jax.distributed import multihost
 from omniforcing_jax.text.encoder_files import EncoderFiles, check_encoder
 from omniforcing_jax.text.prompt_files import PromptList, read_prompts
 from omniforcing_jax.text.text_encoder import TextEncoder
@@ -33,7 +35,7 @@ MAX_LISTED = 5  # truncated prompts that are described
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = options.new_parser("launch.encode_prompts", __doc__)
+    parser = programs.Parser("launch.encode_prompts", __doc__)
     add = parser.add_argument
     add("--gemma", required=True, help="folder written by checkpoint_converters.gemma3")
     add("--checkpoint", required=True, help="converted LTX-2 checkpoint, for its text projection")
@@ -214,10 +216,11 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     write(writer, encoder, prompts.prompts, args.batch_size, progress)
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     return shard_job.main(run, parse_arguments(argv), "encoding", "prompts")
 
 
 if __name__ == "__main__":
-    shard_job.end(main())
+    multihost.end(main())

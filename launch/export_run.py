@@ -10,7 +10,6 @@ run was trained with. The student's layout, timesteps and cache go into the new 
 launch.stream finds them.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -23,7 +22,7 @@ import jax
 from checkpoint_converters.export import export
 from checkpoint_converters.output import appearing, file_problems, folder_problems
 from checkpoint_converters.safetensors_io import ConversionError
-from omniforcing_jax import Transformer, TransformerConfig
+from omniforcing_jax import Transformer, TransformerConfig, programs
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.transformer.model import init_params
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
@@ -161,12 +160,9 @@ def export_run(
     return step
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.export_run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = programs.Parser("launch.export_run", __doc__)
     add = parser.add_argument
     add("--run", type=pathlib.Path, required=True, help="folder of a training run")
     add("--output", type=pathlib.Path, required=True, help="folder to create")
@@ -178,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
     file = args.safetensors and args.safetensors.absolute()
-    try:
+    with programs.when_interrupted("nothing was written"):
         if file and (problems := file_problems(file, args.overwrite, 0)):
             raise ConversionError(problems)
         step = export_run(
@@ -190,24 +186,18 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             overwrite=args.overwrite,
         )
-    except (ConversionError, ValueError, FileNotFoundError, KeyboardInterrupt) as error:
-        print(str(error) or "interrupted, nothing was written", file=sys.stderr)
-        return 1
     print(f"{args.output}: {args.weights} of {args.run}, step {step}")
     if not file:
         return 0
-    try:
-        export(args.output, file, overwrite=args.overwrite, show_progress=True)
-    except (ConversionError, KeyboardInterrupt) as error:
-        reasons = error.problems if isinstance(error, ConversionError) else ["interrupted"]
-        print(
-            f"{file} was not written; {args.output} was, and is complete: "
-            "checkpoint_converters.export makes the file from it",
-            *reasons,
-            sep="\n",
-            file=sys.stderr,
-        )
-        return 1
+    left = (
+        f"{file} was not written; {args.output} was, and is complete: "
+        "checkpoint_converters.export makes the file from it"
+    )
+    with programs.when_interrupted(left):
+        try:
+            export(args.output, file, overwrite=args.overwrite, show_progress=True)
+        except ConversionError as error:
+            raise ConversionError([left, *error.problems]) from error
     print(f"{args.safetensors}: {file.stat().st_size / 1e9:.2f} GB")
     return 0
 

@@ -36,11 +36,13 @@ from omniforcing_jax import (
     SampleConfig,
     Transformer,
     default_guidance,
+    programs,
 )
 from omniforcing_jax.blocks import LAYOUT_NAMES
 from omniforcing_jax.data import shards
 from omniforcing_jax.data.ode_pairs import ODE_PAIRS, ODEPairsManifest, ODEPairsWriter, Pair
 from omniforcing_jax.data.text_dataset import TextDataset, open_text_dataset, own_tokens
+from omniforcing_jax.distributed import multihost
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.trajectories import check_autoregressive, schedule_indices
@@ -55,7 +57,7 @@ NOT_KNOWN_YET = ("generator",)  # field of the manifest that needs the weights
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = options.new_parser("launch.ode_pairs", __doc__)
+    parser = programs.Parser("launch.ode_pairs", __doc__)
     add = parser.add_argument
     add("--text", required=True, help="folder written by launch.encode_prompts")
     add("--checkpoint", required=True, help="converted LTX-2: teacher, connectors and decoders")
@@ -386,10 +388,11 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
             progress.shard_done()
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     return shard_job.main(run, parse_arguments(argv), "sampling", "clips")
 
 
 if __name__ == "__main__":
-    shard_job.end(main())
+    multihost.end(main())

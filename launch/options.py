@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from absl import app, flags, logging
 from rich.console import Console
 
 from omniforcing_jax import AVGuidance, PromptEncoder
@@ -24,9 +26,24 @@ _SOURCES = ("--text-encoder", "--features", "--random-features")
 _ENCODER_OPTIONS = ("--prompt-cache", "--quantize-encoder", "--text-length", "--keep-encoder")
 
 
-def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
-    """A parser for `python -m PROGRAM`, described by the first line of its module's docstring."""
-    return argparse.ArgumentParser(prog=f"python -m {program}", description=doc.split("\n")[0])
+def parse_flags(argv: list[str] | None = None) -> None:
+    """Reads the flags of a program that has a config file; --config is required.
+
+    Args:
+      argv: words of the command line, None takes the process's.
+
+    Raises:
+      absl.flags.Error, ValueError: a flag, the config file or one of its settings is wrong.
+    """
+    logging.use_absl_handler()
+    app.define_help_flags()
+    flags.mark_flag_as_required("config")
+    try:
+        rest = flags.FLAGS([sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+    except (KeyError, TypeError, AttributeError, OSError, SyntaxError, ImportError) as error:
+        raise ValueError(f"--config: {error}") from error
+    if len(rest) > 1:
+        raise ValueError(f"what is {rest[1]!r} for? flags are written --name=value")
 
 
 def add_text_source(parser: argparse.ArgumentParser) -> None:
@@ -204,11 +221,6 @@ def describe_times(times: TextTimes) -> str:
         f"{times.total:6.2f} s  (look-up {times.lookup:.2f}, load {times.load:.2f}, encode "
         f"{times.encode:.2f})  {times.encoded} encoded, {times.found} from the cache"
     )
-
-
-def with_notes(error: BaseException) -> str:
-    """An error's message and its notes, such as where an unfinished clip lies."""
-    return "\n".join(filter(None, [str(error), *getattr(error, "__notes__", ())]))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch import dry_run
+from omniforcing_jax import programs
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.scaling.devices import EXAMPLES, GIB, Target
 from omniforcing_jax.scaling.planning import MeshProposal
@@ -33,7 +34,7 @@ MACHINES = {
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(prog="python -m launch.plan")
+    parser = programs.Parser("launch.plan", __doc__)
     add = parser.add_argument
     add("--target", help=f"machine: {EXAMPLES}")
     add("--stage", choices=STAGES, default="stage3")
@@ -176,32 +177,29 @@ def compare(file: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 if nothing fits, 2 for wrong arguments."""
     args = parse_arguments(argv)
     if args.compare:
         print(compare(args.compare))
         return 0
-    try:
-        changes = settings(args)
-        steps = args.steps or dry_run.stage_config(args.stage, args.variant).num_steps
-        if args.smallest:
-            print(smallest(args, changes, steps))
-            return 0
-        if not args.target:
-            raise ValueError("name a machine with --target, or ask for --smallest")
-        target = Target.parse(args.target)
-        if target.device is None:
-            raise ValueError(f"plans are for TPUs and GPUs, not for {target.name}")
-        found = propose(args.stage, target, args.variant, changes)
-        if not found:
-            raise ValueError(
-                "no mesh is possible: the batch must be a multiple of fsdp x microbatches, and "
-                "tensor x sequence must divide the heads"
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    changes = settings(args)
+    steps = args.steps or dry_run.stage_config(args.stage, args.variant).num_steps
+    if args.smallest:
+        print(smallest(args, changes, steps))
+        return 0
+    if not args.target:
+        raise ValueError("name a machine with --target, or ask for --smallest")
+    target = Target.parse(args.target)
+    if target.device is None:
+        raise ValueError(f"plans are for TPUs and GPUs, not for {target.name}")
+    found = propose(args.stage, target, args.variant, changes)
+    if not found:
+        raise ValueError(
+            "no mesh is possible: the batch must be a multiple of fsdp x microbatches, and "
+            "tensor x sequence must divide the heads"
+        )
     print(table(found, target, steps, args.show))
     return 0 if fitting(found, target) else 1
 

@@ -7,9 +7,9 @@ The four masks appear as one joint matrix: queries downwards, keys to the right.
 drawn with a few patches each, since 384 would hide the audio.
 """
 
-import argparse
 import dataclasses
 import pathlib
+import sys
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from omniforcing_jax import BlockLayout
+from omniforcing_jax import BlockLayout, programs
 from omniforcing_jax.blocks import LAYOUT_NAMES
 
 WHITE, BLUE, ORANGE, RED = "#ffffff", "#7fa8d9", "#f5a742", "#d64545"
@@ -180,10 +180,10 @@ def add_title_and_legend(figure, layout: BlockLayout, num_sinks: int, num_blocks
     figure.tight_layout(rect=(0.01, 0.04, 0.99, 0.955), h_pad=2.5, w_pad=2.5)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = programs.Parser("launch.plot_masks", __doc__)
     parser.add_argument("--layout", choices=LAYOUT_NAMES, default="prefix")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of the clip")
     parser.add_argument("--sinks", type=int, default=16, help="sink tokens before the audio")
@@ -192,11 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("outputs/masks.png"))
     args = parser.parse_args(argv)
 
-    try:
-        layout = BlockLayout.from_name(args.layout, frame_rate=args.frame_rate)
-        num_blocks = layout.blocks_for_seconds(args.seconds)
-    except ValueError as error:
-        parser.error(str(error))
+    layout = BlockLayout.from_name(args.layout, frame_rate=args.frame_rate)
+    num_blocks = layout.blocks_for_seconds(args.seconds)
     if args.sinks < 0:
         parser.error(f"--sinks must be 0 or more, got {args.sinks}")
     if args.patches < 1:
@@ -213,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw(layout, args.sinks, num_blocks, args.patches).savefig(args.output, dpi=120)
     print(f"wrote {args.output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,9 +10,9 @@ runs' metrics.jsonl. With several runs, colours tell them apart and
 line styles the curves of a panel.
 """
 
-import argparse
 import pathlib
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
+from omniforcing_jax import programs
 from omniforcing_jax.training.metrics import JSONL, is_band, read_records
 
 COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d")
@@ -182,10 +183,10 @@ def run_labels(paths: list[pathlib.Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = programs.Parser("launch.plot_run", __doc__)
     parser.add_argument("runs", nargs="+", type=pathlib.Path, help=f"folders with {JSONL}")
     parser.add_argument("--output", type=pathlib.Path, help="PNG; by default in the first run")
     parser.add_argument("--smooth", type=int, default=1, help="records to average over")
@@ -194,10 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--smooth must be at least 1, got {args.smooth}")
     if len(set(args.runs)) < len(args.runs):
         parser.error("the same run was given twice")
-    try:
-        curves = [read_run(path) for path in args.runs]
-    except ValueError as error:
-        parser.error(str(error))
+    curves = [read_run(path) for path in args.runs]
     first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
     output = args.output or first / "curves.png"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     figure.savefig(output, dpi=110)
     plt.close(figure)
     print(f"wrote {output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,6 @@ memory. A slice ends where its interconnect does; beyond it `data` runs over the
 network, one slice (v6e: 256 chips) a row.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -18,6 +17,7 @@ except ImportError as error:
 
 from launch.dry_run import mesh_text
 from launch.plan import fitting, propose
+from omniforcing_jax import programs
 from omniforcing_jax.scaling.devices import DEVICES, Target
 from omniforcing_jax.scaling.planning import MeshProposal
 
@@ -66,9 +66,10 @@ def draw(curves: dict[str, list], stage: str, file: pathlib.Path) -> None:
     figure.savefig(file)
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m launch.plot_scaling")
+    parser = programs.Parser("launch.plot_scaling", __doc__)
     parser.add_argument("--stage", default="stage3")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/scaling.png"))
     args = parser.parse_args(argv)

@@ -36,6 +36,7 @@ from omniforcing_jax import (
     decode_clip,
     default_guidance,
     load_pipeline,
+    programs,
     sample,
 )
 from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION
@@ -47,7 +48,7 @@ from omniforcing_jax.streaming import media
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = options.new_parser("launch.sample_teacher", __doc__)
+    parser = programs.Parser("launch.sample_teacher", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder written by checkpoint_converters")
     add("--prompt", metavar="TEXT", help="what to show")
@@ -236,37 +237,24 @@ def run(
     )
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     console = Console(stderr=True, soft_wrap=True)
-    try:
-        media.check_output_path(args.output, args.overwrite)
-        config = PipelineConfig.from_checkpoint(args.checkpoint)
-        request = check_arguments(args, config)
-        writer = media.ClipWriter(  # before the weights are read: it checks its settings, too
-            args.output,
-            width=args.width,
-            height=args.height,
-            frame_rate=args.fps,
-            sample_rate=config.vocoder.sample_rate,
-            overwrite=args.overwrite,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        with writer:
-            run(args, request, writer, console)
-    except (FileNotFoundError, ValueError) as error:  # as reading a checkpoint raises
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"error: {options.with_notes(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print(options.with_notes(error) or "interrupted", file=sys.stderr)
-        return 130  # as a shell reports an end by SIGINT
+    media.check_output_path(args.output, args.overwrite)
+    config = PipelineConfig.from_checkpoint(args.checkpoint)
+    request = check_arguments(args, config)
+    writer = media.ClipWriter(  # before the weights are read: it checks its settings, too
+        args.output,
+        width=args.width,
+        height=args.height,
+        frame_rate=args.fps,
+        sample_rate=config.vocoder.sample_rate,
+        overwrite=args.overwrite,
+    )
+    with writer:
+        run(args, request, writer, console)
     return 0
 
 

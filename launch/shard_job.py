@@ -2,11 +2,8 @@
 
 import argparse
 import contextlib
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
 
 import jax
 from jax.sharding import Mesh
@@ -23,6 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from omniforcing_jax import programs
 from omniforcing_jax.data.shards import ShardWriter
 from omniforcing_jax.distributed import multihost, partitioning
 
@@ -140,40 +138,16 @@ def main(
     doing: str,
     unit: str,
 ) -> int:
-    """Joins the other processes, runs, and says what went wrong; returns the exit status.
+    """Joins the other processes and runs; returns the exit status.
 
     Args:
       run: does the work; SIGTERM, which schedulers send before they kill, interrupts it.
       args: with `output` and `distributed`.
       doing, unit: see `ShardProgress`.
     """
-    try:
-        multihost.join(multihost.find_job(args.distributed or None))
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            run(args, ShardProgress(doing, unit))
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-    except multihost.NotJoined as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(multihost.NOT_JOINED)  # JAX must not be asked for other processes now
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; what is complete is in {args.output}, and the same command continues",
-            file=sys.stderr,
-        )
-        return 130
+    multihost.join(multihost.find_job(args.distributed or None))
+    left = f"what is complete is in {args.output}, and the same command continues"
+    # SIGTERM once more: JAX answers it otherwise as soon as there are several processes
+    with programs.sigterm_interrupts(), programs.when_interrupted(left):
+        run(args, ShardProgress(doing, unit))
     return 0
-
-
-def end(status: int) -> NoReturn:
-    """Exits; after a failure without waiting for the others, who would wait for this process."""
-    if status and jax.process_count() > 1:
-        multihost.leave(status)
-    sys.exit(status)

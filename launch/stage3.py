@@ -7,6 +7,7 @@ prints what it needs, and exits.
 """
 
 from launch import training
+from omniforcing_jax.distributed import multihost
 
 if __name__ == "__main__":
-    training.main("stage3")
+    multihost.end(training.main("stage3"))

@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import io
 import math
-import os
 import signal
 import statistics
 import sys
@@ -44,6 +43,7 @@ from omniforcing_jax import (
     RolloutConfig,
     StreamingSession,
     load_pipeline,
+    programs,
 )
 from omniforcing_jax.ops.attention import attention
 from omniforcing_jax.streaming import media
@@ -63,7 +63,7 @@ PARTS = {
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = options.new_parser("launch.stream", __doc__)
+    parser = programs.Parser("launch.stream", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder written by checkpoint_converters")
     add("--prompt", nargs="+", metavar="TEXT[@SECOND]", help="what to show, and from when on")
@@ -393,34 +393,13 @@ def stream(
     return report
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
-    try:
-        config, request = prepare(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        stream(args, config, request)
-    except (FloatingPointError, OSError) as error:
-        print(f"error: {options.with_notes(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print(options.with_notes(error) or "interrupted", file=sys.stderr)
-        return 130  # as a shell reports an end by SIGINT
-    finally:
-        if args.output == media.STDOUT:
-            _flush_stdout()
+    config, request = prepare(args)
+    stream(args, config, request)
     return 0
-
-
-def _flush_stdout() -> None:
-    """Flushes now what Python would flush at its exit, where errors cannot be handled."""
-    try:
-        sys.stdout.flush()
-    except OSError:  # the reader is gone, or the error was reported: nobody waits for the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ died) the same command goes on from the last checkpoint.
 
 import dataclasses
 import json
-import sys
-import traceback
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 from rich.console import Console
 
+from launch import options
+from omniforcing_jax import programs
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.distributed.multihost import Watchdog
 from omniforcing_jax.io.paths import locate
@@ -26,7 +26,7 @@ from omniforcing_jax.training.batches import DeviceBatches
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
 from omniforcing_jax.training.config.settings import ConfigError
-from omniforcing_jax.training.loop import FIRST_STEPS_PATIENCE, Outcome, TrainingDiverged, train
+from omniforcing_jax.training.loop import FIRST_STEPS_PATIENCE, Outcome, train
 from omniforcing_jax.training.training_checkpoints import latest_step
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -68,45 +68,26 @@ def run(stage: str) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells dozens of lines about every save
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    def refuse(text: str, status: int = 2) -> int:
-        console.print(f"error: {text}", markup=False)
-        return status
-
-    try:
-        job = multihost.find_job(
-            _DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-        )
-    except ValueError as error:
-        return refuse(str(error))
-    try:
-        multihost.join(job, timeout=_JOIN_SECONDS.value, heartbeat=_HEARTBEAT_SECONDS.value)
-    except multihost.NotJoined as error:
-        return refuse(f"{job}: {error}", multihost.NOT_JOINED)
-
+    job = multihost.find_job(
+        _DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    )
+    multihost.join(job, timeout=_JOIN_SECONDS.value, heartbeat=_HEARTBEAT_SECONDS.value)
     devices = _DEVICES.value if _PLAN.value and _DEVICES.value else jax.device_count()
     allow = _ALLOW_CHANGE.value
-    try:
-        e = experiment.check(_CONFIG.value, devices, stage=stage, allow_config_change=allow)
-        if not _PLAN.value and not _WORKDIR.value:
-            raise ConfigError(["--workdir: name a folder for the run"])
-    except ConfigError as error:
-        return refuse(f"the config cannot be run:\n{error}")
+    e = experiment.check(_CONFIG.value, devices, stage=stage, allow_config_change=allow)
+    if not _PLAN.value and not _WORKDIR.value:
+        raise ConfigError(["--workdir: name a folder for the run"])
     plan = planning.plan_step(e)
     if _PLAN.value:
         print(planning.describe(e, plan))
         return 0
-
-    with Watchdog(_WATCHDOG_SECONDS.value, name=_name()) as watchdog:
+    with Watchdog(_WATCHDOG_SECONDS.value, name=_name()) as watchdog, programs.at_work():
         try:
             return _status(_train(e, plan, locate(_WORKDIR.value), console, watchdog))
-        except KeyboardInterrupt:
-            status = refuse("interrupted", 130)
         except Exception as error:
-            status = refuse(*_explained(error))
-        if jax.process_count() > 1:
-            multihost.leave(status)  # or the other processes would wait for this one
-        return status
+            if jax.process_count() == 1:
+                raise
+            raise multihost.explained(error, _name()) from error
 
 
 def _train(
@@ -152,24 +133,12 @@ def _status(outcome: Outcome) -> int:
     return 130 if outcome.reason == "stopped by SIGINT" else 0
 
 
-def _explained(error: Exception) -> tuple[str, int]:
-    """(what is said, exit status); an error that nobody expects is shown with its traceback."""
-    expected = isinstance(error, (TrainingDiverged, ValueError, OSError))
-    if jax.process_count() == 1:
-        if not expected:
-            raise error
-        return str(error), 1
-    status, text = multihost.explain(error)
-    if not expected and status != multihost.LOST:
-        traceback.print_exception(error)
-    return f"{_name()}: {text}", status
-
-
 def _name() -> str:
     return f"process {jax.process_index()} of {jax.process_count()}"
 
 
-def main(stage: str) -> None:
-    """Entry point of the stages' launch scripts."""
-    flags.mark_flag_as_required("config")
-    app.run(lambda argv: sys.exit(run(stage)))
+@programs.entry
+def main(stage: str, argv: list[str] | None = None) -> int:
+    """Entry point of the stages' launch scripts; returns the exit status."""
+    options.parse_flags(argv)
+    return run(stage)

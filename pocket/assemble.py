@@ -22,6 +22,7 @@ import numpy as np
 from checkpoint_converters import reading
 from checkpoint_converters.export import write_components
 from checkpoint_converters.safetensors_io import ConversionError
+from omniforcing_jax import programs
 from omniforcing_jax.io.checkpoints import metadata_section
 from omniforcing_jax.types import DTYPES
 
@@ -62,11 +63,10 @@ def assemble(args: argparse.Namespace) -> None:
     write_components(args.output, trees, config, version, dtype=DTYPES[args.dtype])
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pocket.assemble", description=__doc__.split("\n")[0]
-    )
+    parser = programs.Parser("pocket.assemble", __doc__)
     add, all_of_them = parser.add_argument, tuple(SOURCES)
     add("--folder", type=pathlib.Path, default=pathlib.Path("outputs/pocket"))
     add("--output", type=pathlib.Path, required=True, help=".safetensors file")
@@ -75,11 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--causal-decoder", action="store_true", help="take the fine-tuned decoder")
     add("--dtype", choices=tuple(DTYPES), default="float32")
     args = parser.parse_args(argv)
-    try:
-        assemble(args)
-    except ConversionError as error:
-        print(error, file=sys.stderr)
-        return 1
+    assemble(args)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
     return 0
 

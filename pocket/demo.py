@@ -17,6 +17,7 @@ import sys
 from rich.console import Console
 
 from launch import stream
+from omniforcing_jax import programs
 from pocket.measure import MeasuredClip, measure_file
 from pocket.world.captions import scene_from_caption, with_sound
 from pocket.world.physics import WorldConfig
@@ -57,11 +58,10 @@ def describe(result: MeasuredClip) -> str:
     )
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pocket.demo", description=__doc__.split("\n")[0]
-    )
+    parser = programs.Parser("pocket.demo", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="converted pocket model")
     add("--text-encoder", required=True, help="its converted Gemma")
@@ -78,12 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"The prompt is none of this world: {error}", markup=False)
         scene = None
-    try:
-        options = stream_arguments(args)
-        config, plan = stream.prepare(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = stream_arguments(args)
+    config, plan = stream.prepare(options)
     report = stream.stream(options, config, plan)
     clip = args.output / "clip.mp4"
     result = measure_file(clip, config.layout_name, clip.with_suffix(".png"), scene=scene)

@@ -17,6 +17,7 @@ import sys
 from rich.console import Console
 from rich.progress import track
 
+from omniforcing_jax import programs
 from omniforcing_jax.streaming.contact_sheet import write_clip
 from pocket.world.captions import VOCABULARY
 from pocket.world.dataset import (
@@ -41,9 +42,7 @@ SETTINGS = {  # of the world
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pocket.make_world", description=__doc__.split("\n")[0]
-    )
+    parser = programs.Parser("pocket.make_world", __doc__)
     add = parser.add_argument
     add("--output", required=True, type=pathlib.Path, help="folder; for captions, a text file")
     add("--format", choices=FORMATS, default="mp4", help="(default mp4)")
@@ -98,14 +97,11 @@ def make(args: argparse.Namespace, console: Console) -> None:
         write_example(args.output, source.clip(index), world)
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args, console = parse_arguments(argv), Console(stderr=True)
-    try:
-        make(args, console)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    make(args, console)
     many = "" if args.format == "words" else f"{args.clips} {args.format} of split {args.split}: "
     console.print(f"{many}{args.output}", highlight=False)
     return 0

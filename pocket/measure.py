@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from omniforcing_jax import programs
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.contact_sheet import Marks, contact_sheet
@@ -36,9 +37,7 @@ MAX_COLUMNS = 8  # of single clips in the printed table; the JSON has all
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pocket.measure", description=__doc__.split("\n")[0]
-    )
+    parser = programs.Parser("pocket.measure", __doc__)
     add = parser.add_argument
     add("clips", nargs="+", type=pathlib.Path, help="MP4s")
     add("--prompt", nargs="+", help="what should be there: one for all clips, or one for each")
@@ -204,35 +203,30 @@ def choose_columns(
     return columns | {"all": everything | results[0].truth}
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     console = Console(stderr=True)
-    try:
-        if args.seconds is not None and not args.seconds > 0:
-            raise ValueError(f"--seconds must be positive, not {args.seconds}")
-        targets = list(zip(args.clips, read_targets(args), strict=True))
-        references = sorted(args.reference.glob("*.mp4")) if args.reference else []
-        if args.reference and min(len(references), len(args.clips)) < 2:
-            raise ValueError(
-                f"the Fréchet distance compares sets: {len(args.clips)} clips were given, "
-                f"{args.reference} holds {len(references)}; take 2 or more each"
-            )
-        results = []
-        for path, target in track(targets, "clips", console=console, transient=True):
-            sheet = None if results else args.sheet
-            results.append(measure_file(path, args.layout, sheet, seconds=args.seconds, **target))
-        clips = {
-            str(path): result.to_json() for path, result in zip(args.clips, results, strict=True)
-        }
-        content: dict[str, Any] = {"clips": clips}
-        content["all"] = pool([result.total for result in results]).scalars()
-        if references:
-            real = [measure_file(path).features for path in references]
-            content["frechet_distance"] = frechet_distance(real, [r.features for r in results])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.seconds is not None and not args.seconds > 0:
+        raise ValueError(f"--seconds must be positive, not {args.seconds}")
+    targets = list(zip(args.clips, read_targets(args), strict=True))
+    references = sorted(args.reference.glob("*.mp4")) if args.reference else []
+    if args.reference and min(len(references), len(args.clips)) < 2:
+        raise ValueError(
+            f"the Fréchet distance compares sets: {len(args.clips)} clips were given, "
+            f"{args.reference} holds {len(references)}; take 2 or more each"
+        )
+    results = []
+    for path, target in track(targets, "clips", console=console, transient=True):
+        sheet = None if results else args.sheet
+        results.append(measure_file(path, args.layout, sheet, seconds=args.seconds, **target))
+    clips = {str(path): result.to_json() for path, result in zip(args.clips, results, strict=True)}
+    content: dict[str, Any] = {"clips": clips}
+    content["all"] = pool([result.total for result in results]).scalars()
+    if references:
+        real = [measure_file(path).features for path in references]
+        content["frechet_distance"] = frechet_distance(real, [r.features for r in results])
     table = Console(width=max(80, 30 + 14 * (len(results) + len(results[0].windows))))
     table.print(make_table(choose_columns(args.clips, results, content["all"])))
     if "frechet_distance" in content:

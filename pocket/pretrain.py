@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
 from checkpoint_converters import reading, synthetic
 from checkpoint_converters.export import write_components
-from checkpoint_converters.safetensors_io import ConversionError
+from launch import options
+from omniforcing_jax import programs
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.text.connectors import ConnectorConfig
@@ -33,7 +34,7 @@ from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.text.encoder_files import load_gemma_config
 from omniforcing_jax.text.text_encoder import load_text_tower
 from omniforcing_jax.text.tokenizer import load_tokenizer
-from omniforcing_jax.training.loop import LoopConfig, Outcome, TrainingDiverged, train
+from omniforcing_jax.training.loop import LoopConfig, Outcome, train
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import create_network, create_state
@@ -263,13 +264,9 @@ def run(c, *, allow_config_change: bool = False, export: bool = False) -> int:
     if file.is_file():
         console.print(f"{file} is there already; delete it to train further", markup=False)
         return 0
-    try:
-        part = make_part(c)
-        optimizer_config(c)
-    except (ValueError, TypeError, OSError, ConversionError) as error:
-        console.print(f"error: {error}", markup=False)
-        return 2
-    try:
+    part = make_part(c)
+    optimizer_config(c)
+    with programs.at_work():
         if export:
             folder = pathlib.Path(c.folder) / c.part
             write_part(c, part, load_generator(folder, part.init(), which="ema"))
@@ -277,22 +274,19 @@ def run(c, *, allow_config_change: bool = False, export: bool = False) -> int:
             outcome = train_part(c, part, allow_config_change=allow_config_change)
             if outcome.reason != "finished":
                 return 130 if outcome.reason == "stopped by SIGINT" else 143
-    except (TrainingDiverged, ValueError, OSError) as error:
-        console.print(f"error: {error}", markup=False)
-        return 1
     console.print(f"{file}", markup=False)
     return 0
 
 
-def main(argv: list[str]) -> None:
-    """Entry point."""
-    del argv
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options.parse_flags(argv)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells dozens of lines about every save
     changed, export = _RESUME_CHANGED.value, _EXPORT.value
-    sys.exit(run(_CONFIG.value, allow_config_change=changed, export=export))
+    return run(_CONFIG.value, allow_config_change=changed, export=export)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    sys.exit(main())

@@ -10,7 +10,6 @@ sound is the same for all of them; without a vocoder it is the world's own. Prin
 writes it as JSON beside MP4s and contact sheets of the first clips.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from checkpoint_converters import reading
-from checkpoint_converters.safetensors_io import ConversionError
+from omniforcing_jax import programs
 from omniforcing_jax.models.audio import mel, vocoder
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.video_vae import model as video_vae
@@ -146,11 +145,10 @@ def _means(rows: list[dict]) -> dict[str, float]:
     return {name: float(np.mean(found)) for name, found in values.items() if found}
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pocket.reconstruct", description=__doc__.split("\n")[0]
-    )
+    parser = programs.Parser("pocket.reconstruct", __doc__)
     add = parser.add_argument
     add("--folder", type=pathlib.Path, default=pathlib.Path("outputs/pocket"))
     add("--clips", type=int, default=8, help="of the validation split (default 8)")
@@ -158,13 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=pathlib.Path, required=True, help="folder for clips and table")
     args = parser.parse_args(argv)
     console = Console(stderr=True)
-    try:
-        coders = Coders.load(args.folder)
-        coders.config.video_vae.latent_frames(args.frames)
-        seeds = split_seeds("validation", args.clips)
-    except (ValueError, OSError, ConversionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    coders = Coders.load(args.folder)
+    coders.config.video_vae.latent_frames(args.frames)
+    seeds = split_seeds("validation", args.clips)
     args.output.mkdir(parents=True, exist_ok=True)
     clips = [make_clip(seed, args.frames) for seed in seeds]
     table = judge(coders, clips, args.output, console)

@@ -13,7 +13,6 @@ the steps, so a run that has converged shows the same twice. Gradient norms are 
 records, before clipping. Updates are skipped whose gradient is not finite.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from omniforcing_jax import programs
 from omniforcing_jax.streaming.contact_sheet import new_figure
 from omniforcing_jax.training.metrics import JSONL
 
@@ -223,24 +223,19 @@ def report_samples(folders: list[pathlib.Path], plot: pathlib.Path) -> str:
     return text
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pocket.report", description=__doc__.split("\n")[0]
-    )
+    parser = programs.Parser("pocket.report", __doc__)
     parser.add_argument("folders", nargs="+", type=pathlib.Path)
     parser.add_argument("--runs", action="store_true", help="they hold training runs")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="without extension")
     args = parser.parse_args(argv)
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        if args.runs:
-            text = report_runs(args.folders)
-        else:
-            text = report_samples(args.folders, args.output.with_suffix(".png"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.runs:
+        text = report_runs(args.folders)
+    else:
+        text = report_samples(args.folders, args.output.with_suffix(".png"))
     args.output.with_suffix(".md").write_text(text)
     print(text, end="")
     return 0

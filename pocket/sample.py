@@ -32,6 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from omniforcing_jax import programs
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.pipeline import Pipeline, decode_clip, load_pipeline
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
@@ -68,9 +69,7 @@ Sampler = Callable[[Contexts, list[int]], SampledClips]  # contexts [B, S, W] an
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pocket.sample", description=__doc__.split("\n")[0]
-    )
+    parser = programs.Parser("pocket.sample", __doc__)
     add = parser.add_argument
     add("--checkpoint", help="converted pocket model")
     add("--text-encoder", help="its converted Gemma")
@@ -264,25 +263,22 @@ def real_features(count: int, balls: int | None, length: int) -> list[dict[str, 
     return [measure_clip(c.frames, rates[0], c.waveform, rates[1]).features for c in clips]
 
 
+@programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     console = Console(stderr=True)
-    try:
-        seeds = choose_seeds(args.clips, args.balls)
-        captions = [clip_caption(seed, WORLD) for seed in seeds]
-        if args.sampler in MODEL_FREE:
-            sampler, rate, clips = None, WORLD.sample_rate, world_clips(args, seeds)
-            layout = BlockLayout.from_name(args.layout or "prefix", frame_rate=WORLD.frame_rate)
-        else:
-            pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
-            sampler = (with_other_sound if args.other_sound else make_sampler)(args, pipeline)
-            rate = pipeline.config.vocoder.sample_rate
-            layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
-            clips = sample_all(args, sampler, captions, console)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    seeds = choose_seeds(args.clips, args.balls)
+    captions = [clip_caption(seed, WORLD) for seed in seeds]
+    if args.sampler in MODEL_FREE:
+        sampler, rate, clips = None, WORLD.sample_rate, world_clips(args, seeds)
+        layout = BlockLayout.from_name(args.layout or "prefix", frame_rate=WORLD.frame_rate)
+    else:
+        pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
+        sampler = (with_other_sound if args.other_sound else make_sampler)(args, pipeline)
+        rate = pipeline.config.vocoder.sample_rate
+        layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
+        clips = sample_all(args, sampler, captions, console)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "captions.txt").write_text("".join(f"{text}\n" for text in captions))
     results: list[MeasuredClip] = []

@@ -44,8 +44,16 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 _CONNECTION = ("Gloo", "gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the job has most likely ended."""
+
+    exit_status = LOST
+
+
 class NotJoined(RuntimeError):
     """The processes did not come together; says which are missing."""
+
+    exit_status = NOT_JOINED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,8 +378,8 @@ def check_shared(folder: epath.Path, patience: float = 60) -> None:
         )
 
 
-def explain(error: Exception) -> tuple[int, str]:
-    """(exit status, text) for an error that ends one of several processes.
+def explained(error: Exception, name: str) -> Exception:
+    """The error that ends the process `name` of several, as it is to be raised.
 
     What a lost process looks like to the others depends on where they meet it: an error of the
     runtime, with gloo a ValueError from a computation.
@@ -379,11 +387,19 @@ def explain(error: Exception) -> tuple[int, str]:
     text = str(error)[:1000]
     lost = isinstance(error, jax.errors.JaxRuntimeError) or any(w in text for w in _CONNECTION)
     if not lost or "RESOURCE_EXHAUSTED" in text:
-        return 1, text
-    return LOST, (
-        "a collective operation failed, most likely because another process has ended: what that "
-        f"one printed says why. Here it was: {text}"
+        error.add_note(f"in {name}")
+        return error
+    return ProcessLost(
+        f"{name}: a collective operation failed, most likely because another process has ended: "
+        f"what that one printed says why. Here it was: {text}"
     )
+
+
+def end(status: int) -> NoReturn:
+    """Exits; after a failure without waiting for the others, who would wait for this process."""
+    if status not in (0, NOT_JOINED) and jax.process_count() > 1:
+        leave(status)  # not joined, JAX must not be asked for other processes
+    sys.exit(status)
 
 
 def leave(status: int) -> NoReturn:

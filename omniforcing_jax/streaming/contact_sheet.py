@@ -5,14 +5,15 @@ Drawing needs matplotlib, which sampling does not: it is imported where it is us
 python -m omniforcing_jax.streaming.contact_sheet clip.mp4 clip.png
 """
 
-import argparse
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from omniforcing_jax import programs
 from omniforcing_jax.streaming import media
 
 SHEET_COLUMNS = 8
@@ -182,16 +183,19 @@ def _draw_sound(figure, grid, row: int, waveform: np.ndarray, sample_rate: int, 
     return top
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws a clip as one PNG.")
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = programs.Parser("omniforcing_jax.streaming.contact_sheet", __doc__)
     parser.add_argument("clip", help="a video file")
     parser.add_argument("picture", help="the PNG to write")
     parser.add_argument("--every", type=int, help="show every n-th frame (default: 16 frames)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     frames, frame_rate, waveform, sample_rate = media.read_clip(args.clip)
     sound = {"waveform": waveform, "sample_rate": sample_rate} if len(waveform) else {}
     contact_sheet(frames, args.picture, frame_rate=frame_rate, every=args.every, **sound)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,13 +5,14 @@
 The plots are written beside the file.
 """
 
-import argparse
 import json
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
 
+from omniforcing_jax import programs
 from omniforcing_jax.streaming.contact_sheet import new_figure
 
 BLUE, ORANGE, GREEN, GREY, TEXT = "#2b6cb0", "#d9822b", "#3a7d44", "#7b8794", "#1f2933"
@@ -120,16 +121,15 @@ def draw(result: dict[str, Any], folder: pathlib.Path) -> None:
         draw_figure(result).savefig(folder / f"{name}.png", dpi=110)
 
 
-def main(argv: list[str] | None = None) -> None:
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m pocket.known_answer.plot")
+    parser = programs.Parser("pocket.known_answer.plot", __doc__)
     parser.add_argument("file", type=pathlib.Path, help="known_answer.json")
     file = parser.parse_args(argv).file
-    try:
-        draw(json.loads(file.read_text()), file.parent)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    draw(json.loads(file.read_text()), file.parent)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,11 +20,11 @@ Writes `known_answer.json` (settings, table, curves), `known_answer.png` (losses
 `training_curves.png` (what a training log shows of each stage).
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from omniforcing_jax import programs
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
@@ -451,7 +452,7 @@ def run(problem: GaussianProblem) -> dict[str, Any]:
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[GaussianProblem, pathlib.Path]:
     """What the command line asks for, and where it goes."""
-    parser = argparse.ArgumentParser(prog="python -m pocket.known_answer.solve")
+    parser = programs.Parser("pocket.known_answer.solve", __doc__)
     add, default = parser.add_argument, GaussianProblem()
     add("--output", type=pathlib.Path, required=True, help="folder for the JSON file and the plots")
     add("--steps", type=int, nargs=4, default=default.steps, help=", ".join(STAGES))
@@ -472,7 +473,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[GaussianProblem, pat
     return GaussianProblem(**args | lists), output
 
 
-def main(argv: list[str] | None = None) -> None:
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
     """Command line: runs everything, writes the JSON file and the plots, prints the table."""
     problem, output = parse_arguments(argv)
     start = time.perf_counter()
@@ -482,7 +484,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = [(name, *(f"{row[d]:.3f}" for d in DISTANCES)) for name, row in result["table"].items()]
     print(markdown([name.replace("_", " ") for name in DISTANCES], rows))
     plot.draw(result, output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -121,8 +121,9 @@ def main(process_id, num_processes, port, run, result, steps, mishap="none:0:-1"
             )  # fmt: skip
             whole = jax.jit(lambda s: s, out_shardings=NamedSharding(mesh, P()))(outcome.state)
     except Exception as error:
-        status, text = multihost.explain(error)
-        print(f"{status} {text}", flush=True)
+        error = multihost.explained(error, str(job))
+        status = getattr(error, "exit_status", 1)
+        print(f"{status} {error}", flush=True)
         multihost.leave(status)
     if job.process_id == 0:
         np.savez(pathlib.Path(result), *jax.tree.leaves(jax.device_get(whole)))
