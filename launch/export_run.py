@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             export(args.output, file, overwrite=args.overwrite, show_progress=True)
         except ConversionError as error:
-            raise ConversionError([left, *error.problems]) from error
+            raise ValueError("\n".join([left, *error.problems])) from error
     print(f"{args.safetensors}: {file.stat().st_size / 1e9:.2f} GB")
     return 0
 

@@ -186,18 +186,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = programs.Parser("launch.plot_masks", __doc__)
     parser.add_argument("--layout", choices=LAYOUT_NAMES, default="prefix")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of the clip")
-    parser.add_argument("--sinks", type=int, default=16, help="sink tokens before the audio")
+    parser.add_argument(
+        "--sinks",
+        type=programs.integer(0, MAX_TOKENS),
+        default=16,
+        help="sink tokens before the audio",
+    )
     parser.add_argument("--frame_rate", type=float, default=24.0, help="pixel frames per second")
-    parser.add_argument("--patches", type=int, default=8, help="tokens drawn per video latent")
+    parser.add_argument(
+        "--patches",
+        type=programs.integer(1, MAX_TOKENS),
+        default=8,
+        help="tokens drawn per video latent",
+    )
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("outputs/masks.png"))
     args = parser.parse_args(argv)
 
     layout = BlockLayout.from_name(args.layout, frame_rate=args.frame_rate)
     num_blocks = layout.blocks_for_seconds(args.seconds)
-    if args.sinks < 0:
-        parser.error(f"--sinks must be 0 or more, got {args.sinks}")
-    if args.patches < 1:
-        parser.error(f"--patches must be at least 1, got {args.patches}")
     tokens = max(
         layout.num_video_frames(num_blocks) * args.patches,
         layout.num_audio_frames(num_blocks) + args.sinks,

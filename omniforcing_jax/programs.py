@@ -162,8 +162,6 @@ def _is_own(kind: type) -> bool:
 
 def _raised_by_us(error: BaseException) -> bool:
     """Whether one of our modules raised it, rather than a library that it was passed on from."""
-    if any("JAX has removed its internal frames" in x for x in getattr(error, "__notes__", ())):
-        return False
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

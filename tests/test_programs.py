@@ -168,6 +168,22 @@ def test_a_reader_that_leaves():
     assert (process.wait(30), process.stderr.read()) == (141, "")
 
 
+def test_nothing_is_left_to_be_flushed_into_a_closed_pipe(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    @programs.entry
+    def main() -> int:
+        sys.stdout.write("the end of a clip")
+        return 0
+
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main() == 0
+        stdout.flush()  # as Python does when it exits, which would raise
+        assert os.path.samestat(os.fstat(stdout.fileno()), os.stat(os.devnull))
+
+
 def test_standard_output_without_room():
     with open("/dev/full", "w") as full:
         process = start("print", full)

@@ -61,7 +61,7 @@ def test_one_line_and_nothing_left(inputs, tmp_path, capsys, case):
     with small_disk(limit):
         assert converter.main([*arguments, "--output", str(out)]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"{out}: File too large while it was being written; ")
+    assert captured.err.startswith(f"error: {out}: File too large while it was being written; ")
     assert "0.1 GB are needed, " in captured.err or case == "synthetic_gemma"  # size not known
     assert f"GB are free in {tmp_path}; nothing was left behind; make room" in captured.err
     assert captured.err.count("\n") == 1

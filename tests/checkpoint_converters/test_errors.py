@@ -251,7 +251,7 @@ def test_signals_clean_up(source, tmp_path, number):
 
 
 def test_command_line_status(source, tmp_path, capsys):
-    assert ltx2.main(["--input", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 1
+    assert ltx2.main(["--input", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 2
     assert "no such file" in capsys.readouterr().err
     arguments = ["--input", str(source), "--output", str(tmp_path / "out")]
     assert ltx2.main([*arguments, "--components", "connectors"]) == 0

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import encode_prompts, shard_job
+from launch import encode_prompts
+from omniforcing_jax.distributed import multihost
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.text.tokenizer import load_tokenizer
 
@@ -66,4 +67,4 @@ if __name__ == "__main__":
         address, index, count = process
         jax.distributed.initialize(address, int(count), int(index), initialization_timeout=60)
     encode_prompts.TextEncoder = FakeTextEncoder
-    shard_job.end(encode_prompts.main(sys.argv[split + 1 :]))
+    multihost.end(encode_prompts.main(sys.argv[split + 1 :]))

@@ -134,7 +134,7 @@ def test_killed_and_continued(random_gemma, random_checkpoint, tmp_path, fake, k
     assert SHARD.format(1) in there and SHARD.format(5) not in there
     assert not json.loads(there["manifest.json"])["complete"]
     if kill == signal.SIGTERM:
-        assert process.returncode == 130, errors
+        assert process.returncode == 143, errors
         assert "the same command continues" in errors and "Traceback" not in errors
         assert not [name for name in there if name.endswith(".new")]
     else:

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import io
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -192,24 +191,13 @@ def test_a_player_that_is_closed_ends_the_stream_quietly(checkpoint):
     assert "Traceback" not in errors and "Broken" not in errors
 
 
-def test_nothing_is_left_to_be_flushed_into_a_closed_pipe(monkeypatch):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        stdout.write("the end of a clip")
-        stream._flush_stdout()
-        stdout.flush()  # as Python does when it exits, which would raise
-        assert os.path.samestat(os.fstat(stdout.fileno()), os.stat(os.devnull))
-
-
 @pytest.mark.parametrize(
     "error, status, message",
     [
         (
             OSError(errno.ENOSPC, "no space left"),
             1,
-            "error: [Errno 28] no space left\nthe unfinish",
+            "make room, or write to another place\nthe unfinish",
         ),
         (BrokenPipeError(errno.EPIPE, "no reader"), 0, "first chunk after"),
     ],
@@ -346,15 +334,15 @@ def test_who_samples_nothing_takes_fewer_components(checkpoint, partial_checkpoi
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    ("error", "status", "text"),
     [
-        (FileNotFoundError("checkpoint has no transformer"), 2),
-        (ValueError("checkpoint: format 2"), 2),
-        (OSError(errno.ENOSPC, "no space left"), 1),
+        (FileNotFoundError("checkpoint has no transformer"), 2, "checkpoint has no transformer"),
+        (ValueError("checkpoint: format 2"), 2, "checkpoint: format 2"),
+        (OSError(errno.ENOSPC, "no space left"), 1, "No space left on device; make room"),
     ],
 )
 def test_errors_of_the_teacher_after_its_checks(
-    checkpoint, tmp_path, monkeypatch, capsys, error, status
+    checkpoint, tmp_path, monkeypatch, capsys, error, status, text
 ):
     def fail(*args, **options):
         raise error
@@ -363,7 +351,7 @@ def test_errors_of_the_teacher_after_its_checks(
     options = ["--output", str(tmp_path / "clip.mp4"), "--random-features", "--stg-block", "1"]
     options += ["--height", "64", "--width", "64"]
     assert sample_teacher.main(["--checkpoint", checkpoint, *options]) == status
-    assert f"error: {error}" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {text}")
     assert not list(tmp_path.iterdir())
 
 
