@@ -1,13 +1,17 @@
 """Everything that can be known to be wrong before a byte is written, in plain words."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
 from checkpoint_converters import key_map
+from checkpoint_converters.computed import SLICE_BYTES, ComputedTensor, rows_of
 from checkpoint_converters.reading import Checkpoint, combine
-from checkpoint_converters.safetensors_io import TensorInfo
+from checkpoint_converters.safetensors_io import Problem, TensorInfo, read_tensor
 from checkpoint_converters.shapes import ANY, expected_shapes
 from omniforcing_jax.io.checkpoints import COMPONENTS
+
+Tensor = TensorInfo | ComputedTensor
 
 KNOWN_VERSIONS = ("2.0", "2.3", "2.5")
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
@@ -39,16 +43,47 @@ def merge(checkpoints: list[Checkpoint]) -> tuple[Checkpoint, list[str]]:
     """One checkpoint out of several files that each hold some components, and what is wrong."""
     twice = "is in another input as well; drop one"
     merged, problems = combine(checkpoints[0].path, checkpoints, twice)
-    problems += [
-        f"{checkpoint.path}: no `config` in the file's metadata, so its architecture is unknown; "
-        "use the original file (re-saved ones often lose it), or "
-        "checkpoint_converters.omniforcing for an OmniForcing student"
-        for checkpoint in checkpoints
-        if checkpoint.config is None
-    ]
-    for checkpoint in checkpoints:
+    if merged.config is None:
+        names = ", ".join(str(checkpoint.path) for checkpoint in checkpoints)
+        problems.append(
+            f"{names}: no `config` in the metadata, so the architecture is unknown; add a file of "
+            "the same release that has it to --input, such as the transformer's, or use the "
+            "original file (re-saved ones often lose it); checkpoint_converters.omniforcing is for "
+            "an OmniForcing student"
+        )
+    stated = [checkpoint for checkpoint in checkpoints if checkpoint.model_version is not None]
+    for checkpoint in stated or [merged]:
         problems += version_problems(checkpoint)
     return merged, problems
+
+
+def without_zeros(
+    tensors: Mapping[str, Tensor], components: Iterable[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """({key: tensor} without the unknown ones that are zero throughout, what was dropped).
+
+    Students of others have tensors of their own among the transformer's. Where they are zero, they
+    do nothing. Only unknown tensors of the given components, and of none, are read.
+    """
+    checked = (None, *components)
+    dropped = [
+        key
+        for key, info in tensors.items()
+        if owner(key) in checked
+        and key_map.find_place(key) is None
+        and not key_map.is_ignored(key)
+        and _is_zero(info)
+    ]
+    kept = {key: info for key, info in tensors.items() if key not in dropped}
+    return kept, [f"{key} is unknown and zero throughout, so it was left out" for key in dropped]
+
+
+def _is_zero(info: Tensor) -> bool:
+    if not info.shape:
+        return not read_tensor(info).any()
+    rows, step = rows_of(info), max(1, SLICE_BYTES // (4 * max(1, math.prod(info.shape[1:]))))
+    starts = range(0, info.shape[0], step)
+    return not any(rows(start, min(start + step, info.shape[0])).any() for start in starts)
 
 
 def version_problems(checkpoint: Checkpoint) -> list[str]:
@@ -66,7 +101,7 @@ def version_problems(checkpoint: Checkpoint) -> list[str]:
 
 
 def tensor_problems(
-    tensors: Mapping[str, TensorInfo], config: dict, components: Iterable[str]
+    tensors: Mapping[str, Tensor], config: dict, components: Iterable[str]
 ) -> list[str]:
     """Missing, unexpected and misshapen tensors and unusable dtypes of the given components."""
     components = tuple(components)
@@ -89,7 +124,7 @@ def tensor_problems(
 
 
 def compare(
-    tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], width: int = 1
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], width: int = 1
 ) -> list[tuple[str, str]]:
     """(key, what is wrong): missing and misshapen tensors and unusable dtypes.
 
@@ -125,7 +160,7 @@ def _text(shape: tuple[int, ...]) -> str:
     return "(" + ", ".join("any" if size == ANY else str(size) for size in shape) + ")"
 
 
-def grouped(problems: list[tuple[str, str]]) -> list[str]:
+def grouped(problems: list[tuple[str, str]]) -> list[Problem]:
     """One line per kind of tensor: the numbers of equal problems in different layers are joined."""
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for key, text in problems:
@@ -135,11 +170,12 @@ def grouped(problems: list[tuple[str, str]]) -> list[str]:
         groups.setdefault((pattern, text), []).append((number, key))
     lines = []
     for (pattern, text), members in groups.items():
-        if len(members) == 1:
-            lines.append(f"{members[0][1]}: {text}")
-        else:
+        name = members[0][1]
+        if len(members) > 1:
             numbers = _ranges(sorted(int(number) for number, _ in members))
-            lines.append(f"{pattern.replace('*', '{' + numbers + '}', 1)}: {text}")
+            name = pattern.replace("*", "{" + numbers + "}", 1)
+        kind = " ".join(text.split()[:2]).rstrip(",;")  # "missing, shape", "has dtype", ...
+        lines.append(Problem(f"{name}: {text}", kind))
     return lines
 
 

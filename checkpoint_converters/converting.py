@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from checkpoint_converters import orbax_io
+from checkpoint_converters.computed import ComputedTensor
 from checkpoint_converters.output import appearing, folder_problems, progress_bar
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_middle
 from omniforcing_jax import programs
@@ -35,7 +36,7 @@ class ConversionPlan(NamedTuple):
       components: those to stream.
       copies: {component: its folder} of an already converted checkpoint, copied as it is.
       copied_fingerprints: {component: fingerprint} of these.
-      files: other files that belong to the checkpoint, copied into its folder.
+      files: {name: what is in it} of other files that belong to the checkpoint; a path is copied.
     """
 
     config_json: dict
@@ -43,7 +44,7 @@ class ConversionPlan(NamedTuple):
     components: tuple[str, ...]
     copies: Mapping[str, os.PathLike] = {}
     copied_fingerprints: Mapping[str, str] = {}
-    files: tuple[pathlib.Path, ...] = ()
+    files: Mapping[str, pathlib.Path | bytes] = {}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -112,7 +113,7 @@ def run(
         }
     copied = [f for folder in plan.copies.values()
               for f in pathlib.Path(folder).rglob("*") if f.is_file()]  # fmt: skip
-    copied += plan.files
+    copied += [file for file in plan.files.values() if isinstance(file, pathlib.Path)]
     every = [leaf for group in leaves.values() for leaf in group]
     num_bytes = sum(leaf.num_bytes for leaf in every)
     num_bytes += sum(file.stat().st_size for file in copied)
@@ -133,8 +134,9 @@ def run(
         if index == 0:
             for component, folder in plan.copies.items():
                 shutil.copytree(folder, partial / component)
-            for file in plan.files:
-                shutil.copyfile(file, partial / file.name)
+            for name, file in plan.files.items():
+                content_of = file if isinstance(file, bytes) else file.read_bytes()
+                (partial / name).write_bytes(content_of)
             (partial / "config.json").write_text(json.dumps(content, indent=1))
     return content
 
@@ -151,8 +153,10 @@ def fingerprint(leaves: Iterable[orbax_io.Leaf]) -> str:
         for source in leaf.sources:
             info = source.info
             what = [leaf.path, source.layer, list(info.shape), info.dtype_code, leaf.dtype.name]
-            digest.update(json.dumps(what).encode())
-            digest.update(read_middle(info, _SAMPLE_BYTES))
+            computed = isinstance(info, ComputedTensor)
+            digest.update(json.dumps(what + info.recipe if computed else what).encode())
+            for part in info.parts if computed else (info,):
+                digest.update(read_middle(part, _SAMPLE_BYTES))
     return digest.hexdigest()[:32]
 
 
@@ -207,7 +211,9 @@ def main(
         action="store_true",
         help="share the work among the processes of a jax.distributed launch (shared file system)",
     )
+    add("--problems", type=pathlib.Path, metavar="FILE", help="where to list all that is wrong")
     args = vars(parser.parse_args(argv))
+    full_list = args.pop("problems")
     try:
         args["mesh"] = parse_mesh(args["mesh"])
     except ValueError as error:
@@ -216,7 +222,15 @@ def main(
         multihost.join(multihost.find_job(True))
     else:
         stay_on_host()
-    with programs.when_interrupted("nothing was written"):
-        content = convert(**args, show_progress=True)
+    try:
+        with programs.when_interrupted("nothing was written"):
+            content = convert(**args, show_progress=True)
+    except ConversionError as error:
+        if full_list is not None:
+            full_list.write_text("\n".join(error.problems) + "\n")
+            error.add_note(f"all of it: {full_list}")
+        elif error.shortened:
+            error.add_note("--problems FILE writes the full list")
+        raise
     print(f"{args['output']}: {describe(content)}")
     return 0

@@ -167,6 +167,15 @@ def metadata_of_folder(path: pathlib.Path) -> tuple[dict, str]:
             problems.append(f"{file}: cannot be read ({error}); diffusers writes it with the model")
     if problems:
         raise ConversionError(problems)
+    # diffusers' own quantisation changes names and layouts in ways of the library it names
+    problems += [
+        f"{path / folder}: quantised by diffusers with {method!r}, which is not converted; use the "
+        "bfloat16 folder, or the single file in scaled fp8"
+        for folder, config in configs.items()
+        if (method := (config.get("quantization_config") or {}).get("quant_method"))
+    ]
+    if problems:
+        raise ConversionError(problems)
     sections = {
         "transformer": lambda: _transformer_section(
             configs.get("transformer"), configs.get("connectors")

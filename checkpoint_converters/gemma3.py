@@ -2,9 +2,11 @@
 
     python -m checkpoint_converters.gemma3 --input gemma-3-12b-it --output gemma
 
-Reads a Hugging Face folder (shards with an index, or one file) of a Gemma 3 with or without vision,
-and writes OUTPUT/config.json, the Orbax checkpoint OUTPUT/text_tower and the tokenizer's files.
-Vision tower, projector and head are left behind: LTX-2 reads hidden states of text only.
+Reads a Hugging Face folder (shards or one file) of a Gemma 3 with or without vision, or a single
+file such as ComfyUI's, and writes OUTPUT/config.json, the Orbax checkpoint OUTPUT/text_tower and
+the tokenizer's files. A single file needs no config.json if it has the sizes of the 12B model. The
+tokenizer is that of --tokenizer, or lies beside the weights, or in them (`spiece_model`). Vision
+tower, projector and head are left behind: LTX-2 reads hidden states of text only.
 """
 
 import json
@@ -15,9 +17,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoint_converters import checks, converting
+from checkpoint_converters.computed import ComputedTensor
 from checkpoint_converters.key_map import GEMMA, TEXT_TOWER
 from checkpoint_converters.reading import open_checkpoint
-from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
+from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_tensor
 from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax import programs
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
@@ -35,11 +38,28 @@ TOKENIZER_FILES = (
 # with and without its head
 PREFIXES = (GEMMA, "model.language_model.", "model.", "")
 _PROBES = ("embed_tokens.weight", "norm.weight", "layers.0.input_layernorm.weight")
+SPIECE = "spiece_model"  # bytes of a tokenizer.model among the tensors
 _IGNORED = (
-    r"(model\.)?vision_tower\..*",
+    SPIECE,
+    r"(model\.)?vision_(tower|model)\..*",
     r"(model\.)?multi_modal_projector\..*",
     r"(language_model\.)?lm_head\.weight",
 )
+
+# text_config of google/gemma-3-12b-it
+GEMMA_12B = {
+    "hidden_size": 3840,
+    "intermediate_size": 15360,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 8,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+    "vocab_size": 262208,
+}
+
+Tensors = Mapping[str, TensorInfo | ComputedTensor]
 
 
 def convert(
@@ -49,12 +69,12 @@ def convert(
     tokenizer: str | pathlib.Path | None = None,
     **options: Any,
 ) -> dict:
-    """Converts a Gemma 3 folder.
+    """Converts a Gemma 3.
 
     Args:
-      source: Hugging Face folder with config.json and safetensors.
+      source: Hugging Face folder with config.json and safetensors, or one safetensors file.
       output: folder to create.
-      tokenizer: folder with tokenizer.json or tokenizer.model, if it is another one.
+      tokenizer: tokenizer.json or tokenizer.model, or a folder with one, if it is elsewhere.
       options: dtype, mesh, overwrite, show_progress of `converting.run`.
 
     Returns:
@@ -66,23 +86,46 @@ def convert(
     source = pathlib.Path(source)
     problems: list[str] = []
     text_config, tensors, files = None, {}, ()
-    try:
-        text_config = read_text_config(source)
-    except ConversionError as error:
-        problems += error.problems
+    notes: tuple[str, ...] = ()
     try:
         checkpoint = open_checkpoint(source)
-        tensors, files = checkpoint.tensors, checkpoint.files
+        tensors, files, notes = checkpoint.tensors, checkpoint.files, checkpoint.notes
     except ConversionError as error:
         problems += error.problems
-    found, missing = tokenizer_files(pathlib.Path(tokenizer or source))
+    folder = source.parent if source.is_file() else source
+    if tensors or source.is_dir():
+        try:
+            alone = tensors and not (folder / "config.json").is_file()
+            text_config = known_config(tensors, source) if alone else read_text_config(folder)
+        except ConversionError as error:
+            problems += error.problems
+    found, missing = tokenizer_files(pathlib.Path(tokenizer or folder), tensors)
     problems += missing
     if tensors and text_config is not None:
         tensors, wrong = select(tensors, GemmaConfig.from_metadata(text_config), source)
         problems += wrong
     content = converting.config_content(FAMILY, text_config, files)
+    if notes:
+        content["notes"] = list(notes)
     plan = converting.ConversionPlan(content, tensors, (TEXT_TOWER,), files=found)
     return converting.run(plan, problems, output, **options)
+
+
+def known_config(tensors: Tensors, source: pathlib.Path) -> dict:
+    """`text_config` of weights without a config.json: only the 12B model's sizes are known.
+
+    Raises:
+      ConversionError: the weights have other sizes.
+    """
+    prefix = _prefix(tensors)
+    embed = None if prefix is None else tensors.get(f"{prefix}{_PROBES[0]}")
+    last = f"{prefix}layers.{GEMMA_12B['num_hidden_layers'] - 1}.input_layernorm.weight"
+    if embed is None or embed.shape[1:] != (GEMMA_12B["hidden_size"],) or last not in tensors:
+        raise ConversionError(
+            [f"{source}: has no config.json beside it, and not the sizes of google/gemma-3-12b-it, "
+             "which LTX-2 uses; put the config.json of its release into the same folder"]
+        )  # fmt: skip
+    return GEMMA_12B | {"vocab_size": embed.shape[0]}
 
 
 def read_text_config(folder: pathlib.Path) -> dict:
@@ -117,20 +160,37 @@ def read_text_config(folder: pathlib.Path) -> dict:
     return config
 
 
-def tokenizer_files(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], list[str]]:
-    """(files to copy, problems)."""
-    found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
-    if any(file.name in TOKENIZERS for file in found):
+def tokenizer_files(
+    place: pathlib.Path, tensors: Tensors
+) -> tuple[dict[str, pathlib.Path | bytes], list[str]]:
+    """({name: file to copy, or its content}, problems).
+
+    Args:
+      place: a tokenizer's file, or the folder it is in.
+      tensors: among which it may be, if it is not there.
+    """
+    if place.is_file():
+        if place.suffix in (".json", ".model"):
+            return {f"tokenizer{place.suffix}": place}, []
+        return {}, [f"{place}: a tokenizer is a .json or .model file, or a folder with one"]
+    found = {name: place / name for name in TOKENIZER_FILES if (place / name).is_file()}
+    if any(name in TOKENIZERS for name in found):
         return found, []
+    if (inside := tensors.get(SPIECE)) is not None:
+        return {"tokenizer.model": read_tensor(inside).tobytes()}, []
     return found, [
-        f"{folder}: has neither {' nor '.join(TOKENIZERS)}; if the tokenizer is in another folder, "
+        f"{place}: has neither {' nor '.join(TOKENIZERS)}; if the tokenizer is in another folder, "
         "pass it as --tokenizer"
     ]
 
 
+def _prefix(tensors: Tensors) -> str | None:
+    return next((p for p in PREFIXES if any(p + probe in tensors for probe in _PROBES)), None)
+
+
 def select(
-    tensors: Mapping[str, TensorInfo], config: GemmaConfig, source: pathlib.Path
-) -> tuple[dict[str, TensorInfo], list[str]]:
+    tensors: Tensors, config: GemmaConfig, source: pathlib.Path
+) -> tuple[dict[str, TensorInfo | ComputedTensor], list[str]]:
     """({official key: tensor} of the text tower, everything that is wrong with it).
 
     Args:
@@ -138,7 +198,7 @@ def select(
       config: what they must fit.
       source: named in problems.
     """
-    prefix = next((p for p in PREFIXES if any(p + probe in tensors for probe in _PROBES)), None)
+    prefix = _prefix(tensors)
     if prefix is None:
         listed = ", ".join(repr(p + _PROBES[0]) for p in PREFIXES)
         return {}, [f"{source}: no text tower of a Gemma 3; looked for {listed}"]
@@ -163,19 +223,21 @@ def main(argv: list[str] | None = None) -> int:
         type=pathlib.Path,
         dest="source",
         metavar="INPUT",
-        help="folder with config.json and safetensors",
+        help="folder with config.json and safetensors, or one .safetensors file",
     )
     parser.add_argument(
         "--tokenizer",
         type=pathlib.Path,
-        help="folder with tokenizer.json or tokenizer.model (default: --input)",
+        help="tokenizer.json or tokenizer.model, or the folder of one (default: beside the "
+        "weights, or in them)",
     )
     return converting.main(parser, argv, convert, _describe)
 
 
 def _describe(content: dict) -> str:
     config = GemmaConfig.from_metadata(content["config"])
-    return f"Gemma 3, {config.num_layers} layers of width {config.hidden_size}"
+    text = f"Gemma 3, {config.num_layers} layers of width {config.hidden_size}"
+    return "\n".join([text, *content.get("notes", [])])
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ encoder, a Gemma 4, which is not implemented here.
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from checkpoint_converters import checks, converting
+from checkpoint_converters import checks, converting, lora
 from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import programs
@@ -30,6 +31,7 @@ def convert(
     *,
     components: tuple[str, ...] | None = None,
     model_version: str | None = None,
+    loras: Sequence[tuple[pathlib.Path, float]] = (),
     **options: Any,
 ) -> dict:
     """Converts an LTX-2 checkpoint.
@@ -39,6 +41,7 @@ def convert(
       output: folder to create.
       components: subset of `checkpoints.COMPONENTS`; None takes those that the inputs hold.
       model_version: e.g. "2.0.0", for files whose metadata does not say.
+      loras: (file, strength) to merge into the weights, in this order.
       options: dtype, mesh, overwrite, show_progress of `converting.run`.
 
     Returns:
@@ -51,7 +54,9 @@ def convert(
     checkpoint, problems = open_inputs(inputs, model_version)
     plan = converting.ConversionPlan({}, {}, ())
     if checkpoint is not None:
-        taken, found = check_components(checkpoint, components)
+        checkpoint, taken, found = check_components(checkpoint, components)
+        problems += found
+        tensors, merged, found = lora.merge(checkpoint.tensors, loras, taken)
         problems += found
         config = dict(checkpoint.config or {})
         student = config.pop("student", None)  # of a file that checkpoint_converters.export wrote
@@ -63,7 +68,11 @@ def convert(
             student=student,
             components=list(taken),
         )
-        plan = converting.ConversionPlan(content, checkpoint.tensors, taken)
+        if merged:
+            content["loras"] = merged
+        if checkpoint.notes:
+            content["notes"] = list(checkpoint.notes)
+        plan = converting.ConversionPlan(content, tensors, taken)
     return converting.run(plan, problems, output, **options)
 
 
@@ -86,17 +95,27 @@ def open_inputs(
 
 def check_components(
     checkpoint: Checkpoint, components: tuple[str, ...] | None
-) -> tuple[tuple[str, ...], list[str]]:
-    """(components to convert, problems with their tensors)."""
+) -> tuple[Checkpoint, tuple[str, ...], list[str]]:
+    """(checkpoint without what can be left out, components to convert, their problems)."""
     there = checks.present_components(checkpoint.tensors)
     wanted = there if components is None else tuple(components)
     problems = [f"{checkpoint.path}: has no {name}" for name in wanted if name not in there]
     taken = tuple(name for name in wanted if name in there)
+    tensors, dropped = checks.without_zeros(checkpoint.tensors, taken)
+    notes = (*checkpoint.notes, *dropped)
+    checkpoint = dataclasses.replace(checkpoint, tensors=tensors, notes=notes)
     if not there:
         problems.append(f"{checkpoint.path}: has no tensors of LTX-2")
     elif checkpoint.config:
         problems += checks.tensor_problems(checkpoint.tensors, checkpoint.config, taken)
-    return taken, problems
+    return checkpoint, taken, problems
+
+
+def _lora(text: str) -> tuple[pathlib.Path, float]:
+    try:
+        return lora.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @programs.entry
@@ -121,6 +140,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model-version", metavar="X.Y.Z", help="for files whose metadata does not say, e.g. 2.0.0"
     )
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=_lora,
+        dest="loras",
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to merge into the weights (strength 1 if none is given); may be repeated",
+    )
     return converting.main(parser, argv, convert, describe)
 
 
@@ -129,7 +158,10 @@ def describe(content: dict) -> str:
     there = content["components"]
     text = f"LTX-2 {content['model_version']}, {', '.join(there)}"
     absent = [name for name in COMPONENTS if name not in there]
-    return text + (f"\nnot converted: {', '.join(absent)}" if absent else "")
+    lines = [f"not converted: {', '.join(absent)}"] if absent else []
+    lines += [f"merged: {entry['name']}, strength {entry['strength']:g}, {entry['layers']} layers"
+              for entry in content.get("loras", [])]  # fmt: skip
+    return "\n".join([text, *lines, *content.get("notes", [])])
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def _read_base(base: pathlib.Path) -> _Base:
         return _Base({}, problems=problems)
     there = checks.present_components(checkpoint.tensors)
     names = tuple(name for name in there if name != "transformer")
-    taken, found = ltx2.check_components(checkpoint, names)
+    checkpoint, taken, found = ltx2.check_components(checkpoint, names)
     tensors = {k: t for k, t in checkpoint.tensors.items() if checks.owner(k) in taken}
     problems += found + _version_problem(base, checkpoint.model_version)
     return _Base(

@@ -24,6 +24,7 @@ import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 
 from checkpoint_converters import key_map
+from checkpoint_converters.computed import ComputedTensor
 from checkpoint_converters.safetensors_io import TensorInfo, read_tensor
 
 MAX_CHUNK_BYTES = 128 << 20
@@ -41,8 +42,13 @@ class LeafSource(NamedTuple):
     """One official tensor and how it lies in its leaf."""
 
     layer: int | None
-    info: TensorInfo
+    info: TensorInfo | ComputedTensor
     transform: key_map.Transform
+
+    def read(self, dtype: np.dtype) -> np.ndarray:
+        """In our layout; in `dtype` if it has to be computed, else as the file has it."""
+        computed = isinstance(self.info, ComputedTensor)
+        return self.transform.apply(self.info.read(dtype) if computed else read_tensor(self.info))
 
 
 @dataclasses.dataclass(frozen=True)  # a tuple would be a tree of its own
@@ -212,7 +218,7 @@ def _copy(
 ) -> None:
     """Writes the chunks that `group` covers, unless the conversion was stopped."""
     store = _open(folder, leaf)
-    arrays = [source.transform.apply(read_tensor(source.info)) for source in group]
+    arrays = [source.read(leaf.dtype) for source in group]
     view, first = arrays[0], group[0].layer
     if first is not None:
         store = store[ts.d[0][first : first + len(arrays)].translate_to[0]]

@@ -16,14 +16,12 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from checkpoint_converters import diffusers_layout, key_map
+from checkpoint_converters.computed import ComputedTensor
 from checkpoint_converters.orbax_io import plan_leaves
-from checkpoint_converters.safetensors_io import (
-    ConversionError,
-    TensorInfo,
-    read_header,
-    read_tensor,
-)
+from checkpoint_converters.quantized import dequantize
+from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_header
 from omniforcing_jax.io.checkpoints import COMPONENTS
+from omniforcing_jax.models import lora
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # a key of the transformer that every version has, used to find what stands before the names
@@ -45,28 +43,32 @@ class Checkpoint:
 
     Attributes:
       path: what was opened.
-      tensors: {official key: tensor}.
+      tensors: {official key: tensor}; quantised weights are computed when they are read.
       config: parsed JSON of the metadata's `config`, None if there is none.
       model_version: e.g. "2.0.0", None if the files do not say.
       files: the files it consists of.
+      notes: what a user should know of it.
     """
 
     path: pathlib.Path
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo | ComputedTensor]
     config: dict | None
     model_version: str | None
     files: tuple[pathlib.Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: str | PathLike) -> Checkpoint:
     """Reads the headers of a checkpoint.
 
     Args:
-      path: a `.safetensors` file, a `.safetensors.index.json`, a folder with one of these, or a
-        diffusers folder (sub-folders transformer, connectors, vae, audio_vae, vocoder).
+      path: a `.safetensors` file, a `.safetensors.index.json`, a folder with one of these or with
+        all shards of one checkpoint, or a diffusers folder (sub-folders transformer, connectors,
+        vae, audio_vae, vocoder).
 
     Raises:
-      ConversionError: all problems found in the headers.
+      ConversionError: all problems found in the headers, a LoRA, or weights that are quantised in
+        a way that is not read.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -83,14 +85,18 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
     if path.is_dir():
         indices = sorted(path.glob("*" + INDEX_SUFFIX))
         singles = sorted(path.glob("*.safetensors"))
+        if not indices and (shards := _shards_without_index(singles)):
+            return shards
         candidates = indices or singles
         if len(candidates) != 1:
-            found = ", ".join(c.name for c in candidates) or "none"
+            found = ", ".join(c.name for c in candidates)
+            others = ", ".join(sorted(c.name for c in path.iterdir())[:5]) or "nothing"
             raise ConversionError(
-                [f"{path}: holds {found} weight files; pass the one to convert as --input FILE"]
+                [f"{path}: holds {found}; pass the one to convert as --input FILE"]
                 if candidates
-                else [f"{path}: holds no .safetensors file and is not a diffusers folder"]
-            )
+                else [f"{path}: holds no .safetensors file and is not a diffusers folder; it holds "
+                      f"{others}"]
+            )  # fmt: skip
         path = candidates[0]
     if not path.name.endswith(INDEX_SUFFIX):
         return (path,)
@@ -109,12 +115,29 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
     return tuple(path.parent / name for name in names)
 
 
+def _shards_without_index(files: list[pathlib.Path]) -> tuple[pathlib.Path, ...]:
+    """The files if their names number them as parts of one checkpoint, else none.
+
+    Raises:
+      ConversionError: some of the numbers are missing.
+    """
+    matches = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", file.name) for file in files]
+    if not all(matches) or len({(match[1], match[3]) for match in matches}) != 1:
+        return ()
+    there, count = {int(match[2]) for match in matches}, int(matches[0][3])
+    if missing := sorted(set(range(1, count + 1)) - there):
+        listing = ", ".join(map(str, missing))
+        raise ConversionError([f"{files[0].parent}: of {count} shards, {listing} is missing"])
+    return tuple(files)
+
+
 def _read_headers(path: pathlib.Path, files: tuple[pathlib.Path, ...]) -> Checkpoint:
     """The files that are one checkpoint, with their own keys."""
-    parts, problems = [], []
+    parts, problems, all_strings = [], [], {}
     for file in files:
         try:
             found, strings = read_header(file)
+            all_strings |= strings
             config = _parse_config(file, strings)
             parts.append(Checkpoint(file, found, config, strings.get("model_version"), (file,)))
         except ConversionError as error:
@@ -122,7 +145,14 @@ def _read_headers(path: pathlib.Path, files: tuple[pathlib.Path, ...]) -> Checkp
     whole, found = combine(path, parts, "is also in another shard")
     if problems + found:
         raise ConversionError(problems + found)
-    return whole
+    layers, stray, others = lora.layers_of(whole.tensors)
+    if 2 * len(layers) > len(stray) + len(others):
+        raise ConversionError(
+            [f"{path}: is a LoRA of {len(layers)} layers, not a model; convert the model it was "
+             f"made for with --lora {path}"]
+        )  # fmt: skip
+    tensors, notes = dequantize(path, whole.tensors, all_strings)
+    return dataclasses.replace(whole, tensors=tensors, notes=tuple(notes))
 
 
 def combine(
@@ -139,7 +169,7 @@ def combine(
       parts: what to combine.
       twice: the problem of a tensor that is in two of them.
     """
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo | ComputedTensor] = {}
     config: dict[str, Any] = {}
     problems = []
     for part in parts:
@@ -161,7 +191,9 @@ def combine(
     silent = all(part.config is None for part in parts)
     version = next(iter(stated.values()), None)
     files = tuple(file for part in parts for file in part.files)
-    return Checkpoint(path, tensors, None if silent else config, version, files), problems
+    notes = tuple(note for part in parts for note in part.notes)
+    config = None if silent else config
+    return Checkpoint(path, tensors, config, version, files, notes), problems
 
 
 def _parse_config(path: pathlib.Path, metadata: dict[str, str]) -> dict | None:
@@ -176,7 +208,9 @@ def _parse_config(path: pathlib.Path, metadata: dict[str, str]) -> dict | None:
     return config
 
 
-def canonical_keys(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def canonical_keys(
+    tensors: dict[str, TensorInfo | ComputedTensor],
+) -> dict[str, TensorInfo | ComputedTensor]:
     """Renames to the official single-file keys.
 
     Accepts any of the prefixes in use before the transformer's names (`model.`,
@@ -208,8 +242,9 @@ def _folder_has_weights(folder: pathlib.Path) -> bool:
 
 
 def _open_diffusers(path: pathlib.Path) -> Checkpoint:
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo | ComputedTensor] = {}
     files: tuple[pathlib.Path, ...] = ()
+    notes: tuple[str, ...] = ()
     problems = []
     for folder, component in diffusers_layout.DIFFUSERS_FOLDERS.items():
         if not _folder_has_weights(path / folder):
@@ -222,10 +257,11 @@ def _open_diffusers(path: pathlib.Path) -> Checkpoint:
         names = diffusers_layout.official_from_diffusers(component, list(found.tensors))
         tensors |= {names[key]: info for key, info in found.tensors.items()}
         files += found.files
+        notes += found.notes
     if problems:
         raise ConversionError(problems)
     config, version = diffusers_layout.metadata_of_folder(path)
-    return Checkpoint(path, tensors, config, version, files)
+    return Checkpoint(path, tensors, config, version, files, notes)
 
 
 def read_metadata(path: str | PathLike) -> dict:
@@ -266,7 +302,7 @@ def load_component(path: str | PathLike, component: str, dtype=None) -> dict:
         layers = [source.layer for source in leaf.sources]
         if layers not in ([None], list(range(len(layers)))):
             raise ConversionError([f"{path}: {component} {leaf.path} has only layers {layers}"])
-        arrays = [source.transform.apply(read_tensor(source.info)) for source in leaf.sources]
+        arrays = [source.read(leaf.dtype) for source in leaf.sources]
         array = arrays[0] if layers == [None] else np.stack(arrays)
         tree[leaf.path] = np.ascontiguousarray(array, leaf.dtype)
     if not tree:

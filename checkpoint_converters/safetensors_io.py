@@ -17,6 +17,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from checkpoint_converters.file_kinds import what_else
 from omniforcing_jax import programs
 
 DTYPES: dict[str, np.dtype] = {
@@ -37,8 +38,31 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
+MAX_SHOWN = 10  # lines of one kind
+
+
+class Problem(str):
+    """One line of what is wrong.
+
+    Attributes:
+      kind: what it has in common with others, of which only the first are shown; None: always.
+    """
+
+    kind: str | None
+
+    def __new__(cls, text: str, kind: str | None = None):
+        problem = super().__new__(cls, text)
+        problem.kind = kind
+        return problem
+
+
 class ConversionError(Exception):
-    """Everything that is wrong with a conversion, in plain words, one line per problem."""
+    """Everything that is wrong with a conversion, in plain words.
+
+    Attributes:
+      problems: all of them, a line each.
+      shortened: whether the message leaves some out, as more than `MAX_SHOWN` are of one kind.
+    """
 
     exit_status = programs.REFUSED
 
@@ -46,7 +70,25 @@ class ConversionError(Exception):
         self.problems = list(problems)
         count = len(self.problems)
         title = "1 problem" if count == 1 else f"{count} problems"
-        super().__init__("\n".join([f"{title}, nothing was written:", *self.problems]))
+        shown = _shown(self.problems)
+        self.shortened = len(shown) < count
+        super().__init__("\n".join([f"{title}, nothing was written:", *shown]))
+
+
+def _shown(problems: list[str]) -> list[str]:
+    """At most `MAX_SHOWN` lines of each kind, the last of which says how many are left out."""
+    members: dict[str, list[int]] = {}
+    for index, problem in enumerate(problems):
+        if (kind := getattr(problem, "kind", None)) is not None:
+            members.setdefault(kind, []).append(index)
+    left_out = {}
+    for kind, indices in members.items():
+        if len(indices) > MAX_SHOWN:
+            rest = indices[MAX_SHOWN - 1 :]
+            left_out |= dict.fromkeys(rest)
+            left_out[rest[0]] = f"... and {len(rest)} more lines of this kind ({kind})"
+    lines = (left_out.get(index, problem) for index, problem in enumerate(problems))
+    return [line for line in lines if line is not None]
 
 
 class TensorInfo(NamedTuple):
@@ -73,6 +115,8 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[st
     if not path.is_file():
         raise ConversionError([f"{path}: no such file"])
     size = path.stat().st_size
+    if (other := what_else(path)) is not None:
+        raise ConversionError([f"{path}: {other}"])
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0

@@ -37,7 +37,8 @@ class HiFiGANConfig:
 
     Attributes:
       resblock: "1" is HiFi-GAN with leaky ReLU, "AMP1" BigVGAN with anti-aliased SnakeBeta.
-      initial_channels: width after the first convolution; halved by every upsampling.
+      initial_channels: width after the first convolution; halved by every upsampling, rounded
+        down.
       upsample_rates: factor of every upsampling.
       upsample_kernel_sizes: kernels of the transposed convolutions.
       resblock_kernel_sizes: kernels of the residual blocks that run in parallel.
@@ -86,7 +87,7 @@ class HiFiGANConfig:
             raise ValueError(
                 f"vocoder resblock_kernel_sizes must be odd, not {self.resblock_kernel_sizes}"
             )
-        if self.initial_channels % 2 ** len(self.upsample_rates):
+        if self.initial_channels < 2 ** len(self.upsample_rates):
             raise ValueError(
                 f"vocoder upsample_initial_channel {self.initial_channels} cannot be halved "
                 f"{len(self.upsample_rates)} times"
