@@ -99,7 +99,8 @@ def convert(
             text_config = known_config(tensors, source) if alone else read_text_config(folder)
         except ConversionError as error:
             problems += error.problems
-    found, missing = tokenizer_files(pathlib.Path(tokenizer or folder), tensors)
+    inside = tensors.get(SPIECE) if tokenizer is None else None
+    found, missing = tokenizer_files(pathlib.Path(tokenizer or folder), inside)
     problems += missing
     if tensors and text_config is not None:
         tensors, wrong = select(tensors, GemmaConfig.from_metadata(text_config), source)
@@ -161,13 +162,13 @@ def read_text_config(folder: pathlib.Path) -> dict:
 
 
 def tokenizer_files(
-    place: pathlib.Path, tensors: Tensors
+    place: pathlib.Path, inside: TensorInfo | None
 ) -> tuple[dict[str, pathlib.Path | bytes], list[str]]:
     """({name: file to copy, or its content}, problems).
 
     Args:
       place: a tokenizer's file, or the folder it is in.
-      tensors: among which it may be, if it is not there.
+      inside: the bytes of a tokenizer.model, taken if there is none.
     """
     if place.is_file():
         if place.suffix in (".json", ".model"):
@@ -176,7 +177,7 @@ def tokenizer_files(
     found = {name: place / name for name in TOKENIZER_FILES if (place / name).is_file()}
     if any(name in TOKENIZERS for name in found):
         return found, []
-    if (inside := tensors.get(SPIECE)) is not None:
+    if inside is not None:
         return {"tokenizer.model": read_tensor(inside).tobytes()}, []
     return found, [
         f"{place}: has neither {' nor '.join(TOKENIZERS)}; if the tokenizer is in another folder, "

@@ -79,10 +79,19 @@ def dequantize(
     if foreign:
         raise ConversionError(foreign)
     low = [key for key, info in tensors.items() if _is_low(key, info)]
+    modules = {key.removesuffix(".weight") for key in low}
+    markers = _markers(tensors, modules, strings)
+    # integers with nothing beside them are no layout; their dtype is found wrong later
+    low = [
+        key
+        for key in low
+        if tensors[key].dtype_code in FLOAT8
+        or (module := key.removesuffix(".weight")) in markers
+        or any(f"{module}.{name}" in tensors for name in _BESIDE)
+    ]
     if not low:
         return dict(tensors), []
     modules = {key.removesuffix(".weight") for key in low}
-    markers = _markers(tensors, modules, strings)
     beside = {f"{module}.{name}" for module in modules for name in _BESIDE}
     result: Tensors = {
         key: info
@@ -133,7 +142,7 @@ class _Refusals:
 def _is_low(key: str, info: TensorInfo) -> bool:
     """Whether a tensor stands for weights in low precision; scales and markers do not."""
     if info.dtype_code in FLOAT8:
-        return key.rpartition(".")[2] not in _BESIDE
+        return key.rpartition(".")[2] not in (*_BESIDE, "scaled_fp8")
     return info.dtype_code in _PACKED and key.endswith(".weight")
 
 

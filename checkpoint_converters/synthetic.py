@@ -10,14 +10,17 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import zlib
 
 import numpy as np
 
 from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
+from checkpoint_converters.key_map import DIT
 from checkpoint_converters.output import write_file
 from checkpoint_converters.published import published_config
+from checkpoint_converters.safetensors_io import DTYPES as DTYPES_OF_FILES
 from checkpoint_converters.shapes import ANY, expected_shapes
 from omniforcing_jax import programs
 from omniforcing_jax.io.checkpoints import COMPONENTS
@@ -147,12 +150,15 @@ def write(
 ) -> dict:
     """Writes a random checkpoint.
 
+    In "float8" the linear layers of all blocks but the first are scaled fp8, as in Lightricks' own
+    files: beside each weight lie its scale and one for activations. All else is bfloat16.
+
     Args:
       path: file to create, `.safetensors`.
       size: a key of `SIZES`.
       version: "2.0" or "2.3".
       seed: the weights are a function of seed and tensor name alone.
-      dtype: "bfloat16" or "float32".
+      dtype: "bfloat16", "float32" or "float8".
       num_layers: transformer layers, if other than the size's.
       components: those to write.
 
@@ -166,20 +172,79 @@ def write(
         raise ValueError(f"size must be one of {list(SIZES)}, version one of {list(VERSIONS)}")
     config = metadata(size, version, num_layers)
     features = SIZES[size]["text"] * SIZES[size]["states"]
+    stored = DTYPE_CHOICES["bfloat16" if dtype == FLOAT8 else dtype]
     table = {
-        key: (DTYPE_CHOICES[dtype], tuple(features if n == ANY else n for n in shape))
+        key: (stored, tuple(features if n == ANY else n for n in shape))
         for component in components
         for key, shape in expected_shapes(config, component).items()
     }
+    if dtype == FLOAT8:
+        for key in [key for key in table if _QUANTISED.fullmatch(key)]:
+            table[key] = (DTYPES_OF_FILES["F8_E4M3"], table[key][1])
+            for name in ("weight_scale", "input_scale"):
+                table[f"{key.removesuffix('weight')}{name}"] = (np.dtype(np.float32), ())
     strings = {
         "config": json.dumps(config),
         "model_version": VERSIONS[version],
         "license": "random weights",
     }
-    write_file(
-        pathlib.Path(path).absolute(), table, strings, lambda key: _values(key, *table[key], seed)
-    )
+
+    def make(key: str) -> np.ndarray:
+        if key.endswith(_SCALES):
+            weight = key.rpartition(".")[0] + ".weight"
+            return np.full((), _scale(table[weight][1]), np.float32)
+        shape = table[key][1]
+        if not _QUANTISED.fullmatch(key) or dtype != FLOAT8:
+            return _values(key, stored, shape, seed)
+        values = _values(key, np.dtype(np.float32), shape, seed)
+        values /= _scale(shape)
+        return np.clip(values, -448, 448, out=values).astype(table[key][0])
+
+    write_file(pathlib.Path(path).absolute(), table, strings, make)
     return config
+
+
+FLOAT8 = "float8"
+_SCALES = (".weight_scale", ".input_scale")
+# linear layers of all blocks but the first; not the norms
+_QUANTISED = re.compile(
+    re.escape(DIT) + r"transformer_blocks\.[1-9]\d*\.\w+\.(to_\w+(\.0)?|net\.[02](\.proj)?)\.weight"
+)
+
+
+def _scale(shape: tuple[int, ...]) -> float:
+    """Of weights N(0, 1/fan_in): nearly all lie within six standard deviations."""
+    return 6 / math.sqrt(shape[-1]) / 448
+
+
+def write_lora(
+    path: str | os.PathLike,
+    size: str = "tiny",
+    version: str = "2.0",
+    *,
+    rank: int = 4,
+    seed: int = 0,
+) -> None:
+    """Writes a random LoRA in the layout of LTX-2's trainer, for all attentions of the model.
+
+    Args:
+      path: file to create, `.safetensors`.
+      size, version: of the model, see `write`.
+      rank: width of the thin matrices.
+      seed: the matrices are a function of seed and name alone.
+    """
+    table = {}
+    for key, shape in expected_shapes(metadata(size, version), "transformer").items():
+        if re.search(r"attn\d?\.to_(q|k|v|out\.0)\.weight$", key):
+            layer = key.removeprefix("model.").removesuffix(".weight")
+            table[f"{layer}.lora_A.weight"] = (DTYPE_CHOICES["bfloat16"], (rank, shape[1]))
+            table[f"{layer}.lora_B.weight"] = (DTYPE_CHOICES["bfloat16"], (shape[0], rank))
+
+    def make(key: str) -> np.ndarray:
+        dtype, shape = table[key]
+        return (noise(key, shape, seed) / math.sqrt(shape[1])).astype(dtype)
+
+    write_file(pathlib.Path(path).absolute(), table, {"format": "pt"}, make)
 
 
 # at most so much noise is drawn and then repeated: drawing 19B weights would take an hour
@@ -259,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--version", default="2.0", choices=list(VERSIONS))
     parser.add_argument("--output", required=True, type=pathlib.Path, help=".safetensors file")
-    parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=(*DTYPES, FLOAT8))
     parser.add_argument("--layers", type=int, help="transformer layers (default: the size's)")
     parser.add_argument("--seed", type=programs.SEED, default=0)
     args = parser.parse_args(argv)

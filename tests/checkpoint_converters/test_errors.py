@@ -46,7 +46,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(source, tmp_pat
         del arrays["vocoder.conv_pre.bias"]
         arrays[DIT + "proj_out.weight"] = arrays[DIT + "proj_out.weight"].T.copy()
         arrays[DIT + "audio_sink_tokens"] = np.zeros((1, 4, 32), np.float32)
-        arrays["lora_up.weight"] = np.zeros((1, 2), np.float32)
+        arrays["lora_up.weight"] = np.ones((1, 2), np.float32)
         arrays["vae.decoder.conv_in.conv.bias"] = np.zeros(64, np.int8)
 
     text = refused(rewrite(source, tmp_path / "bad.safetensors", damage), tmp_path / "out")

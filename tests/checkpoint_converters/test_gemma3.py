@@ -7,12 +7,14 @@ import shutil
 
 import flax.linen as nn
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from checkpoint_converters import gemma3, orbax_io, synthetic, synthetic_gemma
+from checkpoint_converters.gemma3 import GEMMA_12B
 from checkpoint_converters.key_map import GEMMA, TEXT_TOWER
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
 from omniforcing_jax.models.text.gemma import init_boxed_params
@@ -20,7 +22,6 @@ from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.text.encoder_files import load_gemma_config
 from omniforcing_jax.text.text_encoder import load_text_tower
 from tests.checkpoint_converters.files import read_file, write_file
-from tests.models.text.test_gemma import GEMMA_12B
 from tests.tiny_gemma import write_word_tokenizer
 
 
@@ -160,7 +161,7 @@ def test_folders_that_are_not_gemma3(source, tmp_path):
     (folder / "config.json").write_text("[1")
     assert "not a JSON object" in refused(folder, out)
     (folder / "config.json").unlink()
-    assert "config.json: no such file; --input must be the folder" in refused(folder, out)
+    assert "has no config.json beside it, and not the sizes of google" in refused(folder, out)
     folder = with_config("holes", lambda c: None)
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert "shard named in model.safetensors.index.json is missing" in refused(folder, out)
@@ -191,6 +192,66 @@ def test_an_older_conversion_survives_until_the_new_one_is_complete(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def single_file(source, target, change=lambda arrays: None):
+    """All weights in one file in a folder of its own, as ComfyUI has them."""
+    target.mkdir()
+    arrays = {"model." + key.removeprefix(GEMMA): a for key, a in weights(source).items()}
+    arrays["vision_model.head.x"] = arrays["multi_modal_projector.w"] = np.ones(2, np.float32)
+    change(arrays)
+    return write_file(target / "gemma.safetensors", arrays)
+
+
+def test_a_single_file_with_its_tokenizer_inside(source, tmp_path):
+    def spiece(arrays):
+        arrays["spiece_model"] = np.frombuffer(b"a sentencepiece model", np.uint8)
+
+    file = single_file(source, tmp_path / "one", spiece)
+    shutil.copy(source / "config.json", tmp_path / "one")
+    content = gemma3.convert(file, tmp_path / "out")
+    assert [entry["name"] for entry in content["source"]] == ["gemma.safetensors"]
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"a sentencepiece model"
+    wanted = weights(source)[GEMMA + "norm.weight"]
+    np.testing.assert_array_equal(tower(tmp_path / "out")["final_norm"]["scale"], wanted)
+    # what lies beside it, or is given, goes before what is inside
+    shutil.copy(source / "tokenizer.json", tmp_path / "one")
+    gemma3.convert(file, tmp_path / "beside")
+    assert not (tmp_path / "beside" / "tokenizer.model").exists()
+    (tmp_path / "other.model").write_bytes(b"another")
+    gemma3.convert(file, tmp_path / "given", tokenizer=tmp_path / "other.model")
+    assert (tmp_path / "given" / "tokenizer.model").read_bytes() == b"another"
+    assert not (tmp_path / "given" / "tokenizer.json").exists()
+    text = refused(file, tmp_path / "x", tokenizer=source / "model.safetensors.index.txt")
+    assert "index.txt: has neither tokenizer.json nor tokenizer.model" in text
+    (tmp_path / "notes.txt").touch()
+    text = refused(file, tmp_path / "x", tokenizer=tmp_path / "notes.txt")
+    assert "a tokenizer is a .json or .model file" in text
+
+
+def test_a_single_file_without_tokenizer_or_config(source, tmp_path):
+    text = refused(single_file(source, tmp_path / "one"), tmp_path / "out")
+    assert "one: has neither tokenizer.json nor tokenizer.model" in text
+    assert "has no config.json beside it, and not the sizes of google/gemma-3-12b-it" in text
+
+
+def test_scaled_fp8(source, tmp_path):
+    """As ComfyUI's text encoders are: the linear layers, each with a scale."""
+    key = "model.layers.3.mlp.up_proj.weight"
+
+    def quantise(arrays):
+        for name in [n for n in arrays if n.endswith("_proj.weight")]:
+            scaled = arrays[name].astype(np.float32) * 64
+            arrays[name] = np.clip(scaled, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+            arrays[name + "_scale"] = np.full((), 1 / 64, np.float32)
+
+    file = single_file(source, tmp_path / "one", quantise)
+    shutil.copy(source / "config.json", tmp_path / "one")
+    content = gemma3.convert(file, tmp_path / "out", tokenizer=source)
+    assert content["notes"] == ["56 weights were scaled fp8"]
+    kernel = tower(tmp_path / "out")["blocks"]["ff"]["up"]["kernel"][3]
+    wanted = read_file(file)[0][key].astype(np.float32) / 64
+    np.testing.assert_array_equal(np.asarray(kernel).T.astype(np.float32), wanted)
+
+
 def test_tokenizer_of_another_folder(source, tmp_path):
     folder = rewrite(source, tmp_path / "hf")
     (folder / "tokenizer.json").unlink()
@@ -212,6 +273,18 @@ def real_names():
             Gemma3Config(text_config=GEMMA_12B, vision_config=vision)
         )
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def test_the_12b_model_needs_no_config(real_names):
+    tensors = {
+        key.replace("model.language_model.", "model."): TensorInfo(
+            pathlib.Path("absent"), "BF16", shape, 0, 2 * int(np.prod(shape))
+        )
+        for key, shape in real_names.items()
+    }
+    config = GemmaConfig.from_metadata(gemma3.known_config(tensors, pathlib.Path("gemma")))
+    assert config == GemmaConfig()
+    assert gemma3.select(tensors, config, pathlib.Path("gemma"))[1] == []
 
 
 @pytest.mark.parametrize("layout", ["published", "newer transformers"])

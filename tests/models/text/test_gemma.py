@@ -12,6 +12,7 @@ import torch
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
 from checkpoint_converters import gemma3
+from checkpoint_converters.gemma3 import GEMMA_12B
 from omniforcing_jax.models import quantization
 from omniforcing_jax.models.text.connectors import (
     ConnectorConfig,
@@ -21,19 +22,6 @@ from omniforcing_jax.models.text.connectors import (
 from omniforcing_jax.models.text.gemma import LayerProjection, TextTower, init_boxed_params
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from tests.tiny_gemma import apply, convert_golden, load, torch_gemma, torch_states
-
-# `text_config` of google/gemma-3-12b-it
-GEMMA_12B = {
-    "hidden_size": 3840,
-    "intermediate_size": 15360,
-    "model_type": "gemma3_text",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 8,
-    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-    "sliding_window": 1024,
-    "vocab_size": 262208,
-}
 
 
 @pytest.fixture(scope="module")
