@@ -2,10 +2,11 @@
 
     python -m checkpoint_converters.ltx2 --input ltx-2-19b-dev.safetensors --output ltx2
 
-Reads the official single file (2.0, 2.3), shards with an index, or a diffusers folder, and writes
-OUTPUT/config.json and one Orbax checkpoint per component. Several inputs of one release may be
-given, each with some of the components. Students that were trained here and exported by
-checkpoint_converters.export come back as what they were.
+Reads the official single file (2.0, 2.3), in bfloat16 or scaled fp8, shards, or a diffusers folder,
+and writes OUTPUT/config.json and one Orbax checkpoint per component. Several inputs of one release
+may be given, each with some of the components; one of them must have the metadata. LoRAs (`--lora`)
+are merged into the weights. docs/files.md lists what files there are. Students that were trained
+here and exported by checkpoint_converters.export come back as what they were.
 
 Of LTX-2.5, which is published in parts, the transformer (with `--components transformer`), the
 convolutional video VAE and the audio VAE convert. Its text projections are in the file of its text

@@ -6,7 +6,7 @@
 | scaled fp8 (older ComfyUI) | `X.weight` F8, `X.scale_weight`, one `scaled_fp8` in the file |
 | fp8 cast | `X.weight` F8 and no scale anywhere: the values are the weights |
 | NVFP4 | `X.weight` U8 [out, in/2], `X.weight_scale` F8 per 16 inputs, `X.weight_scale_2` F32 |
-| ComfyUI's int8 | `X.weight` I8, `X.weight_scale` F32, `X.comfy_quant` |
+| ComfyUI's int8 | `X.weight` I8, `X.weight_scale` F32, `X.comfy_quant`; rotated if that says so |
 
 `X.input_scale` is for activations, which are not quantised here. Any other layout is refused by
 its name. All products are formed in float32, once rounded.
@@ -107,7 +107,8 @@ def dequantize(
             problems.layout(name, key)
             continue
         try:
-            result[key] = _READERS[name](tensors, module, tensors[key])
+            marker = markers.get(module, {})
+            result[key] = _READERS[name](tensors, module, tensors[key], marker)
             counts[name] = counts.get(name, 0) + 1
         except ValueError as error:
             problems.tensor(key, str(error))
@@ -168,6 +169,7 @@ def _markers(
         if (info := tensors.get(f"{module}.comfy_quant")) is not None:
             try:
                 found[module] = dict(json.loads(read_tensor(info).tobytes()))
+                found[module] |= found[module].get("params", {})
             except (ValueError, TypeError):
                 found[module] = {"format": "unreadable comfy_quant"}
     return found
@@ -181,27 +183,34 @@ def _layout(
     scaled: bool,
 ) -> str:
     """Name of a weight's layout; a key of `_READERS` if it is one that is converted."""
-    stated = marker.get("format")
-    if stated is not None and (_FORMATS.get(stated) != info.dtype_code or marker.get("convrot")):
-        rotated = ", rotated (convrot)" if marker.get("convrot") else ""
-        return f"ComfyUI's {stated}{rotated}"
+    stated, rotated = marker.get("format"), bool(marker.get("convrot"))
+    if stated is not None and (
+        _FORMATS.get(stated) != info.dtype_code or (rotated and info.dtype_code != "I8")
+    ):
+        return f"ComfyUI's {stated}{', rotated (convrot)' if rotated else ''}"
     has_scale = any(key in tensors for key in _names(module, _SCALES))
     if info.dtype_code in FLOAT8:
         return "scaled fp8" if has_scale or scaled or stated else "fp8 without scales"
     if info.dtype_code == "U8":
         is_nvfp4 = has_scale and f"{module}.weight_scale_2" in tensors
         return "NVFP4" if is_nvfp4 else "packed bytes (uint8) of an unknown layout"
+    if rotated:
+        return "rotated int8"
     return "int8" if stated else "int8 without a comfy_quant that says whether it is rotated"
 
 
-# -- layouts: (all tensors, module, its weight) -> the weight; ValueError: what does not fit -------
+# -- layouts: (all tensors, module, its weight, marker) -> the weight; ValueError if it does not fit
 
 
-def _cast(tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo) -> ComputedTensor:
+def _cast(
+    tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo, marker: Mapping
+) -> ComputedTensor:
     return ComputedTensor(weight.shape, STORED_AS, (weight,), ["cast"], lambda: rows_of(weight))
 
 
-def _scaled(tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo) -> ComputedTensor:
+def _scaled(
+    tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo, marker: Mapping
+) -> ComputedTensor:
     info = next((tensors[key] for key in _names(module, _SCALES) if key in tensors), None)
     if info is None:
         raise ValueError("has no scale in a file of scaled weights; download it again")
@@ -236,7 +245,9 @@ def _scale_column(info: TensorInfo, weight: TensorInfo) -> np.ndarray:
     return scale
 
 
-def _nvfp4(tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo) -> ComputedTensor:
+def _nvfp4(
+    tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo, marker: Mapping
+) -> ComputedTensor:
     """w = E2M1 * (scale of its 16 inputs * weight_scale_2); the scales lie in tiles of 128 x 4."""
     blocks, total = tensors[f"{module}.weight_scale"], tensors[f"{module}.weight_scale_2"]
     if len(weight.shape) != 2 or weight.shape[1] * 2 % _BLOCK:
@@ -267,9 +278,43 @@ def _nvfp4(tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo) -
     return ComputedTensor((out, inputs), STORED_AS, parts, ["nvfp4"], lambda: rows)
 
 
+def _rotated(
+    tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo, marker: Mapping
+) -> ComputedTensor:
+    """w = (int8 * scale) H in groups of inputs; H is its own inverse."""
+    size, scaled = marker.get("convrot_groupsize", 256), _scaled(tensors, module, weight, marker)
+    if size not in (4, 16, 64, 256, 1024) or len(weight.shape) != 2 or weight.shape[1] % size:
+        raise ValueError(
+            f"of shape {weight.shape} is rotated in groups of {size}, which do not fit"
+        )
+
+    def open_rows() -> Rows:
+        rows, hadamard = scaled.open(), _hadamard(size)
+
+        def turned_back(start: int, stop: int) -> np.ndarray:
+            groups = rows(start, stop).reshape(stop - start, -1, size)
+            return (groups @ hadamard).reshape(stop - start, weight.shape[1])
+
+        return turned_back
+
+    recipe = ["rotated", size]
+    return ComputedTensor(weight.shape, STORED_AS, scaled.parts, recipe, open_rows)
+
+
+def _hadamard(size: int) -> np.ndarray:
+    """float32 [size, size]: the symmetric Hadamard matrix of 4 x 4, whose rows all have the same
+    sum, to a Kronecker power, normalised."""
+    four = np.ones((4, 4), np.float32) - 2 * np.eye(4, dtype=np.float32)[::-1]
+    matrix = four
+    while len(matrix) < size:
+        matrix = np.kron(matrix, four)
+    return matrix / np.float32(math.sqrt(size))
+
+
 _READERS = {
     "scaled fp8": _scaled,
     "fp8 without scales": _cast,
     "NVFP4": _nvfp4,
     "int8": _scaled,
+    "rotated int8": _rotated,
 }

@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from omniforcing_jax.models.audio.vocoder import VocoderConfig
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig
+from tests.checkpoint_converters.files import read_file, write_file
 
 CONNECTOR = dict(
     caption_channels=16,
@@ -247,6 +249,26 @@ def test_conversion(folder, tmp_path):
     name = "audio_projection" if version == "2.3" else "projection"
     key = "audio_text_proj_in.weight" if version == "2.3" else "text_proj_in.weight"
     np.testing.assert_array_equal(tree[name]["kernel"], state[key].T)
+
+
+def test_scaled_fp8_and_other_quantisation(folder, tmp_path):
+    """A weight_scale beside a weight means the same here; diffusers' own quantisation is named."""
+    _, path, _ = folder
+    shutil.copytree(path, tmp_path / "fp8")
+    [file] = (tmp_path / "fp8" / "transformer").glob("*.safetensors")
+    key = "transformer_blocks.1.attn1.to_q"
+    arrays, strings = read_file(file)
+    arrays[key + ".weight"] = (arrays[key + ".weight"] * 64).astype(ml_dtypes.float8_e4m3fn)
+    arrays[key + ".weight_scale"] = np.full((), 1 / 64, np.float32)
+    write_file(file, arrays, strings)
+    tree = reading.load_component(tmp_path / "fp8", "transformer", np.float32)
+    wanted = arrays[key + ".weight"].astype(np.float32).T / 64
+    np.testing.assert_array_equal(tree["blocks"]["video_attn"]["q"]["kernel"][1], wanted)
+    config = tmp_path / "fp8" / "transformer" / "config.json"
+    settings = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "torchao"}}
+    config.write_text(json.dumps(settings))
+    with pytest.raises(ConversionError, match="quantised by diffusers with 'torchao'"):
+        ltx2.convert(tmp_path / "fp8", tmp_path / "out")
 
 
 def without(path, target, removed):

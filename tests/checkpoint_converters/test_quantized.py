@@ -16,7 +16,7 @@ from checkpoint_converters import computed, ltx2, reading, safetensors_io, synth
 from checkpoint_converters.key_map import DIT, find_place
 from checkpoint_converters.safetensors_io import ConversionError, read_header
 from omniforcing_jax.io import checkpoints
-from tests.checkpoint_converters.files import read_file, rewrite_file
+from tests.checkpoint_converters.files import read_file, rewrite_file, write_file
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BLOCK = DIT + "transformer_blocks.1."
@@ -75,6 +75,29 @@ def test_reference_weights_are_exact(golden_dir, tmp_path, name, dtype):
         np.testing.assert_array_equal(converted(tmp_path / "out", official), wanted, err_msg=key)
     leaves = jax.tree.leaves(checkpoints.param_shapes(tmp_path / "out", "transformer"))
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16" if dtype == "keep" else "float32"}
+
+
+@pytest.mark.parametrize("case", ["a", "b", "nvfp4"])
+def test_layouts_of_comfyui_match_its_own_code(golden_dir, tmp_path, monkeypatch, case):
+    """Rotated int8 in groups of 64 and 256, and NVFP4, as comfy-kitchen dequantises them."""
+    monkeypatch.setattr(computed, "SLICE_BYTES", 1)
+    monkeypatch.setattr(computed, "TILE", 128 if case == "nvfp4" else 5)
+    stored = np.load(golden_dir / "conditions" / "comfy_kitchen.npz")
+    arrays = {f"x.{name}": stored[f"{case}_{name}"] for name in ("weight", "weight_scale")}
+    if case == "nvfp4":
+        settings = {"format": "nvfp4"}
+        arrays["x.weight_scale"] = arrays["x.weight_scale"].view(FP8)
+        arrays["x.weight_scale_2"] = stored["nvfp4_weight_scale_2"]
+    else:
+        size = int(stored[f"{case}_groupsize"])
+        settings = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+    arrays["x.comfy_quant"] = np.frombuffer(json.dumps(settings).encode(), np.uint8)
+    file = write_file(tmp_path / "x.safetensors", arrays)
+    tensors = reading.open_checkpoint(file).tensors
+    assert set(tensors) == {"x.weight"}
+    actual = tensors["x.weight"].read(np.dtype(np.float32))
+    atol = 0 if case == "nvfp4" else 1e-6
+    np.testing.assert_allclose(actual, stored[f"{case}_dequant"], atol=atol, rtol=0)
 
 
 def test_what_was_not_quantised_is_kept(scaled, tmp_path, monkeypatch):
@@ -183,15 +206,11 @@ def gptq(arrays):
         del arrays[key.removesuffix("_scale")]
 
 
-def then(*changes):
-    return lambda arrays: [change(arrays) for change in changes]
-
-
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (then(int8, marked({"format": "int8_tensorwise", "convrot": True})),
-         r"28 weights are ComfyUI's int8_tensorwise, rotated \(convrot\)"),
+        (marked({"format": "float8_e4m3fn", "convrot": True}),
+         r"28 weights are ComfyUI's float8_e4m3fn, rotated \(convrot\)"),
         (marked({"format": "mxfp8"}), "28 weights are ComfyUI's mxfp8"),
         (packed, r"28 weights are packed bytes \(uint8\) of an unknown layout"),
         (gptq, "quantised as GPTQ or AWQ does"),

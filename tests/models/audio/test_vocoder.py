@@ -206,11 +206,12 @@ def randomise(module):
 SMALL = {"resnet_kernel_sizes": [3], "resnet_dilations": [[1, 3]]}
 
 
-def test_hifigan_matches_diffusers():
+@pytest.mark.parametrize("width", [16, 18])  # 18 -> 9 -> 4: rounded down
+def test_hifigan_matches_diffusers(width):
     torch.manual_seed(0)
     rates, kernels = [6, 4], [16, 8]
     reference = LTX2Vocoder(
-        hidden_channels=16,
+        hidden_channels=width,
         upsample_factors=rates,
         upsample_kernel_sizes=kernels,
         resnet_kernel_sizes=[3, 7],
@@ -219,7 +220,7 @@ def test_hifigan_matches_diffusers():
     randomise(reference)
     config = VocoderConfig(
         HiFiGANConfig(
-            initial_channels=16,
+            initial_channels=width,
             upsample_rates=tuple(rates),
             upsample_kernel_sizes=tuple(kernels),
             resblock_kernel_sizes=(3, 7),
