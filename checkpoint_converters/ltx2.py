@@ -13,6 +13,7 @@ convolutional video VAE and the audio VAE convert. Its text projections are in t
 encoder, a Gemma 4, which is not implemented here.
 """
 
+import argparse
 import dataclasses
 import pathlib
 import sys

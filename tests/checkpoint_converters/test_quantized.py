@@ -255,14 +255,14 @@ def test_a_long_list_is_shortened_and_can_be_had_in_full(scaled, tmp_path, capsy
 
     source = rewrite_file(scaled, tmp_path / "bad.safetensors", damage)
     arguments = ["--input", str(source), "--output", str(tmp_path / "out")]
-    assert ltx2.main(arguments) == 1
+    assert ltx2.main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "28 problems, nothing was written:"
+    assert lines[0] == "error: 28 problems, nothing was written:"
     assert len(lines) == 1 + safetensors_io.MAX_SHOWN + 1
     assert lines[-2] == "... and 19 more lines of this kind (scales)"
     assert lines[-1] == "--problems FILE writes the full list"
     full = tmp_path / "all.txt"
-    assert ltx2.main([*arguments, "--problems", str(full)]) == 1
+    assert ltx2.main([*arguments, "--problems", str(full)]) == 2
     assert len(full.read_text().splitlines()) == 28
 
 
