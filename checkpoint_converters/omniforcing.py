@@ -123,8 +123,10 @@ def convert(
     """
     problems: list[str] = []
     config, student, tensors, files = {}, None, {}, ()
+    notes: tuple[str, ...] = ()
     try:
         checkpoint = open_checkpoint(path)
+        notes = checkpoint.notes
         # other components, if any, have no metadata to check them against: they come from --base
         tensors = {k: t for k, t in checkpoint.tensors.items()
                    if checks.owner(k) in (None, "transformer")}  # fmt: skip
@@ -152,6 +154,8 @@ def convert(
         student=student,
         components=list(components),
     )
+    if notes:
+        content["notes"] = list(notes)
     streamed = tuple(name for name in components if name not in other.copies)
     plan = converting.ConversionPlan(
         content, tensors | other.tensors, streamed, other.copies, other.fingerprints

@@ -146,9 +146,11 @@ def _check_header(path: pathlib.Path, tensors: dict[str, TensorInfo], size: int)
     problems = []
     for name, info in tensors.items():
         if info.dtype_code not in DTYPES:
-            problems.append(f"{path}: {name} has the unsupported dtype {info.dtype_code}")
+            text = f"{path}: {name} has the unsupported dtype {info.dtype_code}"
+            problems.append(Problem(text, f"dtype {info.dtype_code}"))
         elif math.prod(info.shape) * info.dtype.itemsize != info.num_bytes:
-            problems.append(f"{path}: {name} has {info.num_bytes} bytes for shape {info.shape}")
+            text = f"{path}: {name} has {info.num_bytes} bytes for shape {info.shape}"
+            problems.append(Problem(text, "bytes for shape"))
     needed = max((info.offset + info.num_bytes for info in tensors.values()), default=0)
     if needed > size:
         problems.append(f"{path}: truncated, {size} of {needed} bytes are there; download it again")

@@ -49,7 +49,8 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
     Returns:
       {"format", "family": "ltx2" | "omniforcing", "model_version", "config": the checkpoint's
       metadata by section, "student": None or its layout and sinks, "components", "fingerprints":
-      what tells a component's weights from others, "folders": see `component_folder`, "source"}.
+      what tells a component's weights from others, "folders": see `component_folder`, "source",
+      and, if there are any, "loras": those merged into the weights, "notes"}.
 
     Raises:
       FileNotFoundError: no such folder, or it holds no converted checkpoint.
