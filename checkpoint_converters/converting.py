@@ -196,7 +196,7 @@ def main(
         "--dtype",
         default="keep",
         choices=list(DTYPE_CHOICES),
-        help="dtype to store (default: that of the file)",
+        help="dtype to store (default: that of the file; bfloat16 for what is quantised)",
     )
     add(
         "--mesh",

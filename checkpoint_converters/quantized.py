@@ -50,6 +50,7 @@ _FOREIGN = (
     (r".*\.weight_quantizer\..*", "ModelOpt with quantizers"),
     (r".*\.weight_scale_inv", "fp8 with a scale per block"),
 )
+_MAX_MARKER_BYTES = 1 << 16
 _BLOCK = 16  # inputs that share a scale in NVFP4
 # both E2M1 values of a byte, that of the even index in the high half
 _E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -132,8 +133,8 @@ class _Refusals:
 
     def check(self) -> None:
         lines = [
-            f"{self._path}: {len(keys)} weights are {name} ({keys[0]}), which is not converted; "
-            f"{_USE_INSTEAD}"
+            f"{self._path}: holds {name} ({len(keys)} of its weights, such as {keys[0]}), which is "
+            f"not converted; {_USE_INSTEAD}"
             for name, keys in self._layouts.items()
         ]
         if lines or self._tensors:
@@ -142,7 +143,7 @@ class _Refusals:
 
 def _is_low(key: str, info: TensorInfo) -> bool:
     """Whether a tensor stands for weights in low precision; scales and markers do not."""
-    if info.dtype_code in FLOAT8:
+    if info.dtype_code in FLOAT8 and info.shape:
         return key.rpartition(".")[2] not in (*_BESIDE, "scaled_fp8")
     return info.dtype_code in _PACKED and key.endswith(".weight")
 
@@ -156,23 +157,34 @@ def _markers(
 ) -> dict[str, dict]:
     """{module: what ComfyUI says of it}, from the tensors beside the weights or the metadata."""
     found: dict[str, dict] = {}
-    try:
-        layers = json.loads(strings.get("_quantization_metadata", "{}")).get("layers", {})
-    except (ValueError, AttributeError):
-        layers = {}
-    for name, settings in layers.items():
-        said = {"format": settings} if isinstance(settings, str) else settings
+    for name, settings in _stated_layers(strings).items():
         # the names may lack what stands before the transformer's
         for module in (m for m in modules if m == name or m.endswith("." + name)):
-            found[module] = said
+            found[module] = _settings(settings)
     for module in modules:
-        if (info := tensors.get(f"{module}.comfy_quant")) is not None:
+        info = tensors.get(f"{module}.comfy_quant")
+        if info is not None and info.num_bytes <= _MAX_MARKER_BYTES:
             try:
-                found[module] = dict(json.loads(read_tensor(info).tobytes()))
-                found[module] |= found[module].get("params", {})
-            except (ValueError, TypeError):
+                found[module] = _settings(json.loads(read_tensor(info).tobytes()))
+            except ValueError:
                 found[module] = {"format": "unreadable comfy_quant"}
     return found
+
+
+def _stated_layers(strings: Mapping[str, str]) -> dict:
+    try:
+        layers = json.loads(strings.get("_quantization_metadata", "{}")).get("layers")
+    except (ValueError, AttributeError):
+        layers = None
+    return layers if isinstance(layers, dict) else {}
+
+
+def _settings(said: object) -> dict:
+    """{"format": ..., ...} of what is said of a layer, be it the format alone."""
+    if not isinstance(said, dict):
+        return {"format": str(said)}
+    nested = said.get("params")
+    return said | (nested if isinstance(nested, dict) else {})
 
 
 def _layout(

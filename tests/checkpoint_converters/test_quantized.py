@@ -210,9 +210,9 @@ def gptq(arrays):
     ("change", "name"),
     [
         (marked({"format": "float8_e4m3fn", "convrot": True}),
-         r"28 weights are ComfyUI's float8_e4m3fn, rotated \(convrot\)"),
-        (marked({"format": "mxfp8"}), "28 weights are ComfyUI's mxfp8"),
-        (packed, r"28 weights are packed bytes \(uint8\) of an unknown layout"),
+         r"holds ComfyUI's float8_e4m3fn, rotated \(convrot\) \(28 of its weights"),
+        (marked({"format": "mxfp8"}), r"holds ComfyUI's mxfp8 \(28 of its weights"),
+        (packed, r"holds packed bytes \(uint8\) of an unknown layout"),
         (gptq, "quantised as GPTQ or AWQ does"),
     ],
 )  # fmt: skip
@@ -221,6 +221,26 @@ def test_an_unknown_layout_is_one_line(scaled, tmp_path, change, name):
     title, line = str(refused(source, tmp_path / "out")).splitlines()
     assert title == "1 problem, nothing was written:"
     assert re.search(name, line) and "use the bfloat16 file of the same model" in line
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({QUERY.removeprefix(DIT): {"format": "mxfp8"}}, "holds ComfyUI's mxfp8 (1 of its weights"),
+        ({QUERY: "nvfp4"}, "holds ComfyUI's nvfp4 (1 of its weights"),
+        ({QUERY: None}, "holds ComfyUI's None (1 of its weights"),
+        (["no", "layers"], None),
+    ],
+)
+def test_metadata_that_names_the_layout(scaled, tmp_path, said, text):
+    """As older files of ComfyUI have it, with or without the prefix of the names."""
+    strings = read_file(scaled)[1]
+    strings["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": said})
+    source = rewrite_file(scaled, tmp_path / "x.safetensors", metadata=strings)
+    if text is None:
+        assert reading.open_checkpoint(source).notes == ("28 weights were scaled fp8",)
+    else:
+        assert text in str(refused(source, tmp_path / "out"))
 
 
 def test_int8_without_a_marker(scaled, tmp_path):
