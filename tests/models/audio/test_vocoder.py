@@ -379,7 +379,7 @@ def test_wrong_shapes_are_named():
         ("stereo", False),
         ("upsample_kernel_sizes", [16, 14, 8, 4, 4]),
         ("upsample_rates", [6, 5, 2]),
-        ("upsample_initial_channel", 40),
+        ("upsample_initial_channel", 31),
         ("resblock_kernel_sizes", [3, 7, 10]),
         ("gain", 2.0),
     ],
