@@ -25,6 +25,7 @@ INSTALL_REQUIRES = [
     "rich>=13.0",  # progress
     # clips
     "av>=17.1",  # H.264 and AAC in MP4
+    "pillow>=11.0",  # pictures, with what PyAV does not read: EXIF orientation and ICC profiles
 ]
 
 PLOTS = ["matplotlib>=3.9"]  # curves, and pictures of clips

@@ -431,7 +431,7 @@ def arithmetic(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, flo
     latents = layout.video_frames
     if args.decode == "window":
         latents += args.look_back + args.look_ahead + args.blend - 1
-    decoder = video_vae.decoder_flops(
+    decoder = flops.video_decoder_flops(
         pipeline.config.video_vae, 8 * latents + 1, args.height, args.width
     )
     return {

@@ -18,6 +18,17 @@ _MODULES = {
     "pipeline": ("Pipeline", "PipelineConfig", "decode_clip", "load_pipeline"),
     "streaming.session": ("Chunk", "StreamingSession"),
     "streaming.media": ("ClipWriter", "read_clip"),
+    # what is given: pictures, clips and sound from files, and their latents
+    "io.media_files": (
+        "Sound",
+        "compress_image",
+        "fit_pixels",
+        "read_image",
+        "read_sound",
+        "read_video",
+    ),
+    "encoding": ("MediaEncoder", "load_encoders"),
+    "streaming.encoders": ("StreamingAudioEncoder", "StreamingVideoEncoder"),
     "text.prompts": ("PromptEncoder",),
     # the samplers
     "sampling.student": (

@@ -130,6 +130,12 @@ class PipelineConfig:
             context_noise=student.get("context_noise", 0.0),
         )
 
+    @property
+    def image_crf(self) -> int:
+        """H.264 quality of the pictures that the model was trained with; see `compress_image`."""
+        major, minor = (int(number) for number in self.model_version.split(".")[:2])
+        return 18 if (major, minor) >= (2, 4) else 33
+
     def layout(self, name: str | None = None, frame_rate: float = 24.0) -> BlockLayout:
         """The block layout `name`, or the one the checkpoint was trained with (else "prefix")."""
         name = name or self.layout_name or "prefix"

@@ -1,11 +1,16 @@
-"""How much arithmetic a block costs, counted from the model's own shapes.
+"""How much arithmetic a block and its decoding cost, counted from the model's own shapes.
 
 A multiply-add is two operations. Counted are the matrix products (which are over 99 % of the work):
 linear layers, attention, and the embeddings and heads; norms, modulation and softmax are not.
 """
 
+import math
+from collections.abc import Iterator
+
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.models.video_vae.layers import KERNEL_SIZE
+from omniforcing_jax.models.video_vae.model import VideoVAEConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 
 
@@ -71,3 +76,37 @@ def block_flops(
         text_tokens=text_tokens,
     )
     return one * (rollout.num_steps + 1)
+
+
+def _decoder_convs(config: VideoVAEConfig) -> Iterator[tuple[int, int, int, int]]:
+    """Of each convolution: input and output channels, frames and height relative to the latents."""
+    time = space = 1
+    width = config.bottleneck_channels
+    yield config.latent_channels, width, time, space
+    for stage in reversed(config.decoder_blocks):
+        if stage.kind == "res_x":
+            yield from [(width, width, time, space)] * (2 * stage.num_layers)
+            continue
+        yield width, math.prod(stage.stride) * width // stage.multiplier, time, space
+        width //= stage.multiplier
+        time, space = time * stage.stride[0], space * stage.stride[1]
+    yield width, 3 * config.patch_size**2, time, space
+
+
+def video_decoder_flops(config: VideoVAEConfig, frames: int, height: int, width: int) -> int:
+    """Floating-point operations (2 per multiply-add) of the convolutions of one decode.
+
+    Args:
+      frames: pixel frames of the clip, 8k+1.
+      height, width: pixels, multiples of 32.
+
+    Raises:
+      ValueError: if the clip's shape is not one the decoder can produce.
+    """
+    latent_frames = config.latent_frames(frames)
+    latent_area = math.prod(config.latent_size(height, width))
+    total = 0
+    for inputs, outputs, time, space in _decoder_convs(config):
+        positions = (time * (latent_frames - 1) + 1) * latent_area * space**2
+        total += 2 * KERNEL_SIZE**3 * inputs * outputs * positions
+    return total

@@ -100,7 +100,7 @@ class VideoLoss:
     def encode(self, params, batch) -> jax.Array:
         """Means of the latents [B, f, h, w, C], not normalised."""
         video = to_video(batch["frames"])
-        mean = VideoEncoder(self.config).apply({"params": params["encoder"]}, video)
+        mean, _ = VideoEncoder(self.config).apply({"params": params["encoder"]}, video)
         return mean[..., : self.config.latent_channels]
 
 
@@ -120,7 +120,7 @@ class AudioVAELoss:
         """batch["waveform"] [B, N, 2] float32."""
         del frozen
         log_mel = log_mel_spectrogram(batch["waveform"], self.config.mel)
-        mean = AudioEncoder(self.config).apply({"params": params["encoder"]}, log_mel)
+        mean, _ = AudioEncoder(self.config).apply({"params": params["encoder"]}, log_mel)
         latents, penalty = self.latents.apply(mean, key)
         prediction, _ = AudioDecoder(self.config).apply({"params": params["decoder"]}, latents)
         length = min(prediction.shape[1], log_mel.shape[1])
@@ -136,7 +136,7 @@ class AudioVAELoss:
     def encode(self, params, batch) -> jax.Array:
         """Means of the latents [B, T, C], not normalised."""
         log_mel = log_mel_spectrogram(batch["waveform"], self.config.mel)
-        mean = AudioEncoder(self.config).apply({"params": params["encoder"]}, log_mel)
+        mean, _ = AudioEncoder(self.config).apply({"params": params["encoder"]}, log_mel)
         return jnp.swapaxes(mean, 2, 3).reshape(*mean.shape[:2], -1)  # from [B, T, f, c]
 
 

@@ -89,25 +89,54 @@ def resample(waveform: jax.Array, source_rate: int, target_rate: int) -> jax.Arr
         if int(rate) != rate or rate < 1:
             raise ValueError(f"{name} must be a positive whole number of Hz, not {rate!r}")
     waveform = jnp.asarray(waveform, jnp.float32)
-    divisor = math.gcd(int(source_rate), int(target_rate))
-    source, target = int(source_rate) // divisor, int(target_rate) // divisor
+    source, target = _reduced(source_rate, target_rate)
     if source == target:
         return waveform
-    kernel, reach = _sinc_kernel(source, target)
-    batch, length, channels = waveform.shape
-    flat = rearrange(waveform, "B N S -> (B S) N 1")
-    # One kernel row per output phase: [B S, ceil(N / source) or one more, target]
+    length, reach = waveform.shape[1], resampling_reach(source_rate, target_rate)
+    padded = jnp.pad(waveform, ((0, 0), (reach, reach + source), (0, 0)))
+    return resample_window(padded, source_rate, target_rate)[:, : -(-length * target // source)]
+
+
+def resampling_reach(source_rate: int, target_rate: int) -> int:
+    """Samples on each side of a sample's place that `resample` makes it of."""
+    source, target = _reduced(source_rate, target_rate)
+    return 0 if source == target else _sinc_kernel(source, target)[1]
+
+
+def resample_window(window: jax.Array, source_rate: int, target_rate: int) -> jax.Array:
+    """`resample` of a piece of a waveform whose neighbours are known.
+
+    With both rates divided by their greatest common divisor to f_s and f_t, every f_s samples give
+    f_t new ones.
+
+    Args:
+      window: [B, N, S] float32, the piece with `resampling_reach` samples more on each side; it
+        begins at a multiple of f_s samples of the waveform.
+
+    Returns:
+      [B, f_t floor((N - 2 reach) / f_s), S] float32.
+    """
+    source, target = _reduced(source_rate, target_rate)
+    if source == target:
+        return window
+    kernel, _ = _sinc_kernel(source, target)
+    batch, _, channels = window.shape
+    flat = rearrange(window, "B N S -> (B S) N 1")
+    # One kernel row per output phase: [B S, N / source, target]
     phases = lax.conv_general_dilated(
         flat,
         jnp.asarray(kernel),
         window_strides=(source,),
-        padding=[(reach, reach + source)],
+        padding="VALID",
         dimension_numbers=("NWC", "WIO", "NWC"),
         precision=lax.Precision.HIGHEST,
     )
-    wanted = -(-length * target // source)
-    resampled = phases.reshape(batch, channels, -1)[:, :, :wanted]
-    return jnp.moveaxis(resampled, 1, 2)
+    return jnp.moveaxis(phases.reshape(batch, channels, -1), 1, 2)
+
+
+def _reduced(source_rate: int, target_rate: int) -> tuple[int, int]:
+    divisor = math.gcd(int(source_rate), int(target_rate))
+    return int(source_rate) // divisor, int(target_rate) // divisor
 
 
 def log_mel_spectrogram(waveform: jax.Array, config: MelConfig) -> jax.Array:
@@ -132,10 +161,23 @@ def log_mel_spectrogram(waveform: jax.Array, config: MelConfig) -> jax.Array:
         )
     waveform = jnp.asarray(waveform, jnp.float32)
     padded = jnp.pad(waveform, ((0, 0), (half, half), (0, 0)), mode="reflect")
-    num_frames = 1 + waveform.shape[1] // config.hop
+    return log_mel_frames(padded, 1 + waveform.shape[1] // config.hop, config)
+
+
+def log_mel_frames(samples: jax.Array, num_frames: int, config: MelConfig) -> jax.Array:
+    """`log_mel_spectrogram` without its padding: frame j is of samples[hop j : hop j + n_fft].
+
+    Args:
+      samples: [B, N, 2] float32, N at least hop (num_frames - 1) + n_fft.
+      num_frames: T (static).
+      config: spectrogram settings.
+
+    Returns:
+      [B, T, mel_bins, 2] float32.
+    """
     starts = np.arange(num_frames)[:, None] * config.hop
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(config.n_fft) / config.n_fft)
-    frames = padded[:, starts + np.arange(config.n_fft)]  # [B, T, n_fft, S]
+    frames = samples[:, starts + np.arange(config.n_fft)]  # [B, T, n_fft, S]
     frames = frames * jnp.asarray(window, jnp.float32)[None, None, :, None]
     magnitude = jnp.abs(jnp.fft.rfft(frames, axis=2))  # [B, T, n_fft / 2 + 1, S]
     filterbank = jnp.asarray(

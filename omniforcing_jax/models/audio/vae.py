@@ -1,8 +1,9 @@
 """Audio VAE of LTX-2: log-mel spectrogram <-> latents, 25 per second.
 
 2-D convolutions over (time, mel bin) that are causal in time: each pads two zero rows before its
-input and none after. The decoder is therefore causal, and a clip can be decoded in chunks without
-error if every convolution is given the last two rows of its previous input (`decode_audio_chunk`).
+input and none after. Both networks are therefore causal, and a clip can be encoded and decoded in
+chunks without error if every convolution is given the last rows of its previous input
+(`encode_audio_chunk`, `decode_audio_chunk`).
 Axis letters: B batch, T time rows, W frequency columns, C channels.
 """
 
@@ -143,10 +144,12 @@ class CausalConv(nn.Module):
         """Convolves the rows x [B, T, W, C].
 
         Args:
-          history: [B, 2, W, C], the two rows before `x`; None at the start of a clip (zeros).
+          history: [B, 3 - stride, W, C], the rows before `x`; None at the start of a clip, which
+            has two rows of zeros before it.
 
         Returns:
-          The convolution, and the last two input rows: the history of the next call.
+          The convolution, and the last input rows: the history of the next call. With stride 2 a
+          clip's first call takes an odd number of rows and the others an even one.
         """
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
@@ -162,7 +165,7 @@ class CausalConv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=lax.Precision.HIGHEST,
         )
-        return y + bias.astype(x.dtype)[None, None, None], rows[:, -2:]
+        return y + bias.astype(x.dtype)[None, None, None], rows[:, self.stride - 3 :]
 
 
 class MelResBlock(nn.Module):
@@ -224,7 +227,7 @@ class Level(nn.Module):
             x, new[name] = MelResBlock(self.features, name=name)(x, history.get(name))
         if self.resample == "downsample":
             conv = CausalConv(self.features, stride=2, width_padding=(0, 1), name="downsample")
-            x, _ = conv(x)
+            x, new["downsample"] = conv(x, history.get("downsample"))
         elif self.resample:
             x, new["upsample"] = Upsample(name="upsample")(x, history.get("upsample"), start)
         return x, new
@@ -234,25 +237,32 @@ _MID_BLOCKS = ("block_1", "block_2")
 
 
 class AudioEncoder(nn.Module):
-    """Log-mel [B, T, M, 2] -> mean of the latent distribution [B, ceil(T / 4), M / 4, c]."""
+    """Log-mel [B, T, M, 2] -> mean of the latent distribution [B, ceil(T / 4), M / 4, c].
+
+    `history` is a tree of the last input rows of every convolution, None at the start. A clip's
+    first rows are 4 t - 3, and 4 t in a continued clip, if more are to follow.
+    """
 
     config: AudioVAEConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, log_mel: jax.Array) -> jax.Array:
+    def __call__(self, log_mel: jax.Array, history: dict | None = None) -> tuple[jax.Array, dict]:
         config = self.config
-        x, _ = CausalConv(config.base_channels, name="conv_in")(log_mel.astype(self.dtype))
+        history, new = history or {}, {}
+        conv_in = CausalConv(config.base_channels, name="conv_in")
+        x, new["conv_in"] = conv_in(log_mel.astype(self.dtype), history.get("conv_in"))
         blocks = tuple(f"block_{i}" for i in range(config.num_res_blocks))
         last = len(config.channel_multipliers) - 1
         for level, multiplier in enumerate(config.channel_multipliers):
-            resample = "downsample" if level != last else ""
-            width = multiplier * config.base_channels
-            x, _ = Level(width, blocks, resample, name=f"down_{level}")(x)
-        x, _ = Level(width, _MID_BLOCKS, name="mid")(x)
+            name, resample = f"down_{level}", "downsample" if level != last else ""
+            layer = Level(multiplier * config.base_channels, blocks, resample, name=name)
+            x, new[name] = layer(x, history.get(name))
+        x, new["mid"] = Level(x.shape[-1], _MID_BLOCKS, name="mid")(x, history.get("mid"))
         # Mean and log-variance; the reference uses the mean only
-        x, _ = CausalConv(2 * config.latent_channels, name="conv_out")(norm_silu(x))
-        return x[..., : config.latent_channels]
+        conv_out = CausalConv(2 * config.latent_channels, name="conv_out")
+        x, new["conv_out"] = conv_out(norm_silu(x), history.get("conv_out"))
+        return x[..., : config.latent_channels], new
 
 
 class AudioDecoder(nn.Module):
@@ -307,12 +317,40 @@ def encode_audio(
     Raises:
       ValueError: no frames, or other mel bins or channels than the model's.
     """
+    return encode_audio_chunk(params, config, log_mel, None, dtype=dtype)[0]
+
+
+def encode_audio_chunk(
+    params: Mapping[str, Any],
+    config: AudioVAEConfig,
+    log_mel: jax.Array,
+    history: dict | None,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+) -> tuple[jax.Array, dict]:
+    """Encodes the next mel frames of a clip; concatenated chunks equal `encode_audio`.
+
+    Args:
+      params: as for `encode_audio`.
+      config: architecture.
+      log_mel: [B, T, mel_bins, 2], the frames that follow those already encoded: 4 t - 3 of them at
+        the start and 4 t after that, for t latents; another number only at the end of the clip.
+      history: what the previous call returned, None at the start.
+      dtype: compute dtype, the same for all chunks.
+
+    Returns:
+      latents [B, t, C] float32 as of `encode_audio`, and the new history.
+
+    Raises:
+      ValueError: no frames, or other mel bins or channels than the model's.
+    """
     check_log_mel(log_mel, config.mel.mel_bins)
+    encoder = AudioEncoder(config, dtype)
     with jax.named_scope("audio_encoder"):
-        mean = AudioEncoder(config, dtype).apply({"params": params["encoder"]}, log_mel)
+        mean, history = encoder.apply({"params": params["encoder"]}, log_mel, history)
     latents = einops.rearrange(mean.astype(jnp.float32), "B T f c -> B T (c f)")
     statistics = _statistics(params)
-    return (latents - statistics["mean"]) / statistics["std"]
+    return (latents - statistics["mean"]) / statistics["std"], history
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))

@@ -175,8 +175,8 @@ class ResBlocks(nn.Module):
 class SpaceToDepthDownsample(nn.Module):
     """Convolution and space-to-depth, plus the channel-averaged space-to-depth of the input.
 
-    With a temporal stride the first frame is doubled, so that it forms a pair of its own and every
-    later frame is paired with frames of its past only.
+    With a temporal stride the clip's first frame is doubled, so that it forms a pair of its own and
+    every later frame is paired with frames of its past only.
     """
 
     features: int
@@ -185,17 +185,19 @@ class SpaceToDepthDownsample(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, causal: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, causal: bool, cache: ConvCache | None = None
+    ) -> tuple[jax.Array, ConvCache]:
         t, p, q = self.stride
-        if t == 2:
+        if t == 2 and cache is None:
             x = jnp.concatenate([x[:, :1], x], axis=1)
         skip = space_to_depth(x, self.stride)  # [B, f, h, w, (features group)]
         skip = skip.reshape(*skip.shape[:-1], self.features, -1).mean(axis=-1)
         conv = CausalConv3d(
             self.features // (t * p * q), self.padding_mode, self.dtype, name="conv"
         )
-        y, _ = conv(x, causal)
-        return space_to_depth(y, self.stride) + skip
+        y, conv_cache = conv(x, causal, None if cache is None else cache["conv"])
+        return space_to_depth(y, self.stride) + skip, {"conv": conv_cache}
 
 
 class DepthToSpaceUpsample(nn.Module):

@@ -3,14 +3,14 @@
 F = 8 (f - 1) + 1 and H, W = 32 h, 32 w for the published checkpoints; the factors follow from the
 checkpoint's own block lists. The encoder is causal. The decoder was trained non-causal; with the
 same weights it also runs causally (see `streaming.video`), at a quality to be measured.
-The functions `encode`, `decode` and `decode_chunk` are to be jitted with `config`, `causal` and
+The functions `encode`, `decode` and their `_chunk`s are to be jitted with `config`, `causal` and
 `dtype` static.
 Source: the convolutional video VAE of Lightricks LTX-2 ("CausalVideoAutoencoder").
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ from flax import linen as nn
 
 from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.video_vae.layers import (
-    KERNEL_SIZE,
     PADDING_MODES,
     CausalConv3d,
     ConvCache,
@@ -263,22 +262,31 @@ class VideoEncoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, video: jax.Array) -> jax.Array:
-        """[B, F, H, W, 3] in [-1, 1] -> [B, f, h, w, C + 1], not normalised."""
+    def __call__(
+        self, video: jax.Array, cache: ConvCache | None = None
+    ) -> tuple[jax.Array, ConvCache]:
+        """[B, F, H, W, 3] in [-1, 1] -> ([B, f, h, w, C + 1], not normalised, and the cache).
+
+        With `cache` None the clip starts here and F = 8 (f - 1) + 1; with that of the chunk before
+        F = 8 f.
+        """
         config, mode = self.config, self.config.encoder_padding_mode
         width = config.latent_channels
+        past, new = cache or {}, {}
         x = patchify(video, config.patch_size)  # [B, F, H/4, W/4, 48]
-        x, _ = CausalConv3d(width, mode, self.dtype, name="conv_in")(x, causal=True)
+        conv_in = CausalConv3d(width, mode, self.dtype, name="conv_in")
+        x, new["conv_in"] = conv_in(x, True, past.get("conv_in"))
         for i, stage in enumerate(config.encoder_blocks):
             name = f"down_blocks_{i}"
             if stage.kind == "res_x":
-                x, _ = ResBlocks(stage.num_layers, mode, self.dtype, name=name)(x, causal=True)
+                layer = ResBlocks(stage.num_layers, mode, self.dtype, name=name)
             else:
                 width *= stage.multiplier
                 layer = SpaceToDepthDownsample(width, stage.stride, mode, self.dtype, name=name)
-                x = layer(x, causal=True)
+            x, new[name] = layer(x, True, past.get(name))
         conv_out = CausalConv3d(config.latent_channels + 1, mode, self.dtype, name="conv_out")
-        return conv_out(pixel_norm_silu(x), causal=True)[0]
+        x, new["conv_out"] = conv_out(pixel_norm_silu(x), True, past.get("conv_out"))
+        return x, new
 
 
 class VideoDecoder(nn.Module):
@@ -360,17 +368,51 @@ def encode(
     Raises:
       ValueError: on a wrong rank, channel count, frame count or size.
     """
-    if video.ndim != 5 or video.shape[-1] != 3:
-        raise ValueError(f"video must be [B, F, H, W, 3], got {video.shape}")
-    config.latent_frames(video.shape[1])
-    height, width = config.latent_size(*video.shape[2:4])
-    _check_reflection(config.encoder_padding_mode, height, width, "encoder")
+    return encode_chunk(config, params, video, dtype=dtype)[0]
+
+
+def encode_chunk(
+    config: VideoVAEConfig,
+    params: dict[str, Any],
+    video: jax.Array,
+    cache: ConvCache | None = None,
+    dtype=jnp.float32,
+) -> tuple[jax.Array, ConvCache]:
+    """Encodes the next frames of a clip. Chunks put together equal `encode` of the whole clip.
+
+    Args:
+      params, dtype: as for `encode`.
+      video: [B, F, H, W, 3] in [-1, 1], F = 8 (f - 1) + 1 in a clip's first chunk, else 8 f.
+      cache: what the previous chunk's call returned; None starts a clip.
+
+    Returns:
+      [B, f, H/32, W/32, C] float32 as of `encode`, and the convolutions' cache.
+
+    Raises:
+      ValueError: as `encode`.
+    """
+    _check_video(config, video.shape)
+    if cache is None:
+        config.latent_frames(video.shape[1])
+    elif video.shape[1] < 1 or video.shape[1] % config.temporal_compression:
+        raise ValueError(
+            f"a chunk that continues a clip has {config.temporal_compression}k frames, got "
+            f"{video.shape[1]}"
+        )
     with jax.named_scope("video_encoder"):
         variables = {"params": params["encoder"]}
-        moments = VideoEncoder(config, dtype).apply(variables, video.astype(dtype))
+        moments, cache = VideoEncoder(config, dtype).apply(variables, video.astype(dtype), cache)
     # moments [B, f, h, w, C + 1]
     mean, std = _statistics(params)
-    return (moments[..., : config.latent_channels].astype(jnp.float32) - mean) / std
+    return (moments[..., : config.latent_channels].astype(jnp.float32) - mean) / std, cache
+
+
+def _check_video(config: VideoVAEConfig, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `shape` is one of frames [B, F, H, W, 3] for the encoder."""
+    if len(shape) != 5 or shape[-1] != 3:
+        raise ValueError(f"video must be [B, F, H, W, 3], got {shape}")
+    size = config.latent_size(*shape[2:4])
+    _check_reflection(config.encoder_padding_mode, *size, "encoder")
 
 
 def decode(
@@ -443,37 +485,3 @@ def check_latents(config: VideoVAEConfig, shape: tuple[int, ...]) -> None:
             f"latents must be [B, f >= 1, h, w, {config.latent_channels}], got {shape}"
         )
     _check_reflection(config.decoder_padding_mode, *shape[2:4], "decoder")
-
-
-def _decoder_convs(config: VideoVAEConfig) -> Iterator[tuple[int, int, int, int]]:
-    """Of each convolution: input and output channels, frames and height relative to the latents."""
-    time = space = 1
-    width = config.bottleneck_channels
-    yield config.latent_channels, width, time, space
-    for stage in reversed(config.decoder_blocks):
-        if stage.kind == "res_x":
-            yield from [(width, width, time, space)] * (2 * stage.num_layers)
-            continue
-        yield width, math.prod(stage.stride) * width // stage.multiplier, time, space
-        width //= stage.multiplier
-        time, space = time * stage.stride[0], space * stage.stride[1]
-    yield width, 3 * config.patch_size**2, time, space
-
-
-def decoder_flops(config: VideoVAEConfig, frames: int, height: int, width: int) -> int:
-    """Floating-point operations (2 per multiply-add) of the convolutions of one decode.
-
-    Args:
-      frames: pixel frames of the clip, 8k+1.
-      height, width: pixels, multiples of 32.
-
-    Raises:
-      ValueError: if the clip's shape is not one the decoder can produce.
-    """
-    latent_frames = config.latent_frames(frames)
-    latent_area = math.prod(config.latent_size(height, width))
-    total = 0
-    for inputs, outputs, time, space in _decoder_convs(config):
-        positions = (time * (latent_frames - 1) + 1) * latent_area * space**2
-        total += 2 * KERNEL_SIZE**3 * inputs * outputs * positions
-    return total

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLLTX2Video
 from checkpoint_converters.reading import load_component, read_metadata
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig
+from omniforcing_jax.scaling import flops
 
 # Suggested tolerance of the golden files for the video VAE in float32.
 ATOL = 1e-4
@@ -382,13 +383,13 @@ def test_decoder_flops_agree_with_xla(golden):
     config, params, _ = golden
     latents = jax.ShapeDtypeStruct((1, 3, 6, 8, 6), jnp.float32)
     analysis = decode.lower(config, params, latents).cost_analysis()
-    counted = video_vae.decoder_flops(config, frames=17, height=192, width=256)
+    counted = flops.video_decoder_flops(config, frames=17, height=192, width=256)
     assert counted == pytest.approx(analysis["flops"], rel=0.1)
 
 
 def test_decoder_flops_reject_impossible_clips(golden):
     config, _, _ = golden
     with pytest.raises(ValueError, match=r"8k\+1"):
-        video_vae.decoder_flops(config, frames=24, height=64, width=64)
+        flops.video_decoder_flops(config, frames=24, height=64, width=64)
     with pytest.raises(ValueError, match="multiples of 32"):
-        video_vae.decoder_flops(config, frames=25, height=60, width=64)
+        flops.video_decoder_flops(config, frames=25, height=60, width=64)
