@@ -40,6 +40,7 @@ _MODULES = {
         "rollout",
     ),
     "sampling.kv_cache": ("CacheConfig",),
+    "sampling.conditions": ("Condition",),
     "sampling.teacher": ("SampleConfig", "sample"),
     "sampling.guidance": ("AVGuidance", "Guidance", "default_guidance"),
     # sizes, types and the network

@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.blocks import BlockLayout
@@ -20,7 +21,9 @@ from omniforcing_jax.models.transformer.rope import (
     VIDEO_TEMPORAL_COMPRESSION,
     ClipRope,
     Rope,
-    clip_rope,
+    audio_time_bounds,
+    rope_at,
+    video_time_bounds,
 )
 from omniforcing_jax.types import AVLatents, Contexts
 
@@ -112,28 +115,45 @@ class ClipGeometry:
         return self.height * self.width
 
     @property
+    def pixel_frames(self) -> int:
+        """Pixel frames from the beginning to the clip's end."""
+        return (self.video_start + self.video_frames - 1) * VIDEO_TEMPORAL_COMPRESSION + 1
+
+    @property
     def video_tokens(self) -> int:
         """T_v; there are `audio_frames` audio tokens."""
         return self.video_frames * self.patches
 
-    def rope(self, model: Transformer) -> ClipRope:
-        """RoPE tables that cover the clip."""
-        return clip_rope(
-            model.config,
-            video_frames=self.video_start + self.video_frames,
-            audio_frames=self.audio_start + self.audio_frames,
-            height=self.height,
-            width=self.width,
-            frame_rate=self.frame_rate,
-        )
+    def rope(self, model: Transformer, appended: AVLatents | None = None) -> ClipRope:
+        """RoPE tables that cover the clip, and behind it what is appended to it.
 
-    def stream_ropes(self, model: Transformer, rope: ClipRope | None = None) -> "StreamRopes":
-        """Where the clip's tokens are, with the sinks of the model; `rope` covers the clip."""
+        Args:
+          appended: [n, 2] float32 seconds, begin and end of each appended latent of both streams.
+        """
+        video = video_time_bounds(self.video_start + self.video_frames, self.frame_rate)
+        audio = audio_time_bounds(self.audio_start + self.audio_frames)
+        if appended is not None:
+            video = np.concatenate([video, appended.video])
+            audio = np.concatenate([audio, appended.audio])
+        return rope_at(model.config, video, audio, self.height, self.width)
+
+    def stream_ropes(
+        self,
+        model: Transformer,
+        rope: ClipRope | None = None,
+        appended: tuple[int, int] = (0, 0),
+    ) -> "StreamRopes":
+        """Where the clip's tokens are, with the sinks of the model.
+
+        Args:
+          rope: covers the clip.
+          appended: video and audio latents behind the clip's, which `rope` covers, too.
+        """
         rope = self.rope(model) if rope is None else rope
         return stream_ropes(
             rope,
-            self.video_start + np.arange(self.video_frames),
-            self.audio_start + np.arange(self.audio_frames),
+            self.video_start + np.arange(self.video_frames + appended[0]),
+            self.audio_start + np.arange(self.audio_frames + appended[1]),
             sinks=model.config.num_audio_sinks > 0,
         )
 
@@ -245,3 +265,25 @@ def modalities(
         global_sigma=global_sigma.audio,
     )
     return video, audio
+
+
+def join_blocks(first: AVLatents, rest: AVLatents) -> AVLatents:
+    """Block 0 [B, T, C] and the later blocks [K - 1, B, T, C] -> a clip [B, T, C]."""
+
+    def join(first, rest):
+        rest = jnp.moveaxis(rest, 0, 1).reshape(rest.shape[1], -1, rest.shape[3])
+        return jnp.concatenate([first, rest], axis=1)
+
+    return jax.tree.map(join, first, rest)
+
+
+def split_blocks(clip: AVLatents, layout: BlockLayout, patches: int) -> tuple[AVLatents, AVLatents]:
+    """A clip [B, T, C] -> block 0 [B, T, C] and the later blocks [K - 1, B, T, C]."""
+
+    def split(x, first, later):
+        rest = x[:, first:].reshape(x.shape[0], -1, later, x.shape[2])
+        return x[:, :first], jnp.moveaxis(rest, 1, 0)
+
+    video = split(clip.video, layout.first_video_frames * patches, layout.video_frames * patches)
+    audio = split(clip.audio, layout.first_audio_frames, layout.audio_frames)
+    return AVLatents(video[0], audio[0]), AVLatents(video[1], audio[1])

@@ -28,6 +28,7 @@ class RandomUse(enum.IntEnum):
     REGRESSION_LEVEL = 21
     REGRESSION_NOISE = 22
     CLEAN_STATE = 23
+    CONDITION = 31
 
 
 @flax.struct.dataclass

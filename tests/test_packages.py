@@ -44,6 +44,7 @@ PUBLIC = {
     "Chunk",
     "ClipGeometry",
     "ClipWriter",
+    "Condition",
     "Guidance",
     "MediaEncoder",
     "Pipeline",

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.models.transformer.inputs import Pathways
+from omniforcing_jax.types import AVLatents
 
 PASSES = ("cond", "uncond", "perturbed", "isolated")
 
@@ -230,3 +231,13 @@ def keep_pathways(
     video, audio = skipped
     cross = rows("isolated", range(num_layers))
     return Pathways(rows("perturbed", video), rows("perturbed", audio), cross, cross)
+
+
+def keep_frozen_streams(keep: Pathways, frozen: AVLatents, batch: int) -> Pathways:
+    """`keep` [L, B * P] with ones for the self-attention of streams that are frozen [B or 1]."""
+
+    def row(keep: jax.Array, frozen: jax.Array) -> jax.Array:
+        frozen = jnp.repeat(jnp.broadcast_to(frozen, (batch,)), keep.shape[1] // batch)
+        return jnp.where(frozen[None], 1.0, keep)
+
+    return keep.replace(video=row(keep.video, frozen.video), audio=row(keep.audio, frozen.audio))

@@ -7,7 +7,8 @@
                       velocity(x0, 0 | history, prompt) writes the block's keys and values (refresh)
 
 `rollout` scans it over the blocks of a clip in one jitted program; `StreamingSession` calls
-the same step from the host, one block at a time.
+the same step from the host, one block at a time. What of a block is given (a `Condition` of its
+latents) stays as it is in every step and enters the history like what was generated.
 """
 
 import dataclasses
@@ -17,10 +18,10 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import (
     ClipGeometry,
     StreamRopes,
+    join_blocks,
     modalities,
     normal_latents,
     stream_ropes,
@@ -29,6 +30,12 @@ from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import flow, kv_cache
+from omniforcing_jax.sampling.conditions import (
+    Condition,
+    add_noise,
+    split_condition,
+    velocity_to_x0,
+)
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache
 from omniforcing_jax.types import AVLatents, Contexts
 
@@ -126,13 +133,23 @@ def prompt_kv(
     return jax.lax.map(encode, sigmas)
 
 
-def text_kv(model: Transformer, params, contexts: Contexts, sigma: jax.Array) -> TextKV:
+def text_kv(
+    model: Transformer,
+    params,
+    contexts: Contexts,
+    sigma: jax.Array,
+    condition: Condition | None = None,
+) -> TextKV:
     """Text keys and values [L, B, S, N, H] at the samples' noise levels `sigma` [B].
 
     Args:
       contexts: (video, audio) text contexts [B, S, text_dim].
+      condition: the level of a stream that is frozen is 0.
     """
     level = sigma if model.config.text_adaln else None
+    if level is not None and condition is not None:
+        levels = condition.stream_sigma(sigma)
+        level = tuple(jnp.broadcast_to(s, sigma.shape) for s in (levels.video, levels.audio))
     return model.apply({"params": params}, *contexts, level, method="text_kv")
 
 
@@ -178,16 +195,31 @@ class BlockForward:
     ropes: StreamRopes
     keep: Pathways | None = None
 
-    def __call__(self, x: AVLatents, sigma: jax.Array, text: TextKV, *, return_kv: bool = False):
-        """Clean prediction of x [B, T, C] at noise level sigma [] or [B], and the block's K/V."""
-        sigmas = jnp.broadcast_to(sigma.reshape(-1, 1), (x.video.shape[0], 1)).astype(jnp.float32)
-        video, audio = modalities(x, AVLatents(sigmas, sigmas), self.ropes)
+    def __call__(
+        self,
+        x: AVLatents,
+        sigma: jax.Array,
+        text: TextKV,
+        condition: Condition | None = None,
+        *,
+        return_kv: bool = False,
+    ):
+        """Clean prediction of x [B, T, C] at noise level sigma [] or [B], and the block's K/V.
+
+        What `condition` gives has noise level 0, and its own values in the prediction.
+        """
+        batch = x.video.shape[0]
+        sigmas = jnp.broadcast_to(sigma.reshape(-1, 1), (batch, 1)).astype(jnp.float32)
+        sigmas, stream_sigma = AVLatents(sigmas, sigmas), None
+        if condition is not None:
+            sigmas = condition.sigma(sigmas.video)
+            stream_sigma = condition.stream_sigma(sigma.astype(jnp.float32))
+            stream_sigma = jax.tree.map(lambda s: jnp.broadcast_to(s, (batch,)), stream_sigma)
+        video, audio = modalities(x, sigmas, self.ropes, global_sigma=stream_sigma)
         (video, audio), kv = self.model.clone(return_kv=return_kv).apply(
             {"params": self.params}, video, audio, history=self.history, text=text, keep=self.keep
         )
-        velocity = AVLatents(video, audio)
-        x0 = jax.tree.map(lambda x, v: flow.velocity_to_x0(x, v, sigma), x, velocity)
-        return x0, kv
+        return velocity_to_x0(x, AVLatents(video, audio), sigma, condition), kv
 
 
 @flax.struct.dataclass
@@ -217,6 +249,7 @@ def block_step(
     *,
     first: bool,
     exit_step: jax.Array | None = None,
+    condition: Condition | None = None,
 ) -> tuple[BlockTrace, RollingCache]:
     """Generates the next block and writes its keys and values.
 
@@ -229,15 +262,16 @@ def block_step(
       config: how blocks are generated; that of `cache`, `text` and `rope`.
       first: whether this is block 0 (another shape, no history, the sinks).
       exit_step: [] int32 the denoising step whose prediction is the block; None is the last one.
+      condition: what of the block is given; None is nothing.
 
     Returns:
       The block (`x0` [B, T, C] float32) and how it came about, and the cache with the block in it.
     """
     forward = bind(model, params, cache, rope, config, first=first)
     with jax.named_scope("denoise"):
-        x0, exit_input = denoise(forward, text, noise, config, exit_step)
+        x0, exit_input = denoise(forward, text, noise, config, exit_step, condition)
     with jax.named_scope("refresh"):
-        kv = refresh(forward, text, x0, noise, config)
+        kv = refresh(forward, text, x0, noise, config, condition)
     with jax.named_scope("write_cache"):
         cache = kv_cache.write(cache, kv, config.patches, first=first)
     return BlockTrace(x0, exit_input, kv), cache
@@ -249,6 +283,7 @@ def denoise(
     noise: AVLatents,
     config: RolloutConfig,
     exit_step: jax.Array | None = None,
+    condition: Condition | None = None,
 ) -> tuple[AVLatents, AVLatents]:
     """The few denoising steps: predict x0, add fresh noise of the next level, repeat.
 
@@ -260,22 +295,53 @@ def denoise(
 
     def step(i, carry):
         x, _, _ = carry
-        x0, _ = forward(x, sigmas[i], text_at(forward.model, text, i))
+        text_i = text_at(forward.model, text, text_level(i, config, condition))
+        x0, _ = forward(x, sigmas[i], text_i, condition)
         # After the last step sigma is 0: whatever noise stands there is multiplied by zero.
         fresh = jax.tree.map(lambda n: n[jnp.minimum(i + 1, config.num_steps - 1)], noise)
-        x_next = jax.tree.map(lambda x0, n: flow.add_noise(x0, n, sigmas[i + 1]), x0, fresh)
+        x_next = add_noise(x0, fresh, sigmas[i + 1], condition)
         return x_next, x0, x
 
     x = jax.tree.map(lambda n: n[0], noise)
+    if condition is not None:
+        x = condition.start(x)
     _, x0, exit_input = jax.lax.fori_loop(0, last + 1, step, (x, x, x))
     return x0, exit_input
 
 
-def text_at(model: Transformer, text: TextKV, level: jax.Array | int) -> TextKV:
-    """Text K/V at one of the noise levels for which `prompt_kv` made them."""
+def text_level(
+    step: jax.Array, config: RolloutConfig, condition: Condition | None
+) -> AVLatents | jax.Array:
+    """At which noise level each stream reads the text: one that is frozen is clean.
+
+    Returns:
+      Index of `config.sigma_levels`, [] or for each stream [B or 1]; clean is the refresh's level.
+    """
+    if condition is None:
+        return step
+    return jax.tree.map(lambda f: jnp.where(f, config.num_steps, step), condition.frozen)
+
+
+def text_at(model: Transformer, text: TextKV, level: AVLatents | jax.Array | int) -> TextKV:
+    """Text K/V at one of the noise levels for which `prompt_kv` made them.
+
+    Args:
+      level: index of the level, [], or for each stream [B or 1].
+    """
     if not model.config.text_adaln:
         return text
-    return jax.tree.map(lambda t: t[level], text)
+    if not isinstance(level, AVLatents):
+        return jax.tree.map(lambda t: t[level], text)
+
+    def of_samples(level: jax.Array):
+        if level.shape[0] == 1:
+            return lambda t: t[level[0]]
+        return lambda t: jax.vmap(lambda t, i: t[i], in_axes=(2, 0), out_axes=1)(t, level)
+
+    return TextKV(
+        jax.tree.map(of_samples(level.video), text.video),
+        jax.tree.map(of_samples(level.audio), text.audio),
+    )
 
 
 def refresh(
@@ -284,12 +350,14 @@ def refresh(
     x0: AVLatents,
     noise: AVLatents,
     config: RolloutConfig,
+    condition: Condition | None = None,
 ) -> Pathways:
     """One more pass over the finished block at `context_noise`: its keys and values."""
     if config.context_noise > 0:
-        x0 = jax.tree.map(lambda x, n: flow.add_noise(x, n[-1], config.context_noise), x0, noise)
+        last = jax.tree.map(lambda n: n[-1], noise)
+        x0 = add_noise(x0, last, config.context_noise, condition)
     text = text_at(forward.model, text, config.num_steps)
-    _, kv = forward(x0, jnp.float32(config.context_noise), text, return_kv=True)
+    _, kv = forward(x0, jnp.float32(config.context_noise), text, condition, return_kv=True)
     return kv
 
 
@@ -353,6 +421,7 @@ def rollout(
     config: RolloutConfig,
     num_blocks: int,
     batch: int,
+    condition: Condition | None = None,
 ) -> AVLatents:
     """Generates a whole clip: block 0, then a scan over the uniform blocks, in one program.
 
@@ -364,6 +433,7 @@ def rollout(
       config: how blocks are generated.
       num_blocks: K, block 0 included.
       batch: B, samples.
+      condition: what of the clip is given; None is nothing.
 
     Returns:
       AVLatents of the clip, [B, T, C] float32 (T over all frames).
@@ -374,39 +444,20 @@ def rollout(
     if num_blocks < 1:
         raise ValueError(f"num_blocks must be at least 1, not {num_blocks}")
     config.check_rope(rope, num_blocks)
-    cache = new_cache(model, config, batch)
-    noise = block_noise(key, 0, config, model, batch, first=True)
-    trace, cache = block_step(model, params, cache, text, rope, noise, config, first=True)
-    if num_blocks == 1:
-        return trace.x0
+    given, later = None, None
+    if condition is not None:
+        given, later = split_condition(condition, config.cache.layout, config.patches)
 
-    def step(cache, block):
-        noise = block_noise(key, block, config, model, batch, first=False)
-        trace, cache = block_step(model, params, cache, text, rope, noise, config, first=False)
+    def step(cache, block, given, first):
+        noise = block_noise(key, block, config, model, batch, first=first)
+        trace, cache = block_step(
+            model, params, cache, text, rope, noise, config, first=first, condition=given
+        )
         return cache, trace.x0
 
-    _, rest = jax.lax.scan(step, cache, jnp.arange(1, num_blocks))  # [K - 1, B, T, C]
-
-    return join_blocks(trace.x0, rest)
-
-
-def join_blocks(first: AVLatents, rest: AVLatents) -> AVLatents:
-    """Block 0 [B, T, C] and the later blocks [K - 1, B, T, C] -> a clip [B, T, C]."""
-
-    def join(first, rest):
-        rest = jnp.moveaxis(rest, 0, 1).reshape(rest.shape[1], -1, rest.shape[3])
-        return jnp.concatenate([first, rest], axis=1)
-
-    return jax.tree.map(join, first, rest)
-
-
-def split_blocks(clip: AVLatents, layout: BlockLayout, patches: int) -> tuple[AVLatents, AVLatents]:
-    """A clip [B, T, C] -> block 0 [B, T, C] and the later blocks [K - 1, B, T, C]."""
-
-    def split(x, first, later):
-        rest = x[:, first:].reshape(x.shape[0], -1, later, x.shape[2])
-        return x[:, :first], jnp.moveaxis(rest, 1, 0)
-
-    video = split(clip.video, layout.first_video_frames * patches, layout.video_frames * patches)
-    audio = split(clip.audio, layout.first_audio_frames, layout.audio_frames)
-    return AVLatents(video[0], audio[0]), AVLatents(video[1], audio[1])
+    cache, x0 = step(new_cache(model, config, batch), 0, given, True)
+    if num_blocks == 1:
+        return x0
+    blocks = jnp.arange(1, num_blocks)
+    _, rest = jax.lax.scan(lambda c, b: step(c, *b, False), cache, (blocks, later))
+    return join_blocks(x0, rest)  # of [K - 1, B, T, C] later blocks

@@ -3,7 +3,7 @@
     x <- noise
     for sigma, next in the schedule:
         x0 <- guide(x - sigma * velocity(x, sigma), one velocity per pass)
-        x0 <- mask * x0 + (1 - mask) * clean                  (conditioning on frames, if any)
+        x0 <- mask * x0 + (1 - mask) * clean                  (what is given, if anything)
         x  <- x + (next - sigma) * (x - x0) / sigma
 
 The passes that the guidance needs (prompt, negative prompt, perturbed, isolated) are rows of one
@@ -17,19 +17,21 @@ from typing import NamedTuple
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from omniforcing_jax.geometry import ClipGeometry, draw_noise, modalities
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import VIDEO_SPATIAL_COMPRESSION, ClipRope
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.conditions import Condition, check_same_shapes
 from omniforcing_jax.sampling.guidance import (
     LTX20_GUIDANCE,
+    NO_GUIDANCE,
     PASSES,
     AVGuidance,
     guide,
     interleave_rows,
+    keep_frozen_streams,
     keep_pathways,
 )
 from omniforcing_jax.types import AVLatents
@@ -53,12 +55,13 @@ class SampleConfig:
     """What clip is sampled, and how.
 
     Attributes:
-      sigmas: noise levels, decreasing from 1 to 0, as `flow.ltx2_schedule` gives them.
+      sigmas: noise levels, decreasing to 0, as `flow.ltx2_schedule` gives them. They begin with 1
+        (noise), or lower where a clip is taken up again at that level (`sample`'s `initial`).
       clip: sizes of the clip in latents.
       guidance: scales of both modalities.
 
     Raises:
-      ValueError: sigmas that do not start at 1; see also `flow.check_sigmas`.
+      ValueError: see `flow.check_sigmas`.
     """
 
     sigmas: tuple[float, ...]
@@ -66,11 +69,7 @@ class SampleConfig:
     guidance: AVGuidance = LTX20_GUIDANCE
 
     def __post_init__(self):
-        sigmas = flow.check_sigmas(self.sigmas)
-        if sigmas[0] != 1.0:
-            raise ValueError(
-                f"sampling starts from pure noise: sigmas[0] must be 1, not {sigmas[0]}"
-            )
+        flow.check_sigmas(self.sigmas)
 
     @classmethod
     def for_clip(
@@ -129,7 +128,12 @@ class PassInputs:
 
 
 def prepare_passes(
-    model: Transformer, params, prompt: Prompt, negative: Prompt | None, guidance: AVGuidance
+    model: Transformer,
+    params,
+    prompt: Prompt,
+    negative: Prompt | None,
+    guidance: AVGuidance,
+    frozen: AVLatents | None = None,
 ) -> PassInputs:
     """Everything about the passes that does not change from step to step.
 
@@ -137,6 +141,8 @@ def prepare_passes(
       prompt: [B, S, text_dim] contexts.
       negative: of the same shapes; None when the guidance has no "uncond" pass.
       guidance: decides which passes there are.
+      frozen: [B or 1] boolean of each stream: one that is given as a whole is not guided, so the
+        perturbed pass leaves its self-attention as it is. None: neither is.
     """
     passes = guidance.passes()
     batch = prompt.video_context.shape[0]
@@ -149,6 +155,8 @@ def prepare_passes(
     context = jax.tree.map(lambda *x: interleave_rows(x), *by_pass)
     skipped = (guidance.video.skipped, guidance.audio.skipped)
     keep = keep_pathways(passes, skipped, model.config.num_layers, batch)
+    if keep is not None and frozen is not None:
+        keep = keep_frozen_streams(keep, frozen, batch)
     if model.config.text_adaln:
         return PassInputs(context, None, keep)
 
@@ -178,10 +186,10 @@ def guided_x0(
     """The guided prediction of the clean clip, all passes in one call of the network.
 
     Args:
-      x: noisy tokens [B, T, C].
+      x: noisy tokens [B, T, C], those that are appended to the clip last.
       sigma: [B or 1, G] noise levels of each stream, of G equal groups of its tokens.
       inputs: from `prepare_passes`, with the guidance of `config`.
-      rope: tables that cover the clip.
+      rope: tables that cover the clip, and behind it what is appended.
       global_sigma: [B] the samples' own noise levels, where they are not max(sigma).
 
     Returns:
@@ -193,11 +201,15 @@ def guided_x0(
         values = jnp.broadcast_to(values, (batch, *values.shape[1:]))
         return interleave_rows([values] * num_passes)
 
-    context = inputs.context
+    context, clip = inputs.context, config.clip
+    appended = (
+        x.video.shape[1] // clip.patches - clip.video_frames,
+        x.audio.shape[1] - clip.audio_frames,
+    )
     video, audio = modalities(
         jax.tree.map(rows, x),
         jax.tree.map(rows, sigma),
-        config.clip.stream_ropes(model, rope),
+        clip.stream_ropes(model, rope, appended),
         (context.video_context, context.audio_context),
         context_mask=context.mask,
         global_sigma=jax.tree.map(rows, global_sigma),
@@ -219,42 +231,6 @@ def guided_x0(
     return jax.tree.map(combine, x, AVLatents(video, audio), sigma, AVLatents(*config.guidance))
 
 
-def condition_on_first_frames(
-    latents: jax.Array, config: SampleConfig, model: Transformer, strength: float = 1.0
-) -> tuple[AVLatents, AVLatents]:
-    """`clean` and `mask` for `sample`: the clip starts with these video latents (image to video).
-
-    Args:
-      latents: [B, f, h, w, C] normalised; an image is one latent frame.
-      strength: 1 keeps them exactly; less lets them be denoised from noise level 1 - strength.
-
-    Returns:
-      clean [B, T, C], mask [1, F] for the video and [1, 1] for the audio (1 = generate).
-
-    Raises:
-      ValueError: latents that do not fit the clip, or a strength outside [0, 1].
-    """
-    clip = config.clip
-    size = (clip.height, clip.width, model.config.video_channels)
-    if latents.ndim != 5 or latents.shape[2:] != size or latents.shape[1] > clip.video_frames:
-        raise ValueError(
-            f"latents must be [B, up to {clip.video_frames} frames, {size[0]}, {size[1]}, "
-            f"{size[2]}], got {list(latents.shape)}"
-        )
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"strength must be in [0, 1], not {strength}")
-    batch, frames = latents.shape[:2]
-    tokens = latents.astype(jnp.float32).reshape(batch, -1, latents.shape[-1])
-    rest = config.clip.video_tokens - tokens.shape[1]
-    mask = np.ones((1, config.clip.video_frames), np.float32)
-    mask[:, :frames] -= strength
-    clean = AVLatents(
-        jnp.pad(tokens, ((0, 0), (0, rest), (0, 0))),
-        jnp.zeros((batch, config.clip.audio_frames, model.config.audio_channels)),
-    )
-    return clean, AVLatents(jnp.asarray(mask), jnp.ones((1, 1)))
-
-
 def sample(
     model: Transformer,
     params,
@@ -263,8 +239,8 @@ def sample(
     key: jax.Array,
     config: SampleConfig,
     *,
-    clean: AVLatents | None = None,
-    mask: AVLatents | None = None,
+    condition: Condition | None = None,
+    initial: AVLatents | None = None,
     trajectory: bool = False,
 ) -> AVLatents:
     """Samples a batch of clips.
@@ -273,13 +249,13 @@ def sample(
       model, params: the transformer and its parameter tree.
       prompt: text contexts [B, S, text_dim] of video and audio.
       negative: contexts [B or 1, S, text_dim] of the negative prompt; None exactly when the
-        guidance has cfg 1 for both modalities.
+        guidance has cfg 1 for the streams that are generated.
       key: a key, from which sample i gets `fold_in(key, i)`, or [B] keys, one per sample.
-      config: clip, schedule and guidance.
-      clean: [B, T, C] tokens to condition on; needs `mask`.
-      mask: [B or 1, G] for G equal groups of tokens (frames, say): 1 generates, 0 keeps `clean`
-        exactly, and a value m between starts from `clean` at noise level m. See
-        `condition_on_first_frames`.
+      config: clip, schedule and guidance. A stream that is given as a whole is not guided.
+      condition: what is given, for B samples or one for all; None is nothing. What is generated
+        starts from the same noise with it as without.
+      initial: [B, T, C] clip to start from at the noise level `config.sigmas[0]`; None starts from
+        noise.
       trajectory: return x at every sigma, from the noise to the sample (for ODE regression).
 
     Returns:
@@ -288,46 +264,63 @@ def sample(
     Raises:
       ValueError: inputs that do not fit each other, the model or the config.
     """
-    inputs = _check_inputs(model, prompt, negative, key, config, clean, mask)
+    config = without_guidance_of_given(config, condition)
+    inputs = _check_inputs(model, prompt, negative, key, config, condition, initial)
     return _sample(model, params, *inputs, config=config, trajectory=trajectory)
 
 
+def without_guidance_of_given(config: SampleConfig, condition: Condition | None) -> SampleConfig:
+    """Without scales for a stream that is given as a whole in every sample.
+
+    Passes that only this stream's scales asked for are not run.
+    """
+    if condition is None:
+        return config
+    frozen = jax.tree.map(lambda f: bool(jnp.all(f)), condition.frozen)
+    guidance = AVGuidance(
+        NO_GUIDANCE.video if frozen.video else config.guidance.video,
+        NO_GUIDANCE.audio if frozen.audio else config.guidance.audio,
+    )
+    return dataclasses.replace(config, guidance=guidance)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "config", "trajectory"))
-def _sample(model, params, prompt, negative, noise, rope, clean, mask, *, config, trajectory):
-    inputs = prepare_passes(model, params, prompt, negative, config.guidance)
-    x = noise
-    if mask is None:
-        mask = AVLatents(jnp.ones((1, 1)), jnp.ones((1, 1)))
-    else:
-        x = jax.tree.map(flow.add_noise, clean, x, mask)
-    # A stream that is given as a whole is clean, and the other one is told so.
-    generated = jax.tree.map(lambda m: jnp.max(m, axis=1) > 0, mask)
+def _sample(
+    model, params, prompt, negative, noise, rope, condition, initial, *, config, trajectory
+):
+    """`noise` covers what is appended, `condition` is joined with it."""
+    sigmas = jnp.asarray(config.sigmas, jnp.float32)
+    x, frozen = noise, None
+    if condition is not None:
+        x, frozen = condition.start(noise, initial, sigmas[0]), condition.frozen
+    elif initial is not None:
+        x = jax.tree.map(lambda i, n: flow.add_noise(i, n, sigmas[0]), initial, noise)
+    inputs = prepare_passes(model, params, prompt, negative, config.guidance, frozen)
 
     def step(x, sigmas):
         sigma, sigma_next = sigmas
+        token_sigma = AVLatents(sigma[None, None], sigma[None, None])
+        stream_sigma = AVLatents(sigma[None], sigma[None])
+        if condition is not None:
+            token_sigma, stream_sigma = condition.sigma(sigma), condition.stream_sigma(sigma)
         x0 = guided_x0(
-            model,
-            params,
-            x,
-            jax.tree.map(lambda m: sigma * m, mask),
-            inputs,
-            rope,
-            config,
-            global_sigma=jax.tree.map(lambda g: jnp.where(g, sigma, 0.0), generated),
+            model, params, x, token_sigma, inputs, rope, config, global_sigma=stream_sigma
         )
-        if clean is not None:
-            x0 = jax.tree.map(flow.add_noise, clean, x0, mask)  # (1 - mask) clean + mask x0
+        if condition is not None:
+            x0 = condition.keep(x0)
         x = jax.tree.map(lambda x, x0: flow.euler_step(x, x0, sigma, sigma_next), x, x0)
         return x, (x if trajectory else None)
 
-    sigmas = jnp.asarray(config.sigmas, jnp.float32)
     last, visited = jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:]))
-    if not trajectory:
-        return last
-    return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), x, visited)
+    if trajectory:
+        last = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), x, visited)
+    clip = config.clip  # cut off what was appended
+    return AVLatents(
+        last.video[..., : clip.video_tokens, :], last.audio[..., : clip.audio_frames, :]
+    )
 
 
-def _check_inputs(model, prompt, negative, key, config, clean, mask):
+def _check_inputs(model, prompt, negative, key, config, condition, initial):
     """The checked inputs of `_sample`, in its order."""
     config.check_model(model)
     prompt = Prompt(*prompt)
@@ -341,12 +334,27 @@ def _check_inputs(model, prompt, negative, key, config, clean, mask):
             f"{key.dtype} {list(key.shape)}"
         )
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    if (clean is None) != (mask is None):
-        raise ValueError("clean and mask must be given together: the mask says what is kept")
-    if mask is not None:
-        _check_condition(model, config, batch, clean, mask)
+    if initial is None and config.sigmas[0] != 1.0:
+        raise ValueError(
+            f"sampling starts from noise: sigmas[0] must be 1, not {config.sigmas[0]}; only an "
+            "initial clip is taken up at a lower noise level"
+        )
     noise = draw_noise(keys, config.clip, model)
-    return prompt, negative, noise, config.clip.rope(model), clean, mask
+    if initial is not None:
+        check_same_shapes("the initial clip", initial, noise)
+    if condition is None:
+        return prompt, negative, noise, config.clip.rope(model), None, initial
+    condition.check(noise)
+    times = condition.appended_times()
+    rope = config.clip.rope(model, times)
+    if times is not None:
+        more = condition.appended_noise(keys)
+        noise = jax.tree.map(lambda n, m: jnp.concatenate([n, m], axis=1), noise, more)
+        if initial is not None:  # appended latents are not taken up again: they start from zeros
+            initial = jax.tree.map(
+                lambda i, m: jnp.concatenate([i, jnp.zeros_like(m)], axis=1), initial, more
+            )
+    return prompt, negative, noise, rope, condition.joined().of_batch(batch), initial
 
 
 def check_prompts(
@@ -376,23 +384,3 @@ def check_prompts(
             raise ValueError(
                 f"the {name}'s mask is {list(p.mask.shape)}; expected {[rows, length]}"
             )
-
-
-def _check_condition(model, config, batch, clean, mask):
-    sizes = {
-        "video": (config.clip.video_tokens, model.config.video_channels),
-        "audio": (config.clip.audio_frames, model.config.audio_channels),
-    }
-    for stream, (tokens, channels) in sizes.items():
-        shape = getattr(clean, stream).shape
-        weights = np.asarray(getattr(mask, stream))
-        if shape != (batch, tokens, channels):
-            raise ValueError(f"clean {stream} must be {[batch, tokens, channels]}, not {shape}")
-        rows, groups = weights.shape if weights.ndim == 2 else (0, 0)
-        if rows not in (1, batch) or not groups or tokens % groups:
-            raise ValueError(
-                f"mask {stream} must be [1 or {batch}, G] with G a divisor of the {tokens} tokens, "
-                f"not {weights.shape}"
-            )
-        if not ((weights >= 0.0) & (weights <= 1.0)).all():
-            raise ValueError(f"mask {stream} must lie in [0, 1]: 1 generates, 0 keeps clean")

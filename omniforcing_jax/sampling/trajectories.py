@@ -19,16 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax.geometry import ClipGeometry, draw_noise
+from omniforcing_jax.geometry import ClipGeometry, draw_noise, join_blocks, split_blocks
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.guidance import AVGuidance, guide, interleave_rows
 from omniforcing_jax.sampling.student import (
     RolloutConfig,
     bind,
-    join_blocks,
     new_cache,
-    split_blocks,
 )
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, check_prompts, sample
 from omniforcing_jax.types import AVLatents

@@ -12,7 +12,7 @@ from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import ClipGeometry, modalities
 from omniforcing_jax.models.transformer.inputs import Pathways
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.conditions import Condition, velocity_to_x0
 from omniforcing_jax.types import AVLatents, Contexts
 
 
@@ -24,6 +24,7 @@ def clip_velocity(
     contexts: Contexts,
     clip: ClipGeometry,
     keep: Pathways | None = None,
+    condition: Condition | None = None,
 ) -> AVLatents:
     """Velocity of a noisy clip in one forward pass.
 
@@ -33,11 +34,12 @@ def clip_velocity(
       sigma: [B] of the samples, or AVLatents [B, G] of equal groups of each stream's tokens.
       contexts: (video, audio) text contexts [B, S, text_dim].
       keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
+      condition: what is given, whose noise level is 0; `sigma` is [B] then.
 
     Returns:
       AVLatents [B, T, C] float32.
     """
-    streams = _modalities(model, x, sigma, contexts, clip)
+    streams = _modalities(model, x, sigma, contexts, clip, condition)
     (video, audio), _ = model.apply({"params": params}, *streams, keep=keep)
     return AVLatents(video, audio)
 
@@ -60,10 +62,14 @@ def audio_attention_entropy(
     return entropy
 
 
-def _modalities(model, x, sigma, contexts, clip: ClipGeometry):
-    if not isinstance(sigma, AVLatents):
+def _modalities(model, x, sigma, contexts, clip: ClipGeometry, condition=None):
+    stream_sigma = None
+    if condition is not None:
+        sigma, stream_sigma = condition.sigma(sigma), condition.stream_sigma(sigma)
+    elif not isinstance(sigma, AVLatents):
         sigma = AVLatents(sigma[:, None], sigma[:, None])
-    return modalities(x, sigma, clip.stream_ropes(model), contexts)
+    ropes = clip.stream_ropes(model)
+    return modalities(x, sigma, ropes, contexts, global_sigma=stream_sigma)
 
 
 def clip_x0(
@@ -73,12 +79,12 @@ def clip_x0(
     sigma: AVLatents | jax.Array,
     contexts: Contexts,
     clip: ClipGeometry,
+    keep: Pathways | None = None,
+    condition: Condition | None = None,
 ) -> AVLatents:
     """The clean prediction x0 = x - sigma v of a noisy clip; arguments as `clip_velocity`."""
-    velocity = clip_velocity(model, params, x, sigma, contexts, clip)
-    if not isinstance(sigma, AVLatents):
-        sigma = AVLatents(sigma, sigma)
-    return jax.tree.map(flow.velocity_to_x0, x, velocity, sigma)
+    velocity = clip_velocity(model, params, x, sigma, contexts, clip, keep, condition)
+    return velocity_to_x0(x, velocity, sigma, condition)
 
 
 def sigmas_per_frame(block_sigma: jax.Array, layout: BlockLayout, clip: ClipGeometry) -> AVLatents:

@@ -17,6 +17,7 @@ from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Modality, Pathways, Transformer
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.guidance import (
     LTX20_GUIDANCE,
     LTX23_GUIDANCE,
@@ -24,12 +25,7 @@ from omniforcing_jax.sampling.guidance import (
     AVGuidance,
     Guidance,
 )
-from omniforcing_jax.sampling.teacher import (
-    Prompt,
-    SampleConfig,
-    condition_on_first_frames,
-    sample,
-)
+from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, sample
 from omniforcing_jax.streaming import media
 from omniforcing_jax.text.features import prompt_key, random_text_features, save_text_features
 from omniforcing_jax.types import AVLatents
@@ -106,7 +102,10 @@ def plain_sampler(model, params, prompt, negative, noise, config, clean=None, ma
     passes = {
         "cond": (prompt, {}),
         "uncond": (negative, {}),
-        "perturbed": (prompt, {s: getattr(config.guidance, s).stg_blocks for s in STREAMS}),
+        "perturbed": (
+            prompt,
+            {s: getattr(config.guidance, s).stg_blocks for s in STREAMS if mask[s].any()},
+        ),
         "isolated": (prompt, {"a2v": range(layers), "v2a": range(layers)}),
     }
     weight = {s: mask[s][:, None] for s in STREAMS}
@@ -182,17 +181,19 @@ def test_conditioning(v23):
     key = jax.random.key(5)
     noise = as_dict(draw_noise(jax.random.fold_in(key, 0)[None], config.clip, model))
     for case, strength in (("kept", 1.0), ("loose", 0.6), ("sound", 0.0)):
-        clean, mask = condition_on_first_frames(image, config, model, strength)
+        given = Condition.given(config.clip, model, video=image, strength=strength)
         if case != "kept":
-            clean = clean.replace(audio=sound)
-            mask = mask.replace(audio=jnp.full((1, 1), 0.5 if case == "loose" else 0.0))
-        sampled = sample(model, params, prompt, negative, key, config, clean=clean, mask=mask)
+            audio = jnp.full((1, 18), 0.5 if case == "loose" else 0.0)
+            given = Condition.of_clip(
+                given.clean.replace(audio=sound), given.mask.replace(audio=audio)
+            )
+        sampled = sample(model, params, prompt, negative, key, config, condition=given)
         by_token = {
-            "video": np.repeat(np.asarray(mask.video[0]), config.clip.patches),
-            "audio": np.full(config.clip.audio_frames, mask.audio[0, 0]),
+            "video": np.repeat(np.asarray(given.mask.video[0]), config.clip.patches),
+            "audio": np.asarray(given.mask.audio[0]),
         }
         expected = plain_sampler(
-            model, params, prompt, negative, noise, config, as_dict(clean), by_token
+            model, params, prompt, negative, noise, config, as_dict(given.clean), by_token
         )
         assert_close(sampled, expected)
         assert np.array_equal(sampled.video[:, :2], image[:, 0, 0]) == (case == "kept")
@@ -266,8 +267,8 @@ def test_bad_clips(changes, message):
 
 
 def test_sampling_starts_from_noise():
-    with pytest.raises(ValueError, match=r"sigmas\[0\] must be 1, not 0.5"):
-        dataclasses.replace(clip(), sigmas=(0.5, 0.0))
+    with pytest.raises(ValueError, match=r"sigmas\[0\] must be 1, not 0.5; only an initial clip"):
+        bad_input(config=dataclasses.replace(clip(), sigmas=(0.5, 0.0)))()
     with pytest.raises(ValueError, match="audio_frames must be positive"):
         dataclasses.replace(clip().clip, audio_frames=0)
 
@@ -287,7 +288,7 @@ def bad_input(**changes):
 def condition(clean=None, **mask):
     latents = AVLatents(jnp.zeros((1, 6, 4)), jnp.zeros((1, 18, 6)))
     weights = {"video": jnp.ones((1, 3)), "audio": jnp.ones((1, 1))} | mask
-    return {"clean": clean or latents, "mask": AVLatents(**weights)}
+    return {"condition": Condition.of_clip(clean or latents, AVLatents(**weights))}
 
 
 @pytest.mark.parametrize(
@@ -304,25 +305,21 @@ def condition(clean=None, **mask):
         ),
         ({"key": jnp.zeros(2, jnp.uint32)}, "one key of `jax.random.key`"),
         ({"key": jax.random.split(jax.random.key(0), 2)}, "or 1, one per sample"),
-        ({"clean": condition()["clean"]}, "clean and mask must be given together"),
-        (condition(video=jnp.ones((1, 4))), r"mask video must be \[1 or 1, G\].* 6 tokens"),
+        (condition(video=jnp.ones((1, 4))), r"mask video must be \[1 or 1, frames\], not \[1, 4\]"),
         (condition(audio=jnp.full((1, 1), 255)), r"mask audio must lie in \[0, 1\]"),
         (
             condition(clean=AVLatents(jnp.zeros((1, 5, 4)), jnp.zeros((1, 18, 6)))),
-            r"clean video must be \[1, 6, 4\], not \(1, 5, 4\)",
+            r"clean video must be \[1, 6, 4\], not \[1, 5, 4\]",
+        ),
+        (
+            {"initial": AVLatents(jnp.zeros((1, 5, 4)), jnp.zeros((1, 18, 6)))},
+            r"the initial clip: video must be \[1, 6, 4\], not \[1, 5, 4\]",
         ),
     ],
 )
 def test_bad_input(changes, message):
     with pytest.raises(ValueError, match=message):
         bad_input(**changes)()
-
-
-def test_bad_first_frames():
-    with pytest.raises(ValueError, match=r"\[B, up to 3 frames, 1, 2, 4\], got \[1, 1, 2, 2, 4\]"):
-        condition_on_first_frames(jnp.zeros((1, 1, 2, 2, 4)), clip(), Transformer(V20))
-    with pytest.raises(ValueError, match=r"strength must be in \[0, 1\], not 2"):
-        condition_on_first_frames(jnp.zeros((1, 1, 1, 2, 4)), clip(), Transformer(V20), 2.0)
 
 
 @pytest.fixture(scope="module")

@@ -161,13 +161,14 @@ class Transformer(nn.Module):
         self,
         video_context: jax.Array | None,
         audio_context: jax.Array | None,
-        sigma: jax.Array | None = None,
+        sigma: tuple[jax.Array, jax.Array] | jax.Array | None = None,
     ) -> TextKV:
         """Text keys and values [L, B, S, N, H] of all layers, to compute them once per prompt.
 
         Args:
           video_context, audio_context: [B, S, text_dim].
-          sigma: [B], needed when the text attention is modulated (LTX-2.3): K/V depend on it there.
+          sigma: [B], or that of both streams (video, audio), needed when the text attention is
+            modulated (LTX-2.3): K/V depend on it there.
 
         Raises:
           ValueError: sigma is missing where it matters.
@@ -175,12 +176,14 @@ class Transformer(nn.Module):
         if self.config.text_adaln and sigma is None:
             raise ValueError("this model's text attention is modulated: text_kv needs sigma [B]")
 
+        sigmas = sigma if isinstance(sigma, tuple) else (sigma, sigma)
+
         def conditioning(context, is_video):
             if context is None:
                 return None
             prompt = None
             if self.config.text_adaln:
-                prompt = self._prompt_modulation(sigma[:, None], is_video)
+                prompt = self._prompt_modulation(sigmas[0 if is_video else 1][:, None], is_video)
             return Conditioning(prompt_modulation=prompt, context=self._context(context, is_video))
 
         video, audio = conditioning(video_context, True), conditioning(audio_context, False)
@@ -219,11 +222,12 @@ class Transformer(nn.Module):
                     f"{name}: {tokens} tokens, but the block-causal mask was made for {expected}"
                 )
             by_sample = self.config.text_adaln or self.config.cross_timestep != "own"
-            if by_sample and groups > 1:
+            if by_sample and groups > 1 and stream.global_sigma is None:
                 # While sampling, a block's own sigma takes the place of the sample's.
                 raise ValueError(
                     "this model modulates by the sample's sigma, which has no meaning in a "
-                    "block-causal clip whose blocks differ; give one sigma per sample [B, 1]"
+                    "block-causal clip whose blocks differ; give one sigma per sample [B, 1], or "
+                    "the sample's own beside those of its tokens"
                 )
 
     def _audio_sigma_with_sinks(self, audio: Modality, sinks: int) -> Modality:

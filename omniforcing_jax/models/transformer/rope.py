@@ -194,6 +194,28 @@ def clip_rope(
     for name, value in sizes.items():
         if value <= 0:
             raise ValueError(f"{name} must be positive, not {value}")
+    return rope_at(
+        config,
+        video_time_bounds(video_frames, frame_rate),
+        audio_time_bounds(audio_frames),
+        height,
+        width,
+    )
+
+
+def rope_at(
+    config: TransformerConfig,
+    video_time: np.ndarray,
+    audio_time: np.ndarray,
+    height: int,
+    width: int,
+) -> ClipRope:
+    """Tables for latents at any times.
+
+    Args:
+      video_time: [F, 2] float32 seconds, begin and end of `height` x `width` video latents.
+      audio_time: [T, 2] float32 seconds of the audio latents; they may be negative.
+    """
     theta, dtype = config.rope_theta, config.rope_frequency_dtype
     video_freqs = frequencies(config.video_dim // 6, theta, dtype)
     audio_freqs = frequencies(config.audio_dim // 2, theta, dtype)
@@ -205,8 +227,6 @@ def clip_rope(
         angles = axis_angles(middle, max_position, freqs)
         return AxisTable(jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles)))
 
-    video_time = video_time_bounds(video_frames, frame_rate)
-    audio_time = audio_time_bounds(audio_frames)
     sinks = sinks_cross = None
     if config.num_audio_sinks:
         if config.sink_rope == "identity":

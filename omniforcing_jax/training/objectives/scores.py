@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniforcing_jax.geometry import ClipGeometry
+from omniforcing_jax.geometry import ClipGeometry, join_blocks, split_blocks
 from omniforcing_jax.models.transformer.inputs import Pathways
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow, kv_cache
@@ -26,9 +26,7 @@ from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.student import (
     RolloutConfig,
     bind,
-    join_blocks,
     new_cache,
-    split_blocks,
     text_kv,
 )
 from omniforcing_jax.sampling.whole_clip import clip_velocity

@@ -17,12 +17,13 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from omniforcing_jax.geometry import split_blocks
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling.kv_cache import RollingCache
-from omniforcing_jax.sampling.student import RolloutConfig, bind, new_cache, split_blocks, text_kv
+from omniforcing_jax.sampling.student import RolloutConfig, bind, new_cache, text_kv
 from omniforcing_jax.types import AVLatents
 
 

@@ -11,7 +11,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.geometry import ClipGeometry
+from omniforcing_jax.geometry import ClipGeometry, join_blocks, split_blocks
 from omniforcing_jax.models.transformer.inputs import TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import kv_cache
@@ -22,11 +22,9 @@ from omniforcing_jax.sampling.student import (
     bind,
     block_noise,
     block_step,
-    join_blocks,
     new_cache,
     prompt_kv,
     refresh,
-    split_blocks,
     text_kv,
 )
 from omniforcing_jax.training.objectives.common import fold
