@@ -10,7 +10,7 @@ _PYTORCH = (
 # (what a file begins with, what it is and what would be right)
 _BEGINNINGS = (
     (b"GGUF", f"is a GGUF file, whose block-wise quantised weights are not read; {_SAFETENSORS}"),
-    (b"PK\x03\x04", _PYTORCH),
+    (b"PK\x03\x04", f"is a zip archive; unpack it, or {_SAFETENSORS}"),
     (b"\x80\x02", _PYTORCH),
     (b"\x80\x04", _PYTORCH),
     (b"\x80\x05", _PYTORCH),
@@ -33,6 +33,8 @@ def what_else(path: pathlib.Path) -> str | None:
         return "is empty; download it again"
     if start[4:9] == b"\0\0\0\0{":  # a length that may begin like anything, then JSON
         return None
+    if start.startswith(b"PK") and b"data.pkl" in start:
+        return _PYTORCH
     for beginning, text in _BEGINNINGS:
         if start.startswith(beginning):
             return text

@@ -117,15 +117,16 @@ def _stated_alpha(path: pathlib.Path, strings: Mapping[str, str]) -> float | Non
             settings |= json.loads(beside.read_text())
         # diffusers puts the component's name before each
         found = {key.rpartition(".")[2]: value for key, value in settings.items()}
+        alpha = found.get("lora_alpha")
+        alpha = None if alpha is None else _check_alpha(float(alpha))
     except (ValueError, AttributeError, TypeError) as error:
-        raise ConversionError([f"{path}: its LoRA settings are not JSON ({error})"]) from error
+        raise ConversionError([f"{path}: its LoRA settings cannot be read ({error})"]) from error
     unknown = [n for n in ("alpha_pattern", "use_rslora", "use_dora") if found.get(n)]
     if unknown:
         raise ConversionError(
             [f"{path}: its settings have {' and '.join(unknown)}, which is not supported"]
         )
-    alpha = found.get("lora_alpha")
-    return None if alpha is None else float(alpha)
+    return alpha
 
 
 def merge(
@@ -208,10 +209,8 @@ def _merged(base: Tensor, opened: Lora, layer: str) -> ComputedTensor:
     keys = opened.layers[layer]
     down, up = opened.tensors[keys.down], opened.tensors[keys.up]
     rank = down.shape[0] if down.shape else 0
-    if len(base.shape) != 2 or (down.shape, up.shape) != (
-        (rank, base.shape[1]),
-        (base.shape[0], rank),
-    ):
+    fits = rank > 0 and len(base.shape) == 2
+    if not fits or (down.shape, up.shape) != ((rank, base.shape[1]), (base.shape[0], rank)):
         raise ValueError(
             f"has matrices of shape {down.shape} and {up.shape}, which do not fit a weight of "
             f"shape {base.shape}"
@@ -220,15 +219,18 @@ def _merged(base: Tensor, opened: Lora, layer: str) -> ComputedTensor:
         if info.dtype_code not in checks.WEIGHT_DTYPES:
             raise ValueError(f"has dtype {info.dtype_code}; use one in bfloat16 or float32")
     scale = lora.factor(opened.strength, rank, _alpha(opened, keys))
+    broken = [f"{opened.path}: {layer} is not finite; use another copy of the file"]
 
     def open_rows() -> Rows:
         rows, up_rows = rows_of(base), rows_of(up)
         matrix = read_tensor(down).astype(np.float32)
 
         def summed(start: int, stop: int) -> np.ndarray:
-            weight = rows(start, stop)
-            weight += lora.update(matrix, up_rows(start, stop), np.float32(scale))
-            return weight
+            added = lora.update(matrix, up_rows(start, stop), np.float32(scale))
+            if not np.isfinite(added).all():
+                raise ConversionError(broken)
+            added += rows(start, stop)
+            return added
 
         return summed
 
@@ -244,7 +246,10 @@ def _alpha(opened: Lora, keys: lora.LayerKeys) -> float | None:
     info = opened.tensors[keys.alpha]
     if math.prod(info.shape) != 1:
         raise ValueError(f"has an alpha of shape {info.shape}; it must be one number")
-    alpha = float(read_tensor(info).astype(np.float64).reshape(()))
+    return _check_alpha(float(read_tensor(info).astype(np.float64).reshape(())))
+
+
+def _check_alpha(alpha: float) -> float:
     if not math.isfinite(alpha) or alpha <= 0:
         raise ValueError(f"has alpha {alpha}; it must be a positive number")
     return alpha

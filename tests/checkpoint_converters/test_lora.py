@@ -308,6 +308,28 @@ def test_a_lora_and_a_model_in_each_others_place(model, style, tmp_path):
     assert "no pairs of lora_A and lora_B" in problem
 
 
+def test_values_that_are_not_finite(model, style, tmp_path):
+    """They are met while weights are streamed; nothing is left behind."""
+
+    def damage(arrays):
+        arrays[f"diffusion_model.{LAYER}.lora_A.weight"][1, 2] = np.nan
+
+    bad = rewrite_file(style, tmp_path / "bad.safetensors", damage)
+    with pytest.raises(ConversionError, match=rf"{LAYER} is not finite"):
+        ltx2.convert(model, tmp_path / "out", loras=[(bad, 1.0)])
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.safetensors"}
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, np.nan])
+def test_alphas_that_are_none(model, style, tmp_path, alpha):
+    def add(arrays):
+        arrays[f"diffusion_model.{LAYER}.alpha"] = np.full((), alpha, F32)
+
+    file = rewrite_file(style, tmp_path / "x.safetensors", add)
+    [problem] = wrong(model, (file, 1.0))
+    assert f"{LAYER} has alpha {alpha}; it must be a positive number" in problem
+
+
 def test_settings_that_change_the_scale(model, style, tmp_path):
     shutil.copy(style, tmp_path / "adapter_model.safetensors")
     settings = {"r": 4, "lora_alpha": 8, "use_rslora": True}

@@ -7,6 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from checkpoint_converters import ltx2, reading, synthetic
 from checkpoint_converters.file_kinds import what_else
@@ -179,8 +180,8 @@ def test_vocoder_widths_that_do_not_halve_evenly(tmp_path):
 
 OTHERS = {
     "gguf": (b"GGUF\x03\0\0\0" + bytes(64), "is a GGUF file"),
-    "zip.pt": (b"PK\x03\x04" + bytes(64), "is a PyTorch file"),
-    "pickle.pth": (b"\x80\x02}q\0" + bytes(64), "is a PyTorch file"),
+    "zip": (b"PK\x03\x04" + bytes(64), "is a zip archive"),
+    "pickle": (b"\x80\x02}q\0" + bytes(64), "is a PyTorch file"),
     "pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n",
         "is a Git LFS pointer",
@@ -202,6 +203,13 @@ def test_other_files_are_recognised(tmp_path, kind):
     title, line = refused(file, tmp_path / "out").splitlines()
     assert title == "1 problem, nothing was written:"
     assert line.startswith(f"{file}: ") and text in line
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_files_of_pytorch_are_recognised(tmp_path, as_zip):
+    file = tmp_path / "model.safetensors"  # whatever somebody calls it
+    torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=as_zip)
+    assert "is a PyTorch file" in refused(file, tmp_path / "out")
 
 
 @pytest.mark.parametrize("length", [0x0480, 0x0280, 0x8B1F, 0x3C, 0x0450])
