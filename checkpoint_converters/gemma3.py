@@ -119,7 +119,9 @@ def known_config(tensors: Tensors, source: pathlib.Path) -> dict:
       ConversionError: the weights have other sizes.
     """
     prefix = _prefix(tensors)
-    embed = None if prefix is None else tensors.get(f"{prefix}{_PROBES[0]}")
+    if prefix is None:
+        return GEMMA_12B  # another model; `select` says so
+    embed = tensors.get(f"{prefix}{_PROBES[0]}")
     last = f"{prefix}layers.{GEMMA_12B['num_hidden_layers'] - 1}.input_layernorm.weight"
     if embed is None or embed.shape[1:] != (GEMMA_12B["hidden_size"],) or last not in tensors:
         raise ConversionError(
@@ -200,6 +202,11 @@ def select(
       source: named in problems.
     """
     prefix = _prefix(tensors)
+    if prefix is None and (there := checks.present_components(tensors)):
+        return {}, [
+            f"{source}: is LTX-2 ({', '.join(there)}), not its text encoder; "
+            "checkpoint_converters.ltx2 is for it"
+        ]
     if prefix is None:
         listed = ", ".join(repr(p + _PROBES[0]) for p in PREFIXES)
         return {}, [f"{source}: no text tower of a Gemma 3; looked for {listed}"]

@@ -26,6 +26,8 @@ from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import programs
 from omniforcing_jax.io.checkpoints import COMPONENTS
 
+_TEXT_ENCODER = "layers.0.input_layernorm.weight"  # a key that language models have
+
 
 def convert(
     inputs: list[pathlib.Path] | pathlib.Path,
@@ -86,6 +88,12 @@ def open_inputs(
     for path in inputs:
         try:
             checkpoint = open_checkpoint(path)
+            if not checks.present_components(checkpoint.tensors) and any(
+                key.endswith(_TEXT_ENCODER) for key in checkpoint.tensors
+            ):
+                problems.append(
+                    f"{path}: is a text encoder, not LTX-2; checkpoint_converters.gemma3 is for it"
+                )
             version = checkpoint.model_version or model_version
             opened.append(dataclasses.replace(checkpoint, model_version=version))
         except ConversionError as error:

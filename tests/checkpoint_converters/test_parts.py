@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_converters import ltx2, reading, synthetic
+from checkpoint_converters import gemma3, ltx2, reading, synthetic, synthetic_gemma
 from checkpoint_converters.file_kinds import what_else
 from checkpoint_converters.key_map import DIT
 from checkpoint_converters.safetensors_io import ConversionError, read_header
@@ -112,6 +112,19 @@ def test_a_folder_without_safetensors_says_what_is_there(tmp_path):
     (tmp_path / "folder" / "model.gguf").touch()
     assert "holds no .safetensors file" in refused(tmp_path / "folder", tmp_path / "out")
     assert "it holds model.gguf" in refused(tmp_path / "folder", tmp_path / "out")
+
+
+def test_a_model_and_a_text_encoder_in_each_others_place(whole, tmp_path):
+    synthetic_gemma.write(tmp_path / "gemma", "tiny")
+    folder = tmp_path / "gemma"
+    assert refused(folder, tmp_path / "out").splitlines()[1:] == [
+        f"{folder}: is a text encoder, not LTX-2; checkpoint_converters.gemma3 is for it"
+    ]
+    tokenizer = tmp_path / "gemma" / "tokenizer.json"
+    with pytest.raises(ConversionError) as error:
+        gemma3.convert(whole, tmp_path / "out", tokenizer=tokenizer)
+    [problem] = error.value.problems
+    assert "is LTX-2 (transformer, connectors, video_vae, audio_vae, vocoder), not its" in problem
 
 
 # -- tensors that are not LTX-2's ------------------------------------------------------------------
