@@ -314,10 +314,10 @@ print(peak_resident_bytes())
 
 @pytest.mark.slow
 def test_memory_of_a_large_fp8_file(tmp_path):
-    """Blocks of the published sizes: 8 GB where there is room, else a quarter of that."""
-    layers = 21 if shutil.disk_usage(tmp_path).free > 40e9 else 6
+    """Layers of the published sizes, 8.9 GB with the other components, where there is room."""
+    size = "full" if shutil.disk_usage(tmp_path).free > 30e9 else "small"
     source = tmp_path / "fp8.safetensors"
-    write = ["--size", "full", "--layers", str(layers), "--dtype", "float8"]
+    write = ["--size", size, "--layers", "6", "--dtype", "float8"]
     command = [sys.executable, "-m", "checkpoint_converters.synthetic", *write]
     subprocess.run([*command, "--output", str(source)], check=True, capture_output=True)
     largest = max(info.num_bytes for info in read_header(source)[0].values())
