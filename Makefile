@@ -56,16 +56,14 @@ tiny: $(VENV)/.installed-train  ## all three stages with random weights, then st
 		--prompts configs/example_prompts.txt --output $(TINY)/prompts
 	$(BIN)/python -m launch.stage1 --config=configs/stage1.py:tiny --workdir=$(TINY)/stage1
 	$(BIN)/python -m launch.ode_pairs --text $(TINY)/prompts --checkpoint $(TINY)/ltx2 \
-		--generator $(TINY)/stage1 --frames 49 --layout prefix --height 64 --width 64 \
-		--timesteps 1000 725 --output $(TINY)/ode_pairs
+		--generator $(TINY)/stage1 --layout prefix --output $(TINY)/ode_pairs
 	$(BIN)/python -m launch.stage2 --config=configs/stage2.py:tiny --workdir=$(TINY)/stage2
 	$(BIN)/python -m launch.stage3 --config=configs/stage3.py:tiny --workdir=$(TINY)/stage3
 	$(BIN)/python -m launch.plot_run $(TINY)/stage1 $(TINY)/stage2 $(TINY)/stage3 \
 		--output $(TINY)/curves.png
 	$(BIN)/python -m launch.export_run --run $(TINY)/stage3 --output $(TINY)/student --overwrite
 	$(BIN)/python -m launch.stream --checkpoint $(TINY)/student --text-encoder $(TINY)/gemma \
-		--prompt "a bell rings twice" --seconds 3 --height 64 --width 64 \
-		--output $(TINY)/clip.mp4 --overwrite
+		--prompt "a bell rings twice" --seconds 3 --output $(TINY)/clip.mp4 --overwrite
 	@echo
 	@echo "$(TINY)/curves.png   the three runs; their sample clips are in $(TINY)/stage*/samples"
 	@echo "$(TINY)/clip.mp4     streamed by the student; its weights are random, it shows noise"

@@ -97,7 +97,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_dtype(parser)
     options.add_attention(parser)
     parser.set_defaults(
-        window=7, anchors=0, positions="relative", decode="window", dtype="bfloat16"
+        **{"height": 512, "width": 768, "fps": 24.0, "dtype": "bfloat16"},
+        **{"window": 7, "anchors": 0, "positions": "relative", "decode": "window"},
     )
     seams = "blocks of the seam measurement; 0 skips it (default: 3, and 0 at size full)"
     add("--seam-blocks", type=int, help=seams)

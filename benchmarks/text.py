@@ -118,9 +118,9 @@ def random_params(shapes: dict, norm_mean: float, dtype: jnp.dtype, quantize: st
 
 def make_encoder(args: argparse.Namespace, dtype: str, quantize: str) -> TextEncoder:
     """The encoder to measure: from the folders, or with random weights."""
-    options = {"dtype": DTYPES[dtype], "quantize": quantize, "length": args.length}
+    options = {"dtype": DTYPES[dtype], "quantize": quantize}
     if args.gemma is not None:
-        return TextEncoder.load(args.gemma, args.checkpoint, **options)
+        return TextEncoder.load(args.gemma, args.checkpoint, **options, length=args.length)
     config, connectors = configs(args.size, args.version)
     tower, other = abstract(config, connectors)
     loaded = random_params(other, 1.0, DTYPES[dtype])
@@ -135,7 +135,7 @@ def make_encoder(args: argparse.Namespace, dtype: str, quantize: str) -> TextEnc
         )
         tokenizer = load_tokenizer(folder)
     version, weights = synthetic.VERSIONS[args.version], ("random", "random")
-    files = EncoderFiles(config, connectors, tokenizer, version, weights)
+    files = EncoderFiles(config, connectors, tokenizer, args.length, version, weights)
     return TextEncoder(files, params, **options)
 
 

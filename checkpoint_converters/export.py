@@ -30,6 +30,7 @@ from checkpoint_converters.shapes import ANY, expected_shapes
 from omniforcing_jax import programs
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.checkpoints import COMPONENTS
+from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, TrainedSettings
 
 
 def export(
@@ -78,9 +79,10 @@ def export(
     problems += file_problems(output, overwrite, table_bytes(table))
     if problems:
         raise ConversionError(problems)
+    # checkpoint_converters.ltx2 finds there what the model was trained with
     config = dict(content["config"])
-    if content.get("student"):
-        config["student"] = content["student"]  # checkpoint_converters.ltx2 finds it there
+    if TrainedSettings.read(content) != LTX2_BASE:  # LTX-2's own files have no such entry
+        config[ENTRY] = content[ENTRY]
     strings = {"config": json.dumps(config), "model_version": content["model_version"]}
     write_file(output, table, strings, lambda key: pieces[key].read(), show_progress=show_progress)
     return content

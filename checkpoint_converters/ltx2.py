@@ -15,6 +15,7 @@ encoder, a Gemma 4, which is not implemented here.
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import programs
 from omniforcing_jax.io.checkpoints import COMPONENTS
+from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, TrainedSettings
 
 _TEXT_ENCODER = "layers.0.input_layernorm.weight"  # a key that language models have
 
@@ -63,14 +65,15 @@ def convert(
         tensors, merged, found = lora.merge(checkpoint.tensors, loras, taken)
         problems += found
         config = dict(checkpoint.config or {})
-        student = config.pop("student", None)  # of a file that checkpoint_converters.export wrote
+        trained, found = pop_trained(config, checkpoint.path)
+        problems += found
         content = converting.config_content(
-            "omniforcing" if student and student["layout"] else "ltx2",
+            "omniforcing" if trained.causal else "ltx2",
             config,
             checkpoint.files,
             model_version=checkpoint.model_version,
-            student=student,
             components=list(taken),
+            trained=trained.to_json(),
         )
         if merged:
             content["loras"] = merged
@@ -78,6 +81,18 @@ def convert(
             content["notes"] = list(checkpoint.notes)
         plan = converting.ConversionPlan(content, tensors, taken)
     return converting.run(plan, problems, output, **options)
+
+
+def pop_trained(config: dict, path: os.PathLike) -> tuple[TrainedSettings, list[str]]:
+    """Takes out of the metadata what checkpoint_converters.export put there; and its problems."""
+    try:
+        if "student" in config:
+            TrainedSettings.read(config)
+        if (values := config.pop(ENTRY, None)) is None:
+            return LTX2_BASE, []
+        return TrainedSettings.from_json(values), []
+    except ValueError as error:
+        return TrainedSettings(), [f"{path}: {error}"]
 
 
 def open_inputs(

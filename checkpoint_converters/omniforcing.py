@@ -23,6 +23,8 @@ from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
 from omniforcing_jax import programs
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.transformer.config import FIXED_SETTINGS
+from omniforcing_jax.sampling.guidance import NO_GUIDANCE
+from omniforcing_jax.sampling.trained import ENTRY, LTX2_CLIP, TrainedSettings
 
 MODEL_VERSION = "2.0.0"  # of the model it was distilled from
 
@@ -54,8 +56,10 @@ _SIZES = (
 )
 
 
-def infer_metadata(tensors: dict[str, TensorInfo], num_heads: int = 32) -> tuple[dict, dict]:
-    """(`config` in the schema of LTX-2's metadata, `student` section) from the shapes.
+def infer_metadata(
+    tensors: dict[str, TensorInfo], num_heads: int = 32
+) -> tuple[dict, TrainedSettings]:
+    """(`config` in the schema of LTX-2's metadata, what it was trained with) from the shapes.
 
     Args:
       tensors: {official key: tensor} of the student.
@@ -90,12 +94,15 @@ def infer_metadata(tensors: dict[str, TensorInfo], num_heads: int = 32) -> tuple
     transformer["num_audio_sink_tokens"] = sinks
     if problems:
         raise ConversionError(problems)
-    student = {
-        "layout": "prefix" if sinks else "merged",
+    trained = TrainedSettings(
+        stage="released",
+        layout="prefix" if sinks else "merged",
         # the sigmas are the entries of the 40-step schedule nearest to these timesteps
-        "timesteps": [1000, 757, 522] if sinks else [1000, 909, 725, 421],
-    }
-    return {"transformer": transformer}, student
+        timesteps=(1000, 757, 522) if sinks else (1000, 909, 725, 421),
+        guidance=NO_GUIDANCE,
+        **LTX2_CLIP,
+    )
+    return {"transformer": transformer}, trained
 
 
 def convert(
@@ -122,7 +129,7 @@ def convert(
       ConversionError: everything that is wrong; nothing was written then.
     """
     problems: list[str] = []
-    config, student, tensors, files = {}, None, {}, ()
+    config, trained, tensors, files = {}, TrainedSettings(), {}, ()
     notes: tuple[str, ...] = ()
     try:
         checkpoint = open_checkpoint(path)
@@ -131,7 +138,7 @@ def convert(
         tensors = {k: t for k, t in checkpoint.tensors.items()
                    if checks.owner(k) in (None, "transformer")}  # fmt: skip
         files = checkpoint.files
-        config, student = infer_metadata(tensors, num_heads)
+        config, trained = infer_metadata(tensors, num_heads)
         problems += checks.tensor_problems(tensors, config, ("transformer",))
     except ConversionError as error:
         problems += error.problems
@@ -151,8 +158,8 @@ def convert(
         config,
         (*files, *other.files),
         model_version=MODEL_VERSION,
-        student=student,
         components=list(components),
+        trained=trained.to_json(),
     )
     if notes:
         content["notes"] = list(notes)
@@ -203,7 +210,7 @@ def _read_base(base: pathlib.Path) -> _Base:
     tensors = {k: t for k, t in checkpoint.tensors.items() if checks.owner(k) in taken}
     problems += found + _version_problem(base, checkpoint.model_version)
     return _Base(
-        config=checkpoint.config or {},
+        config={name: x for name, x in (checkpoint.config or {}).items() if name != ENTRY},
         tensors=tensors,
         components=taken,
         files=checkpoint.files,

@@ -104,7 +104,6 @@ def make_experiment(
         "family": "ltx2",
         "model_version": synthetic.VERSIONS["2.0"],
         "config": synthetic.metadata(size, "2.0", layers),
-        "student": None,
         "components": ["transformer", "connectors", "video_vae", "audio_vae", "vocoder"],
         "source": "no weights",
     }

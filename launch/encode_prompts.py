@@ -23,6 +23,8 @@ from launch.shard_job import ShardProgress
 from omniforcing_jax import programs
 from omniforcing_jax.data.text_dataset import PromptFeatures, TextDatasetWriter, TextManifest
 from omniforcing_jax.distributed import multihost
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.text.encoder_files import EncoderFiles, check_encoder
 from omniforcing_jax.text.prompt_files import PromptList, read_prompts
 from omniforcing_jax.text.text_encoder import TextEncoder
@@ -48,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--prompts-per-shard", type=int, default=256,
         help="prompts per file; two files are held in memory (default 256)",
     )  # fmt: skip
-    add("--length", type=int, default=1024, help="tokens per prompt (default 1024, as trained)")
+    add("--length", type=int, help="tokens per prompt (default: as trained, else 1024)")
     add("--quantize", choices=("none", "int8"), default="none", help="weights of the text encoder")
     options.add_dtype(parser)
     options.add_distributed(parser)
@@ -144,7 +146,7 @@ def make_manifest(
         tokenizer=files.tokenizer.fingerprint,
         model_version=files.model_version,
         compute_dtype=dtype,
-        text_length=args.length,
+        text_length=files.length,
         video_dim=connectors.video_dim,
         audio_dim=connectors.audio_dim,
         shared_features=not connectors.separate_projections,
@@ -195,7 +197,10 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     print_line = progress.console.print
     prompts = read_prompts(args.prompts, args.column)
     files = check_encoder(args.gemma, args.checkpoint, length=args.length)
-    num_truncated = describe_prompts(prompts, files.tokenizer, args.length, print_line)
+    trained = TrainedSettings.read(checkpoints.load_config(args.checkpoint)).text_length
+    if trained not in (None, files.length):
+        print_line(*options.list_deviations([options.deviation("length", files.length, trained)]))
+    num_truncated = describe_prompts(prompts, files.tokenizer, files.length, print_line)
     manifest = make_manifest(args, prompts, files, num_truncated)
     writer = TextDatasetWriter(args.output, manifest)
     if writer.complete:
@@ -210,7 +215,7 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
         args.checkpoint,
         dtype=dtype,
         quantize=args.quantize,
-        length=args.length,
+        length=files.length,
         mesh=shard_job.local_mesh(),
     )
     write(writer, encoder, prompts.prompts, args.batch_size, progress)

@@ -6,8 +6,8 @@ Example:
       --weights params --step 1500 --safetensors student.safetensors
 
 The other components (VAEs, vocoder, connectors) are copied from the converted checkpoint that the
-run was trained with. The student's layout, timesteps and cache go into the new config.json, where
-launch.stream finds them.
+run was trained with. What the student was trained with (layout, timesteps, cache, text length,
+size, rate) goes into the new config.json and into the file, and is the default of launch.stream.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import Transformer, TransformerConfig, programs
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.transformer.model import init_params
+from omniforcing_jax.sampling.trained import ENTRY, TrainedSettings
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
 from omniforcing_jax.types import DTYPES
 
@@ -38,9 +39,6 @@ _METADATA_KEYS = {
     "extra_qk_norm": "extra_qk_norm",
     "tanh_gated_attention": "tanh_gated_attention",
 }
-
-# settings of a causal student that say how its cache was filled in training
-_CACHE_SETTINGS = ("window", "anchors", "positions", "context_noise")
 
 
 def read_run_config(run: pathlib.Path) -> dict[str, Any]:
@@ -82,20 +80,16 @@ def student_content(
              for name, value in now.items() if student[name] != value]  # fmt: skip
     if wrong:
         raise ValueError(f"the run's student is no variant of --base: {'; '.join(wrong)}")
-    causal = config["stage"] != "stage1"
+    trained = TrainedSettings.of_run(config)
     content = base | {
-        "family": "omniforcing" if causal else base["family"],
+        "family": "omniforcing" if trained.causal else base["family"],
         # the connectors were not trained: they keep the settings they came with
         "config": base["config"]
         | {
             "transformer": section,
             "connectors": checkpoints.component_metadata(base, "connectors"),
         },
-        "student": {
-            "layout": config["clip"]["layout"] if causal else None,
-            "timesteps": list(config["student"]["timesteps"]),
-        }
-        | {name: config["student"][name] for name in _CACHE_SETTINGS if causal},
+        ENTRY: trained.to_json(),
         "source": [*base["source"], {"name": source, "bytes": 0}],
     }
     return content, described

@@ -67,13 +67,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--autoregressive", action="store_true", help="the generator is block-causal")
     add("--layout", choices=LAYOUT_NAMES, help="blocks of the student; default: the generator's")
     options.add_cache(parser)
-    add("--frames", type=int, default=121, help="of a clip, 8k + 1 (default 121)")
+    add("--frames", type=int, help="of a clip, 8k + 1 (default: as trained, else 121)")
     options.add_size(parser)
     add("--steps", type=int, default=40, help="Euler steps (default 40)")
     add(
-        "--timesteps", type=float, nargs="+", default=flow.STUDENT_TIMESTEPS,
+        "--timesteps", type=float, nargs="+",
         help="of the stored states, besides the clean one, snapped to the schedule: those of the "
-        "student (default 1000 909 725 421)",
+        "student (default: those of the generator, else 1000 909 725 421)",
     )  # fmt: skip
     options.add_guidance(parser)
     add("--seed", type=int, default=0)
@@ -97,12 +97,14 @@ class PairsJob:
       recipe: how it is sampled.
       batch_size: of this process.
       manifest: of the dataset, but for the generator's fingerprint, which needs the weights.
+      notes: what is otherwise than one might think, a line each.
     """
 
     source: SourceModel
     recipe: Recipe
     batch_size: int
     manifest: ODEPairsManifest
+    notes: list[str]
 
 
 def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
@@ -114,9 +116,18 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
     """
     source = SourceModel.find(args.checkpoint, args.generator, args.weights)
     source.check_text(text.manifest, args.text)
+    trained = source.config.trained
+    changed = options.use_trained(args, trained)
+    if trained.text_length not in (None, text.manifest.text_length):
+        changed.append(f"prompts of {text.manifest.text_length} tokens, not {trained.text_length}")
+    notes = options.list_deviations(changed)
+    args.frames = trained.filled().frames if args.frames is None else args.frames
+    args.timesteps = args.timesteps or trained.timesteps or flow.STUDENT_TIMESTEPS
     # LTX-2's own guidance for the teacher; a generator has been distilled from it
     teacher = args.generator is None
-    defaults = default_guidance(source.config.model_version) if teacher else NO_GUIDANCE
+    defaults = NO_GUIDANCE
+    if teacher:
+        defaults = trained.guidance or default_guidance(source.config.model_version)
     sampling = SampleConfig.for_clip(
         frames=args.frames,
         height=args.height,
@@ -150,6 +161,7 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
         ),
         batch_size=batch_size,
         manifest=make_manifest(args, text, source, sampling, rollout, sigmas.tolist()),
+        notes=notes,
     )
 
 
@@ -162,11 +174,12 @@ def plan_blocks(
             "--autoregressive needs --generator: LTX-2 itself attends to the whole clip at once"
         )
     config = source.config
-    if config.layout_name is not None and not args.autoregressive:
+    trained = config.trained
+    if trained.causal and not args.autoregressive:
         raise ValueError(
-            f"{source.folder} is block-causal (layout {config.layout_name!r}): add --autoregressive"
+            f"{source.folder} is block-causal (layout {trained.layout!r}): add --autoregressive"
         )
-    name = args.layout or config.layout_name
+    name = args.layout or trained.layout
     if name is None and args.autoregressive:
         raise ValueError(
             f"{source.folder} does not say how it cuts a clip into blocks: give --layout "
@@ -183,7 +196,7 @@ def plan_blocks(
         sigmas=sampling.sigmas,
         height=sampling.clip.height,
         width=sampling.clip.width,
-        context_noise=config.context_noise,
+        context_noise=trained.context_noise,
     )
     return rollout, num_blocks
 
@@ -297,6 +310,7 @@ def describe(
     passes = ", ".join(sampling.guidance.passes())
     how = "at once" if blocks is None else f"in {blocks} blocks"
     for line in (
+        *job.notes,
         f"{m.num_clips} clips ({m.num_prompts} prompts x {m.repeats}), {m.num_shards} shards",
         f"each {m.frames} frames of {m.resolution[1]}x{m.resolution[0]} with sound, "
         f"sampled {how} in {len(sampling.sigmas) - 1} steps of {passes}",

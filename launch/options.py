@@ -5,6 +5,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from omniforcing_jax import AVGuidance, PromptEncoder
 from omniforcing_jax.models import quantization
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.sampling.kv_cache import POSITIONS
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.text import features as text_features
 from omniforcing_jax.text.features import TextFeatures
 from omniforcing_jax.text.prompts import TextTimes, default_cache
@@ -51,7 +53,7 @@ def add_text_source(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--text-encoder", metavar="FOLDER", help="converted Gemma 3, which encodes --prompt")
     add("--quantize-encoder", choices=quantization.MODES, help="its weights (default none)")
-    add("--text-length", type=int, help="tokens per prompt (default 1024, as LTX-2 was trained)")
+    add("--text-length", type=int, help="tokens per prompt (default: as trained, else 1024)")
     add(
         "--prompt-cache", metavar="FOLDER",
         help=f"where encoded prompts are kept (default: in the user's cache; {NO_CACHE}: nowhere)",
@@ -66,15 +68,64 @@ def add_clip_file(parser: argparse.ArgumentParser) -> None:
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
-    """Adds --height, --width and --fps."""
+    """Adds --height, --width and --fps; see `use_trained`."""
     add = parser.add_argument
-    add("--height", type=int, default=512, help="pixels, a multiple of 32 (default 512)")
-    add("--width", type=int, default=768, help="pixels, a multiple of 32 (default 768)")
-    add("--fps", type=float, default=24.0, help="frames per second (default 24)")
+    add("--height", type=int, help="pixels, a multiple of 32 (default: as trained, else 512)")
+    add("--width", type=int, help="pixels, a multiple of 32 (default: as trained, else 768)")
+    add("--fps", type=float, help="frames per second (default: as trained, else 24)")
+
+
+# Options that are by default what a model was trained with: names in `TrainedSettings`.
+_TRAINED = {
+    "text_length": "text_length",
+    "height": "height",
+    "width": "width",
+    "fps": "frame_rate",
+    "frames": "frames",
+    "layout": "layout",
+    "window": "window",
+    "anchors": "anchors",
+    "positions": "positions",
+    "timesteps": "timesteps",
+}
+
+
+def use_trained(args: argparse.Namespace, trained: TrainedSettings) -> list[str]:
+    """Fills in size and rate that were not given, as the model was trained.
+
+    Returns:
+      The options that are given and are otherwise than in training, see `deviation`.
+    """
+    changed = []
+    for option, name in _TRAINED.items():
+        given, usual = getattr(args, option, None), getattr(trained, name)
+        given = tuple(given) if isinstance(given, list) else given
+        if given is not None and usual is not None and given != usual:
+            changed.append(deviation(option, given, usual))
+    filled = trained.filled()
+    for option in ("height", "width", "fps"):
+        if getattr(args, option) is None:
+            setattr(args, option, getattr(filled, _TRAINED[option]))
+    return changed
+
+
+def deviation(option: str, given: Any, usual: Any) -> str:
+    """Words for an option that is given, and is otherwise in training."""
+
+    def words(value: Any) -> str:
+        values = value if isinstance(value, tuple) else (value,)
+        return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)
+
+    return f"--{option.replace('_', '-')} {words(given)}, not {words(usual)}"
+
+
+def list_deviations(changed: list[str]) -> list[str]:
+    """One line about the options that are otherwise than in training, or none."""
+    return [f"otherwise than the model was trained: {'; '.join(changed)}"] if changed else []
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the rolling cache; see `TrainedCache.config`."""
+    """Adds the options of the rolling cache; see `TrainedSettings.cache`."""
     add = parser.add_argument
     add("--window", type=int, help="recent blocks in the cache (default: as trained, else 7)")
     add("--anchors", type=int, help="first blocks never evicted (default: as trained, else 0)")
@@ -210,7 +261,7 @@ def make_encoder(args: argparse.Namespace, *, keep: bool = False) -> PromptEncod
         cache=cache,
         dtype=compute_dtype(args),
         quantize=args.quantize_encoder or "none",
-        length=1024 if args.text_length is None else args.text_length,
+        length=args.text_length,
         keep=keep,
     )
 

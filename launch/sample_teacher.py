@@ -13,13 +13,16 @@ them from the prompt's text instead:
         --prompt "a dog barks" --stg-block 1 --frames 25 --height 128 --width 192 --steps 8 \\
         --output outputs/tiny.mp4
 
-Steps and guidance default to those of the LTX-2 pipelines for the checkpoint's version. For a
-distilled checkpoint turn guidance off: --cfg-video 1 --cfg-audio 1 --stg 0 --modality 1 --rescale 0
+Size, rate, length, steps and guidance are by default what the checkpoint says that the model was
+trained with, and those of the LTX-2 pipelines for its version where it does not say. LTX-2's own
+distilled weights do not: turn guidance off with --cfg-video 1 --cfg-audio 1 --stg 0 --modality 1
+--rescale 0.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 
@@ -43,6 +46,7 @@ from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.sampling.guidance import LTX23_GUIDANCE
 from omniforcing_jax.sampling.teacher import Prompt, check_prompts
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming import media
 
 
@@ -58,10 +62,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--negative-features", metavar="FILE", help="those of the negative prompt, for cfg")
     options.add_clip_file(parser)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, default=5.0, help="about (default 5)")
+    length.add_argument("--seconds", type=float, help="about (default: as trained, else 5)")
     length.add_argument("--frames", type=int, help="exactly, 8k + 1")
     options.add_size(parser)
-    add("--steps", type=int, help="denoising steps (default: 40 for LTX-2.0, 30 for 2.3)")
+    add("--steps", type=int, help="denoising steps (default: as trained, else 40, or 30 for 2.3)")
     add("--seed", type=int, default=0)
     options.add_guidance(parser)
     options.add_dtype(parser)
@@ -75,12 +79,14 @@ class ClipRequest:
 
     Attributes:
       prompt, negative: contexts, or sentences for the encoder.
+      notes: what is otherwise than one might think, a line each.
     """
 
     sample: SampleConfig
     prompt: Prompt | str
     negative: Prompt | str | None
     encoder: PromptEncoder | None
+    notes: list[str]
 
 
 def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipRequest:
@@ -91,22 +97,21 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
       OSError: a file that cannot be read.
     """
     config.check_complete()
-    if config.layout_name is not None:
+    trained = config.trained
+    if trained.causal:
         raise ValueError(
-            f"{args.checkpoint} is a block-causal student (layout {config.layout_name!r}): sample "
+            f"{args.checkpoint} is a block-causal student (layout {trained.layout!r}): sample "
             "it with launch.stream"
         )
-    if not args.fps > 0 or not args.seconds > 0:
-        raise ValueError(
-            f"--fps and --seconds must be positive, not {args.fps:g} and {args.seconds:g}"
-        )
-    defaults = default_guidance(config.model_version)
-    steps = 30 if defaults == LTX23_GUIDANCE else 40
-    guidance = options.change_guidance(args, defaults)
-    frames = args.frames
-    if frames is None:
-        step = VIDEO_TEMPORAL_COMPRESSION
-        frames = 1 + step * max(round((args.seconds * args.fps - 1) / step), 0)
+    changed = options.use_trained(args, trained)
+    usual = default_guidance(config.model_version)
+    steps = 30 if usual == LTX23_GUIDANCE else 40
+    usual = usual if trained.guidance is None else trained.guidance
+    guidance = options.change_guidance(args, usual)
+    if trained.guidance is not None and guidance != usual:
+        changed.append("guidance")
+    notes = options.list_deviations(changed)
+    frames = clip_frames(args, trained, notes)
     sampling = SampleConfig.for_clip(
         frames=frames,
         height=args.height,
@@ -116,6 +121,8 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
         guidance=guidance,
         spatial_compression=config.video_vae.spatial_compression,
     )
+    if trained.timesteps and args.steps is None:
+        sampling = dataclasses.replace(sampling, sigmas=config.sigmas())
     height, width = config.check_size(args.height, args.width)
     channels = config.transformer.video_channels
     video_vae.check_latents(
@@ -129,10 +136,31 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
         encoder = options.make_encoder(args)
         negative = args.negative_prompt or ""
         encoder.check([args.prompt, negative])
-        return ClipRequest(sampling, args.prompt, negative if needs_negative else None, encoder)
+        return ClipRequest(
+            sampling, args.prompt, negative if needs_negative else None, encoder, notes
+        )
     prompt, negative = _contexts(args, config, needs_negative)
     check_prompts(model, prompt, negative, sampling.guidance)
-    return ClipRequest(sampling, prompt, negative, None)
+    return ClipRequest(sampling, prompt, negative, None, notes)
+
+
+def clip_frames(args: argparse.Namespace, trained: TrainedSettings, notes: list[str]) -> int:
+    """Frames of the clip, 8k + 1; notes it where that is not as long as asked for."""
+    if args.frames is not None:
+        return args.frames
+    if args.seconds is None and trained.frames is not None:
+        return trained.frames
+    seconds = 5.0 if args.seconds is None else args.seconds
+    if not 0 < args.fps < math.inf or not 0 < seconds < math.inf:
+        raise ValueError(f"--fps and --seconds must be positive, not {args.fps:g} and {seconds:g}")
+    step = VIDEO_TEMPORAL_COMPRESSION
+    frames = 1 + step * max(round((seconds * args.fps - 1) / step), 0)
+    if args.seconds is not None and frames != round(seconds * args.fps):
+        notes.append(
+            f"clips have {step}k + 1 frames: this one has {frames}, which are "
+            f"{frames / args.fps:.2f} s, not {seconds:g} s"
+        )
+    return frames
 
 
 def _check_sources(args: argparse.Namespace, needs_negative: bool) -> None:
@@ -245,6 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     media.check_output_path(args.output, args.overwrite)
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     request = check_arguments(args, config)
+    for note in request.notes:
+        print(note, file=sys.stderr)
     writer = media.ClipWriter(  # before the weights are read: it checks its settings, too
         args.output,
         width=args.width,

@@ -66,6 +66,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = programs.Parser("launch.stream", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder written by checkpoint_converters")
+    add(
+        "--bidirectional", action="store_true",
+        help="stream a model that was not trained to be streamed: without a history it has seen",
+    )  # fmt: skip
     add("--prompt", nargs="+", metavar="TEXT[@SECOND]", help="what to show, and from when on")
     options.add_text_source(parser)
     add("--keep-encoder", action="store_true", help="keep it in memory, and encode when due")
@@ -103,12 +107,14 @@ class StreamRequest:
       num_blocks: length of the clip; None is without end.
       prompts: sentences or contexts, by the block they start at.
       encoder: of the sentences.
+      notes: what is otherwise than one might think, a line each.
     """
 
     rollout: RolloutConfig
     num_blocks: int | None
     prompts: dict[int, str | Contexts]
     encoder: PromptEncoder | None
+    notes: list[str]
 
 
 def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamRequest:
@@ -117,6 +123,13 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     Raises:
       ValueError: what is wrong, and what would be right.
     """
+    if not config.trained.causal and not args.bidirectional:
+        raise ValueError(
+            f"{args.checkpoint} is bidirectional and was not trained to be streamed: sample it by "
+            "launch.sample_teacher, give a student, or add --bidirectional to stream it all the "
+            "same, whatever comes of it"
+        )
+    notes = options.list_deviations(deviations(args, config))
     _check_decoder(args, config)
     _check_attention(args, config)
     layout = config.layout(args.layout, args.fps)
@@ -134,7 +147,19 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     else:
         dims = config.transformer.text_dims
         prompts = {block: _contexts(args, text, dims) for block, text in prompts.items()}
-    return StreamRequest(rollout, num_blocks, prompts, encoder)
+    return StreamRequest(rollout, num_blocks, prompts, encoder, notes)
+
+
+def deviations(args: argparse.Namespace, config: PipelineConfig) -> list[str]:
+    """Options that are otherwise than in training; fills in those that are not given."""
+    changed = options.use_trained(args, config.trained)
+    usual = config.sigmas()
+    if args.sigmas and config.trained.timesteps and tuple(args.sigmas) != usual:
+        changed.append(options.deviation("sigmas", tuple(args.sigmas), usual))
+    mode = "causal" if config.video_vae.causal_decoder else "window"
+    if args.decode not in (None, mode):
+        changed.append(options.deviation("decode", args.decode, mode))
+    return changed
 
 
 def _check_decoder(args: argparse.Namespace, config: PipelineConfig) -> None:
@@ -352,6 +377,8 @@ def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, StreamRequest]:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     request = check_arguments(args, config)
+    for note in request.notes:
+        print(note, file=sys.stderr)
     media.ClipWriter(io.BytesIO(), **clip_settings(args, config)).close()  # it checks its settings
     return config, request
 

@@ -106,6 +106,8 @@ def _train(
     fresh = latest_step(workdir) is None
     if jax.process_index() == 0:
         console.print(planning.describe(e, plan), markup=False)
+        for note in e.notes:
+            console.print(note, markup=False)
         start = (c.generator or c.checkpoint) if fresh else workdir
         console.print(f"loading {start} and {c.checkpoint}")
     mesh, scores = assembly.make_meshes(e)

@@ -4,7 +4,7 @@
 
     prompts = PromptEncoder("checkpoints/gemma3", "checkpoints/student", cache=None)
     pipeline = load_pipeline("checkpoints/student", dtype=jnp.bfloat16)
-    session = pipeline.session(pipeline.config.rollout(512, 768), "A calm sea.", prompts=prompts)
+    session = pipeline.session(pipeline.config.rollout(), "A calm sea.", prompts=prompts)
     chunk = session.step()
 
 The names below are the public ones. A module is imported when one of its names is first used, so

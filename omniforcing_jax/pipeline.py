@@ -21,8 +21,9 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig, check_latents
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.kv_cache import CacheConfig, TrainedCache
+from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.trained import UNSAID, TrainedSettings
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.session import StreamingSession
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, to_uint8
@@ -40,10 +41,7 @@ class PipelineConfig:
     Attributes:
       transformer, video_vae, audio_vae, vocoder: configurations of the networks.
       model_version: of LTX-2, such as "2.3.0".
-      layout_name, timesteps: what a student was trained with; None for LTX-2 itself, and where the
-        checkpoint does not say.
-      trained_cache: the same of its cache.
-      context_noise: noise level at which its finished blocks write their keys and values.
+      trained: what the model was trained with.
       missing: components that are described but were not converted; see `check_complete`.
     """
 
@@ -52,10 +50,7 @@ class PipelineConfig:
     audio_vae: AudioVAEConfig
     vocoder: VocoderConfig
     model_version: str
-    layout_name: str | None = None
-    timesteps: tuple[float, ...] | None = None
-    trained_cache: TrainedCache = dataclasses.field(default_factory=TrainedCache)
-    context_noise: float = 0.0
+    trained: TrainedSettings = UNSAID
     missing: tuple[str, ...] = ()
 
     @classmethod
@@ -84,18 +79,20 @@ class PipelineConfig:
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> "PipelineConfig":
         """The same from what `config.json` holds."""
-        student = content.get("student") or {}
-        return cls.from_metadata(content["config"], content["model_version"], student)
+        trained = TrainedSettings.read(content)
+        return cls.from_metadata(content["config"], content["model_version"], trained)
 
     @classmethod
     def from_metadata(
-        cls, metadata: dict[str, Any], model_version: str, student: dict[str, Any] | None = None
+        cls,
+        metadata: dict[str, Any],
+        model_version: str,
+        trained: TrainedSettings = UNSAID,
     ) -> "PipelineConfig":
         """Parses the `config` object of an LTX-2 safetensors header.
 
         Args:
-          student: {"layout", "timesteps", "window", "anchors", "positions", "context_noise"} of a
-            block-causal student; those it has.
+          trained: what the model was trained with, which LTX-2's own files do not say.
 
         Raises:
           ValueError: a component's configuration is missing, or a setting is not supported.
@@ -117,17 +114,13 @@ class PipelineConfig:
                 "different models; convert both from the same release"
             )
         _check_versions(model_version, transformer, video_vae)
-        student = student or {}
         return cls(
             transformer=transformer,
             video_vae=video_vae,
             audio_vae=audio_vae,
             vocoder=VocoderConfig.from_metadata(metadata["vocoder"]),
             model_version=model_version,
-            layout_name=student.get("layout"),
-            timesteps=tuple(student.get("timesteps") or ()) or None,
-            trained_cache=TrainedCache.read(student),
-            context_noise=student.get("context_noise", 0.0),
+            trained=trained,
         )
 
     @property
@@ -136,10 +129,11 @@ class PipelineConfig:
         major, minor = (int(number) for number in self.model_version.split(".")[:2])
         return 18 if (major, minor) >= (2, 4) else 33
 
-    def layout(self, name: str | None = None, frame_rate: float = 24.0) -> BlockLayout:
-        """The block layout `name`, or the one the checkpoint was trained with (else "prefix")."""
-        name = name or self.layout_name or "prefix"
-        return BlockLayout.from_name(name, frame_rate=frame_rate)
+    def layout(self, name: str | None = None, frame_rate: float | None = None) -> BlockLayout:
+        """The block layout, as the model was trained but for what is given (else "prefix")."""
+        name = name or self.trained.layout or "prefix"
+        rate = self.trained.filled().frame_rate if frame_rate is None else frame_rate
+        return BlockLayout.from_name(name, frame_rate=rate)
 
     def cache(
         self,
@@ -148,19 +142,19 @@ class PipelineConfig:
         anchors: int | None = None,
         positions: str | None = None,
     ) -> CacheConfig:
-        """A rolling cache for this model; see `TrainedCache.config`."""
-        return self.trained_cache.config(layout, window, anchors, positions)
+        """A rolling cache for this model; see `TrainedSettings.cache`."""
+        return self.trained.cache(layout, window, anchors, positions)
 
     def sigmas(self, timesteps: Sequence[float] | None = None) -> tuple[float, ...]:
         """Noise levels of a student's steps, with the final 0: those of `timesteps`, else those it
         was trained with, else OmniForcing's four; see `flow.student_sigmas`."""
-        timesteps = timesteps or self.timesteps or flow.STUDENT_TIMESTEPS
+        timesteps = timesteps or self.trained.timesteps or flow.STUDENT_TIMESTEPS
         return tuple(flow.student_sigmas(timesteps).tolist())
 
     def rollout(
         self,
-        height: int,
-        width: int,
+        height: int | None = None,
+        width: int | None = None,
         *,
         cache: CacheConfig | None = None,
         sigmas: Sequence[float] | None = None,
@@ -168,7 +162,7 @@ class PipelineConfig:
         """How this checkpoint streams video: as it was trained, but for what is given.
 
         Args:
-          height, width: of the video, in pixels.
+          height, width: of the video, in pixels; None as trained, else 512 and 768.
           cache: layout, window and positions; see `cache`.
           sigmas: noise levels, decreasing from 1 to 0; see `sigmas`.
 
@@ -176,10 +170,14 @@ class PipelineConfig:
           ValueError: see `check_complete`, `check_size` and `flow.check_sigmas`.
         """
         self.check_complete()
-        height, width = self.check_size(height, width)
+        trained = self.trained.filled()
+        height, width = self.check_size(
+            trained.height if height is None else height,
+            trained.width if width is None else width,
+        )
         cache = cache or self.cache(self.layout())
         sigmas = tuple(sigmas or self.sigmas())
-        return RolloutConfig(cache, sigmas, height, width, self.context_noise)
+        return RolloutConfig(cache, sigmas, height, width, trained.context_noise)
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
         """Pixels to latents.

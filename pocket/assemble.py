@@ -24,6 +24,7 @@ from checkpoint_converters.export import write_components
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import programs
 from omniforcing_jax.io.checkpoints import metadata_section
+from omniforcing_jax.sampling.trained import ENTRY
 from omniforcing_jax.types import DTYPES
 
 # component: part
@@ -58,6 +59,8 @@ def assemble(args: argparse.Namespace) -> None:
         # to go with either have a section of their own.
         alone = name == "connectors" and "transformer" not in sources
         config[name if alone else section] = metadata["config"][section]
+        if name == "transformer" and ENTRY in metadata["config"]:
+            config[ENTRY] = metadata["config"][ENTRY]
         trees[name] = reading.load_component(files[part], name, np.float32)
     version = metadata["model_version"]
     write_components(args.output, trees, config, version, dtype=DTYPES[args.dtype])

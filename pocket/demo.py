@@ -20,24 +20,19 @@ from launch import stream
 from omniforcing_jax import programs
 from pocket.measure import MeasuredClip, measure_file
 from pocket.world.captions import scene_from_caption, with_sound
-from pocket.world.physics import WorldConfig
 
 ENLARGE = 8  # 64 x 48 pixels are a stamp on a screen
 
 
 def stream_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Those of launch.stream."""
-    world = WorldConfig()
     options = {
         "--checkpoint": args.checkpoint,
         "--text-encoder": args.text_encoder,
-        "--text-length": 48,  # as the model was trained
         "--prompt": args.prompt,
         "--prompt-cache": args.output / "prompts",
         "--seconds": args.seconds,
         "--seed": args.seed,
-        "--height": world.height,
-        "--width": world.width,
         "--enlarge": ENLARGE,
         "--output": args.output / "clip.mp4",
     }
@@ -82,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     config, plan = stream.prepare(options)
     report = stream.stream(options, config, plan)
     clip = args.output / "clip.mp4"
-    result = measure_file(clip, config.layout_name, clip.with_suffix(".png"), scene=scene)
+    result = measure_file(clip, config.trained.layout, clip.with_suffix(".png"), scene=scene)
     console.print(
         f"first chunk after {report.seconds_to_first_chunk:.2f} s (compilation included), "
         f"{report.median_fps:.1f} FPS (median block); {describe(result)}"

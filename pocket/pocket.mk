@@ -79,7 +79,7 @@ CAPTIONS_ode_prompts := 160
 $(POCKET)/prompts.done $(POCKET)/ode_prompts.done: $(POCKET)/%.done: $(POCKET)/ltx2/config.json | $(POCKET)/gemma/config.json
 	$(RUN) pocket.make_world --format captions --clips $(CAPTIONS_$*) --output $(POCKET)/$*.txt
 	$(RUN) launch.encode_prompts --gemma $(POCKET)/gemma --checkpoint $(POCKET)/ltx2 \
-		--prompts $(POCKET)/$*.txt --length 48 --output $(POCKET)/$*
+		--prompts $(POCKET)/$*.txt --output $(POCKET)/$*
 	@touch $@
 
 $(POCKET)/stage1.done: $(POCKET)/prompts.done
@@ -89,8 +89,7 @@ $(POCKET)/stage1.done: $(POCKET)/prompts.done
 
 $(POCKET)/ode_pairs.done: $(POCKET)/stage1.done $(POCKET)/ode_prompts.done
 	$(RUN) launch.ode_pairs --text $(POCKET)/ode_prompts --checkpoint $(POCKET)/ltx2 \
-		--generator $(POCKET)/stage1 --frames 49 --layout prefix --height 48 --width 64 \
-		--batch-size 8 --clips-per-shard 64 --output $(POCKET)/ode_pairs
+		--generator $(POCKET)/stage1 --layout prefix --batch-size 8 --clips-per-shard 64 --output $(POCKET)/ode_pairs
 	@touch $@
 
 STAGE2 = $(RUN) launch.stage2 --config=configs/stage2.py:pocket $(STAGE) \

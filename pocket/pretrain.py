@@ -31,6 +31,8 @@ from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.text.gemma import TextTower
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.sampling.guidance import NO_GUIDANCE
+from omniforcing_jax.sampling.trained import ENTRY, TrainedSettings
 from omniforcing_jax.text.encoder_files import load_gemma_config
 from omniforcing_jax.text.text_encoder import load_text_tower
 from omniforcing_jax.text.tokenizer import load_tokenizer
@@ -191,6 +193,15 @@ def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Pa
             f"not {c.text_length}"
         )
     latents = _latents(c, pipeline, windows.world, clip, tokenizer)
+    trained = TrainedSettings(
+        stage="base",
+        text_length=c.text_length,
+        frame_rate=c.clip.frame_rate,
+        height=c.world.height,
+        width=c.world.width,
+        frames=layout.pixel_frames(c.clip.blocks),
+        guidance=NO_GUIDANCE.changed(cfg_video=c.guidance, cfg_audio=c.guidance),
+    )
 
     def init():
         params = init_teacher(loss, tower_config.num_states, jax.random.key(c.seed))
@@ -202,7 +213,7 @@ def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Pa
         frozen={"tower": load_text_tower(gemma, tower_config, dtype=jnp.float32)},
         draw=functools.partial(draw_row, latents),
         components=lambda params: params,
-        metadata=metadata,
+        metadata=metadata | {ENTRY: trained.to_json()},
     )
 
 

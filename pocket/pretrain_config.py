@@ -80,6 +80,7 @@ def get_config(part: str) -> ml_collections.ConfigDict:
         c.batch_size, c.num_steps = 4, 10_000
         c.clip = ml_collections.ConfigDict({"blocks": 3, "layout": "prefix", "frame_rate": 24.0})
         c.num_clips, c.text_length = 4096, 48
+        c.guidance = 1.5  # classifier-free, of both streams: what the teacher is to be sampled with
         c.unroll = 6  # layers compiled as one, all here
         c.init = ""  # folder of another teacher run, whose average this one starts from
         c.loss = ml_collections.ConfigDict(

@@ -73,7 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", help="converted pocket model")
     add("--text-encoder", help="its converted Gemma")
-    add("--text-length", type=int, default=48, help="tokens per prompt (default 48)")
+    add("--text-length", type=int, help="tokens per prompt (default: as trained)")
     add("--sampler", choices=SAMPLERS, required=True)
     add("--clips", type=int, default=16, help="captions of the test split (default 16)")
     add("--balls", type=int, help="only captions with so many balls (default: any)")

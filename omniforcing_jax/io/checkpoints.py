@@ -48,9 +48,9 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
       {"format", "family": "ltx2" | "omniforcing", "model_version", "config": the checkpoint's
-      metadata by section, "student": None or its layout and sinks, "components", "fingerprints":
-      what tells a component's weights from others, "folders": see `component_folder`, "source",
-      and, if there are any, "loras": those merged into the weights, "notes"}.
+      metadata by section, "trained": see `TrainedSettings`, "components", "fingerprints": what
+      tells a component's weights from others, "folders": see `component_folder`, "source", and, if
+      there are any, "loras": those merged into the weights, "notes"}.
 
     Raises:
       FileNotFoundError: no such folder, or it holds no converted checkpoint.

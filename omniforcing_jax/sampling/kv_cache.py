@@ -19,8 +19,6 @@ One type serves the self-attention of both streams and both directions between t
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Self
 
 import flax
 import jax
@@ -36,44 +34,6 @@ from omniforcing_jax.models.transformer.model import Pathways
 from omniforcing_jax.models.transformer.rope import ClipRope
 
 POSITIONS = ("absolute", "relative")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedCache:
-    """What a student's own settings say of the cache that it was trained with.
-
-    Attributes:
-      window, anchors, positions: see `CacheConfig`; None where the settings do not say.
-    """
-
-    window: int | None = None
-    anchors: int | None = None
-    positions: str | None = None
-
-    @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> Self:
-        """Those of the three that `settings` has, under their names."""
-        names = (field.name for field in dataclasses.fields(cls))
-        return cls(**{name: settings.get(name) for name in names})
-
-    def config(
-        self,
-        layout: BlockLayout,
-        window: int | None = None,
-        anchors: int | None = None,
-        positions: str | None = None,
-    ) -> "CacheConfig":
-        """A rolling cache: as asked for, else as the student was trained, else of 7 blocks.
-
-        Raises:
-          ValueError: as `CacheConfig`.
-        """
-        chosen = {
-            "window": self.window if window is None else window,
-            "anchors": self.anchors if anchors is None else anchors,
-            "positions": self.positions if positions is None else positions,
-        }
-        return CacheConfig(layout, **{name: x for name, x in chosen.items() if x is not None})
 
 
 @dataclasses.dataclass(frozen=True)

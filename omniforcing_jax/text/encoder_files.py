@@ -21,6 +21,7 @@ from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.text.gemma import init_boxed_params
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT_TOWER = "text_tower"
@@ -36,6 +37,7 @@ class EncoderFiles:
       config: of the text tower.
       connectors: of the projection and the connectors.
       tokenizer: of the Gemma folder.
+      length: tokens per prompt.
       model_version: of the LTX-2 model the connectors belong to.
       weights: fingerprints of the text tower's weights and of the connectors'.
     """
@@ -43,6 +45,7 @@ class EncoderFiles:
     config: GemmaConfig
     connectors: ConnectorConfig
     tokenizer: Tokenizer
+    length: int
     model_version: str
     weights: tuple[str, str]
 
@@ -64,14 +67,14 @@ class EncoderFiles:
 
 
 def check_encoder(
-    gemma: str | os.PathLike, checkpoint: str | os.PathLike, *, length: int = 1024
+    gemma: str | os.PathLike, checkpoint: str | os.PathLike, *, length: int | None = None
 ) -> EncoderFiles:
     """Checks everything about a text encoder that can be checked without reading its weights.
 
     Args:
       gemma: folder from `checkpoint_converters.gemma3`.
       checkpoint: folder from `checkpoint_converters.ltx2` or `.omniforcing`.
-      length: tokens per prompt.
+      length: tokens per prompt; None as the model was trained, else 1024.
 
     Raises:
       FileNotFoundError: a folder, or the weights in it, are not there.
@@ -80,6 +83,8 @@ def check_encoder(
     """
     config = load_gemma_config(gemma)
     content = checkpoints.load_config(checkpoint)
+    if length is None:
+        length = TrainedSettings.read(content).filled().text_length
     connectors = ConnectorConfig.from_metadata(
         checkpoints.component_metadata(content, "connectors")
     )
@@ -103,7 +108,8 @@ def check_encoder(
             checkpoint, "connectors", "checkpoint_converters.ltx2 (or .omniforcing, with --base)"
         ),
     )
-    return EncoderFiles(config, connectors, tokenizer, content["model_version"], weights)
+    version = content["model_version"]
+    return EncoderFiles(config, connectors, tokenizer, length, version, weights)
 
 
 def _weights_fingerprint(folder: str | os.PathLike, component: str, converter: str) -> str:

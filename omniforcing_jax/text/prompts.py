@@ -125,6 +125,7 @@ class PromptEncoder:
 
     Attributes:
       keep: the encoder stays in memory after a prompt.
+      length: tokens per prompt.
       times: see `TextTimes`.
     """
 
@@ -136,7 +137,7 @@ class PromptEncoder:
         cache: str | os.PathLike | None,
         dtype: jnp.dtype = jnp.bfloat16,
         quantize: str = "none",
-        length: int = 1024,
+        length: int | None = None,
         keep: bool = False,
     ):
         """Checks the folders; no weights are read yet.
@@ -161,10 +162,10 @@ class PromptEncoder:
         if cache is not None:
             connectors = self._files.connectors
             fingerprint = self._files.fingerprint(dtype, quantize)
-            fingerprint += "" if length == 1024 else f"-{length}"
+            fingerprint += "" if self._files.length == 1024 else f"-{self._files.length}"
             dims = (connectors.video_dim, connectors.audio_dim)
             self._cache = PromptCache(cache, fingerprint, dims)
-        self.keep = keep
+        self.keep, self.length = keep, self._files.length
         self.times = TextTimes()
 
     def check(self, prompts: Sequence[str]) -> None:

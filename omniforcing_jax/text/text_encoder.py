@@ -59,7 +59,6 @@ class TextEncoder:
         *,
         dtype: jnp.dtype = jnp.bfloat16,
         quantize: str = "none",
-        length: int = 1024,
         mesh: Mesh | None = None,
     ):
         """Use `load`; this takes what is in memory already.
@@ -68,10 +67,10 @@ class TextEncoder:
           files: what the parameters belong to.
           params: {"tower": of `TextTower`, "projections": from `layer_projections`, "connectors":
             video_connector and audio_connector of `TextConnectors`}.
-          dtype, quantize, length: see `load`.
+          dtype, quantize: see `load`.
           mesh: where `params` lies; None is one device.
         """
-        self.tokenizer, self.length = files.tokenizer, length
+        self.tokenizer, self.length = files.tokenizer, files.length
         self.shared_features = not files.connectors.separate_projections
         self.fingerprint = files.fingerprint(dtype, quantize)
         self._model_version = files.model_version
@@ -88,7 +87,7 @@ class TextEncoder:
         *,
         dtype: jnp.dtype = jnp.bfloat16,
         quantize: str = "none",
-        length: int = 1024,
+        length: int | None = None,
         mesh: Mesh | None = None,
     ) -> "TextEncoder":
         """Reads a converted Gemma and the connectors of a converted LTX-2 or student.
@@ -99,7 +98,7 @@ class TextEncoder:
           dtype: compute dtype; weights are cast to it while loading.
           quantize: "int8" keeps the tower's matrices as int8, one at a time, so that the tower is
             never in memory as a whole in `dtype`.
-          length: tokens per prompt; 1024 is what LTX-2 was trained with.
+          length: tokens per prompt; None as the model was trained, which for LTX-2 is 1024.
           mesh: from `partitioning.make_mesh`; None puts everything on the first device.
 
         Raises:
@@ -120,7 +119,7 @@ class TextEncoder:
             "projections": layer_projections(loaded, connectors, mesh),
             "connectors": {name: loaded[name] for name in ("video_connector", "audio_connector")},
         }
-        return cls(files, params, dtype=dtype, quantize=quantize, length=length, mesh=mesh)
+        return cls(files, params, dtype=dtype, quantize=quantize, mesh=mesh)
 
     def features(
         self, token_ids: jax.typing.ArrayLike, mask: jax.typing.ArrayLike

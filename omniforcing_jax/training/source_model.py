@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from typing import Any
 
 from omniforcing_jax.data.text_dataset import TextManifest
 from omniforcing_jax.geometry import ClipGeometry
@@ -11,7 +10,7 @@ from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.pipeline import PipelineConfig
-from omniforcing_jax.sampling.kv_cache import TrainedCache
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step
 
 
@@ -24,8 +23,7 @@ class SourceModel:
       weights: "params" or "ema".
       connectors_folder: converted checkpoint with its connectors.
       connectors: their configuration.
-      config: of the model and, if it is a student, of its training (`layout_name` is None if it is
-        bidirectional or does not say); the decoders are those of the checkpoint.
+      config: of the model and of its training; the decoders are those of the checkpoint.
     """
 
     folder: str
@@ -51,7 +49,7 @@ class SourceModel:
         content = checkpoints.load_config(checkpoint)
         decoders = PipelineConfig.from_checkpoint(checkpoint)
         if (pathlib.Path(folder) / FOLDER).is_dir():
-            transformer, student, model_version = _describe_run(pathlib.Path(folder))
+            transformer, trained, model_version = _describe_run(pathlib.Path(folder))
             weights = weights or "ema"
         else:
             found = checkpoints.load_config(folder)
@@ -61,7 +59,7 @@ class SourceModel:
             model_version = found["model_version"]
             section = checkpoints.component_metadata(found, "transformer")
             transformer = TransformerConfig.from_metadata(section, model_version)
-            student = found["student"] or {}
+            trained = TrainedSettings.read(found)
             if "connectors" in found["components"]:
                 content, checkpoint = found, folder
         if "connectors" not in content["components"]:
@@ -71,9 +69,7 @@ class SourceModel:
             decoders,
             transformer=transformer,
             model_version=model_version,
-            layout_name=student.get("layout"),
-            trained_cache=TrainedCache.read(student),
-            context_noise=student.get("context_noise", 0.0),
+            trained=trained,
         )
         return cls(folder, weights, checkpoint, ConnectorConfig.from_metadata(connectors), config)
 
@@ -125,8 +121,8 @@ class SourceModel:
         video_vae.check_latents(c.video_vae, size)
 
 
-def _describe_run(run: pathlib.Path) -> tuple[TransformerConfig, dict[str, Any], str]:
-    """Transformer, settings of a causal student, and model version of a training run."""
+def _describe_run(run: pathlib.Path) -> tuple[TransformerConfig, TrainedSettings, str]:
+    """Transformer, what it was trained with, and model version of a training run."""
     if latest_step(run) is None:
         raise FileNotFoundError(f"{run} has no complete checkpoint yet")
     config = checkpoints.read_json(run / "config.json").get("config", {})
@@ -134,7 +130,4 @@ def _describe_run(run: pathlib.Path) -> tuple[TransformerConfig, dict[str, Any],
     if missing := [name for name in names if name not in config]:
         raise ValueError(f"{run / 'config.json'}: the configuration lacks {', '.join(missing)}")
     transformer = TransformerConfig.from_dict(config["student_config"])
-    student = {}
-    if config["stage"] != "stage1":
-        student = config["student"] | {"layout": config["clip"]["layout"]}
-    return transformer, student, config["model_version"]
+    return transformer, TrainedSettings.of_run(config), config["model_version"]

@@ -8,6 +8,7 @@ from checkpoint_converters import export, key_map, ltx2, reading, synthetic
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Transformer, init_params
+from omniforcing_jax.sampling.trained import TrainedSettings
 
 STABILISERS = {"extra_qk_norm": True, "tanh_gated_attention": True}
 
@@ -29,16 +30,16 @@ def assert_equal(actual, expected):
 
 def test_a_student_with_stabilisers_goes_out_and_comes_back(student, tmp_path):
     config, params = student
-    state = {"layout": "prefix", "timesteps": [1000, 500]}
+    state = TrainedSettings(layout="prefix", timesteps=(1000, 500), text_length=48).to_json()
     content = {"family": "omniforcing", "model_version": "2.0.0", "config": config}
-    content |= {"student": state, "source": []}
+    content |= {"trained": state, "source": []}
     checkpoints.save_params(tmp_path / "student", "transformer", params, content)
     file = tmp_path / "student.safetensors"
     export.export(tmp_path / "student", file)
     assert_equal(reading.load_component(file, "transformer"), params)
     converted = ltx2.convert(file, tmp_path / "again")
     assert_equal(checkpoints.load_params(tmp_path / "again", "transformer"), params)
-    assert (converted["student"], converted["config"]) == (state, config)
+    assert (converted["trained"], converted["config"]) == (state, config)
 
 
 def test_names_of_stabilisers():

@@ -147,7 +147,7 @@ def test_student(golden_dir, tmp_path, name, layout, sinks):
     reference = json.loads((golden_dir / name / "tiny_config.json").read_text())
     assert content["family"] == "omniforcing"
     assert (
-        content["student"]["layout"],
+        content["trained"]["layout"],
         content["config"]["transformer"]["num_audio_sink_tokens"],
     ) == (layout, sinks)
     transformer = content["config"]["transformer"]

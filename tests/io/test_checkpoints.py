@@ -9,7 +9,7 @@ from etils import epath
 
 from omniforcing_jax.io import checkpoints
 
-CONTENT = {"family": "ltx2", "model_version": "2.0.0", "config": {}, "student": None, "source": []}
+CONTENT = {"family": "ltx2", "model_version": "2.0.0", "config": {}, "source": []}
 
 
 class Crash(BaseException):

@@ -15,8 +15,10 @@ from launch import export_run, plot_run
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling.flow import student_sigmas
+from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.trained import LTX2_BASE, TrainedSettings
 from omniforcing_jax.training.optimizers import OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import create_network, create_state
 from omniforcing_jax.training.training_checkpoints import TrainingCheckpoints
@@ -41,7 +43,9 @@ def run(random_checkpoint, tmp_path_factory):
     config = {
         "stage": "stage3",
         "checkpoint": str(base),
-        "clip": {"layout": "prefix"},
+        "clip": {"layout": "prefix", "height": 64, "width": 96, "frame_rate": 24.0, "blocks": 3},
+        "score": {"video_cfg": [1.0, 3.5], "audio_cfg": 5.0},
+        "text_length": 48,
         "student": {
             "timesteps": (1000.0, 757.0, 522.0),
             "window": 2,
@@ -75,16 +79,27 @@ def test_export_of_the_average(run, random_checkpoint, tmp_path):
     student = tmp_path / "student"
     parsed = PipelineConfig.from_checkpoint(student)
     assert dataclasses.asdict(parsed.transformer) == run[2]["student_config"]
-    assert (parsed.layout_name, parsed.timesteps) == ("prefix", (1000, 757, 522))
+    assert parsed.trained == TrainedSettings(
+        stage="stage3",
+        layout="prefix",
+        timesteps=(1000, 757, 522),
+        **{"window": 2, "anchors": 1, "positions": "absolute", "context_noise": 0.125},
+        **{"text_length": 48, "frame_rate": 24, "height": 64, "width": 96, "frames": 49},
+        guidance=NO_GUIDANCE,
+        distilled_cfg=((1.0, 3.5), (5.0, 5.0)),
+    )
     cache = parsed.cache(parsed.layout())
     assert (cache.window, cache.anchors, cache.positions) == (2, 1, "absolute")
-    assert parsed.context_noise == 0.125
     sigmas = tuple(student_sigmas((1000, 757, 522)).tolist())
-    assert parsed.rollout(64, 96) == RolloutConfig(cache, sigmas, 2, 3, context_noise=0.125)
+    assert (
+        parsed.rollout()
+        == parsed.rollout(64, 96)
+        == RolloutConfig(cache, sigmas, 2, 3, context_noise=0.125)
+    )
     other = parsed.cache(parsed.layout(), window=3, anchors=0, positions="relative")
     assert (other.window, other.anchors, other.positions) == (3, 0, "relative")
     plain = PipelineConfig.from_checkpoint(base)
-    assert plain.context_noise == 0.0
+    assert plain.trained == LTX2_BASE
     assert plain.cache(parsed.layout()) == CacheConfig(parsed.layout(), window=7)
     assert plain.sigmas() == tuple(student_sigmas().tolist())
     content, before = checkpoints.load_config(student), checkpoints.load_config(base)
@@ -100,7 +115,7 @@ def test_export_of_the_average(run, random_checkpoint, tmp_path):
     assert not ltx2.main(["--input", str(file), "--output", str(again)])
     assert_equal(checkpoints.load_params(again, "transformer"), expected)
     converted = checkpoints.load_config(again)
-    for name in ("family", "student", "config"):
+    for name in ("family", "trained", "config"):
         assert converted[name] == content[name]
 
 

@@ -100,9 +100,7 @@ def test_three_stages(world, tmp_path):
 
     assert not ode_pairs.main(
         ["--text", str(folder / "prompts"), "--checkpoint", str(checkpoint),
-         "--generator", str(first), "--frames", "25", "--layout", "prefix", "--height", "64",
-         "--width", "64", "--timesteps", "1000", "725", "--steps", "40",
-         "--output", str(folder / "pairs")]
+         "--generator", str(first), "--layout", "prefix", "--output", str(folder / "pairs")]
     )  # fmt: skip
     second, _ = trained(2, **common | {"data": folder / "pairs", "generator": first})
 
@@ -118,7 +116,8 @@ def test_three_stages(world, tmp_path):
     output = tmp_path / "student"
     assert not export_run.main(["--run", str(third), "--output", str(output)])
     content = json.loads((output / "config.json").read_text())
-    assert content["student"]["layout"] == "prefix"
+    assert content["trained"]["layout"] == "prefix"
+    assert content["trained"]["text_length"] == 128
     assert not plot_run.main([str(third), "--output", str(tmp_path / "curves.png")])
 
 

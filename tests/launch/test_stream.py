@@ -20,8 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_converters import ltx2, omniforcing
 from launch import sample_teacher, stream
+from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
+from omniforcing_jax.sampling.flow import student_sigmas
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.session import Chunk, StreamingSession
@@ -31,6 +34,7 @@ from omniforcing_jax.text.text_encoder import TextEncoder
 from omniforcing_jax.training.source_model import SourceModel
 
 SIZE = ["--height", "64", "--width", "64", "--decode", "causal", "--sigmas", "1", "0.7", "0"]
+SIZE += ["--bidirectional"]
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +160,40 @@ def test_released_student(checkpoint, tmp_path):
     assert stream.main(args) == 0
     frames, *_ = media.read_clip(tmp_path / "clip.mp4")
     assert frames.shape == (25, 64, 64, 3)
+
+
+def test_a_bidirectional_model_is_refused_unless_asked_for(checkpoint, tmp_path, capsys):
+    args = [word for word in arguments(checkpoint, tmp_path / "x.mp4") if word != "--bidirectional"]
+    assert stream.main([*args, "--random-features"]) == 2
+    error = capsys.readouterr().err
+    assert "is bidirectional and was not trained to be streamed" in error
+    assert "--bidirectional" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_trained_unless_told_otherwise_and_that_is_said(checkpoint):
+    trained = TrainedSettings(
+        layout="merged", timesteps=(1000, 500), window=2, text_length=48, frame_rate=25.0,
+        height=64, width=96,
+    )  # fmt: skip
+
+    def request(*more):
+        config = dataclasses.replace(PipelineConfig.from_checkpoint(checkpoint), trained=trained)
+        given = ["--checkpoint", checkpoint, "--output", "-", "--random-features", *more]
+        args = stream.parse_arguments(given)
+        return args, stream.check_arguments(args, config)
+
+    args, found = request()
+    assert (args.height, args.width, args.fps, found.notes) == (64, 96, 25, [])
+    cache = found.rollout.cache
+    assert (cache.layout, cache.window) == (BlockLayout.merged(frame_rate=25), 2)
+    assert found.rollout.sigmas == tuple(student_sigmas((1000, 500)).tolist())
+    assert request("--height", "64", "--window", "2")[1].notes == []
+    more = ["--width", "128", "--window", "3", "--sigmas", "1", "0", "--decode", "causal"]
+    assert request(*more)[1].notes == [
+        "otherwise than the model was trained: --width 128, not 96; --window 3, not 2; --sigmas 1 "
+        f"0, not 1 {found.rollout.sigmas[1]:g} 0; --decode causal, not window"
+    ]
 
 
 def endless_stream(checkpoint):

@@ -12,11 +12,13 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from checkpoint_converters import gemma3, ltx2
+from checkpoint_converters import gemma3, ltx2, reading
+from launch import stream
 from omniforcing_jax.streaming import media
 from pocket import demo, report, sample
 from pocket.measure import shrink
 from pocket.measures.scalars import MEANINGS
+from pocket.world.physics import WorldConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 WEIGHTS = ROOT / "pocket" / "weights"
@@ -32,6 +34,23 @@ def pocket(tmp_path_factory):
     source, gemma = str(WEIGHTS / "gemma"), str(folder / "gemma")
     assert not gemma3.main(["--input", source, "--output", gemma])
     return ["--checkpoint", str(folder / "ltx2"), "--text-encoder", gemma]
+
+
+def test_the_shipped_weights_say_what_they_were_trained_with(pocket, tmp_path):
+    """A plain launch.stream takes 48 tokens and the world's size, whatever the defaults are."""
+    output = ["--output", str(tmp_path / "clip.mp4")]
+    args = stream.parse_arguments([*pocket, "--prompt", PROMPT, "--prompt-cache", "none", *output])
+    config, request = stream.prepare(args)
+    world = WorldConfig()
+    assert (args.height, args.width, args.fps) == (world.height, world.width, world.frame_rate)
+    assert (request.encoder.length, request.notes) == (48, [])
+    assert request.rollout.cache.window == 1 and config.trained.stage == "stage3"
+    args.text_length = 1024
+    notes = stream.check_arguments(args, config).notes
+    assert notes == ["otherwise than the model was trained: --text-length 1024, not 48"]
+    teacher = reading.read_metadata(WEIGHTS / "teacher.safetensors")["config"]["trained"]
+    assert teacher["guidance"]["video"]["cfg"] == 1.5
+    assert (teacher["stage"], teacher["text_length"], teacher["frames"]) == ("base", 48, 49)
 
 
 def test_demo(pocket, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """The program that pre-trains: parts that are resumed, and files that become a checkpoint."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,12 @@ from checkpoint_converters import ltx2, reading, synthetic
 from checkpoint_converters.export import write_components
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.sampling.trained import LTX2_BASE
 from omniforcing_jax.training.metrics import read_records
 from pocket import assemble, pretrain, pretrain_config
 from tests.pocket.test_pretrain import PIPELINE
+
+CONVERTED = dataclasses.replace(PIPELINE, trained=LTX2_BASE)
 
 
 def tiny_config(folder, part, **changes):
@@ -106,7 +111,7 @@ def test_parts_become_one_checkpoint(tmp_path, capsys):
         trees = [reading.load_component(file, component) for file in (source, output)]
         jax.tree.map(np.testing.assert_array_equal, *trees)
     assert not ltx2.main(["--input", str(output), "--output", str(tmp_path / "ltx2")])
-    assert PipelineConfig.from_checkpoint(tmp_path / "ltx2") == PIPELINE
+    assert PipelineConfig.from_checkpoint(tmp_path / "ltx2") == CONVERTED
     (tmp_path / "teacher.safetensors").unlink()
     assert assemble.main(["--folder", str(tmp_path), "--output", str(output)]) == 1
     assert "teacher.safetensors is missing" in capsys.readouterr().err
@@ -130,7 +135,7 @@ def test_files_with_some_components_each_convert_together(tmp_path):
     with pytest.raises(ConversionError, match="has no transformer"):
         reading.load_component(inputs[1], "transformer")
     assert not ltx2.main(["--input", *inputs, "--output", str(tmp_path / "ltx2")])
-    assert PipelineConfig.from_checkpoint(tmp_path / "ltx2") == PIPELINE
+    assert PipelineConfig.from_checkpoint(tmp_path / "ltx2") == CONVERTED
 
     # a student with sinks, which the teacher's section does not describe
     student = {"transformer": metadata["transformer"] | {"num_audio_sink_tokens": 4}}

@@ -38,7 +38,7 @@ class Data:
 def full_size(tmp_path, monkeypatch):
     """A folder that says it holds the 19B model, and a dataset that fits; no weights anywhere."""
     names = ["transformer", "connectors", "video_vae", "audio_vae", "vocoder"]
-    content = {"format": 1, "family": "ltx2", "model_version": "2.0.0", "student": None}
+    content = {"format": 1, "family": "ltx2", "model_version": "2.0.0"}
     content |= {"config": synthetic.metadata("full", "2.0"), "components": names, "source": ""}
     (tmp_path / "config.json").write_text(json.dumps(content))
     monkeypatch.setattr(experiment, "_open_data", lambda config: Data())

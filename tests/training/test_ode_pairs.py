@@ -260,8 +260,14 @@ def run(random_checkpoint, tmp_path_factory):
     )
     config = {
         "stage": "stage2",
-        "clip": {"layout": "prefix"},
-        "student": {"window": 1, "anchors": 0, "positions": "relative", "context_noise": 0.0},
+        "clip": {"layout": "prefix", "height": 64, "width": 64, "frame_rate": 24.0, "blocks": 2},
+        "student": {
+            "timesteps": [1000, 725],
+            "window": 1,
+            "anchors": 0,
+            "positions": "relative",
+            "context_noise": 0.0,
+        },
         "model_version": "2.0.0",
         "student_config": dataclasses.asdict(student),
     }

@@ -21,6 +21,7 @@ from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.training.config import fit
 from omniforcing_jax.training.config.settings import (
     ConfigError,
@@ -53,6 +54,7 @@ class Experiment:
       rollout: how the student is unrolled (stages II and III).
       data: the opened dataset, with `manifest` and `negative`.
       mesh_shape: devices per axis; with separate scores, of either half.
+      notes: what is otherwise than the model was trained that the student starts from.
     """
 
     config: StageConfig
@@ -64,6 +66,7 @@ class Experiment:
     rollout: RolloutConfig
     data: Any
     mesh_shape: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def teacher(self) -> TransformerConfig:
@@ -96,6 +99,7 @@ class Experiment:
         return {
             **to_dict(self.config),
             "model_version": self.content["model_version"],
+            "text_length": self.data.manifest.text_length,
             "student_config": dataclasses.asdict(self.student),
         }
 
@@ -106,11 +110,13 @@ class StudentStart:
 
     Attributes:
       settings: of the run.
+      trained: what its weights were trained with.
     """
 
     version: str
     transformer: TransformerConfig
     settings: Mapping[str, Any]
+    trained: TrainedSettings
 
     @classmethod
     def read(cls, folder: str) -> "StudentStart":
@@ -128,9 +134,10 @@ class StudentStart:
             content = checkpoints.load_config(folder)
             version = content["model_version"]
             metadata = checkpoints.component_metadata(content, "transformer")
-            return cls(version, TransformerConfig.from_metadata(metadata, version), {})
-        fields = run["student_config"]
-        return cls(run["model_version"], TransformerConfig.from_dict(fields), run)
+            transformer = TransformerConfig.from_metadata(metadata, version)
+            return cls(version, transformer, {}, TrainedSettings.read(content))
+        transformer = TransformerConfig.from_dict(run["student_config"])
+        return cls(run["model_version"], transformer, run, TrainedSettings.of_run(run))
 
 
 def check(
@@ -192,8 +199,10 @@ def check(
         raise ConfigError(problems)
 
     clip = ClipGeometry.from_blocks(c.layout, c.clip.blocks, *size)
+    trained = source.trained if source else pipeline.trained
+    notes = fit.deviations(c, data.manifest.text_length, trained)
     experiment = Experiment(
-        c, content, pipeline, student, connectors, clip, rollout, data, mesh_shape
+        c, content, pipeline, student, connectors, clip, rollout, data, mesh_shape, notes
     )
     attempt(c.stage, lambda: make_stage(experiment))
     if problems:

@@ -9,6 +9,7 @@ from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.training.config.settings import STAGES, StageConfig, to_dict
 
 DECODERS = ("video_vae", "audio_vae", "vocoder")  # of sample clips
@@ -146,6 +147,24 @@ def _same_levels(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def _listed(sigmas: Sequence[float]) -> str:
     return ", ".join(f"{sigma:.4g}" for sigma in sigmas)
+
+
+def deviations(c: StageConfig, text_length: int, trained: TrainedSettings) -> tuple[str, ...]:
+    """One line about what is otherwise than the model was trained that the student starts from."""
+    now = {
+        "clip.height": (c.clip.height, trained.height),
+        "clip.width": (c.clip.width, trained.width),
+        "clip.frame_rate": (c.clip.frame_rate, trained.frame_rate),
+        "frames of a clip": (c.layout.pixel_frames(c.clip.blocks), trained.frames),
+        "text tokens": (text_length, trained.text_length),
+    }
+    changed = [
+        f"{name} {value:g}, not {usual:g}"
+        for name, (value, usual) in now.items()
+        if usual not in (None, value)
+    ]
+    start = c.generator or c.checkpoint
+    return (f"otherwise than {start} was trained: {'; '.join(changed)}",) if changed else ()
 
 
 def preview_problems(c: StageConfig, content: Mapping[str, Any]) -> list[str]:
