@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import config_flags
 from rich.console import Console
 
-from launch import options
+from launch import compilation, options
 from omniforcing_jax import programs
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.distributed.multihost import Watchdog
@@ -39,6 +39,9 @@ _ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_config_change",
     False,
     "Resume, or start from a causal student, although the config is not that of the run.",
+)
+_COMPILATION_CACHE = flags.DEFINE_bool(
+    "compilation_cache", True, "Keep compiled programs in the user's cache folder."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -68,6 +71,7 @@ def run(stage: str) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells dozens of lines about every save
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    compilation.use_cache(_COMPILATION_CACHE.value)
     job = multihost.find_job(
         _DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )

@@ -7,6 +7,8 @@ import pathlib
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile what they test, and leave the user's cache alone.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Two lanes: TEST_XLA=default compiles as users' programs are compiled, and runs the tests marked
 # `default_xla`. Otherwise, as the suite compiles thousands of programs that run for milliseconds,
 # most of its time would be XLA's:

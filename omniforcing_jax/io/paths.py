@@ -28,6 +28,12 @@ def locate(path: str | os.PathLike) -> epath.Path:
     return epath.Path(os.path.abspath(os.fspath(path)))
 
 
+def user_cache(name: str) -> pathlib.Path:
+    """Folder `omniforcing_jax/NAME` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "omniforcing_jax" / name
+
+
 @contextlib.contextmanager
 def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary name for a local file that appears under its own name, complete, at the end.

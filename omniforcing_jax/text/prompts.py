@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from omniforcing_jax.io.paths import user_cache
 from omniforcing_jax.models import quantization
 from omniforcing_jax.text.encoder_files import check_encoder
 from omniforcing_jax.text.features import TextFeatures, load_text_features, save_text_features
@@ -29,8 +30,7 @@ from omniforcing_jax.types import Contexts
 
 def default_cache() -> pathlib.Path:
     """Folder for encoded prompts: `omniforcing_jax/prompts` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "omniforcing_jax" / "prompts"
+    return user_cache("prompts")
 
 
 @dataclasses.dataclass
