@@ -194,6 +194,7 @@ class BlockForward:
     history: Pathways | None
     ropes: StreamRopes
     keep: Pathways | None = None
+    text_mask: jax.Array | None = None
 
     def __call__(
         self,
@@ -215,7 +216,8 @@ class BlockForward:
             sigmas = condition.sigma(sigmas.video)
             stream_sigma = condition.stream_sigma(sigma.astype(jnp.float32))
             stream_sigma = jax.tree.map(lambda s: jnp.broadcast_to(s, (batch,)), stream_sigma)
-        video, audio = modalities(x, sigmas, self.ropes, global_sigma=stream_sigma)
+        how = {"context_mask": self.text_mask, "global_sigma": stream_sigma}
+        video, audio = modalities(x, sigmas, self.ropes, **how)
         (video, audio), kv = self.model.clone(return_kv=return_kv).apply(
             {"params": self.params}, video, audio, history=self.history, text=text, keep=self.keep
         )
@@ -250,6 +252,7 @@ def block_step(
     first: bool,
     exit_step: jax.Array | None = None,
     condition: Condition | None = None,
+    text_mask: jax.Array | None = None,
 ) -> tuple[BlockTrace, RollingCache]:
     """Generates the next block and writes its keys and values.
 
@@ -263,11 +266,12 @@ def block_step(
       first: whether this is block 0 (another shape, no history, the sinks).
       exit_step: [] int32 the denoising step whose prediction is the block; None is the last one.
       condition: what of the block is given; None is nothing.
+      text_mask: [B, S] boolean, True = attend; None attends to all of the text.
 
     Returns:
       The block (`x0` [B, T, C] float32) and how it came about, and the cache with the block in it.
     """
-    forward = bind(model, params, cache, rope, config, first=first)
+    forward = bind(model, params, cache, rope, config, first=first, text_mask=text_mask)
     with jax.named_scope("denoise"):
         x0, exit_input = denoise(forward, text, noise, config, exit_step, condition)
     with jax.named_scope("refresh"):
@@ -370,11 +374,13 @@ def bind(
     *,
     first: bool,
     keep: Pathways | None = None,
+    text_mask: jax.Array | None = None,
 ) -> BlockForward:
     """Reads the cache and places the next block: all its forward passes share the result.
 
     Args:
       keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
+      text_mask: [B, S] boolean, True = attend; None attends to all of the text.
     """
     layout, patches = config.cache.layout, config.patches
     if first:
@@ -391,7 +397,7 @@ def bind(
             history = kv_cache.history(cache, rope, model.config.rope_type, patches)
     sinks = first and model.config.num_audio_sinks > 0
     ropes = stream_ropes(rope, video_frames, audio_frames, sinks=sinks)
-    return BlockForward(model, params, history, ropes, keep)
+    return BlockForward(model, params, history, ropes, keep, text_mask)
 
 
 def new_cache(model: Transformer, config: RolloutConfig, batch: int) -> RollingCache:
