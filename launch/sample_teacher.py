@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from launch import options
+from launch import compilation, options
 from omniforcing_jax import (
     PipelineConfig,
     PromptEncoder,
@@ -70,6 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_guidance(parser)
     options.add_dtype(parser)
     options.add_attention(parser)
+    compilation.add_option(parser)
     return parser.parse_args(argv)
 
 
@@ -231,6 +232,7 @@ def run(
     """
     request = encode_sentences(request, console)
     sampling = request.sample
+    compilation.use_cache(not args.no_compilation_cache)
     dtype = options.compute_dtype(args)
     with timed(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
         pipeline = load_pipeline(args.checkpoint, dtype=dtype)

@@ -5,7 +5,7 @@
         --seconds 30 --output outputs/clip.mp4
 
     python -m launch.stream --checkpoint checkpoints/omniforcing \\
-        --text-encoder checkpoints/gemma3 --prompt "A calm sea" "A storm comes up@9" \\
+        --text-encoder checkpoints/gemma3 --prompt "A calm sea" --at 9 "A storm comes up" \\
         --endless --output - | ffplay -
 
 The second prompt takes over after 9 s; Ctrl-C ends the stream after the current block, and so does
@@ -13,7 +13,7 @@ closing the player. Prompts are encoded and the encoder is unloaded before the s
 unless --keep-encoder is given: then prompts but the first are encoded when they are due. Encoded
 prompts are kept on disk.
 
-`--features FILE[@SECOND]` are text contexts made beforehand (see `omniforcing_jax.text.features`).
+`--features FILE` are text contexts made beforehand (see `omniforcing_jax.text.features`).
 For a checkpoint with random weights, `--random-features` derives them from the prompt's text.
 """
 
@@ -23,18 +23,17 @@ import dataclasses
 import functools
 import io
 import math
-import signal
-import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from launch import options
+from launch import compilation, options
+from launch.interrupt import Interrupt
+from launch.stream_report import StreamReport
 from omniforcing_jax import (
     BlockLayout,
     Chunk,
@@ -49,16 +48,7 @@ from omniforcing_jax.ops.attention import attention
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
-from omniforcing_jax.text.prompts import TextTimes
 from omniforcing_jax.types import Contexts
-
-# Parts of a block's time as the report names them.
-PARTS = {
-    "text": "text",
-    "generate": "generate",
-    "decode_video": "video",
-    "decode_audio": "sound",
-}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,10 +60,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--bidirectional", action="store_true",
         help="stream a model that was not trained to be streamed: without a history it has seen",
     )  # fmt: skip
-    add("--prompt", nargs="+", metavar="TEXT[@SECOND]", help="what to show, and from when on")
+    add("--prompt", nargs="+", metavar="TEXT", help="what to show; later ones as TEXT@SECOND")
+    add(
+        "--at", nargs=2, action="append", metavar=("SECOND", "TEXT"),
+        help="another prompt (or file of --features) from this second on; can be repeated",
+    )  # fmt: skip
     options.add_text_source(parser)
     add("--keep-encoder", action="store_true", help="keep it in memory, and encode when due")
-    add("--features", nargs="+", metavar="FILE[@SECOND]", help="text contexts, one per prompt")
+    add("--features", nargs="+", metavar="FILE", help="text contexts; later ones as FILE@SECOND")
     options.add_clip_file(parser)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=5.0, help="length of the clip (default 5)")
@@ -95,7 +89,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_decoder(parser)
     options.add_dtype(parser)
     options.add_attention(parser)
+    compilation.add_option(parser)
     return parser.parse_args(argv)
+
+
+class ClipLength(NamedTuple):
+    """Blocks to generate, and how many of their frames and samples the clip has."""
+
+    blocks: int
+    frames: int
+    samples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +107,14 @@ class StreamRequest:
 
     Attributes:
       rollout: how blocks are generated.
-      num_blocks: length of the clip; None is without end.
+      length: of the clip; None is without end.
       prompts: sentences or contexts, by the block they start at.
       encoder: of the sentences.
       notes: what is otherwise than one might think, a line each.
     """
 
     rollout: RolloutConfig
-    num_blocks: int | None
+    length: ClipLength | None
     prompts: dict[int, str | Contexts]
     encoder: PromptEncoder | None
     notes: list[str]
@@ -123,6 +126,7 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     Raises:
       ValueError: what is wrong, and what would be right.
     """
+    config.check_complete()
     if not config.trained.causal and not args.bidirectional:
         raise ValueError(
             f"{args.checkpoint} is bidirectional and was not trained to be streamed: sample it by "
@@ -136,10 +140,11 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     cache = config.cache(layout, args.window, args.anchors, args.positions)
     sigmas = args.sigmas or config.sigmas(args.timesteps)
     rollout = config.rollout(args.height, args.width, cache=cache, sigmas=sigmas)
-    num_blocks = None if args.endless else layout.blocks_for_seconds(args.seconds)
+    length = clip_length(args, config, layout, notes)
+    num_blocks = None if length is None else length.blocks
     rollout.cache.blocks_in_positions(num_blocks)
     options.check_source(args)
-    prompts = _by_block(args.features or args.prompt or [""], layout, num_blocks)
+    prompts = prompts_by_block(turns(args), layout, num_blocks, notes)
     encoder = None
     if args.text_encoder:
         encoder = options.make_encoder(args, keep=args.keep_encoder)
@@ -147,7 +152,7 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     else:
         dims = config.transformer.text_dims
         prompts = {block: _contexts(args, text, dims) for block, text in prompts.items()}
-    return StreamRequest(rollout, num_blocks, prompts, encoder, notes)
+    return StreamRequest(rollout, length, prompts, encoder, notes)
 
 
 def deviations(args: argparse.Namespace, config: PipelineConfig) -> list[str]:
@@ -181,30 +186,77 @@ def _check_attention(args: argparse.Namespace, config: PipelineConfig) -> None:
         jax.eval_shape(attend, tokens, tokens, tokens)
 
 
-def _by_block(specs: list[str], layout: BlockLayout, num_blocks: int | None) -> dict[int, str]:
-    """{block it starts at: text or file} of TEXT[@SECOND]."""
+def turns(args: argparse.Namespace) -> list[tuple[float, str]]:
+    """(second from which on, text or file) as the command line gives them.
+
+    The first one is for the start and is read as it stands, whatever it ends with. One behind it
+    needs a time, so that there an @SECOND cannot be anything else.
+
+    Raises:
+      ValueError: one has no time, or the time is not a number.
+    """
+    first, *later = args.features or args.prompt or [""]
+    found = [(0.0, first)]
+    for spec in later:
+        text, _, start = spec.rpartition("@")
+        if not text or _number(start) is None:
+            raise ValueError(f"{spec!r} has no time to start at: give it as --at SECOND TEXT")
+        found.append((_number(start), text))
+    for start, text in args.at or []:
+        if _number(start) is None:
+            raise ValueError(f"--at {start} {text!r}: {start!r} is not a number of seconds")
+        found.append((_number(start), text))
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def prompts_by_block(
+    turns: list[tuple[float, str]], layout: BlockLayout, num_blocks: int | None, notes: list[str]
+) -> dict[int, str]:
+    """{block it starts at: text or file}; notes it where that is later than asked for."""
     result: dict[int, str] = {}
-    for spec in specs:
-        text, start = _split_start(spec)
+    for start, text in turns:
         if not 0 <= start < math.inf:
-            raise ValueError(f"{spec!r} must start at a second from 0 on, not {start:g}")
+            raise ValueError(f"{text!r} must start at a second from 0 on, not {start:g}")
         block = layout.blocks_for_seconds(start) if start > 0 else 0
         if block in result:
-            raise ValueError(f"{spec!r} starts in the same second as {result[block]!r}")
+            raise ValueError(f"{text!r} starts in the same second as {result[block]!r}")
         if num_blocks is not None and block >= num_blocks:
-            raise ValueError(f"{spec!r} starts after the end of the clip")
+            raise ValueError(f"{text!r} starts after the end of the clip")
+        begin = layout.pixel_frames(block) / layout.frame_rate if block else 0.0
+        if (begin - start) * layout.frame_rate > 1.5:  # a block starts one frame after the second
+            notes.append(f"{text!r} starts with its block, at {begin:.2f} s, not {start:g} s")
         result[block] = text
-    if 0 not in result:
-        raise ValueError("no prompt for the start: one of them must have no @SECOND")
     return result
 
 
-def _split_start(spec: str) -> tuple[str, float]:
-    text, _, start = spec.rpartition("@")
-    try:
-        return (text, float(start)) if text else (spec, 0.0)
-    except ValueError:
-        return spec, 0.0
+def clip_length(
+    args: argparse.Namespace, config: PipelineConfig, layout: BlockLayout, notes: list[str]
+) -> ClipLength | None:
+    """What --seconds asks for, None with --endless; notes it where frames do not last so long.
+
+    Raises:
+      ValueError: not a positive length.
+    """
+    if args.endless:
+        return None
+    if not 0 < args.seconds < math.inf:
+        raise ValueError(f"--seconds must be positive and finite, not {args.seconds:g}")
+    frames = max(round(args.seconds * args.fps), 1)
+    if abs(frames / args.fps - args.seconds) > 5e-4:
+        notes.append(f"{frames} frames are {frames / args.fps:.3f} s, not {args.seconds:g} s")
+    samples = round(frames / args.fps * config.vocoder.sample_rate)
+    blocks = layout.blocks_for_seconds(frames / args.fps)
+    mel_frames = config.audio_vae.num_mel_frames(layout.num_audio_frames(blocks))
+    if mel_frames * config.vocoder.hop < samples:  # the sound of a block ends before its picture
+        blocks += 1
+    return ClipLength(blocks, frames, samples)
 
 
 def _contexts(args: argparse.Namespace, text: str, dims: tuple[int, int]) -> Contexts:
@@ -216,106 +268,20 @@ def _contexts(args: argparse.Namespace, text: str, dims: tuple[int, int]) -> Con
     video, audio, mask = features.video_context, features.audio_context, features.mask
     if mask is None:
         return video, audio
-    # The text's keys have no positions: without the padding is the same as not attending to it. A
-    # prompt of another length than the one before has the block compiled again.
+    # The text's keys have no positions: without the padding is the same as not attending to it.
     attended = np.asarray(mask[0])
     if not attended.any():
         raise ValueError(f"{text}: its mask leaves no token to attend to; encode the prompt again")
     return video[:, attended], audio[:, attended]
 
 
-class StreamReport:
-    """Progress on standard error: one line per block, totals at the end."""
+def padded_length(prompts: Iterable[str | Contexts], attention: str) -> int | None:
+    """To which contexts are padded so that all share a program: None where they have one length.
 
-    def __init__(self, frame_rate: float):
-        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self.frame_rate = frame_rate
-        self.start = time.perf_counter()
-        self.first_chunk: float | None = None  # when it came
-        self.first_parts = dict.fromkeys(PARTS, 0.0)  # until then
-        self.encoding = 0.0  # before the stream began
-        self.frames = 0
-        self.seconds = 0.0
-        self.speeds: list[float] = []  # of blocks, frames per second
-
-    def text(self, times: TextTimes) -> None:
-        """Prints what encoding the prompts has cost."""
-        self.encoding = times.total
-        self.console.print(f"text        {options.describe_times(times)}")
-
-    def chunk(self, chunk: Chunk) -> None:
-        """Adds one chunk and prints its line."""
-        count, times = chunk.frames.shape[1], chunk.timings
-        parts = {part: getattr(times, part) for part in PARTS}
-        now = time.perf_counter()
-        if self.first_chunk is None:
-            self.first_parts = {p: x + parts[p] for p, x in self.first_parts.items()}
-            if count:
-                self.first_chunk = now
-        self.frames += count
-        self.seconds += times.total
-        played = now - self.first_chunk if self.first_chunk else 0.0
-        lead = self.frames / self.frame_rate - played
-        speed = count / times.total
-        name = "tail      "
-        if chunk.block >= 0:
-            name = f"block {chunk.block:4d}"
-            self.speeds.append(speed)
-        if times.text < 0.005:  # as it is but for the first block of a prompt
-            del parts["text"]
-        self.console.print(
-            f"{name}  {times.total:6.2f} s  ({_list_parts(parts)})  {count:3d} frames  "
-            f"{speed:6.1f} FPS  x{speed / self.frame_rate:.2f} real time  lead {lead:+.2f} s"
-        )
-
-    @property
-    def seconds_to_first_chunk(self) -> float:
-        """From the prompts to the first frames, compilation included; loading weights is not."""
-        return self.encoding + self.first_chunk - self.start
-
-    @property
-    def median_fps(self) -> float:
-        """Of the blocks: what a stream settles at, since few of them wait for the compiler."""
-        return statistics.median(self.speeds) if self.speeds else 0.0
-
-    def summary(self, output: str) -> None:
-        """Prints the totals."""
-        if not self.frames:
-            self.console.print("nothing was generated")
-            return
-        length = self.frames / self.frame_rate
-        parts = self.first_parts | {"text": self.encoding + self.first_parts["text"]}
-        first = f"{self.seconds_to_first_chunk:.2f} s with compilation ({_list_parts(parts)})"
-        average = f"{self.frames / self.seconds:.1f} FPS with compilation"
-        table = Table(show_header=False)
-        table.add_row("clip", f"{output}: {self.frames} frames, {length:.2f} s")
-        table.add_row("first chunk after", first)
-        table.add_row("speed", f"{self.median_fps:.1f} FPS (median block), {average}")
-        self.console.print(table)
-
-
-def _list_parts(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{PARTS[part]} {x:.2f}" for part, x in seconds.items())
-
-
-class Interrupt:
-    """Ctrl-C ends the stream after the current block; a second one ends it at once."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self):
-        self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def _handle(self, signum, frame):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nending after this block (Ctrl-C again: at once)", file=sys.stderr)
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self._previous)
+    Only the plain backend attends to some of the text.
+    """
+    lengths = {contexts[0].shape[1] for contexts in prompts if not isinstance(contexts, str)}
+    return max(lengths) if len(lengths) > 1 and attention in ("auto", "xla") else None
 
 
 def encode_sentences(request: StreamRequest, report: StreamReport) -> StreamRequest:
@@ -339,21 +305,24 @@ def run(
     request: StreamRequest,
     writer: BackgroundWriter,
     report: StreamReport,
+    interrupt: Interrupt,
 ) -> None:
     """Generates, reports and writes blocks until the clip is complete or interrupted."""
-    with Interrupt() as interrupt, options.plain_warnings(report.console):
-        while request.num_blocks is None or session.num_blocks < request.num_blocks:
-            if session.num_blocks and session.num_blocks in request.prompts:
-                session.set_prompt(request.prompts[session.num_blocks])
-            chunk = session.step()
+
+    def write(chunk: Chunk) -> None:
+        if request.length is not None:
+            chunk = chunk.until(request.length.frames, request.length.samples)
+        if chunk.block >= 0 or chunk.frames.shape[1] or chunk.waveform.shape[1]:
             report.chunk(chunk)
             writer.put(chunk)
-            if interrupt.requested:
-                break
-        tail = session.finish()
-        if tail.frames.shape[1] or tail.waveform.shape[1]:
-            report.chunk(tail)
-            writer.put(tail)
+
+    interrupt.ends_after_block = True
+    with options.plain_warnings(report.console):
+        while not interrupt.requested and session.num_blocks != session.max_blocks:
+            if session.num_blocks and session.num_blocks in request.prompts:
+                session.set_prompt(request.prompts[session.num_blocks])
+            write(session.step())
+        write(session.finish())
 
 
 def clip_settings(args: argparse.Namespace, config: PipelineConfig) -> dict[str, Any]:
@@ -392,29 +361,38 @@ def stream(
       FloatingPointError: the text encoder made values that are not finite.
       OSError: the clip could not be written; a note says where what there is of it lies.
     """
+    compilation.use_cache(not args.no_compilation_cache)
     dtype = options.compute_dtype(args)
     report = StreamReport(args.fps)
-    request = encode_sentences(request, report)
-    report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
-    pipeline = load_pipeline(args.checkpoint, dtype=dtype)
-    session = pipeline.session(
-        request.rollout,
-        request.prompts[0],
-        prompts=request.encoder,
-        seed=args.seed,
-        max_blocks=request.num_blocks,
-        implementation=args.attention,
-        decode_mode=args.decode,
-        **options.decoder_settings(args),
-    )
     settings = clip_settings(args, config)
     with (
+        Interrupt() as interrupt,
         contextlib.suppress(BrokenPipeError),
+        # before the weights are read: nobody else can have the file from now on
         media.ClipWriter(args.output, overwrite=args.overwrite, **settings) as clip,
     ):
+        interrupt.before_exit = clip.discard_empty
+        request = encode_sentences(request, report)
+        report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
+        pipeline = load_pipeline(args.checkpoint, dtype=dtype)
+        session = pipeline.session(
+            request.rollout,
+            request.prompts[0],
+            prompts=request.encoder,
+            seed=args.seed,
+            max_blocks=request.length and request.length.blocks,
+            text_length=padded_length(request.prompts.values(), args.attention),
+            implementation=args.attention,
+            decode_mode=args.decode,
+            **options.decoder_settings(args),
+        )
         report.start = time.perf_counter()
+        try:
+            report.compiling(session)
+        except KeyboardInterrupt:  # its threads cannot be stopped, nor Python end under them
+            interrupt.leave()
         with BackgroundWriter(clip, args.enlarge) as writer:
-            run(session, request, writer, report)
+            run(session, request, writer, report, interrupt)
         clip.close()  # not left to the end of the block, where an error would get no note
     report.summary(args.output)
     return report

@@ -236,6 +236,7 @@ class Pipeline:
         prompts: PromptEncoder | None = None,
         seed: int = 0,
         max_blocks: int | None = None,
+        text_length: int | None = None,
         implementation: str = "auto",
         decode_mode: str | None = None,
         look_back: int = 4,
@@ -249,7 +250,7 @@ class Pipeline:
           prompt: a sentence, which needs `prompts`, or contexts of video and audio, each
             [B, S, text_dim].
           prompts: encodes sentences.
-          seed, max_blocks: see `StreamingSession`.
+          seed, max_blocks, text_length: see `StreamingSession`.
           implementation: attention backend, see `ops.attention`.
           decode_mode: None is "causal" for a decoder that was trained so, else "window".
           look_back, look_ahead, blend: latent frames, of a "window" decoder only.
@@ -282,6 +283,7 @@ class Pipeline:
             prompts=prompts,
             seed=seed,
             max_blocks=max_blocks,
+            text_length=text_length,
         )
 
 
@@ -334,16 +336,28 @@ def decode_clip(
     Returns:
       frames [F, H, W, 3] uint8 RGB and waveform [N, 2] float32, at
       `config.vocoder.sample_rate` samples per second.
+
+    Raises:
+      FloatingPointError: pictures or sound are not finite.
     """
-    frames = _decode_video(config.video_vae, params["video_vae"], latents.video, size, dtype)
+    frames, finite = _decode_video(
+        config.video_vae, params["video_vae"], latents.video, size, dtype
+    )
     log_mel = audio_vae.decode_audio(
         params["audio_vae"], config.audio_vae, latents.audio, dtype=dtype
     )
-    waveform = vocoder.vocode(params["vocoder"], config.vocoder, log_mel)
-    return np.asarray(frames[0]), np.asarray(waveform[0])
+    waveform = np.asarray(vocoder.vocode(params["vocoder"], config.vocoder, log_mel))
+    for part, good in (("pictures", finite), ("sound", np.isfinite(waveform).all())):
+        if not good:
+            raise FloatingPointError(
+                f"the decoded {part} are not finite: check the weights, or compute in float32"
+            )
+    return np.asarray(frames[0]), waveform[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _decode_video(config: VideoVAEConfig, params, tokens: jax.Array, size, dtype) -> jax.Array:
+def _decode_video(config: VideoVAEConfig, params, tokens: jax.Array, size, dtype):
+    """Frames uint8 [1, F, H, W, 3], and whether all pixels are numbers."""
     grid = tokens.reshape(1, *size, tokens.shape[-1])
-    return to_uint8(video_vae.decode(config, params, grid, dtype=dtype))
+    video = video_vae.decode(config, params, grid, dtype=dtype)
+    return to_uint8(video), jnp.isfinite(video).all()

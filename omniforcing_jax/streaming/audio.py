@@ -9,7 +9,7 @@ them, so that the vocoder always runs at the same length.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -168,6 +168,22 @@ class StreamingAudioDecoder:
         waveform = self._synthesise(frames, begin, num_samples)
         filler_frames = frames.shape[1] - self._window
         return StreamingAudioState(history, mel_tail, after, filler_frames, False), waveform
+
+    def warm_up(self, state: StreamingAudioState, blocks: Iterable[jax.Array]) -> None:
+        """Compiles what a stream needs whose chunks have the shapes of `blocks`.
+
+        Args:
+          state: from `init`.
+          blocks: the latents of the stream's chunks; only as many are read as differ.
+        """
+        before = None
+        for latents in blocks:
+            valid = self._num_valid(int(state.num_latents))
+            state, waveform = self.push(state, latents)
+            if (valid, waveform.shape) == before:
+                break
+            before = valid, waveform.shape
+        jax.block_until_ready(self.flush(state))
 
     def flush(self, state: StreamingAudioState) -> tuple[StreamingAudioState, jax.Array]:
         """Ends the stream and returns the samples that waited for more: [B, n, 2] float32.

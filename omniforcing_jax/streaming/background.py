@@ -12,7 +12,8 @@ class BackgroundWriter:
     """Encodes chunks in a thread, so that the encoder and the accelerator work at the same time.
 
     As a context manager it ends with `close`; if the block raised, that exception is the one that
-    is seen.
+    is seen. What ends a program at once (KeyboardInterrupt) does not wait for a reader that takes
+    nothing. The thread has ended in any case.
     """
 
     def __init__(self, writer: ClipWriter, enlarge: int = 1):
@@ -27,6 +28,9 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            self._abandon()
+            return
         with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
             self.close()
 
@@ -55,7 +59,19 @@ class BackgroundWriter:
         Raises:
           As `put`.
         """
-        self._queue.put(None)
-        self._thread.join()
+        try:
+            self._queue.put(None)
+            self._thread.join()
+        except BaseException:  # Ctrl-C, while the reader of a pipe takes nothing
+            self._abandon()
+            raise
         if self._error is not None:
             raise self._error
+
+    def _abandon(self) -> None:
+        """Ends the thread, whatever it waits for: nobody else may close what it writes to."""
+        self._writer.stop_waiting()
+        while self._thread.is_alive():
+            with contextlib.suppress(KeyboardInterrupt, queue.Full):  # it is about to end
+                self._queue.put(None, timeout=0.1)
+                self._thread.join()

@@ -7,8 +7,10 @@ where it is used: importing this module does not need it.
 
 import contextlib
 import errno
+import fcntl
 import os
 import pathlib
+import select
 import sys
 import warnings
 from fractions import Fraction
@@ -109,6 +111,26 @@ class _Pipe:
         return len(data)
 
 
+class _Output:
+    """Standard output, piece by piece: a write that waits for its reader can be ended."""
+
+    def __init__(self):
+        sys.stdout.flush()
+        self._descriptor = sys.stdout.fileno()
+        self.stopped = False
+
+    def write(self, data: memoryview) -> int:
+        """Writes as much as can be written without waiting, once there is room for anything.
+
+        Raises:
+          BrokenPipeError: the reader is gone, or `stopped` was set while it took nothing.
+        """
+        while not select.select([], [self._descriptor], [], 0.1)[1]:
+            if self.stopped:
+                raise BrokenPipeError(errno.EPIPE, "its reader takes nothing")
+        return os.write(self._descriptor, data[: select.PIPE_BUF])
+
+
 class ClipWriter:
     """Appends video and sound to an MP4 that plays while it is being written.
 
@@ -120,13 +142,14 @@ class ClipWriter:
     that makes a file a regular, seekable MP4 with exact duration; a pipe stays fragmented.
 
     Where the bytes go:
-      * a new path: straight into it. After an exception the clip so far is left there, closed.
+      * a new path: straight into it; it appears at once, so that nobody else can take it. After an
+        exception the clip so far is left there, closed.
       * an existing path with `overwrite=True`: into `<name>.part.mp4` beside it, which takes the
         name on a clean close. After an exception the old file is untouched, the part file stays.
       * "-" (standard output; print nothing else there) or any object with `write(bytes)`: written
         front to back without seeking. The object is flushed, not closed.
 
-    Not thread safe. Use as a context manager, or call `close`.
+    Not thread safe but for `stop_waiting`. Use as a context manager, or call `close`.
     """
 
     def __init__(
@@ -143,7 +166,7 @@ class ClipWriter:
         fragment_seconds: float = 0.05,
         overwrite: bool = False,
     ):
-        """Opens the writer; the file appears with the first data.
+        """Opens the writer, and its file.
 
         Args:
           path: `*.mp4`, "-", or a binary file object.
@@ -158,7 +181,7 @@ class ClipWriter:
 
         Raises:
           ValueError: a setting or path that cannot work (see `check_output_path`), or no PyAV.
-          FileExistsError: the file exists and `overwrite` is False.
+          FileExistsError: the file exists and `overwrite` is False, or somebody is writing it.
         """
         try:
             import av
@@ -175,26 +198,63 @@ class ClipWriter:
         self._failed = False
         self._final_path: pathlib.Path | None = None
         self._open_path: pathlib.Path | None = None
+        self._lock: int | None = None  # a descriptor
+        self._stdout: _Output | None = None
 
-        target = self._open_target(path, overwrite)
+        self._overwrite = overwrite
+        target = self._open_target(path)
         options = _muxer_options(fragment_seconds, seekable=isinstance(target, str))
         self._container = av.open(target, "w", format="mp4", container_options=options)
         self._add_video_stream(crf, preset)
         self._audio = self._container.add_stream("aac", rate=self.sample_rate, layout="stereo")
         self._audio.bit_rate = audio_bitrate
 
-    def _open_target(self, path, overwrite: bool) -> str | _Pipe:
+    def _open_target(self, path) -> str | _Pipe:
         """Checks where the clip goes and returns what the muxer opens."""
         if hasattr(path, "write"):
             return _Pipe(path)
-        check_output_path(path, overwrite)
+        check_output_path(path, self._overwrite)
         if str(path) == STDOUT:
-            return _Pipe(sys.stdout.buffer)
+            self._stdout = _Output()
+            return _Pipe(self._stdout)
         self._final_path = self._open_path = pathlib.Path(path)
-        if self._final_path.exists():
-            self._open_path = self._final_path.with_suffix(f".part{CLIP_SUFFIX}")
         self._final_path.parent.mkdir(parents=True, exist_ok=True)
+        self._reserve()
         return str(self._open_path)
+
+    def _reserve(self) -> None:
+        """Creates the file, or finds that it exists, and locks it against a second writer."""
+        try:
+            self._lock = os.open(self._final_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            check_output_path(self._final_path, self._overwrite)
+            self._lock = os.open(self._final_path, os.O_RDONLY)
+            self._open_path = self._final_path.with_suffix(f".part{CLIP_SUFFIX}")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._release()
+            raise FileExistsError(
+                errno.EEXIST, "is being written by another program", str(self._final_path)
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def discard_empty(self) -> None:
+        """Removes a new file into which nothing was written yet."""
+        new = self._open_path is not None and self._open_path == self._final_path
+        if new and not (self.frame_count or self.sample_count):
+            self._open_path.unlink(missing_ok=True)
+
+    def stop_waiting(self) -> None:
+        """From another thread: a write to standard output does not wait for its reader any more."""
+        if self._stdout is not None:
+            self._stdout.stopped = True
 
     def _add_video_stream(self, crf: int, preset: str) -> None:
         from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
@@ -313,6 +373,13 @@ class ClipWriter:
         if self._container is None:
             return
         container, self._container = self._container, None
+        try:
+            self._close(container, replace)
+        finally:
+            self.discard_empty()
+            self._release()
+
+    def _close(self, container, replace: bool) -> None:
         if self._failed:
             with contextlib.suppress(Exception):  # the cause was raised by `write`
                 container.close()

@@ -13,17 +13,21 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
+from omniforcing_jax.models.transformer.inputs import TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import student
+from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
+from omniforcing_jax.streaming.parallel import parallel
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
 from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.types import AVLatents
@@ -68,18 +72,34 @@ class Chunk:
     waveform: np.ndarray
     timings: Timings
 
+    def until(self, num_frames: int, num_samples: int) -> "Chunk":
+        """What of it lies in the stream's first frames and samples: [B, n, ...] of smaller n."""
+        frames = self.frames[:, : max(num_frames - self.first_frame, 0)]
+        waveform = self.waveform[:, : max(num_samples - self.first_sample, 0)]
+        return dataclasses.replace(self, frames=frames, waveform=waveform)
+
 
 @functools.partial(
     jax.jit, static_argnames=("model", "config", "batch", "first"), donate_argnames=("cache",)
 )
-def generate_block(model, params, cache, text, rope, key, *, config, batch, first):
+def generate_block(
+    model, params, cache, text, rope, key, text_mask=None, *, config, batch, first
+) -> tuple[AVLatents, RollingCache]:
     """`student.block_step` with its noise drawn from (key, block index): latents and cache."""
     noise = student.block_noise(key, cache.num_blocks, config, model, batch, first=first)
-    trace, cache = student.block_step(model, params, cache, text, rope, noise, config, first=first)
+    how = {"first": first, "text_mask": text_mask}
+    trace, cache = student.block_step(model, params, cache, text, rope, noise, config, **how)
     return trace.x0, cache
 
 
 HOW_TO_GO_ON = "restore(snapshot) of an earlier snapshot() goes on from there, else make a new one"
+
+
+@jax.jit
+def all_finite(latents: AVLatents) -> jax.Array:
+    """Whether there are numbers only, [] boolean."""
+    return jnp.isfinite(latents.video).all() & jnp.isfinite(latents.audio).all()
+
 
 jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels"))
 
@@ -105,6 +125,7 @@ class StreamingSession:
         prompts: PromptEncoder | None = None,
         seed: int = 0,
         max_blocks: int | None = None,
+        text_length: int | None = None,
     ):
         """
         Args:
@@ -116,6 +137,9 @@ class StreamingSession:
           prompts: encodes sentences; it must be for the connectors of this model.
           seed: of all noise; a block's follows from it and the block's index.
           max_blocks: longest stream; None means without end, which needs relative positions.
+          text_length: tokens to which contexts are padded, which are not attended to then: prompts
+            of any length up to this one share a program. None takes contexts as they are, and
+            compiles the block again for one of another length.
 
         Raises:
           ValueError: text widths or batch sizes that do not fit, an endless stream with
@@ -124,10 +148,12 @@ class StreamingSession:
         self.config = config
         self._failed = False
         self.max_blocks = max_blocks
-        self._model, self._params = model, params
+        self._model, self._params, self._text_length = model, params, text_length
         self._video_decoder, self._audio_decoder = video_decoder, audio_decoder
         self._rope = config.rope(model, max_blocks)
         self._key = jax.random.key(seed)
+        sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+        self._device = sharding if isinstance(sharding, SingleDeviceSharding) else None
         self._prompts = prompts
         self._text_seconds = 0.0  # spent on sentences since the last block
         contexts = self._encoded(prompt)
@@ -176,8 +202,25 @@ class StreamingSession:
                     f"the {name} text context has shape {tuple(context.shape)}; this session "
                     f"takes ({self._batch}, length, {width})"
                 )
-        self.contexts = tuple(jnp.asarray(c) for c in contexts)
-        self._text = None
+        length, longest = contexts[0].shape[1], self._text_length
+        if longest is not None and length > longest:
+            raise ValueError(f"the text has {length} tokens; this session takes up to {longest}")
+        # committed to the model's device, as what is computed there: or each program is made twice
+        self.contexts = jax.device_put(tuple(contexts), self._device)
+        self._text = self._text_mask = None
+        if longest is not None:
+            mask = np.broadcast_to(np.arange(longest) < length, (self._batch, longest))
+            self._text_mask = jax.device_put(mask, self._device)
+
+    def _text_kv(self) -> TextKV:
+        """Keys and values of the contexts, padded."""
+        missing = 0 if self._text_length is None else self._text_length - self.contexts[0].shape[1]
+        contexts = self.contexts
+        if missing:
+            contexts = [jnp.pad(context, ((0, 0), (0, missing), (0, 0))) for context in contexts]
+        return jitted_prompt_kv(
+            self._model, self._params, *contexts, levels=self.config.sigma_levels
+        )
 
     def stream(self, num_blocks: int | None = None) -> Iterator[Chunk]:
         """Yields the next `num_blocks` chunks, or chunks without end.
@@ -197,6 +240,7 @@ class StreamingSession:
         reused: the session goes on only after `restore`.
 
         Raises:
+          FloatingPointError: the block's latents, pictures or sound are not finite.
           RuntimeError: the stream is as long as `max_blocks` allows, or an earlier step failed.
         """
         self._check_whole()
@@ -208,11 +252,78 @@ class StreamingSession:
         self._failed = True  # until this step is done
         try:
             chunk = self._next_chunk()
+        except FloatingPointError:  # an earlier state would lead to the same
+            raise
         except Exception as error:  # Ctrl-C needs no advice: it ends a program
             error.add_note(f"this streaming session lost its cache: {HOW_TO_GO_ON}")
             raise
         self._failed = False
         return chunk
+
+    def _block_arguments(self, cache: RollingCache, *, first: bool) -> tuple[tuple, dict]:
+        """Of `generate_block`."""
+        text = self._text, self._rope, self._key, self._text_mask
+        options = {"config": self.config, "batch": self._batch, "first": first}
+        return (self._model, self._params, cache, *text), options
+
+    def warm_up(self, on_done: Callable[[str], None] = lambda part: None) -> None:
+        """Compiles in parallel all that the stream will need, before its first block.
+
+        Nothing is compiled in a block then, unless a prompt has another length (see `text_length`).
+        What other sessions have compiled is not compiled again.
+
+        Args:
+          on_done: called with the name of each part that is done.
+
+        Raises:
+          RuntimeError: the stream has begun.
+        """
+        if self.num_blocks:
+            raise RuntimeError("a session is warmed up before its first block")
+        self._text = self._text_kv()
+        # as a block gives them back
+        cache = jax.tree.map(self._on_device, self._cache)
+        first, later = (self._latent_shapes(block) for block in (0, 1))
+
+        def compile_block(cache: RollingCache, shapes: AVLatents, is_first: bool) -> None:
+            arguments, options = self._block_arguments(cache, first=is_first)
+            generate_block.lower(*arguments, **options).compile()
+            all_finite.lower(shapes).compile()
+
+        def blocks() -> Iterator[AVLatents]:
+            for block in itertools.count() if self.max_blocks is None else range(self.max_blocks):
+                shapes = self._latent_shapes(block)
+                yield jax.tree.map(
+                    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes
+                )
+
+        parallel(
+            {
+                "first block": lambda: compile_block(self._cache, first, True),
+                "blocks": lambda: compile_block(cache, later, False),
+                "pictures": lambda: self._video_decoder.warm_up(
+                    self._video_state, (self._unpatchify(latents) for latents in blocks())
+                ),
+                "sound": lambda: self._audio_decoder.warm_up(
+                    self._audio_state, (latents.audio for latents in blocks())
+                ),
+            },
+            on_done,
+        )
+
+    def _on_device(self, x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._device)
+
+    def _latent_shapes(self, block: int) -> AVLatents:
+        """[B, T, C] of a block's latents, as `generate_block` gives them."""
+        layout, config = self.config.cache.layout, self._model.config
+        tokens = layout.video_frames_in(block) * self.config.patches
+        sizes = (
+            (tokens, config.video_channels),
+            (layout.audio_frames_in(block), config.audio_channels),
+        )
+        shapes = (jax.ShapeDtypeStruct((self._batch, *size), jnp.float32) for size in sizes)
+        return AVLatents(*map(self._on_device, shapes))
 
     def _check_whole(self) -> None:
         if self._failed:
@@ -226,28 +337,19 @@ class StreamingSession:
             marks.append(time.perf_counter())
 
         if self._text is None:
-            self._text = jitted_prompt_kv(
-                self._model, self._params, *self.contexts, levels=self.config.sigma_levels
-            )
+            self._text = self._text_kv()
         mark(self._text)
-        latents, self._cache = generate_block(
-            self._model,
-            self._params,
-            self._cache,
-            self._text,
-            self._rope,
-            self._key,
-            config=self.config,
-            batch=self._batch,
-            first=self.num_blocks == 0,
-        )
+        arguments, options = self._block_arguments(self._cache, first=self.num_blocks == 0)
+        latents, self._cache = generate_block(*arguments, **options)
         mark(latents)
         video = self._unpatchify(latents)
         self._video_state, frames = self._video_decoder.push(self._video_state, video)
         mark(frames)
         self._audio_state, waveform = self._audio_decoder.push(self._audio_state, latents.audio)
         mark(waveform)
-        frames, waveform = jax.device_get((frames, waveform))
+        finite = all_finite(latents), self._video_state.finite
+        frames, waveform, finite = jax.device_get((frames, waveform, finite))
+        self._check_finite(self.num_blocks, *finite, waveform)
         marks.append(time.perf_counter())
         text, *others = np.diff(marks).tolist()
         timings = Timings(text + self._text_seconds, *others)
@@ -255,17 +357,30 @@ class StreamingSession:
         self.num_blocks += 1
         return self._chunk(self.num_blocks - 1, frames, waveform, timings)
 
+    def _check_finite(self, block: int, latents: bool, pictures: bool, waveform: np.ndarray):
+        sound = np.isfinite(waveform).all()
+        parts = {"latents": latents, "pictures": pictures, "sound": sound}
+        if bad := [name for name, finite in parts.items() if not finite]:
+            layout = self.config.cache.layout
+            start = layout.pixel_frames(block) / layout.frame_rate if block else 0.0
+            raise FloatingPointError(
+                f"block {block} (from {start:.2f} s on) has {bad[0]} that are not finite: check "
+                "the weights, or compute in float32"
+            )
+
     def finish(self) -> Chunk:
         """Ends the stream: emits what the decoders held back. `step` must not be called after.
 
         Raises:
+          FloatingPointError: what was held back is not finite.
           RuntimeError: a step of this session failed, and the decoders' state went with it.
         """
         self._check_whole()
         start = time.perf_counter()
         self._video_state, frames = self._video_decoder.flush(self._video_state)
         self._audio_state, waveform = self._audio_decoder.flush(self._audio_state)
-        frames, waveform = jax.device_get((frames, waveform))
+        frames, waveform, finite = jax.device_get((frames, waveform, self._video_state.finite))
+        self._check_finite(self.num_blocks - 1, True, finite, waveform)
         seconds = time.perf_counter() - start
         return self._chunk(-1, frames, waveform, Timings(0.0, 0.0, 0.0, 0.0, seconds))
 
@@ -315,9 +430,9 @@ class StreamingSession:
             raise ValueError("the snapshot was taken at another batch or video size")
         self._failed = False
         state = jax.tree.map(jnp.asarray, {k: snapshot[k] for k in ("cache", "key", "contexts")})
-        self._cache, self.contexts = state["cache"], state["contexts"]
+        self._cache = state["cache"]
+        self._set_contexts(state["contexts"])
         self._key = jax.random.wrap_key_data(state["key"])
-        self._text = None
         self._video_state = snapshot["video_state"]
         self._audio_state = snapshot["audio_state"]
         self.num_blocks = snapshot["num_blocks"]

@@ -14,7 +14,7 @@ pixel frames 8i-7 .. 8i. A window that starts at latent a > 0 loses the first se
 its first frame is pixel frame 8a; at a = 0 it starts as the clip does. Nothing is padded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from omniforcing_jax.models.video_vae.layers import ConvCache
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig, check_latents, decode_chunk
 
 MODES = ("window", "causal")
+FINITE = np.bool_(True)  # of a stream that has not begun
 
 
 @struct.dataclass
@@ -36,10 +37,12 @@ class CausalVideoState:
     num_latents: latents received so far, a host integer (a leaf, so that checkpoints keep it).
     cache: last two input frames [B, 2, h, w, C] of every convolution, laid out as the parameters;
       `conv_in` holds the last two latents. Not read while num_latents is 0.
+    finite: [] boolean, whether all pixels of the last decode were numbers.
     """
 
     num_latents: int
     cache: ConvCache
+    finite: jax.Array
 
 
 @struct.dataclass
@@ -50,11 +53,13 @@ class WindowVideoState:
     latents: [B, n, h, w, C] float32, the last n of them: those the next window needs.
     tail: [B, m, H, W, 3] pixels of the latents held back, as the last window saw them; m is 0
       until a first frame has been emitted.
+    finite: [] boolean, whether all pixels of the last decode were numbers.
     """
 
     num_latents: int
     latents: jax.Array
     tail: jax.Array
+    finite: jax.Array
 
 
 StreamState = CausalVideoState | WindowVideoState
@@ -70,7 +75,7 @@ def to_uint8(video: jax.Array) -> jax.Array:
 def _causal_step(config, params, latents, cache, dtype):
     """Decodes a chunk; without a cache it is the first one."""
     video, cache = decode_chunk(config, params, latents, cache, causal=True, dtype=dtype)
-    return to_uint8(video), cache
+    return to_uint8(video), cache, jnp.isfinite(video).all()
 
 
 @partial(jax.jit, static_argnums=(0, 1, 6, 7, 8, 9))
@@ -94,7 +99,8 @@ def _window_step(
         faded = ((1.0 - weight) * old + weight * new).astype(dtype)
         video = jnp.concatenate([faded, video[:, num_blend:]], axis=1)
     count = stop - first
-    return to_uint8(video[:, :count]), video[:, count:], window[:, num_old_latents:]
+    shown, tail = to_uint8(video[:, :count]), video[:, count:]
+    return shown, tail, window[:, num_old_latents:], jnp.isfinite(video).all()
 
 
 class StreamingVideoDecoder:
@@ -181,11 +187,12 @@ class StreamingVideoDecoder:
         check_latents(self.config, shape)
         if self.mode == "window":
             history = jnp.zeros((batch, 0, *shape[2:]), jnp.float32)
-            return WindowVideoState(0, history, self._no_frames(history, self.dtype))
+            return WindowVideoState(0, history, self._no_frames(history, self.dtype), FINITE)
         step = partial(_causal_step, self.config, cache=None, dtype=self.dtype)
         latents = jax.ShapeDtypeStruct(shape, jnp.float32)
-        _, cache = jax.eval_shape(step, self._params, latents)
-        return CausalVideoState(0, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cache))
+        _, cache, _ = jax.eval_shape(step, self._params, latents)
+        cache = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cache)
+        return CausalVideoState(0, cache, FINITE)
 
     def push(self, state: StreamState, latents: jax.Array) -> tuple[StreamState, jax.Array]:
         """Decodes the next latents.
@@ -211,14 +218,32 @@ class StreamingVideoDecoder:
             return self._push_window(state, latents)
         num_latents = int(state.num_latents)
         cache = state.cache if num_latents else None
-        frames, cache = _causal_step(self.config, self._params, latents, cache, dtype=self.dtype)
-        return CausalVideoState(num_latents + latents.shape[1], cache), frames
+        step = partial(_causal_step, self.config, self._params, dtype=self.dtype)
+        frames, cache, finite = step(latents, cache)
+        return CausalVideoState(num_latents + latents.shape[1], cache, finite), frames
+
+    def warm_up(self, state: StreamState, blocks: Iterable[jax.Array]) -> None:
+        """Compiles what a stream needs whose chunks have the shapes of `blocks`.
+
+        Args:
+          state: from `init`.
+          blocks: the latents of the stream's chunks; only as many are read as differ.
+        """
+        before = None
+        for latents in blocks:
+            state, frames = self.push(state, latents)
+            shapes = jax.tree.map(np.shape, (state, frames))
+            if shapes == before:
+                break
+            before = shapes
+        jax.block_until_ready(self.flush(state))
 
     def flush(self, state: StreamState) -> tuple[StreamState, jax.Array]:
         """Ends the clip: the frames still held back, and the state of a new clip of the same size.
 
         In mode "causal" nothing is held back and the frames are [B, 0, H, W, 3].
         """
+        finite = state.finite
         if self.mode == "causal":
             batch, _, h, w, _ = state.cache["conv_in"].shape
             frames = self._no_frames(state.cache["conv_in"], jnp.uint8)
@@ -229,17 +254,18 @@ class StreamingVideoDecoder:
                 none = state.latents[:, :0]
                 stop = self.config.pixel_frames(num_history)
                 window = state.latents, none, state.tail
-                frames, _, _ = self._window_step(*window, 0, stop, 0, 0)
+                frames, _, _, finite = self._window_step(*window, 0, stop, 0, 0)
             else:
                 frames = to_uint8(state.tail)
         step = self.config.spatial_compression
-        return self.init(batch, h * step, w * step), frames
+        return self.init(batch, h * step, w * step).replace(finite=finite), frames
 
     def _push_window(self, state: WindowVideoState, latents: jax.Array):
         before, after = int(state.num_latents), int(state.num_latents) + latents.shape[1]
         if after <= self._held_back:
             history = jnp.concatenate([state.latents, latents.astype(jnp.float32)], axis=1)
-            return WindowVideoState(after, history, state.tail), self._no_frames(latents, jnp.uint8)
+            state = WindowVideoState(after, history, state.tail, state.finite)
+            return state, self._no_frames(latents, jnp.uint8)
         # Positions in latents and pixel frames of the clip, then relative to the window.
         start = before - state.latents.shape[1]
         origin = start * self.config.temporal_compression
@@ -247,10 +273,10 @@ class StreamingVideoDecoder:
         stop = self.frames_after(after) - origin
         num_old_latents = max(0, after - self._held_back - self._look_back) - start
         num_blend = min(self._blend * self.config.temporal_compression, state.tail.shape[1])
-        frames, tail, history = self._window_step(
+        frames, tail, history, finite = self._window_step(
             state.latents, latents, state.tail, first, stop, num_blend, num_old_latents
         )
-        return WindowVideoState(after, history, tail), frames
+        return WindowVideoState(after, history, tail, finite), frames
 
     def _no_frames(self, latents: jax.Array, dtype) -> jax.Array:
         """[B, 0, H, W, 3] for latents [B, f, h, w, C]."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import io
 import json
 import pathlib
@@ -67,9 +68,9 @@ def test_clip_with_two_prompts(checkpoint, tmp_path, capsys):
     more = ["--seconds", "2", "--features", first, f"{second}@1"]
     assert stream.main(arguments(checkpoint, clip, *more)) == 0
     frames, rate, waveform, sample_rate = media.read_clip(clip)
-    assert frames.shape == (49, 64, 64, 3) and rate == pytest.approx(24, rel=0.01)
-    # 4 * 51 - 3 mel frames of 240 samples, give or take one AAC frame of padding
-    assert sample_rate == 24000 and abs(len(waveform) - 201 * 240) <= 1024
+    # two seconds of each, give or take one AAC frame of padding
+    assert frames.shape == (48, 64, 64, 3) and rate == pytest.approx(24, rel=0.01)
+    assert sample_rate == 24000 and 0 <= len(waveform) - 48000 <= 1024
     assert frames.std() > 1 and np.abs(waveform).max() > 0
     report = capsys.readouterr().err
     assert "block    1" in report and "FPS" in report and "lead" in report
@@ -110,9 +111,9 @@ def test_clip_of_sentences(checkpoint, random_gemma, tmp_path, capsys, monkeypat
     assert events == ["load encoder", "close encoder", "load sampler"]
     report = capsys.readouterr().err
     assert "2 encoded, 0 from the cache" in report
-    assert re.search(r"first chunk after.* with compilation \(text [0-9.]+, generate", report)
+    assert re.search(r"first chunk after.* s \(compilation [0-9.]+, text [0-9.]+, generate", report)
     frames, *_ = media.read_clip(clip)
-    assert frames.shape == (49, 64, 64, 3)
+    assert frames.shape == (48, 64, 64, 3)
 
     events.clear()
     monkeypatch.setattr(TextEncoder, "load", lambda *a, **k: pytest.fail("weights were read"))
@@ -159,7 +160,7 @@ def test_released_student(checkpoint, tmp_path):
     assert request.rollout.cache.layout.name == "prefix"
     assert stream.main(args) == 0
     frames, *_ = media.read_clip(tmp_path / "clip.mp4")
-    assert frames.shape == (25, 64, 64, 3)
+    assert frames.shape == (24, 64, 64, 3)
 
 
 def test_a_bidirectional_model_is_refused_unless_asked_for(checkpoint, tmp_path, capsys):
@@ -196,12 +197,101 @@ def test_as_trained_unless_told_otherwise_and_that_is_said(checkpoint):
     ]
 
 
-def endless_stream(checkpoint):
+def test_prompts_may_end_like_times():
+    """The first is read as it stands; those behind it have a time, so the last @ is that."""
+
+    def turns(*more):
+        given = ["--checkpoint", "x", "--output", "-", *more]
+        return stream.turns(stream.parse_arguments(given))
+
+    assert turns() == [(0, "")]
+    assert turns("--prompt", "mail me @50") == [(0, "mail me @50")]
+    assert turns("--prompt", "a sign that reads @9", "a storm@1.5", "a sign reads @9@3") == [
+        (0, "a sign that reads @9"), (1.5, "a storm"), (3, "a sign reads @9"),
+    ]  # fmt: skip
+    more = ["--at", "9", "mail me @50", "--at", "12", "a storm"]
+    assert turns("--prompt", "sea", *more) == [(0, "sea"), (9, "mail me @50"), (12, "a storm")]
+
+
+@pytest.mark.parametrize(
+    "seconds, rate, frames, blocks, note",
+    [
+        ("2", "24", 48, 3, None),
+        ("2", "25", 50, 4, None),
+        ("3.3", "30", 99, 6, None),
+        ("3.3", "24", 79, 5, "79 frames are 3.292 s, not 3.3 s"),
+        ("5.05", "20", 101, 6, None),
+        # as many frames as six blocks have, whose sound is 30 ms shorter
+        ("5.0416667", "24", 121, 7, None),
+        ("0.001", "24", 1, 2, "1 frames are 0.042 s, not 0.001 s"),
+    ],
+)
+def test_lengths_are_exact(checkpoint, seconds, rate, frames, blocks, note):
+    request = check(checkpoint, "--random-features", "--seconds", seconds, "--fps", rate)
+    samples = round(frames / float(rate) * 24000)
+    assert request.length == (blocks, frames, samples)
+    layout = request.rollout.cache.layout
+    assert layout.pixel_frames(blocks) >= frames
+    assert (4 * layout.num_audio_frames(blocks) - 3) * 240 >= samples
+    assert [n for n in request.notes if "frames are" in n] == ([note] if note else [])
+
+
+def test_a_turn_that_waits_for_its_block_is_announced(checkpoint):
+    more = ["--random-features", "--prompt", "sea", "--at", "1.2", "storm", "--at", "3", "calm"]
+    request = check(checkpoint, *more)
+    assert sorted(request.prompts) == [0, 3, 4]
+    assert request.notes[1:] == ["'storm' starts with its block, at 2.04 s, not 1.2 s"]
+
+
+def test_a_reader_that_has_stalled_is_left_at_once(checkpoint):
+    """The first signal ends the stream, whose last bytes nobody takes; the second does not wait."""
+    process, _ = endless_stream(checkpoint, pipe_bytes=4096)
+    process.send_signal(signal.SIGTERM)
+    while b"ending after this block" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 130, errors.decode()[-2000:]
+    assert errors.endswith(b"interrupted\n") and b"Traceback" not in errors
+    process.stdout.close()
+
+
+def test_a_second_signal_ends_what_python_cannot(tmp_path):
+    """Such as a compilation: no handler runs before it returns."""
+    code = (
+        "import hashlib\n"
+        "from launch.interrupt import Interrupt\n"
+        "with Interrupt() as interrupt:\n"
+        "    interrupt.ends_after_block = True\n"
+        "    interrupt.before_exit = lambda: print('cleared', flush=True)\n"
+        "    print('begun', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.2)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (143, b"cleared\n") and b"Traceback" not in errors
+
+
+def test_ctrl_c_before_the_stream_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "load_pipeline", lambda *a, **k: signal.raise_signal(signal.SIGINT))
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", "--random-features")) == 130
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err.endswith("interrupted\n")
+
+
+def endless_stream(checkpoint, pipe_bytes=None):
     """A process that writes a clip to a pipe, and what it has written until it was under way."""
     command = [sys.executable, "-m", "launch.stream", *arguments(checkpoint, "-"), "--endless"]
     process = subprocess.Popen(
         [*command, "--random-features"], bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+    if pipe_bytes:
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, pipe_bytes)
     head = b""
     while len(head) < 20000:
         head += process.stdout.read(4096)
@@ -300,7 +390,10 @@ def test_a_second_ctrl_c_ends_the_stream_at_once(checkpoint, tmp_path, monkeypat
         (["--text-encoder", "nowhere", "--prompt", "x"], "nowhere does not exist"),
         (["--text-encoder", "GEMMA/../hf", "--prompt", "x"], "is a Hugging Face folder; convert"),
         (["--text-encoder", "GEMMA", "--prompt", "a\udce4"], "is not valid Unicode"),
-        (["--text-encoder", "GEMMA", "--prompt", "x@3"], "no prompt for the start"),
+        (["--text-encoder", "GEMMA", "--prompt", "x", "y"], "'y' has no time to start at"),
+        (["--prompt", "x", "--at", "soon", "y"], "--at soon 'y': 'soon' is not a number"),
+        (["--prompt", "x", "--at", "nan", "y"], "a second from 0 on, not nan"),
+        (["--prompt", "x", "--at", "0", "y"], "starts in the same second as 'x'"),
         (["--text-encoder", "GEMMA", "--prompt", "x", "y@-1"], "a second from 0 on, not -1"),
         (["--text-encoder", "GEMMA", "--prompt", "x", "y@1", "z@0.9"], "same second as 'y'"),
         (["--text-encoder", "GEMMA", "--prompt", "x", "y@9"], "starts after the end of the clip"),

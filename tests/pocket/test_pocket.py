@@ -58,7 +58,7 @@ def test_demo(pocket, tmp_path, capsys):
     arguments = [*pocket, "--prompt", PROMPT, "--seconds", "2", "--output", str(tmp_path)]
     assert demo.main(arguments) == 0
     frames, rate, waveform, _ = media.read_clip(tmp_path / "clip.mp4")
-    assert frames.shape == (49, 48 * demo.ENLARGE, 64 * demo.ENLARGE, 3) and rate == 24
+    assert frames.shape == (48, 48 * demo.ENLARGE, 64 * demo.ENLARGE, 3) and rate == 24
     assert len(waveform) and (tmp_path / "clip.png").stat().st_size > 10_000
     printed = capsys.readouterr()
     line = printed.out.splitlines()[-1]

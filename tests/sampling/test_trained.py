@@ -86,5 +86,7 @@ def test_what_cannot_be_is_refused_by_name(values, message):
 
 
 def test_an_earlier_version_did_not_keep_enough():
-    with pytest.raises(ValueError, match="earlier version.*convert the weights, or export the run"):
+    with pytest.raises(
+        ValueError, match=r"earlier version.*convert the weights, or export the run"
+    ):
         TrainedSettings.read({"student": {"layout": "prefix"}})

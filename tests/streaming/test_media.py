@@ -186,6 +186,32 @@ def test_an_existing_clip_is_only_replaced_by_a_finished_one(tmp_path):
     assert not part.exists()
 
 
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_second_writer_of_a_clip_is_refused(tmp_path, existing):
+    """From the moment at which the first one opens it, until that is closed."""
+    path = tmp_path / "clip.mp4"
+    if existing:
+        path.write_bytes(b"old")
+    first = writer(path, overwrite=existing)
+    assert path.exists()
+    with pytest.raises(FileExistsError, match="is being written by another program"):
+        writer(path, overwrite=True)
+    with pytest.raises(FileExistsError, match="exists already"):
+        writer(path)
+    write_seconds(first, 1)
+    first.close()
+    assert len(media.read_clip(path)[0]) == RATE
+    writer(path, overwrite=True).close()  # nobody holds it any more
+    assert len(media.read_clip(path)[0]) == RATE
+
+
+def test_a_writer_that_got_no_data_leaves_no_file(tmp_path):
+    writer(tmp_path / "clip.mp4").close()
+    with pytest.raises(KeyboardInterrupt) as caught, writer(tmp_path / "clip.mp4"):
+        raise KeyboardInterrupt
+    assert not hasattr(caught.value, "__notes__") and not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_reported_and_leaves_the_old_clip(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"precious")

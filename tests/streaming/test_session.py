@@ -1,11 +1,14 @@
 """The live session: exact clocks, replay, snapshots, prompts, and equality with the scan."""
 
+import dataclasses
 import pickle
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from checkpoint_converters import synthetic
 from omniforcing_jax.models.audio import vae as audio_vae
@@ -16,7 +19,7 @@ from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming import session as session_module
-from omniforcing_jax.streaming.session import generate_block
+from omniforcing_jax.streaming.session import Chunk, generate_block
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +279,34 @@ def test_pipeline_config_names_what_is_missing():
     config = PipelineConfig.from_metadata(metadata, "2.0.0")
     with pytest.raises(ValueError, match="multiples of 32"):
         config.check_size(250, 384)
+
+
+@pytest.mark.parametrize(
+    "path, part",
+    [
+        ("transformer/video_out/bias", "latents"),
+        ("video_vae/decoder/conv_out/bias", "pictures"),
+        ("vocoder/conv_post/bias", "sound"),
+    ],
+)
+@pytest.mark.parametrize("decode_mode", ["causal", "window"])
+def test_what_is_not_finite_ends_the_stream_and_names_its_block(pipeline, path, part, decode_mode):
+    """It would be black frames, and nobody would know."""
+    flat = flatten_dict(pipeline.params, sep="/")
+    broken = unflatten_dict(flat | {path: jnp.full_like(flat[path], np.nan)}, sep="/")
+    live = session(dataclasses.replace(pipeline, params=broken), decode_mode=decode_mode)
+    first = 1 if part == "pictures" and decode_mode == "window" else 0  # nothing is decoded before
+    first = 1 if part == "sound" else first
+    for _ in range(first):
+        live.step()
+    with pytest.raises(FloatingPointError, match=rf"^block {first} \(from .*\) has {part} that"):
+        live.step()
+
+
+def test_a_chunk_is_cut_at_the_end_of_the_clip():
+    frames, waveform = np.zeros((1, 24, 2, 2, 3), np.uint8), np.zeros((1, 1000, 2), np.float32)
+    chunk = Chunk(1, 25, 1000, frames, waveform, None)
+    assert chunk.until(100, 5000).frames.shape[1] == 24
+    cut = chunk.until(30, 1200)
+    assert (cut.frames.shape[1], cut.waveform.shape[1]) == (5, 200)
+    assert chunk.until(20, 900).frames.shape[1] == 0

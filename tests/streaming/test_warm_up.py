@@ -1,0 +1,88 @@
+"""What a stream needs is compiled before it begins: counted, not timed."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+
+from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.streaming.parallel import parallel
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+compiled: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **info: compiled.append(str(info)) if event == COMPILED else None
+)
+
+
+@contextlib.contextmanager
+def counting():
+    """Yields the list of programs that the block compiles."""
+    found: list[str] = []
+    start = len(compiled)
+    yield found
+    found += compiled[start:]
+
+
+def contexts(pipeline, length=16, seed=0):
+    rng, dims = np.random.default_rng(seed), pipeline.config.transformer.text_dims
+    return tuple(rng.standard_normal((1, length, dim), np.float32) for dim in dims)
+
+
+def make_session(pipeline, layout="prefix", **options):
+    cache = CacheConfig(pipeline.config.layout(layout), window=1)
+    config = RolloutConfig(cache=cache, sigmas=(1.0, 0.7, 0.0), height=2, width=2)
+    return pipeline.session(config, contexts(pipeline), **options)
+
+
+@pytest.mark.parametrize("layout, decode_mode", [("prefix", "window"), ("merged", "causal")])
+def test_no_block_compiles_anything(random_pipeline, layout, decode_mode):
+    """Neither the first ones, whose shapes differ, nor a new prompt, nor the end."""
+    pipeline, parts = random_pipeline("2.0"), []
+    jax.clear_caches()  # of other tests
+    session = make_session(pipeline, layout, decode_mode=decode_mode, text_length=24)
+    with counting() as before:
+        session.warm_up(parts.append)
+    assert len(before) >= 6 and sorted(parts) == ["blocks", "first block", "pictures", "sound"]
+    with counting() as found:
+        for length in (16, 16, 24, 24, 5, 5):
+            if length != session.contexts[0].shape[1]:
+                session.set_prompt(contexts(pipeline, length))
+            session.step()
+        session.finish()
+    assert not [program for program in found if "pad" not in program]
+    other = make_session(pipeline, layout, decode_mode=decode_mode, text_length=24)
+    with counting() as found:
+        other.warm_up()
+        other.step()
+    assert not found
+    with pytest.raises(RuntimeError, match="before its first block"):
+        other.warm_up()
+
+
+def test_it_changes_nothing_and_padding_is_not_attended_to(random_pipeline):
+    pipeline = random_pipeline("2.0")
+    plain, warm = (make_session(pipeline, decode_mode="causal") for _ in range(2))
+    padded = make_session(pipeline, decode_mode="causal", text_length=24)
+    warm.warm_up()
+    for _ in range(3):
+        expected, same, close = plain.step(), warm.step(), padded.step()
+        np.testing.assert_array_equal(same.frames, expected.frames)
+        np.testing.assert_array_equal(same.waveform, expected.waveform)
+        assert np.abs(close.frames.astype(int) - expected.frames).max() <= 1
+        np.testing.assert_allclose(close.waveform, expected.waveform, atol=1e-4)
+    with pytest.raises(ValueError, match="has 25 tokens; this session takes up to 24"):
+        padded.set_prompt(contexts(pipeline, 25))
+
+
+def test_parts_that_fail_are_heard():
+    done = []
+
+    def fail():
+        raise ValueError("no memory")
+
+    with pytest.raises(ValueError, match="no memory"):
+        parallel({"a": lambda: None, "b": fail, "c": lambda: None}, done.append)
+    assert sorted(done) == ["a", "c"]
