@@ -81,6 +81,7 @@ def run(
     dtype: str = "keep",
     mesh: Mapping[str, int] | None = None,
     overwrite: bool = False,
+    allow_non_finite: bool = False,
     show_progress: bool = False,
 ) -> dict:
     """Writes a converted checkpoint, or raises and leaves nothing behind.
@@ -94,6 +95,7 @@ def run(
       dtype: "keep", "bfloat16" or "float32".
       mesh: {"fsdp": n, "tensor": m} to align the chunks with a later sharded restore.
       overwrite: replace an earlier conversion at `output`.
+      allow_non_finite: write weights that are not finite as they are.
       show_progress: draw a progress bar.
 
     Returns:
@@ -129,7 +131,11 @@ def run(
         with progress_bar(show, "converting", read_bytes // count) as advance:
             for component, group in leaves.items():
                 orbax_io.write_component(
-                    partial / component, group, advance=advance, share=(index, count)
+                    partial / component,
+                    group,
+                    advance=advance,
+                    share=(index, count),
+                    allow_non_finite=allow_non_finite,
                 )
         if index == 0:
             for component, folder in plan.copies.items():
@@ -206,6 +212,7 @@ def main(
         "a restore on any other mesh works too, but reads more",
     )
     add("--overwrite", action="store_true", help="replace an earlier conversion")
+    add("--allow-non-finite", action="store_true", help="convert weights with NaN or infinities")
     add(
         "--distributed",
         action="store_true",

@@ -75,7 +75,7 @@ def convert(
       source: Hugging Face folder with config.json and safetensors, or one safetensors file.
       output: folder to create.
       tokenizer: tokenizer.json or tokenizer.model, or a folder with one, if it is elsewhere.
-      options: dtype, mesh, overwrite, show_progress of `converting.run`.
+      options: dtype, mesh, overwrite, allow_non_finite, show_progress of `converting.run`.
 
     Returns:
       The content of OUTPUT/config.json.

@@ -48,7 +48,7 @@ def convert(
       components: subset of `checkpoints.COMPONENTS`; None takes those that the inputs hold.
       model_version: e.g. "2.0.0", for files whose metadata does not say.
       loras: (file, strength) to merge into the weights, in this order.
-      options: dtype, mesh, overwrite, show_progress of `converting.run`.
+      options: dtype, mesh, overwrite, allow_non_finite, show_progress of `converting.run`.
 
     Returns:
       The content of OUTPUT/config.json.

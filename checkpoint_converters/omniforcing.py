@@ -120,7 +120,7 @@ def convert(
       output: folder to create.
       base: LTX-2.0 checkpoint, converted or not, for the other components; None leaves them out.
       num_heads: attention heads of both streams.
-      options: dtype, mesh, overwrite, show_progress of `converting.run`.
+      options: dtype, mesh, overwrite, allow_non_finite, show_progress of `converting.run`.
 
     Returns:
       The content of OUTPUT/config.json.

@@ -25,7 +25,7 @@ from flax.traverse_util import unflatten_dict
 
 from checkpoint_converters import key_map
 from checkpoint_converters.computed import ComputedTensor
-from checkpoint_converters.safetensors_io import TensorInfo, read_tensor
+from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_tensor
 
 MAX_CHUNK_BYTES = 128 << 20
 # below this a stacked leaf is gathered and written at once: fewer, larger files
@@ -137,6 +137,7 @@ def write_component(
     *,
     advance: Callable[[int], None] = lambda num_bytes: None,
     share: tuple[int, int] = (0, 1),
+    allow_non_finite: bool = False,
 ) -> None:
     """Writes one Orbax checkpoint.
 
@@ -145,10 +146,14 @@ def write_component(
       leaves: from `plan_leaves`.
       advance: called from several threads with the number of source bytes just finished.
       share: (i, n): this process writes every n-th piece of work, beginning with the i-th.
+      allow_non_finite: whether values that are not finite, as stored, are written as they are.
+
+    Raises:
+      ConversionError: there are such values, and they are not allowed.
     """
     index, count = share
     folder.mkdir(parents=True, exist_ok=count > 1)
-    tasks = itertools.islice(_tasks(folder, leaves), index, None, count)
+    tasks = itertools.islice(_tasks(folder, leaves, allow_non_finite), index, None, count)
     _run(tasks, advance)
     if index == 0:
         _describe(folder, leaves)
@@ -186,14 +191,16 @@ def open_leaf(folder: os.PathLike, path: str) -> ts.TensorStore:
     return ts.open({"driver": "auto", "kvstore": kvstore}, read=True).result()
 
 
-def _tasks(folder: pathlib.Path, leaves: list[Leaf]) -> Iterator[tuple[int, Callable]]:
+def _tasks(
+    folder: pathlib.Path, leaves: list[Leaf], allow_non_finite: bool
+) -> Iterator[tuple[int, Callable]]:
     """(bytes, work) whose chunks do not overlap: a leaf, or one layer of a large stack."""
     for leaf in leaves:
         layered = len(leaf.sources) > 1 and leaf.chunks[0] == 1
         groups = [(source,) for source in leaf.sources] if layered else [leaf.sources]
         for group in groups:
             size = sum(source.info.num_bytes for source in group)
-            yield size, functools.partial(_copy, folder, leaf, group)
+            yield size, functools.partial(_copy, folder, leaf, group, allow_non_finite)
 
 
 def _open(folder: pathlib.Path, leaf: Leaf) -> ts.TensorStore:
@@ -214,7 +221,11 @@ def _context() -> ts.Context:
 
 
 def _copy(
-    folder: pathlib.Path, leaf: Leaf, group: tuple[LeafSource, ...], stopped: threading.Event
+    folder: pathlib.Path,
+    leaf: Leaf,
+    group: tuple[LeafSource, ...],
+    allow_non_finite: bool,
+    stopped: threading.Event,
 ) -> None:
     """Writes the chunks that `group` covers, unless the conversion was stopped."""
     store = _open(folder, leaf)
@@ -230,6 +241,13 @@ def _copy(
         region = tuple(slice(start, min(start + chunk, size)) for start, chunk, size in
                        zip(corner, leaf.chunks, view.shape, strict=True))  # fmt: skip
         block = _contiguous(view[region], leaf.dtype)
+        if not allow_non_finite and not np.isfinite(block).all():
+            raise ConversionError(
+                [
+                    f"{group[0].info.file}: {leaf.path} has values that are not finite; get the "
+                    "file again, or convert it as it is with --allow-non-finite"
+                ]
+            )
         store[region].write(block, can_reference_source_data_indefinitely=True).result()
 
 

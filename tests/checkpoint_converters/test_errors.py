@@ -339,3 +339,20 @@ def test_loading_errors_say_what_to_do(source, tmp_path):
 
 def test_ranges():
     assert checks._ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_unless_asked_for(source, tmp_path, value):
+    """They are found in any tensor, be it streamed by layer or as a whole."""
+
+    def damage(arrays):
+        weight = arrays[f"{DIT}transformer_blocks.1.attn1.to_q.weight"].copy()
+        weight[-1, -1] = value
+        arrays[f"{DIT}transformer_blocks.1.attn1.to_q.weight"] = weight
+
+    bad = rewrite(source, tmp_path / "bad.safetensors", damage)
+    text = refused(bad, tmp_path / "out")
+    assert "bad.safetensors: blocks/video_attn/q/kernel has values that are not finite" in text
+    ltx2.convert(bad, tmp_path / "out", allow_non_finite=True)
+    params = checkpoints.load_params(tmp_path / "out", "transformer")
+    assert not np.isfinite(params["blocks"]["video_attn"]["q"]["kernel"]).all()
