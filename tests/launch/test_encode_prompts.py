@@ -93,6 +93,7 @@ def test_captions_of_all_kinds(folders, tmp_path, fake, capsys):
     assert manifest.negative_prompt == "blurry"
     errors = capsys.readouterr().err
     assert "4 prompts (8 read, 2 blank, 2 repeated)" in errors
+    assert "otherwise than the model was trained: --length 256, not 1024" in errors
     assert "line 4: " in errors and "tokens were cut, from '" in errors
     assert "4 of 4 prompts" in errors and "prompts/s" in errors
 

@@ -517,6 +517,11 @@ def test_padding_of_stored_features_is_left_out(checkpoint, tmp_path):
     request = check(checkpoint, "--features", str(path))
     for context, stored in zip(request.prompts[0], (video, audio), strict=True):
         np.testing.assert_array_equal(context, stored[:, [0, 1, 3]])
+    # prompts of other lengths share a program, but one of them needs no padding
+    other = write_features(tmp_path / "other.safetensors", "a storm")
+    both = check(checkpoint, "--features", str(path), "--at", "2", other).prompts.values()
+    assert stream.padded_length(both, "auto") == 128
+    assert stream.padded_length(request.prompts.values(), "auto") is None
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,19 @@ def test_a_source_from_before_a_setting_existed_had_its_default(full_size, tmp_p
     assert "student.tanh_gated_attention (False there, True here)" in problem
 
 
+def test_what_is_otherwise_than_in_training_is_noted(full_size):
+    assert checked("stage1", full_size).notes == ()
+    file = full_size / "config.json"
+    trained = {"text_length": 48, "height": 256, "width": 768, "frame_rate": 24.0, "frames": 97}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained": trained}))
+    e = checked("stage1", full_size)
+    assert e.notes == (
+        f"otherwise than {full_size} was trained: clip.height 512, not 256; frames of a clip 121, "
+        "not 97; text tokens 1024, not 48",
+    )
+    assert e.run_config()["text_length"] == 1024
+
+
 def test_settings_of_another_type(full_size):
     c = config_of("stage1", full_size)
     c.batch_size = None
