@@ -112,15 +112,12 @@ def missing_shards(
     with progress.running(sum(map(len, ranges.values()))):
         yield ranges
     multihost.barrier("shards")
-    if main:
-        writer.finish()
+    records = writer.finish() if main else 0
     multihost.barrier("finish")
     size = sum(path.stat().st_size for path in writer.folder.iterdir() if path.is_file())
-    shards = range(writer.manifest.num_shards)
-    records = sum(len(writer.manifest.shard_range(shard)) for shard in shards)
     progress.console.print(
-        f"{writer.folder}: {records} {progress.unit} in {len(shards)} shards, {size / 1e6:.1f} MB, "
-        f"{time.perf_counter() - start:.1f} s"
+        f"{writer.folder}: {records} {progress.unit} in {writer.manifest.num_shards} shards, "
+        f"{size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
     )
 
 

@@ -103,26 +103,13 @@ class MediaEncoder:
         Raises:
           ValueError: the sound is too short for a spectrum, and `num_latents` is None.
         """
-        return self.encode_sounds([sound], num_latents)
-
-    def encode_sounds(self, sounds: Sequence[Sound], num_latents: int | None = None) -> jax.Array:
-        """The same of several sounds of one rate, [B, T_a, C].
-
-        Raises:
-          ValueError: see `encode_sound`, or the rates differ, or the lengths without `num_latents`.
-        """
-        encoder = self.audio()
-        rates = {sound.sample_rate for sound in sounds}
-        if len(rates) != 1:
-            raise ValueError(f"sounds of one rate are encoded together, not of {sorted(rates)} Hz")
-        (rate,) = rates
-        waveforms = [sound.waveform for sound in sounds]
+        encoder, rate, waveform = self.audio(), sound.sample_rate, sound.waveform
         if num_latents is not None:
             own = (num_latents - 1) * rate // AUDIO_LATENTS_PER_SECOND
             most = own + encoder.look_ahead(rate)  # what the last latent is made of
-            waveforms = [_of_length(waveform, own, most) for waveform in waveforms]
-        state = encoder.init(len(sounds), rate)
-        state, latents = encoder.push(state, np.stack(waveforms))
+            silence = most - len(waveform) if len(waveform) < own else 0
+            waveform = np.pad(waveform[:most], ((0, silence), (0, 0)))
+        state, latents = encoder.push(encoder.init(1, rate), waveform[None])
         latents = jnp.concatenate([latents, encoder.flush(state)[1]], axis=1)
         return latents[:, :num_latents]
 
@@ -162,9 +149,3 @@ def load_encoders(
         for name in names
     }
     return MediaEncoder(config, params, dtype)
-
-
-def _of_length(waveform: np.ndarray, least: int, most: int) -> np.ndarray:
-    """At most the first `most` samples; if there are less than `least`, silence up to `most`."""
-    silence = most - len(waveform) if len(waveform) < least else 0
-    return np.pad(waveform[:most], ((0, silence), (0, 0)))

@@ -53,6 +53,7 @@ class Kind:
       program: that writes them.
       manifest: class of the manifest; takes the stored fields by name.
       features: manifest -> tfds.features.FeaturesDict of a record.
+      may_skip: whether a shard may hold fewer records than planned.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Kind:
     program: str
     manifest: Callable[..., Any]
     features: Callable[[Any], Any]
+    may_skip: bool = False
 
 
 def check_folder(
@@ -165,7 +167,7 @@ class ShardWriter:
           examples: those of `manifest.shard_range(shard)`, with the fields of `kind.features`.
 
         Raises:
-          ValueError: another number of examples than the shard has.
+          ValueError: more examples than the shard has, or fewer unless `kind.may_skip`.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -180,7 +182,7 @@ class ShardWriter:
             finally:
                 writer.close()
             expected = len(self.manifest.shard_range(shard))
-            if count != expected:
+            if count > expected or (count < expected and not self.kind.may_skip):
                 raise ValueError(f"shard {shard} holds {expected} {self.kind.records}, not {count}")
 
     def write_negative_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -188,23 +190,27 @@ class ShardWriter:
         with new_file(self.folder / _NEGATIVE) as temporary:
             save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, temporary)
 
-    def finish(self) -> None:
-        """Writes tfds' description and marks the dataset complete.
+    def finish(self) -> int:
+        """Writes tfds' description and marks the dataset complete; returns its number of records.
 
         Raises:
-          ValueError: a shard or the negative prompt is missing.
+          ValueError: a shard or the negative prompt is missing, or there are no records.
         """
         import tensorflow_datasets as tfds
+        from array_record.python.array_record_module import ArrayRecordReader
 
         if missing := self.missing():
             raise ValueError(f"{self.folder}: shards are missing: {missing}")
         if not self.has_negative:
             raise ValueError(f"{self.folder}: the negative prompt is missing")
-        shards = range(self.manifest.num_shards)
+        paths = [self.shard_path(shard) for shard in range(self.manifest.num_shards)]
+        lengths = [ArrayRecordReader(str(path)).num_records() for path in paths]
+        if not sum(lengths):
+            raise ValueError(f"{self.folder}: none of the {self.kind.records} could be stored")
         split = tfds.core.SplitInfo(
             name=SPLIT,
-            shard_lengths=[len(self.manifest.shard_range(s)) for s in shards],
-            num_bytes=sum(self.shard_path(s).stat().st_size for s in shards),
+            shard_lengths=lengths,
+            num_bytes=sum(path.stat().st_size for path in paths),
             filename_template=tfds.core.ShardedFileTemplate(
                 data_dir=self.folder,
                 dataset_name=self.kind.name,
@@ -221,6 +227,7 @@ class ShardWriter:
             description=f"{self.kind.title} of LTX-2; bfloat16, stored as uint16.",
         )
         self._write_manifest(complete=True)
+        return sum(lengths)
 
     def _write_manifest(self, complete: bool) -> None:
         content = {"format": self.kind.format, "kind": self.kind.name, "complete": complete}

@@ -127,6 +127,26 @@ def missing_components(folder: str | os.PathLike, components: Iterable[str]) -> 
     )
 
 
+def weights_fingerprint(folder: str | os.PathLike, component: str, converter: str) -> str:
+    """What tells a component's weights from others.
+
+    Args:
+      folder: converted checkpoint.
+      component: one of its components.
+      converter: the program that writes such checkpoints, for the error's message.
+
+    Raises:
+      ValueError: the checkpoint was converted before there were fingerprints.
+    """
+    found = read_json(locate(folder) / "config.json").get("fingerprints", {}).get(component)
+    if not isinstance(found, str):
+        raise ValueError(
+            f"{folder} has no fingerprint of its {component}, by which what it encoded is known; "
+            f"it was converted by an earlier version: convert again with python -m {converter}"
+        )
+    return found
+
+
 def component_folder(
     folder: str | os.PathLike, component: str, content: Mapping[str, Any]
 ) -> epath.Path:

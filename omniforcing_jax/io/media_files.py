@@ -394,8 +394,10 @@ def _stereo(frame: Any) -> np.ndarray:
 
 def _first_frame_time(container: Any, path: pathlib.Path) -> float | None:
     """When the picture begins, in seconds of the file; None if there is no (moving) picture."""
+    from av.stream import Disposition
+
     video = container.streams.video
-    if not video or "attached_pic" in str(video[0].disposition):  # a cover is no picture of a clip
+    if not video or video[0].disposition & Disposition.attached_pic:  # the cover of a record
         return None
     for _, seconds in _decoded(container, "video", path):
         return seconds

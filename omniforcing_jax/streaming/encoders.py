@@ -230,6 +230,53 @@ def _encode_step(params, window, history, start, total, *, config, sample_rate, 
     return encode_audio_chunk(params, config, log_mel, history, dtype=dtype)
 
 
+class StreamingResampler:
+    """`mel.resample` of a sound that arrives in pieces, such as to the rate it is played at.
+
+    It works in steps of 1/25 s, so its results do not depend on how the sound is cut; those of a
+    step come `reach` samples after its end. Between equal rates samples pass unchanged.
+    """
+
+    def __init__(self, source_rate: int, target_rate: int):
+        """
+        Args:
+          source_rate, target_rate: in Hz.
+
+        Raises:
+          ValueError: see `check_sample_rate`.
+        """
+        for rate in (source_rate, target_rate):
+            check_sample_rate(rate)
+        self.source_rate, self.target_rate = source_rate, target_rate
+        self.reach = mel.resampling_reach(source_rate, target_rate)
+
+    def init(self, batch: int) -> np.ndarray:
+        """State before the first sample: the samples [B, n, 2] that the next results still need."""
+        return np.zeros((batch, self.reach, _STEREO), np.float32)
+
+    def push(self, state: np.ndarray, waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Takes the next samples [B, n, 2]; returns the new state and [B, m, 2] at the new rate."""
+        samples = np.concatenate([state, np.asarray(waveform, np.float32)], axis=1)
+        if self.source_rate == self.target_rate:
+            return samples[:, :0], samples
+        own, start, pieces = self.source_rate // SOUND_RATE_STEP, 0, []
+        while (stop := start + own + 2 * self.reach) <= samples.shape[1]:
+            pieces.append(_resample(samples[:, start:stop], self.source_rate, self.target_rate))
+            start += own
+        return samples[:, start:].copy(), np.concatenate([samples[:, :0], *pieces], axis=1)
+
+    def flush(self, state: np.ndarray) -> np.ndarray:
+        """The last samples [B, m, 2]: N of them have then become ceil(N target / source)."""
+        waiting = state.shape[1] - self.reach
+        more = self.source_rate // SOUND_RATE_STEP + 2 * self.reach
+        silence = np.zeros((state.shape[0], more, _STEREO), np.float32)
+        resampled = self.push(state, silence)[1]
+        return resampled[:, : -(-waiting * self.target_rate // self.source_rate)]
+
+
+_resample = jax.jit(mel.resample_window, static_argnums=(1, 2))
+
+
 @struct.dataclass
 class VideoEncoderState:
     """State of a clip between two pushes; a pytree that `jax.device_get` copies.
@@ -308,7 +355,8 @@ class StreamingVideoEncoder:
             raise ValueError(
                 f"this clip takes frames [B, n, H, W, 3] of {expected}: {frames.shape}"
             )
-        frames = np.concatenate([state.frames, frames], axis=1)
+        if state.frames.shape[1]:  # a whole clip is not copied
+            frames = np.concatenate([state.frames, frames], axis=1)
         cache, done, start, pieces = state.cache, state.num_latents, 0, []
         while (stop := start + self._frames_needed(done)) <= frames.shape[1]:
             chunk = frames[:, start:stop]

@@ -103,24 +103,13 @@ def check_encoder(
         )
     check_tower(tower_path(gemma), boxed_tower(config))
     weights = (
-        _weights_fingerprint(gemma, TEXT_TOWER, "checkpoint_converters.gemma3"),
-        _weights_fingerprint(
+        checkpoints.weights_fingerprint(gemma, TEXT_TOWER, "checkpoint_converters.gemma3"),
+        checkpoints.weights_fingerprint(
             checkpoint, "connectors", "checkpoint_converters.ltx2 (or .omniforcing, with --base)"
         ),
     )
     version = content["model_version"]
     return EncoderFiles(config, connectors, tokenizer, length, version, weights)
-
-
-def _weights_fingerprint(folder: str | os.PathLike, component: str, converter: str) -> str:
-    content = checkpoints.read_json(pathlib.Path(folder) / "config.json")
-    found = content.get("fingerprints", {}).get(component)
-    if not isinstance(found, str):
-        raise ValueError(
-            f"{folder} has no fingerprint of its {component}, by which encoded prompts are known; "
-            f"it was converted by an earlier version: convert again with python -m {converter}"
-        )
-    return found
 
 
 def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:

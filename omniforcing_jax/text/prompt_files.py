@@ -1,4 +1,4 @@
-"""Files of captions: text (one per line), CSV or JSON lines, in UTF-8.
+"""Files of captions: text (one per line), CSV or JSON lines, in UTF-8; or a folder of text files.
 
 Captions are stripped; blank ones are skipped, repeated ones kept once, and both are counted. What
 cannot be read is an error that names the file and the line, never a silently damaged caption.
@@ -52,28 +52,17 @@ def read_prompts(path: str | os.PathLike, column: str | None = None) -> PromptLi
     """Reads a file of captions.
 
     Args:
-      path: `.txt` with one caption per line, `.csv` with a header, or `.jsonl` with one object per
-        line.
+      path: see `read_column`; or a folder, each of whose `.txt` files is one caption, in the order
+        of their names (of which lines are then the numbers).
       column: of the CSV file, or key of the objects, that holds the caption; "caption" if None.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: another kind of file, no caption in it, or a line that cannot be read: bytes that
-        are not UTF-8, broken CSV or JSON, no such column, not a string. Names the line.
+      ValueError: see `read_column`, or there is no caption in it.
     """
-    path = pathlib.Path(path)
-    readers = {".txt": _read_text, ".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        raise ValueError(
-            f"{path}: captions are read from {', '.join(readers)} files, not {path.suffix!r}"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of captions")
-    if path.suffix.lower() == ".txt" and column is not None:
-        raise ValueError(f"{path}: a text file has no columns; leave out column {column!r}")
     first_line: dict[str, int] = {}
     num_read = num_blank = num_duplicates = 0
-    for line, caption in readers[path.suffix.lower()](path, column or DEFAULT_COLUMN):
+    for line, caption in read_column(path, column):
         num_read += 1
         prompt = caption.strip()
         if not prompt:
@@ -91,6 +80,42 @@ def read_prompts(path: str | os.PathLike, column: str | None = None) -> PromptLi
         num_blank=num_blank,
         num_duplicates=num_duplicates,
     )
+
+
+def read_column(path: str | os.PathLike, column: str | None = None) -> Iterator[tuple[int, str]]:
+    """The texts of a file, of one column where there are several.
+
+    Args:
+      path: `.txt` with one text per line, `.csv` with a header, or `.jsonl` with one object per
+        line; or a folder of `.txt` files.
+      column: of the CSV file, or key of the objects; "caption" if None.
+
+    Yields:
+      The line on which a text begins, from 1, and the text; empty for an empty line.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: another kind of file, or a line that cannot be read: bytes that are not UTF-8,
+        broken CSV or JSON, no such column, not a string. Names the line.
+    """
+    path = pathlib.Path(path)
+    readers = {".txt": _read_text, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    reader = _read_folder if path.is_dir() else readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"{path}: captions are read from {', '.join(readers)} files, not {path.suffix!r}"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file of captions")
+    if reader in (_read_text, _read_folder) and column is not None:
+        raise ValueError(f"{path}: a text file has no columns; leave out column {column!r}")
+    return reader(path, column or DEFAULT_COLUMN)
+
+
+def _read_folder(path: pathlib.Path, column: str) -> Iterator[tuple[int, str]]:
+    del column
+    for number, file in enumerate(sorted(path.glob("*.txt")), start=1):
+        yield number, "".join(_lines(file))
 
 
 def _lines(path: pathlib.Path) -> Iterator[str]:

@@ -6,6 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image, ImageCms, ImageDraw
 
 from omniforcing_jax.io import media_files
@@ -39,9 +40,14 @@ def tone(count, rate, channels, hertz=440.0):
     return wave[:, None] * np.linspace(0.2, 0.6, channels, dtype=np.float32)
 
 
-def write_sound(path, waveform, rate, codec, layout, fmt):
+def write_sound(path, waveform, rate, codec, layout, fmt, *, cover=False):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
+        if cover:
+            picture = container.add_stream("png", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 16, 16, "rgb24"
+            picture.disposition = Disposition.attached_pic
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(pixels(16, 16))))
         add_sound(container, stream, waveform, rate, layout, fmt)
     return path
 
@@ -285,6 +291,10 @@ def test_lossy_surround_and_odd_rates(tmp_path):
     sound = media_files.read_sound(mp3)
     assert abs(sound.seconds - 1) < 0.1
     assert np.abs(sound.waveform[8000:16000]).max(axis=0) == pytest.approx([0.2, 0.6], abs=0.05)
+    covered = write_sound(
+        tmp_path / "d.mp3", tone(24000, 24000, 2), 24000, "libmp3lame", "stereo", "fltp", cover=True
+    )
+    np.testing.assert_array_equal(media_files.read_sound(covered).waveform, sound.waveform)
     surround = write_sound(
         tmp_path / "b.wav", tone(4800, 48000, 6), 48000, "pcm_s16le", "5.1", "s16"
     )

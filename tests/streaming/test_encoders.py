@@ -9,11 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_converters.reading import load_component
-from omniforcing_jax.models.audio.mel import waveform_to_log_mel
+from omniforcing_jax.models.audio.mel import resample, waveform_to_log_mel
 from omniforcing_jax.models.audio.vae import AudioVAEConfig, encode_audio
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig
-from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
+from omniforcing_jax.streaming.encoders import (
+    StreamingAudioEncoder,
+    StreamingResampler,
+    StreamingVideoEncoder,
+)
 
 STEP = 4  # latents
 ATOL = 2e-5
@@ -131,6 +135,32 @@ def test_bad_sound_is_named(audio):
         encoder.push(ended, noise(1, 100, 2))
     with pytest.raises(ValueError, match="without its encoder"):
         StreamingAudioEncoder(encoder.config, {"decoder": params["decoder"]})
+
+
+@pytest.mark.parametrize("rates", [(44100, 24000), (16000, 48000)])
+def test_resampling_equals_the_whole_however_it_is_cut(rates):
+    resampler, waveform = StreamingResampler(*rates), noise(2, rates[0] // 5 + 123, 2)
+
+    def pushed(sizes):
+        state, pieces, start = resampler.init(2), [], 0
+        for size in [*sizes, waveform.shape[1]]:
+            state, piece = resampler.push(state, waveform[:, start : start + size])
+            pieces.append(piece)
+            start += size
+        return np.concatenate([*pieces, resampler.flush(state)], axis=1)
+
+    at_once = pushed([])
+    np.testing.assert_allclose(at_once, resample(waveform, *rates), atol=1e-6)
+    np.testing.assert_array_equal(pushed([10, 0, 3000, 77]), at_once)
+
+
+def test_equal_rates_change_nothing():
+    resampler, waveform = StreamingResampler(48000, 48000), noise(1, 777, 2)
+    state, same = resampler.push(resampler.init(1), waveform)
+    np.testing.assert_array_equal(same, waveform)
+    assert resampler.flush(state).shape == (1, 0, 2)
+    with pytest.raises(ValueError, match="multiple of 25 Hz"):
+        StreamingResampler(44100, 44056)
 
 
 # Pictures
