@@ -20,7 +20,6 @@ import numpy as np
 
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.media_files import Sound
-from omniforcing_jax.models.transformer.rope import AUDIO_LATENTS_PER_SECOND
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig
 from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
 
@@ -105,9 +104,9 @@ class MediaEncoder:
         """
         encoder, rate, waveform = self.audio(), sound.sample_rate, sound.waveform
         if num_latents is not None:
-            own = (num_latents - 1) * rate // AUDIO_LATENTS_PER_SECOND
-            most = own + encoder.look_ahead(rate)  # what the last latent is made of
-            silence = most - len(waveform) if len(waveform) < own else 0
+            most = encoder.samples_for(num_latents, rate)
+            least = most - encoder.look_ahead(rate)  # what lies beyond may be mirrored
+            silence = most - len(waveform) if len(waveform) < least else 0
             waveform = np.pad(waveform[:most], ((0, silence), (0, 0)))
         state, latents = encoder.push(encoder.init(1, rate), waveform[None])
         latents = jnp.concatenate([latents, encoder.flush(state)[1]], axis=1)

@@ -93,6 +93,10 @@ class StreamingAudioEncoder:
         half = math.ceil(spectrum.n_fft // 2 * sample_rate / spectrum.sample_rate)
         return half + mel.resampling_reach(sample_rate, spectrum.sample_rate)
 
+    def samples_for(self, num_latents: int, sample_rate: int) -> int:
+        """Samples that the first `num_latents` latents are made of, at least one."""
+        return (num_latents - 1) * sample_rate // SOUND_RATE_STEP + self.look_ahead(sample_rate)
+
     def latents_after(self, num_samples: int, sample_rate: int, flushed: bool = False) -> int:
         """Latents that so many samples give, before and after the end of the sound is known."""
         if flushed:

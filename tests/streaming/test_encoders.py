@@ -95,7 +95,8 @@ def test_a_latent_waits_for_its_look_ahead_and_nothing_more(audio):
     encoder, _, _ = audio
     rate = 48000
     assert encoder.look_ahead(rate) == 3 * 512 + 19
-    needed = STEP * rate // 25 + encoder.look_ahead(rate)
+    needed = encoder.samples_for(1 + STEP, rate)
+    assert needed == STEP * 1920 + encoder.look_ahead(rate)
     assert encoder.latents_after(needed - 1, rate) == 1
     assert encoder.latents_after(needed, rate) == 1 + STEP
     state = encoder.init(1, rate)
