@@ -22,7 +22,6 @@ distilled weights do not: turn guidance off with --cfg-video 1 --cfg-audio 1 --s
 import argparse
 import contextlib
 import dataclasses
-import math
 import sys
 import time
 
@@ -147,13 +146,13 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
 
 def clip_frames(args: argparse.Namespace, trained: TrainedSettings, notes: list[str]) -> int:
     """Frames of the clip, 8k + 1; notes it where that is not as long as asked for."""
+    seconds = 5.0 if args.seconds is None else args.seconds
+    if not args.fps > 0 or not seconds > 0:
+        raise ValueError(f"--fps and --seconds must be positive, not {args.fps:g} and {seconds:g}")
     if args.frames is not None:
         return args.frames
     if args.seconds is None and trained.frames is not None:
         return trained.frames
-    seconds = 5.0 if args.seconds is None else args.seconds
-    if not 0 < args.fps < math.inf or not 0 < seconds < math.inf:
-        raise ValueError(f"--fps and --seconds must be positive, not {args.fps:g} and {seconds:g}")
     step = VIDEO_TEMPORAL_COMPRESSION
     frames = 1 + step * max(round((seconds * args.fps - 1) / step), 0)
     if args.seconds is not None and frames != round(seconds * args.fps):

@@ -26,6 +26,7 @@ from omniforcing_jax.sampling.guidance import (
     Guidance,
 )
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, sample
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming import media
 from omniforcing_jax.text.features import prompt_key, random_text_features, save_text_features
 from omniforcing_jax.types import AVLatents
@@ -442,3 +443,31 @@ def test_script_defaults_follow_the_version(checkpoint):
     changed = plan("2.0.0", *off.split())
     assert changed.guidance.passes() == ("cond",) and changed.clip.video_frames == 4
     assert len(changed.sigmas) == 9
+
+
+def test_script_samples_as_the_model_was_trained(checkpoint):
+    """Size, rate, length and guidance, and the steps of a model that was distilled."""
+    trained = TrainedSettings(
+        stage="stage1",
+        timesteps=(1000, 500),
+        **{"height": 64, "width": 96, "frame_rate": 25, "frames": 17, "text_length": 128},
+        guidance=NO_GUIDANCE,
+    )
+
+    def request(*options):
+        config = PipelineConfig.from_checkpoint(checkpoint)
+        config = dataclasses.replace(config, trained=trained)
+        arguments = ["--checkpoint", "x", "--output", "x.mp4", "--random-features", *options]
+        return sample_teacher.check_arguments(sample_teacher.parse_arguments(arguments), config)
+
+    found = request()
+    clip = found.sample.clip
+    assert (clip.video_frames, clip.height, clip.width, clip.frame_rate) == (3, 2, 3, 25)
+    assert (found.sample.guidance, found.notes) == (NO_GUIDANCE, [])
+    assert found.sample.sigmas == tuple(flow.student_sigmas((1000, 500)).tolist())
+    found = request("--seconds", "1", "--steps", "4", "--cfg-video", "2")
+    assert (found.sample.clip.video_frames, len(found.sample.sigmas)) == (4, 5)
+    assert found.notes == ["otherwise than the model was trained: guidance"]
+    assert request("--seconds", "1.2").notes == [
+        "clips have 8k + 1 frames: this one has 33, which are 1.32 s, not 1.2 s"
+    ]

@@ -303,7 +303,8 @@ def test_student_is_built_like_its_source(full_size, tmp_path):
     run.mkdir()
     e = checked("stage2", full_size)
     source = dataclasses.replace(e.teacher, rope_type="interleaved", cross_gate_timestep_scale=1.0)
-    config = {"model_version": "2.0.0", "student_config": dataclasses.asdict(source)}
+    config = checked("stage1", full_size).run_config()
+    config |= {"student_config": dataclasses.asdict(source)}
     (run / "config.json").write_text(json.dumps({"format": 1, "config": config}))
     e = checked("stage2", full_size, generator=str(run))
     assert (e.student.rope_type, e.teacher.rope_type) == ("interleaved", "split")
