@@ -429,10 +429,9 @@ class StreamingSession:
         if jax.tree.map(np.shape, cache) != jax.tree.map(np.shape, self._cache):
             raise ValueError("the snapshot was taken at another batch or video size")
         self._failed = False
-        state = jax.tree.map(jnp.asarray, {k: snapshot[k] for k in ("cache", "key", "contexts")})
-        self._cache = state["cache"]
-        self._set_contexts(state["contexts"])
-        self._key = jax.random.wrap_key_data(state["key"])
+        self._cache = jax.device_put(cache, self._device)
+        self._set_contexts(snapshot["contexts"])
+        self._key = jax.random.wrap_key_data(jnp.asarray(snapshot["key"]))
         self._video_state = snapshot["video_state"]
         self._audio_state = snapshot["audio_state"]
         self.num_blocks = snapshot["num_blocks"]
