@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from checkpoint_converters.safetensors_io import ConversionError, read_header
 from omniforcing_jax.io import checkpoints
 from tests.checkpoint_converters.files import read_file, rewrite_file, write_file
 
+ROOT = pathlib.Path(__file__).parents[2]
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BLOCK = DIT + "transformer_blocks.1."
 QUERY = BLOCK + "attn1.to_q"
@@ -319,8 +321,9 @@ def test_memory_of_a_large_fp8_file(tmp_path):
     source = tmp_path / "fp8.safetensors"
     write = ["--size", size, "--layers", "6", "--dtype", "float8"]
     command = [sys.executable, "-m", "checkpoint_converters.synthetic", *write]
-    subprocess.run([*command, "--output", str(source)], check=True, capture_output=True)
+    options = dict(check=True, capture_output=True, text=True, cwd=ROOT)
+    subprocess.run([*command, "--output", str(source)], **options)
     largest = max(info.num_bytes for info in read_header(source)[0].values())
     command = [sys.executable, "-c", _CONVERT, str(source), str(tmp_path / "out")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, **options)
     assert int(done.stdout.splitlines()[-1]) < (2 << 30) + 2 * largest
