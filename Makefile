@@ -46,10 +46,10 @@ demo: $(VENV)/.installed-demo  ## the pocket model: from a sentence to 10 s of b
 tiny: $(VENV)/.installed-train  ## all three stages with random weights, then stream from the student
 	@mkdir -p $(TINY)
 	$(BIN)/python -m checkpoint_converters.synthetic --size tiny --version 2.0 \
-		--output $(TINY)/ltx2.safetensors
+		--output $(TINY)/ltx2.safetensors --overwrite
 	$(BIN)/python -m checkpoint_converters.ltx2 --input $(TINY)/ltx2.safetensors \
 		--output $(TINY)/ltx2 --overwrite
-	$(BIN)/python -m checkpoint_converters.synthetic_gemma --size tiny --output $(TINY)/gemma_hf
+	$(BIN)/python -m checkpoint_converters.synthetic_gemma --size tiny --output $(TINY)/gemma_hf --overwrite
 	$(BIN)/python -m checkpoint_converters.gemma3 --input $(TINY)/gemma_hf \
 		--output $(TINY)/gemma --overwrite
 	$(BIN)/python -m launch.encode_prompts --gemma $(TINY)/gemma --checkpoint $(TINY)/ltx2 \

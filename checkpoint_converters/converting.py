@@ -19,7 +19,8 @@ from checkpoint_converters.output import appearing, folder_problems, progress_ba
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_middle
 from omniforcing_jax import programs
 from omniforcing_jax.distributed import multihost
-from omniforcing_jax.io.checkpoints import FORMAT
+from omniforcing_jax.io import checksums, outputs
+from omniforcing_jax.io.checkpoints import FORMAT, write_json
 from omniforcing_jax.types import DTYPES
 
 DTYPE_CHOICES = {"keep": None} | {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
@@ -37,6 +38,7 @@ class ConversionPlan(NamedTuple):
       copies: {component: its folder} of an already converted checkpoint, copied as it is.
       copied_fingerprints: {component: fingerprint} of these.
       files: {name: what is in it} of other files that belong to the checkpoint; a path is copied.
+      inputs: everything that was read, which the output must not touch.
     """
 
     config_json: dict
@@ -45,6 +47,7 @@ class ConversionPlan(NamedTuple):
     copies: Mapping[str, os.PathLike] = {}
     copied_fingerprints: Mapping[str, str] = {}
     files: Mapping[str, pathlib.Path | bytes] = {}
+    inputs: tuple[str | os.PathLike, ...] = ()
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -66,11 +69,16 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def config_content(
-    family: str, config: dict | None, files: Iterable[pathlib.Path], **entries: object
+    program: str,
+    family: str,
+    config: dict | None,
+    files: Iterable[pathlib.Path],
+    **entries: object,
 ) -> dict:
     """Content of `config.json` of a converted checkpoint, with the entries of its family."""
     source = [{"name": file.name, "bytes": file.stat().st_size} for file in files]
-    return {"format": FORMAT, "family": family, "config": config, "source": source} | entries
+    content = {"format": FORMAT, outputs.MARK: program, "family": family}
+    return content | {"config": config, "source": source} | entries
 
 
 def run(
@@ -119,7 +127,8 @@ def run(
     every = [leaf for group in leaves.values() for leaf in group]
     num_bytes = sum(leaf.num_bytes for leaf in every)
     num_bytes += sum(file.stat().st_size for file in copied)
-    problems = problems + folder_problems(output, overwrite, num_bytes)
+    program = plan.config_json.get(outputs.MARK, "")
+    problems = problems + folder_problems(output, overwrite, num_bytes, program, plan.inputs)
     if problems:
         raise ConversionError(problems)
     fingerprints = {component: fingerprint(group) for component, group in leaves.items()}
@@ -143,8 +152,28 @@ def run(
             for name, file in plan.files.items():
                 content_of = file if isinstance(file, bytes) else file.read_bytes()
                 (partial / name).write_bytes(content_of)
-            (partial / "config.json").write_text(json.dumps(content, indent=1))
+        barrier("copied")
+        for component in leaves:
+            checksums.write_part(partial / component, index, count)
+        barrier("hashed")
+        if index == 0:
+            content |= {"checksums": _checksums(partial, leaves, plan)}
+            write_json(partial / "config.json", content)
     return content
+
+
+def _checksums(folder: pathlib.Path, written: Iterable[str], plan: ConversionPlan) -> dict:
+    """{component or other file: checksum}; copies must be what they were when they were written."""
+    found = {component: checksums.write(folder / component) for component in written}
+    for component in plan.copies:
+        try:
+            checksums.verify(folder / component)
+        except checksums.DamagedFile as error:
+            raise ConversionError([f"{plan.copies[component]}: {error}"]) from None
+        found[component] = checksums.write(folder / component)
+    names = list(plan.files)
+    hashes = checksums.hash_files([folder / name for name in names])
+    return found | dict(zip(names, hashes, strict=True))
 
 
 def fingerprint(leaves: Iterable[orbax_io.Leaf]) -> str:

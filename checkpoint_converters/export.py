@@ -28,9 +28,11 @@ from checkpoint_converters.output import file_problems, write_file
 from checkpoint_converters.safetensors_io import ConversionError, table_bytes
 from checkpoint_converters.shapes import ANY, expected_shapes
 from omniforcing_jax import programs
-from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io import checkpoints, outputs
 from omniforcing_jax.io.checkpoints import COMPONENTS
 from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, TrainedSettings
+
+PROGRAM = "checkpoint_converters.export"
 
 
 def export(
@@ -40,6 +42,7 @@ def export(
     components: tuple[str, ...] | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
+    verify: bool = True,
 ) -> dict:
     """Writes a converted (or trained) checkpoint as one safetensors file.
 
@@ -49,6 +52,7 @@ def export(
       components: subset to write, None for all that are there.
       overwrite: replace an existing file.
       show_progress: draw a progress bar.
+      verify: compare the files with their checksums first.
 
     Returns:
       The content of the folder's config.json.
@@ -65,10 +69,15 @@ def export(
     problems: list[str] = []
     for component in components or content["components"]:
         try:
+            if verify:
+                checkpoints.verify_components(source, [component])
             tree = checkpoints.param_shapes(source, component)
         except FileNotFoundError:
             problems.append(f"{source / component}: not an Orbax checkpoint; is {component} among "
                             "the components?")  # fmt: skip
+            continue
+        except checkpoints.DamagedFile as error:
+            problems.append(str(error))
             continue
         folder = checkpoints.component_folder(source, component, content)
         leaves = {path: open_leaf(folder, path) for path in flatten_dict(tree, sep="/")}
@@ -76,7 +85,7 @@ def export(
         pieces |= found
         problems += wrong
     table = {key: (piece.leaf.dtype.numpy_dtype, piece.shape) for key, piece in pieces.items()}
-    problems += file_problems(output, overwrite, table_bytes(table))
+    problems += file_problems(output, overwrite, table_bytes(table), PROGRAM, [source])
     if problems:
         raise ConversionError(problems)
     # checkpoint_converters.ltx2 finds there what the model was trained with
@@ -84,6 +93,7 @@ def export(
     if TrainedSettings.read(content) != LTX2_BASE:  # LTX-2's own files have no such entry
         config[ENTRY] = content[ENTRY]
     strings = {"config": json.dumps(config), "model_version": content["model_version"]}
+    strings[outputs.MARK] = PROGRAM
     write_file(output, table, strings, lambda key: pieces[key].read(), show_progress=show_progress)
     return content
 
@@ -95,6 +105,7 @@ def write_components(
     model_version: str,
     *,
     dtype: np.dtype | type = np.float32,
+    program: str = "",
 ) -> None:
     """Writes parameters in memory; a file that is there is replaced when the new one is complete.
 
@@ -104,6 +115,7 @@ def write_components(
       config: the metadata's `config` object; it must describe these components.
       model_version: such as "2.0.0".
       dtype: of all tensors.
+      program: that writes them, so that it knows the file again.
 
     Raises:
       ConversionError: tensors that the config does not have, lacks, or that have other shapes; or
@@ -119,7 +131,7 @@ def write_components(
         problems += wrong
     if problems:
         raise ConversionError(problems)
-    strings = {"config": json.dumps(config), "model_version": model_version}
+    strings = {"config": json.dumps(config), "model_version": model_version, outputs.MARK: program}
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {key: (np.dtype(dtype), piece.shape) for key, piece in pieces.items()}
     write_file(path, table, strings, lambda key: pieces[key].read().astype(dtype))

@@ -26,6 +26,7 @@ from omniforcing_jax import programs
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.text.encoder_files import FAMILY
 
+PROGRAM = "checkpoint_converters.gemma3"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (
     *TOKENIZERS,
@@ -105,10 +106,11 @@ def convert(
     if tensors and text_config is not None:
         tensors, wrong = select(tensors, GemmaConfig.from_metadata(text_config), source)
         problems += wrong
-    content = converting.config_content(FAMILY, text_config, files)
+    content = converting.config_content(PROGRAM, FAMILY, text_config, files)
     if notes:
         content["notes"] = list(notes)
-    plan = converting.ConversionPlan(content, tensors, (TEXT_TOWER,), files=found)
+    inputs = (source, tokenizer or source)
+    plan = converting.ConversionPlan(content, tensors, (TEXT_TOWER,), files=found, inputs=inputs)
     return converting.run(plan, problems, output, **options)
 
 

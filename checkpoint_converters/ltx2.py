@@ -68,6 +68,7 @@ def convert(
         trained, found = pop_trained(config, checkpoint.path)
         problems += found
         content = converting.config_content(
+            "checkpoint_converters.ltx2",
             "omniforcing" if trained.causal else "ltx2",
             config,
             checkpoint.files,
@@ -79,7 +80,8 @@ def convert(
             content["loras"] = merged
         if checkpoint.notes:
             content["notes"] = list(checkpoint.notes)
-        plan = converting.ConversionPlan(content, tensors, taken)
+        read = (*inputs, *(file for file, _ in loras))
+        plan = converting.ConversionPlan(content, tensors, taken, inputs=read)
     return converting.run(plan, problems, output, **options)
 
 

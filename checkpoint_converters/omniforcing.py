@@ -154,6 +154,7 @@ def convert(
             config = other.config | config
     components = ("transformer", *other.components)
     content = converting.config_content(
+        "checkpoint_converters.omniforcing",
         "omniforcing",
         config,
         (*files, *other.files),
@@ -165,7 +166,12 @@ def convert(
         content["notes"] = list(notes)
     streamed = tuple(name for name in components if name not in other.copies)
     plan = converting.ConversionPlan(
-        content, tensors | other.tensors, streamed, other.copies, other.fingerprints
+        content,
+        tensors | other.tensors,
+        streamed,
+        other.copies,
+        other.fingerprints,
+        inputs=(path,) if base is None else (path, base),
     )
     return converting.run(plan, problems, output, **options)
 

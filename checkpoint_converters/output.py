@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from rich import progress as rich_progress
@@ -16,6 +16,7 @@ from checkpoint_converters.safetensors_io import (
     write_safetensors,
 )
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
 
 SPARE_BYTES = 64 << 20
 
@@ -30,20 +31,22 @@ class DiskFullError(ConversionError):
         self.args = (line,)
 
 
-def folder_problems(output: pathlib.Path, overwrite: bool, num_bytes: int) -> list[str]:
-    """Whether a folder can be written: place free, parent writable, disk large enough."""
-    problems = []
+def folder_problems(
+    output: pathlib.Path,
+    overwrite: bool,
+    num_bytes: int,
+    program: str,
+    inputs: Iterable[str | os.PathLike | None] = (),
+) -> list[str]:
+    """Whether a folder can be written: place free, parent writable, disk large enough.
+
+    `program` may replace what it wrote, which says so (`omniforcing_jax.io.outputs`).
+    """
     partial = partial_path(output)
     if output.exists() and not output.is_dir():
-        problems.append(f"{output}: is a file; choose another --output")
-    elif output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            problems.append(f"{output}: not empty; choose another --output or pass --overwrite")
-        elif not (output / "config.json").is_file():
-            problems.append(
-                f"{output}: is not a converted checkpoint, so --overwrite does not delete it; "
-                "choose another --output"
-            )
+        problems = [f"{output}: is a file; choose another --output"]
+    else:
+        problems = outputs.problems(output, program, overwrite=overwrite, inputs=inputs)
     if partial.exists() and not overwrite:
         problems.append(
             f"{partial}: left by an interrupted conversion, or another one is running; "
@@ -62,13 +65,18 @@ def folder_problems(output: pathlib.Path, overwrite: bool, num_bytes: int) -> li
     return problems
 
 
-def file_problems(output: pathlib.Path, overwrite: bool, num_bytes: int) -> list[str]:
-    """Whether a safetensors file can be written: place free, folder writable, disk large enough."""
-    problems = []
+def file_problems(
+    output: pathlib.Path,
+    overwrite: bool,
+    num_bytes: int,
+    program: str,
+    inputs: Iterable[str | os.PathLike | None] = (),
+) -> list[str]:
+    """As `folder_problems`, for a safetensors file."""
     if output.is_dir():
-        problems.append(f"{output}: is a folder, --output is a .safetensors file")
-    elif output.exists() and not overwrite:
-        problems.append(f"{output}: exists; choose another --output or pass --overwrite")
+        problems = [f"{output}: is a folder, --output is a .safetensors file"]
+    else:
+        problems = outputs.problems(output, program, overwrite=overwrite, inputs=inputs)
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
         return [*problems, f"{output.parent}: not a folder that can be written to"]
     needed = num_bytes + SPARE_BYTES
@@ -87,6 +95,11 @@ def existing_parent(output: pathlib.Path) -> pathlib.Path:
 def partial_path(output: pathlib.Path) -> pathlib.Path:
     """Where a conversion to `output` is built: same file system, so that it can be renamed."""
     return output.parent / f".{output.name}.partial"
+
+
+def _old_path(output: pathlib.Path) -> pathlib.Path:
+    """Where an earlier output is for the moment in which the new one takes its name."""
+    return output.parent / f".{output.name}.old"
 
 
 @contextlib.contextmanager
@@ -111,10 +124,12 @@ def appearing(
     Raises:
       DiskFullError: there was no room.
     """
-    partial = partial_path(output)
+    partial, old = partial_path(output), _old_path(output)
     with explaining_a_full_disk(output, partial, num_bytes):
         try:
             if owner:
+                if old.exists() and not output.exists():  # killed between two renames
+                    old.rename(output)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             barrier("created")
@@ -131,7 +146,7 @@ def appearing(
 
 
 def _rename(partial: pathlib.Path, output: pathlib.Path) -> None:
-    old = output.parent / f".{output.name}.old"
+    old = _old_path(output)
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         output.rename(old)

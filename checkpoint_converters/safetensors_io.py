@@ -6,8 +6,10 @@ whole files, whose pages count as resident, knows no bfloat16 without PyTorch, a
 is in memory as a whole; so header and bytes are read and written here.
 """
 
+import hashlib
 import json
 import math
+import operator
 import os
 import pathlib
 import struct
@@ -35,6 +37,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CHECKSUMS = "sha256"  # key of the metadata
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
@@ -92,13 +95,15 @@ def _shown(problems: list[str]) -> list[str]:
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a file: dtype code of the format, shape, and where its bytes are."""
+    """One tensor of a file: dtype code of the format, shape, where its bytes are, and their SHA-256
+    where the file says it."""
 
     file: pathlib.Path
     dtype_code: str
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+    checksum: str | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -129,31 +134,62 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[st
         )
     try:
         header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
+        metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+        known = _take_checksums(path, header, metadata)
         tensors = {}
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = TensorInfo(
-                path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin
-            )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            begin, end = map(operator.index, entry["data_offsets"])
+            shape = tuple(map(operator.index, entry["shape"]))
+            offset = 8 + length + begin
+            code = str(entry["dtype"])
+            size_and_sum = (end - begin, known.get(name))
+            tensors[name] = TensorInfo(path, code, shape, offset, *size_and_sum)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError([f"{path}: not a safetensors file (bad header: {error})"]) from error
-    _check_header(path, tensors, size)
+    _check_header(path, tensors, 8 + length, size)
     return tensors, metadata
 
 
-def _check_header(path: pathlib.Path, tensors: dict[str, TensorInfo], size: int) -> None:
+def _take_checksums(path: pathlib.Path, header: dict, metadata: dict[str, str]) -> dict[str, str]:
+    """Those of the tensors in a file that `write_safetensors` wrote; checks that of the header."""
+    known = json.loads(metadata.pop(_CHECKSUMS, "{}"))
+    if known and known.pop("") != _header_checksum(header, metadata, known):
+        raise ConversionError([f"{path}: its header is damaged (another checksum); copy it again"])
+    return known
+
+
+def _header_checksum(header: Mapping, metadata: Mapping, known: Mapping[str, str]) -> str:
+    return hashlib.sha256(
+        json.dumps([header, metadata, known], sort_keys=True).encode()
+    ).hexdigest()
+
+
+def _check_header(
+    path: pathlib.Path, tensors: dict[str, TensorInfo], start: int, size: int
+) -> None:
+    """The format wants the tensors' bytes side by side, from the header to the end of the file."""
     problems = []
     for name, info in tensors.items():
         if info.dtype_code not in DTYPES:
             text = f"{path}: {name} has the unsupported dtype {info.dtype_code}"
             problems.append(Problem(text, f"dtype {info.dtype_code}"))
-        elif math.prod(info.shape) * info.dtype.itemsize != info.num_bytes:
+        elif (
+            min(info.shape, default=0) < 0
+            or math.prod(info.shape) * info.dtype.itemsize != info.num_bytes
+        ):
             text = f"{path}: {name} has {info.num_bytes} bytes for shape {info.shape}"
             problems.append(Problem(text, "bytes for shape"))
-    needed = max((info.offset + info.num_bytes for info in tensors.values()), default=0)
-    if needed > size:
-        problems.append(f"{path}: truncated, {size} of {needed} bytes are there; download it again")
+    end, last = start, "the header"
+    for name, info in sorted(tensors.items(), key=lambda item: item[1][3:5]):
+        if info.offset != end:
+            what = "overlaps" if info.offset < end else "leaves a gap behind"
+            text = f"{path}: {name} {what} {last}; the header is damaged, download it again"
+            problems.append(Problem(text, "offsets"))
+        end, last = info.offset + info.num_bytes, name
+    if end > size:
+        problems.append(f"{path}: truncated, {size} of {end} bytes are there; download it again")
+    elif end < size:
+        problems.append(f"{path}: has {size - end} bytes behind its tensors; download it again")
     if problems:
         raise ConversionError(problems)
 
@@ -167,6 +203,10 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
             os.posix_fadvise(file.fileno(), info.offset, info.num_bytes, os.POSIX_FADV_DONTNEED)
     if data.size < info.num_bytes:
         raise ConversionError([f"{info.file}: ends inside a tensor; download it again"])
+    if info.checksum is not None and hashlib.sha256(data).hexdigest() != info.checksum:
+        raise ConversionError(
+            [f"{info.file}: a tensor is damaged (another checksum); copy it again"]
+        )
     return data.view(info.dtype).reshape(info.shape)
 
 
@@ -175,6 +215,14 @@ def read_middle(info: TensorInfo, num_bytes: int) -> bytes:
     count = min(num_bytes, info.num_bytes)
     with info.file.open("rb", buffering=0) as file:
         return os.pread(file.fileno(), count, info.offset + (info.num_bytes - count) // 2)
+
+
+def _raw_header(header: Mapping, metadata: Mapping[str, str], known: Mapping[str, str]) -> bytes:
+    """The beginning of a file; as long for any checksums."""
+    strings = {**metadata, _CHECKSUMS: json.dumps(known, sort_keys=True, separators=(",", ":"))}
+    raw = json.dumps({"__metadata__": strings, **header}, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # data starts at a multiple of 8
+    return struct.pack("<Q", len(raw)) + raw
 
 
 # {name: (dtype, shape)}
@@ -193,7 +241,7 @@ def write_safetensors(
     make: Callable[[str], np.ndarray],
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Writes a safetensors file tensor by tensor, down to the disk.
+    """Writes a safetensors file tensor by tensor, down to the disk, with their checksums.
 
     Args:
       path: file to create.
@@ -205,7 +253,7 @@ def write_safetensors(
     Raises:
       ValueError: a tensor has another shape or dtype than the table says.
     """
-    header: dict[str, object] = {"__metadata__": metadata}
+    header: dict[str, object] = {}
     position = 0
     for name, (dtype, shape) in table.items():
         end = position + table_bytes({name: (dtype, shape)})
@@ -215,16 +263,22 @@ def write_safetensors(
             "data_offsets": [position, end],
         }
         position = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # data starts at a multiple of 8
+    known = dict.fromkeys(("", *table), "0" * 64)  # of the tensors, and under "" of the header
+    raw = _raw_header(header, metadata, known)
     with pathlib.Path(path).open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(raw)
         for name, (dtype, shape) in table.items():
             array = make(name)
             if (array.dtype, array.shape) != (np.dtype(dtype), tuple(shape)):
                 raise ValueError(f"{name}: not {dtype} {shape}, but {array.dtype} {array.shape}")
-            if array.size:
-                file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            known[name] = hashlib.sha256(data).hexdigest()
+            if data.size:
+                file.write(memoryview(data))
             advance(array.nbytes)
+        del known[""]
+        known[""] = _header_checksum(header, metadata, known)
+        file.seek(0)
+        file.write(_raw_header(header, metadata, known))
         file.flush()
         os.fsync(file.fileno())

@@ -18,14 +18,17 @@ import numpy as np
 
 from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
 from checkpoint_converters.key_map import DIT
-from checkpoint_converters.output import write_file
+from checkpoint_converters.output import file_problems, write_file
 from checkpoint_converters.published import published_config
 from checkpoint_converters.safetensors_io import DTYPES as DTYPES_OF_FILES
+from checkpoint_converters.safetensors_io import ConversionError
 from checkpoint_converters.shapes import ANY, expected_shapes
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
 from omniforcing_jax.io.checkpoints import COMPONENTS
 from omniforcing_jax.types import DTYPES
 
+PROGRAM = "checkpoint_converters.synthetic"
 VERSIONS = {"2.0": "2.0.0", "2.3": "2.3.0"}
 
 # The pocket model is taken through all stages on a CPU: the classes of LTX-2.0 with 8 times less
@@ -187,6 +190,7 @@ def write(
         "config": json.dumps(config),
         "model_version": VERSIONS[version],
         "license": "random weights",
+        outputs.MARK: PROGRAM,
     }
 
     def make(key: str) -> np.ndarray:
@@ -327,8 +331,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=(*DTYPES, FLOAT8))
     parser.add_argument("--layers", type=int, help="transformer layers (default: the size's)")
     parser.add_argument("--seed", type=programs.SEED, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier one")
     args = parser.parse_args(argv)
     stay_on_host()
+    output = args.output.absolute()
+    if problems := file_problems(output, args.overwrite, 0, PROGRAM):
+        raise ConversionError(problems)
     with programs.when_interrupted("nothing was written"):
         write(
             args.output,

@@ -18,13 +18,15 @@ import numpy as np
 from checkpoint_converters import synthetic
 from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
 from checkpoint_converters.key_map import TEXT_TOWER
-from checkpoint_converters.output import appearing
-from checkpoint_converters.safetensors_io import table_bytes, write_safetensors
+from checkpoint_converters.output import appearing, folder_problems
+from checkpoint_converters.safetensors_io import ConversionError, table_bytes, write_safetensors
 from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.types import DTYPES
 
+PROGRAM = "checkpoint_converters.synthetic_gemma"
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 # heads, key/value heads, head dim, feed-forward width, vocabulary, window; width and layers follow
@@ -75,22 +77,24 @@ def write(
     seed: int = 0,
     dtype: str = "bfloat16",
     words: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """Writes a random Gemma 3 folder: config.json, shards with an index, tokenizer files.
 
     Args:
-      folder: to create; must not exist.
+      folder: to create.
       size: a key of `SIZES`.
       seed: the weights are a function of seed and tensor name alone.
       dtype: "bfloat16" or "float32".
       words: all that the tokenizer knows; None: any text.
+      overwrite: replace an earlier one.
 
     Returns:
       The content of config.json.
 
     Raises:
-      ValueError: unknown size, the folder exists, or the vocabulary does not fit the size.
-      ConversionError: there is no room for the folder.
+      ValueError: unknown size, or the vocabulary does not fit the size.
+      ConversionError: the folder is there already, or there is no room for it.
     """
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
@@ -101,9 +105,10 @@ def write(
     if vocab < needed:
         raise ValueError(f"size {size} has {vocab} tokens, {needed} are needed; see --words")
     folder = pathlib.Path(folder).absolute()
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; choose another place")
+    if problems := folder_problems(folder, overwrite, 0, PROGRAM):
+        raise ConversionError(problems)
     config = {
+        outputs.MARK: PROGRAM,
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
         "text_config": text_config(size),
@@ -213,11 +218,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--words", type=pathlib.Path, help="file of all words there are, one a line"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier one")
     args = parser.parse_args(argv)
     stay_on_host()
     with programs.when_interrupted("nothing was written"):
         words = args.words.read_text().split() if args.words else None
-        write(args.output, args.size, seed=args.seed, dtype=args.dtype, words=words)
+        options = {"seed": args.seed, "dtype": args.dtype, "overwrite": args.overwrite}
+        write(args.output, args.size, words=words, **options)
     num_bytes = sum(file.stat().st_size for file in args.output.iterdir())
     print(f"{args.output}: {num_bytes / 1e6:.1f} MB")
     return 0

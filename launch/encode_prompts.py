@@ -23,7 +23,7 @@ from launch.shard_job import ShardProgress
 from omniforcing_jax import programs
 from omniforcing_jax.data.text_dataset import PromptFeatures, TextDatasetWriter, TextManifest
 from omniforcing_jax.distributed import multihost
-from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io import checkpoints, outputs
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.text.encoder_files import EncoderFiles, check_encoder
 from omniforcing_jax.text.prompt_files import PromptList, read_prompts
@@ -53,6 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--length", type=int, help="tokens per prompt (default: as trained, else 1024)")
     add("--quantize", choices=("none", "int8"), default="none", help="weights of the text encoder")
     options.add_dtype(parser)
+    options.add_verify(parser)
     options.add_distributed(parser)
     return parser.parse_args(argv)
 
@@ -194,6 +195,7 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     """Reads, checks, encodes and writes."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
+    outputs.check_apart(args.output, [args.gemma, args.checkpoint, args.prompts])
     print_line = progress.console.print
     prompts = read_prompts(args.prompts, args.column)
     files = check_encoder(args.gemma, args.checkpoint, length=args.length)
@@ -217,6 +219,7 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
         quantize=args.quantize,
         length=files.length,
         mesh=shard_job.local_mesh(),
+        verify=args.verify,
     )
     write(writer, encoder, prompts.prompts, args.batch_size, progress)
 

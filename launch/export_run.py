@@ -19,16 +19,19 @@ from typing import Any
 
 import jax
 
+from checkpoint_converters.export import PROGRAM as EXPORT
 from checkpoint_converters.export import export
 from checkpoint_converters.output import appearing, file_problems, folder_problems
 from checkpoint_converters.safetensors_io import ConversionError
+from launch.options import add_verify
 from omniforcing_jax import Transformer, TransformerConfig, programs
-from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io import checkpoints, checksums, outputs
 from omniforcing_jax.models.transformer.model import init_params
 from omniforcing_jax.sampling.trained import ENTRY, TrainedSettings
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
 from omniforcing_jax.types import DTYPES
 
+PROGRAM = "launch.export_run"
 # fields of TransformerConfig in which a student may differ from its teacher: their metadata keys
 _METADATA_KEYS = {
     "rope_type": "rope_type",
@@ -82,6 +85,7 @@ def student_content(
         raise ValueError(f"the run's student is no variant of --base: {'; '.join(wrong)}")
     trained = TrainedSettings.of_run(config)
     content = base | {
+        outputs.MARK: PROGRAM,
         "family": "omniforcing" if trained.causal else base["family"],
         # the connectors were not trained: they keep the settings they came with
         "config": base["config"]
@@ -104,6 +108,7 @@ def export_run(
     step: int | None = None,
     dtype: str = "bfloat16",
     overwrite: bool = False,
+    verify: bool = True,
 ) -> int:
     """Writes a converted checkpoint with the run's generator.
 
@@ -115,6 +120,7 @@ def export_run(
       step: None takes the latest complete checkpoint.
       dtype: to store.
       overwrite: replace an earlier checkpoint in `output`.
+      verify: compare what is read with its checksums first.
 
     Returns:
       The step that was exported.
@@ -122,6 +128,7 @@ def export_run(
     Raises:
       ValueError, FileNotFoundError: the run or the base is not what it should be.
       ConversionError: the output cannot be written.
+      DamagedFile: a file is not what was written, or is missing.
     """
     config = read_run_config(run)
     base = pathlib.Path(config["checkpoint"]) if base is None else base
@@ -133,23 +140,25 @@ def export_run(
     content, student = student_content(before, config, source)
     shapes = jax.eval_shape(lambda: init_params(Transformer(student), jax.random.key(0)))
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), shapes)
-    generator = load_generator(run, expected, which=weights, step=step)
+    generator = load_generator(run, expected, which=weights, step=step, verify=verify)
+    names = [name for name in before["components"] if name != "transformer"]
+    if verify:
+        checkpoints.verify_components(base, names)
 
     others = {
-        name: pathlib.Path(checkpoints.component_folder(base, name, before))
-        for name in before["components"]
-        if name != "transformer"
+        name: pathlib.Path(checkpoints.component_folder(base, name, before)) for name in names
     }
     files = [f for folder in others.values() for f in folder.rglob("*") if f.is_file()]
     num_bytes = sum(file.stat().st_size for file in files)
     num_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(generator))
     output = output.absolute()
-    problems = folder_problems(output, overwrite, num_bytes)
+    problems = folder_problems(output, overwrite, num_bytes, PROGRAM, [run, base])
     if problems:
         raise ConversionError(problems)
     with appearing(output) as partial:
         for name, folder in others.items():
             shutil.copytree(folder, partial / name)
+        content["checksums"] = {name: checksums.write(partial / name) for name in names}
         checkpoints.save_params(partial, "transformer", generator, content)
     return step
 
@@ -166,10 +175,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", choices=tuple(DTYPES), default="bfloat16")
     add("--safetensors", type=pathlib.Path, help="also write one file in the official layout")
     add("--overwrite", action="store_true", help="replace what is there")
+    add_verify(parser)
     args = parser.parse_args(argv)
     file = args.safetensors and args.safetensors.absolute()
+    inputs = [args.run, args.base]
     with programs.when_interrupted("nothing was written"):
-        if file and (problems := file_problems(file, args.overwrite, 0)):
+        if file and (problems := file_problems(file, args.overwrite, 0, EXPORT, inputs)):
             raise ConversionError(problems)
         step = export_run(
             args.run,
@@ -179,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             step=args.step,
             dtype=args.dtype,
             overwrite=args.overwrite,
+            verify=args.verify,
         )
     print(f"{args.output}: {args.weights} of {args.run}, step {step}")
     if not file:

@@ -43,6 +43,7 @@ from omniforcing_jax.data import shards
 from omniforcing_jax.data.ode_pairs import ODE_PAIRS, ODEPairsManifest, ODEPairsWriter, Pair
 from omniforcing_jax.data.text_dataset import TextDataset, open_text_dataset, own_tokens
 from omniforcing_jax.distributed import multihost
+from omniforcing_jax.io import outputs
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.trajectories import check_autoregressive, schedule_indices
@@ -84,6 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--plan", action="store_true", help="say what it would take, and stop")
     options.add_dtype(parser)
     options.add_attention(parser)
+    options.add_verify(parser)
     options.add_distributed(parser)
     return parser.parse_args(argv)
 
@@ -361,6 +363,7 @@ def sample_pairs(
 
 def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     """Checks, samples and writes."""
+    outputs.check_apart(args.output, [args.text, args.checkpoint, args.generator])
     text = open_text_dataset(args.text)
     job = check_arguments(args, text)
     print_line = progress.console.print
@@ -380,6 +383,7 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
         dtype=dtype,
         implementation=args.attention,
         mesh=shard_job.local_mesh(),
+        verify=args.verify,
     )
     manifest = dataclasses.replace(job.manifest, generator=sampler.fingerprint)
     writer = ODEPairsWriter(args.output, manifest)

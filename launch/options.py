@@ -13,10 +13,12 @@ from absl import app, flags, logging
 from rich.console import Console
 
 from omniforcing_jax import AVGuidance, PromptEncoder
+from omniforcing_jax.io import outputs
 from omniforcing_jax.models import quantization
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.trained import TrainedSettings
+from omniforcing_jax.streaming import media
 from omniforcing_jax.text import features as text_features
 from omniforcing_jax.text.features import TextFeatures
 from omniforcing_jax.text.prompts import TextTimes, default_cache
@@ -65,6 +67,19 @@ def add_clip_file(parser: argparse.ArgumentParser) -> None:
     """Adds --output and --overwrite of a clip."""
     parser.add_argument("--output", required=True, help="MP4 file, or - for standard output")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+
+def check_clip_output(args: argparse.Namespace, program: str) -> None:
+    """Checks --output of a program before anything is read.
+
+    Raises:
+      ValueError: no place for a clip, not this program's to replace, or one of its inputs.
+      FileExistsError: it exists, and --overwrite was not given.
+    """
+    media.check_output_path(args.output, args.overwrite)
+    if args.output != media.STDOUT:
+        inputs = [args.checkpoint, args.text_encoder]
+        outputs.check(args.output, program=program, overwrite=args.overwrite, inputs=inputs)
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +191,14 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Adds --no-verify, as `args.verify`."""
+    parser.add_argument(
+        "--no-verify", action="store_false", dest="verify",
+        help="load weights without comparing the files with their checksums",
+    )  # fmt: skip
+
+
 def add_attention(parser: argparse.ArgumentParser) -> None:
     """Adds --attention."""
     parser.add_argument(
@@ -263,6 +286,7 @@ def make_encoder(args: argparse.Namespace, *, keep: bool = False) -> PromptEncod
         quantize=args.quantize_encoder or "none",
         length=args.text_length,
         keep=keep,
+        verify=args.verify,
     )
 
 

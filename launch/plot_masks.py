@@ -26,7 +26,9 @@ from matplotlib.patches import Patch
 
 from omniforcing_jax import BlockLayout, programs
 from omniforcing_jax.blocks import LAYOUT_NAMES
+from omniforcing_jax.io import outputs
 
+PROGRAM = "launch.plot_masks"
 WHITE, BLUE, ORANGE, RED = "#ffffff", "#7fa8d9", "#f5a742", "#d64545"
 MASKED, ALLOWED, PREFIX, SINK = range(4)
 LINE, TEXT, FAINT = "#33415c", "#1f2933", "#7b8794"
@@ -204,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
 
     layout = BlockLayout.from_name(args.layout, frame_rate=args.frame_rate)
     num_blocks = layout.blocks_for_seconds(args.seconds)
+    outputs.check(args.output, program=PROGRAM, overwrite=True)
     tokens = max(
         layout.num_video_frames(num_blocks) * args.patches,
         layout.num_audio_frames(num_blocks) + args.sinks,
@@ -213,8 +216,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{tokens} tokens are too many to draw (at most {MAX_TOKENS}); "
             "lower --seconds or --patches"
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(layout, args.sinks, num_blocks, args.patches).savefig(args.output, dpi=120)
+    figure = draw(layout, args.sinks, num_blocks, args.patches)
+    outputs.save_picture(figure, args.output, PROGRAM, dpi=120)
     print(f"wrote {args.output}")
     return 0
 

@@ -28,8 +28,10 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
 from omniforcing_jax.training.metrics import JSONL, is_band, read_records
 
+PROGRAM = "launch.plot_run"
 COLORS = ("#3b6fb6", "#e08a2e", "#4c9a5b", "#c44e52", "#8067ad", "#7d6b5d")
 STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1)))
 TEXT, FAINT = "#1f2933", "#7b8794"
@@ -198,9 +200,10 @@ def main(argv: list[str] | None = None) -> int:
     curves = [read_run(path) for path in args.runs]
     first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
     output = args.output or first / "curves.png"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    inputs = args.runs if args.output else ()  # the first run's folder is the place for its curves
+    outputs.check(output, program=PROGRAM, overwrite=True, inputs=inputs)
     figure = draw(dict(zip(run_labels(args.runs), curves, strict=True)), args.smooth)
-    figure.savefig(output, dpi=110)
+    outputs.save_picture(figure, output, PROGRAM, dpi=110)
     plt.close(figure)
     print(f"wrote {output}")
     return 0

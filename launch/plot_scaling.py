@@ -18,9 +18,11 @@ except ImportError as error:
 from launch.dry_run import mesh_text
 from launch.plan import fitting, propose
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
 from omniforcing_jax.scaling.devices import DEVICES, Target
 from omniforcing_jax.scaling.planning import MeshProposal
 
+PROGRAM = "launch.plot_scaling"
 SIZES = (16, 64, 256, 1024, 4096)
 SLICES = {"v5p": 4096, "v6e": 256, "h100": 512}  # devices that weights are spread over at most
 COLOURS = {"v5p": "#2f6f9f", "v6e": "#c8553d", "h100": "#5b8c5a"}
@@ -62,8 +64,7 @@ def draw(curves: dict[str, list], stage: str, file: pathlib.Path) -> None:
         axes.set_ylim(0, 1.5 * axes.get_ylim()[1])  # room for the legend
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, ncols=2)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    outputs.save_picture(figure, file, PROGRAM)
 
 
 @programs.entry
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", default="stage3")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/scaling.png"))
     args = parser.parse_args(argv)
+    outputs.check(args.output, program=PROGRAM, overwrite=True)
     curves = {}
     for kind in SLICES:
         print(f"{kind}", file=sys.stderr)

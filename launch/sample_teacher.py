@@ -48,6 +48,8 @@ from omniforcing_jax.sampling.teacher import Prompt, check_prompts
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming import media
 
+PROGRAM = "launch.sample_teacher"
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
@@ -69,6 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_guidance(parser)
     options.add_dtype(parser)
     options.add_attention(parser)
+    options.add_verify(parser)
     compilation.add_option(parser)
     return parser.parse_args(argv)
 
@@ -234,7 +237,7 @@ def run(
     compilation.use_cache(not args.no_compilation_cache)
     dtype = options.compute_dtype(args)
     with timed(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
-        pipeline = load_pipeline(args.checkpoint, dtype=dtype)
+        pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify)
     passes = sampling.guidance.passes()
     with timed(console, f"sampling {len(sampling.sigmas) - 1} steps of {', '.join(passes)}"):
         latents = sample(
@@ -271,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     console = Console(stderr=True, soft_wrap=True)
-    media.check_output_path(args.output, args.overwrite)
+    options.check_clip_output(args, PROGRAM)
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     request = check_arguments(args, config)
     for note in request.notes:
@@ -283,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         frame_rate=args.fps,
         sample_rate=config.vocoder.sample_rate,
         overwrite=args.overwrite,
+        program=PROGRAM,
     )
     with writer:
         run(args, request, writer, console)

@@ -50,6 +50,8 @@ from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
 from omniforcing_jax.types import Contexts
 
+PROGRAM = "launch.stream"
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
@@ -89,6 +91,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_decoder(parser)
     options.add_dtype(parser)
     options.add_attention(parser)
+    options.add_verify(parser)
     compilation.add_option(parser)
     return parser.parse_args(argv)
 
@@ -341,7 +344,7 @@ def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, StreamRequest]:
     Raises:
       ValueError, OSError: something is wrong with the arguments, a checkpoint or the output.
     """
-    media.check_output_path(args.output, args.overwrite)
+    options.check_clip_output(args, PROGRAM)
     if args.enlarge < 1:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
@@ -369,12 +372,14 @@ def stream(
         Interrupt() as interrupt,
         contextlib.suppress(BrokenPipeError),
         # before the weights are read: nobody else can have the file from now on
-        media.ClipWriter(args.output, overwrite=args.overwrite, **settings) as clip,
+        media.ClipWriter(
+            args.output, overwrite=args.overwrite, program=PROGRAM, **settings
+        ) as clip,
     ):
         interrupt.before_exit = clip.discard_empty
         request = encode_sentences(request, report)
         report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
-        pipeline = load_pipeline(args.checkpoint, dtype=dtype)
+        pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify)
         session = pipeline.session(
             request.rollout,
             request.prompts[0],

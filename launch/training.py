@@ -19,6 +19,7 @@ from launch import compilation, options
 from omniforcing_jax import programs
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.distributed.multihost import Watchdog
+from omniforcing_jax.io import outputs
 from omniforcing_jax.io.paths import locate
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.training import assembly
@@ -26,7 +27,7 @@ from omniforcing_jax.training.batches import DeviceBatches
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
 from omniforcing_jax.training.config.settings import ConfigError
-from omniforcing_jax.training.loop import FIRST_STEPS_PATIENCE, Outcome, train
+from omniforcing_jax.training.loop import FIRST_STEPS_PATIENCE, RUN_FILES, Outcome, train
 from omniforcing_jax.training.training_checkpoints import latest_step
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -39,6 +40,9 @@ _ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_config_change",
     False,
     "Resume, or start from a causal student, although the config is not that of the run.",
+)
+_NO_VERIFY = flags.DEFINE_bool(
+    "no_verify", False, "Load weights without comparing the files with their checksums."
 )
 _COMPILATION_CACHE = flags.DEFINE_bool(
     "compilation_cache", True, "Keep compiled programs in the user's cache folder."
@@ -81,6 +85,9 @@ def run(stage: str) -> int:
     e = experiment.check(_CONFIG.value, devices, stage=stage, allow_config_change=allow)
     if not _PLAN.value and not _WORKDIR.value:
         raise ConfigError(["--workdir: name a folder for the run"])
+    if not _PLAN.value:
+        inputs = [e.config.checkpoint, e.config.data, e.config.generator or None]
+        outputs.check_run(_WORKDIR.value, ("stage", stage), RUN_FILES, inputs)
     plan = planning.plan_step(e)
     if _PLAN.value:
         print(planning.describe(e, plan))
@@ -116,14 +123,15 @@ def _train(
         console.print(f"loading {start} and {c.checkpoint}")
     mesh, scores = assembly.make_meshes(e)
     with jax.set_mesh(mesh):
-        stage, state, frozen = assembly.assemble(e, mesh, scores, fresh=fresh)
+        verify = not _NO_VERIFY.value
+        stage, state, frozen = assembly.assemble(e, mesh, scores, fresh=fresh, verify=verify)
         watchdog.alive("the weights were loaded", patience=FIRST_STEPS_PATIENCE)
         return train(
             stage,
             state,
             frozen,
             DeviceBatches(e.data, c.batch_size, c.seed, mesh),
-            dataclasses.replace(c.loop, allow_config_change=_ALLOW_CHANGE.value),
+            dataclasses.replace(c.loop, allow_config_change=_ALLOW_CHANGE.value, verify=verify),
             workdir,
             run_config=json.loads(json.dumps(e.run_config())),
             hooks=training_hooks(e, stage, frozen if scores is None else frozen.student, workdir),

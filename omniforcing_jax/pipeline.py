@@ -288,7 +288,11 @@ class Pipeline:
 
 
 def load_pipeline(
-    directory: str | pathlib.Path, *, dtype: jnp.dtype, encoders: bool = False
+    directory: str | pathlib.Path,
+    *,
+    dtype: jnp.dtype,
+    encoders: bool = False,
+    verify: bool = True,
 ) -> Pipeline:
     """Restores the components that a sampler needs, onto the first device.
 
@@ -297,6 +301,7 @@ def load_pipeline(
       dtype: of the transformer's and the VAEs' parameters; the vocoder's are float32, in which it
         always computes.
       encoders: whether the VAEs' encoders are loaded as well; sampling and decoding need none.
+      verify: compare the files with the checksums that they were written with, if they have any.
 
     Returns:
       Configuration and parameters, from which sessions start.
@@ -304,13 +309,18 @@ def load_pipeline(
     Raises:
       FileNotFoundError, ValueError: see `PipelineConfig.from_checkpoint` and `check_complete`;
         before any weights are read.
+      DamagedFile: a file is not what was written, or is missing.
     """
     config = PipelineConfig.from_checkpoint(directory)
     config.check_complete()
     dtypes = {"transformer": dtype, "video_vae": dtype, "audio_vae": dtype, "vocoder": jnp.float32}
     params = {
         name: checkpoints.load_params(
-            directory, name, dtype=component_dtype, without=None if encoders else "encoder"
+            directory,
+            name,
+            dtype=component_dtype,
+            without=None if encoders else "encoder",
+            verify=verify,
         )
         for name, component_dtype in dtypes.items()
     }

@@ -23,10 +23,12 @@ from checkpoint_converters import reading
 from checkpoint_converters.export import write_components
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
 from omniforcing_jax.io.checkpoints import metadata_section
 from omniforcing_jax.sampling.trained import ENTRY
 from omniforcing_jax.types import DTYPES
 
+PROGRAM = "pocket.assemble"
 # component: part
 SOURCES = {
     "transformer": "teacher",
@@ -43,10 +45,15 @@ def assemble(args: argparse.Namespace) -> None:
     Raises:
       ConversionError: a part is missing or does not fit the others.
     """
+    folder, output = args.folder, args.output.absolute()
+    if problems := outputs.problems(output, PROGRAM, overwrite=args.overwrite):
+        raise ConversionError(problems)
     sources = {name: SOURCES[name] for name in args.components}
     if args.causal_decoder and "video_vae" in sources:
         sources["video_vae"] = "causal_decoder"
-    files = {part: args.folder / f"{part}.safetensors" for part in sources.values()}
+    files = {part: folder / f"{part}.safetensors" for part in sources.values()}
+    if found := outputs.overlap(output, files.values()):
+        raise ConversionError([found])
     missing = [f"{file} is missing" for file in files.values() if not file.is_file()]
     if missing:
         command = "python -m pocket.pretrain --config=pocket/pretrain_config.py:PART makes each"
@@ -63,7 +70,8 @@ def assemble(args: argparse.Namespace) -> None:
             config[ENTRY] = metadata["config"][ENTRY]
         trees[name] = reading.load_component(files[part], name, np.float32)
     version = metadata["model_version"]
-    write_components(args.output, trees, config, version, dtype=DTYPES[args.dtype])
+    dtype = DTYPES[args.dtype]
+    write_components(output, trees, config, version, dtype=dtype, program=PROGRAM)
 
 
 @programs.entry
@@ -77,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--components", nargs="+", choices=all_of_them, default=all_of_them, help=only)
     add("--causal-decoder", action="store_true", help="take the fine-tuned decoder")
     add("--dtype", choices=tuple(DTYPES), default="float32")
+    add("--overwrite", action="store_true", help="replace an earlier one")
     args = parser.parse_args(argv)
     assemble(args)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")

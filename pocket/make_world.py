@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.progress import track
 
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
+from omniforcing_jax.io.paths import new_file
 from omniforcing_jax.streaming.contact_sheet import write_clip
-from pocket.world.captions import VOCABULARY
+from pocket.world.captions import VOCABULARY, scene_from_caption
 from pocket.world.dataset import (
     SPLITS,
     BounceSource,
@@ -30,6 +32,7 @@ from pocket.world.dataset import (
 )
 from pocket.world.physics import COLOURS, RGB, WorldConfig
 
+PROGRAM = "pocket.make_world"
 FORMATS = ("mp4", "array_record", "captions", "words")
 SETTINGS = {  # of the world
     "width": "pixels",
@@ -53,21 +56,51 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         option, default = f"--{name.replace('_', '-')}", getattr(WorldConfig(), name)
         add(option, type=int, default=default, help=f"{what} (default {default})")
     add("--clips-per-shard", type=int, default=256, help="of array_record (default 256)")
+    add("--overwrite", action="store_true", help="replace what this program wrote before")
     return parser.parse_args(argv)
+
+
+def example_path(folder: pathlib.Path, seed: int) -> pathlib.Path:
+    """The MP4 of a clip; its truth and its picture lie beside it."""
+    return folder / f"{seed:010d}.mp4"
+
+
+def write_text(path: pathlib.Path, lines: list[str], overwrite: bool) -> None:
+    """Writes captions or words; what a file of others holds is not replaced.
+
+    Raises:
+      ValueError: there is a file, and `overwrite` is not given, or has lines of another kind.
+    """
+    if path.exists():
+        if not overwrite:
+            raise ValueError(f"{path}: exists; choose another --output or pass --overwrite")
+        for line in path.read_text().splitlines():
+            if line not in VOCABULARY:
+                try:
+                    scene_from_caption(line)
+                except ValueError:
+                    raise ValueError(
+                        f"{path}: {line[:60]!r} is no caption of {PROGRAM}, so --overwrite does "
+                        "not replace it; delete it yourself, or choose another --output"
+                    ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines))
 
 
 def write_example(folder: pathlib.Path, clip: RenderedClip, config: WorldConfig) -> None:
     """Writes NAME.mp4, NAME.json and NAME.png; the name is the seed."""
-    path = folder / f"{clip.seed:010d}.mp4"
+    path = example_path(folder, clip.seed)
     colours = [mark_colour(ball.colour) for ball in clip.truth.scene]
     marks = {
         name: [(hit["time"], colours[hit["ball"]]) for hit in hits]
         for name, hits in (("seen", clip.truth.impacts), ("heard", clip.truth.tones))
     }
     rates = config.frame_rate, config.sample_rate
-    write_clip(path, clip.frames, clip.waveform, *rates, marks, crf=12)
-    content = {"caption": clip.caption, "seed": clip.seed} | clip.truth.to_json()
-    path.with_suffix(".json").write_text(json.dumps(content) + "\n")
+    write_clip(path, clip.frames, clip.waveform, *rates, marks, crf=12, program=PROGRAM)
+    content = {outputs.MARK: PROGRAM, "caption": clip.caption, "seed": clip.seed}
+    with new_file(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(content | clip.truth.to_json()) + "\n")
 
 
 def mark_colour(colour: str) -> str:
@@ -83,16 +116,18 @@ def make(args: argparse.Namespace, console: Console) -> None:
     """
     world = WorldConfig(**{name: getattr(args, name) for name in SETTINGS})
     if args.format in ("captions", "words"):
-        seeds = split_seeds(args.split, args.clips)
-        captions = (clip_caption(seed, world) for seed in seeds)
-        lines = VOCABULARY if args.format == "words" else captions
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text("".join(line + "\n" for line in lines))
+        lines = list(VOCABULARY)
+        if args.format == "captions":
+            lines = [clip_caption(seed, world) for seed in split_seeds(args.split, args.clips)]
+        write_text(args.output, lines, args.overwrite)
         return
     source = BounceSource(args.frames, args.split, args.clips, world, args.clips_per_shard)
     if args.format == "array_record":
         write_dataset(args.output, source)
         return
+    paths = [example_path(args.output, seed) for seed in split_seeds(args.split, args.clips)]
+    files = [path.with_suffix(suffix) for path in paths for suffix in (".mp4", ".json", ".png")]
+    outputs.check(*files, program=PROGRAM, overwrite=args.overwrite)
     for index in track(range(args.clips), "clips", console=console, transient=True):
         write_example(args.output, source.clip(index), world)
 

@@ -23,6 +23,8 @@ from rich.table import Table
 
 from omniforcing_jax import programs
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
+from omniforcing_jax.io import outputs
+from omniforcing_jax.io.paths import new_file
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.contact_sheet import Marks, contact_sheet
 from pocket.make_world import mark_colour
@@ -32,6 +34,7 @@ from pocket.measures.scalars import MEANINGS, Measures, compare_with_truth, meas
 from pocket.world.captions import scene_from_caption
 from pocket.world.physics import Scene, Truth, WorldConfig
 
+PROGRAM = "pocket.measure"
 MAX_COLUMNS = 8  # of single clips in the printed table; the JSON has all
 
 
@@ -48,6 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reference", type=pathlib.Path, help="folder of real clips, for the Fréchet distance")
     add("--json", type=pathlib.Path, metavar="FILE", help="write everything there")
     add("--sheet", type=pathlib.Path, metavar="PNG", help="contact sheet of the first clip, marked")
+    add("--overwrite", action="store_true", help="replace what this program wrote before")
     return parser.parse_args(argv)
 
 
@@ -171,7 +175,7 @@ def measure_file(
     if sheet:
         sound = {"waveform": waveform, "sample_rate": sample_rate} if len(waveform) else {}
         shown = marks(result.observation)
-        contact_sheet(frames, sheet, frame_rate=frame_rate, marks=shown, **sound)
+        contact_sheet(frames, sheet, frame_rate=frame_rate, marks=shown, program=PROGRAM, **sound)
     return result
 
 
@@ -210,6 +214,10 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     if args.seconds is not None and not args.seconds > 0:
         raise ValueError(f"--seconds must be positive, not {args.seconds}")
+    inputs = [*args.clips, *(args.truth or ()), args.reference]
+    settings = {"program": PROGRAM, "overwrite": args.overwrite, "inputs": inputs}
+    outputs.check(args.json, option="--json", **settings)
+    outputs.check(args.sheet, option="--sheet", **settings)
     targets = list(zip(args.clips, read_targets(args), strict=True))
     references = sorted(args.reference.glob("*.mp4")) if args.reference else []
     if args.reference and min(len(references), len(args.clips)) < 2:
@@ -234,7 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         content["meanings"] = MEANINGS
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        with new_file(args.json) as temporary:
+            temporary.write_text(json.dumps({outputs.MARK: PROGRAM} | content, indent=1) + "\n")
     return 0
 
 

@@ -34,9 +34,9 @@ TOWER := $(POCKET)/gemma_hf
 endif
 
 $(POCKET)/gemma_hf/config.json: $(VENV)/.installed-pocket
-	$(RUN) pocket.make_world --format words --output $(POCKET)/words.txt
+	$(RUN) pocket.make_world --format words --output $(POCKET)/words.txt --overwrite
 	$(RUN) checkpoint_converters.synthetic_gemma --size pocket --words $(POCKET)/words.txt \
-		--dtype float32 --output $(POCKET)/gemma_hf
+		--dtype float32 --output $(POCKET)/gemma_hf --overwrite
 
 $(POCKET)/gemma/config.json: $(TOWER)/config.json | $(VENV)/.installed-pocket
 	$(RUN) checkpoint_converters.gemma3 --input $(TOWER) --output $(POCKET)/gemma --overwrite
@@ -60,7 +60,7 @@ LTX2 := $(POCKET)/ltx2.safetensors
 endif
 
 $(POCKET)/ltx2.safetensors: $(POCKET)/teacher.safetensors $(POCKET)/vocoder.safetensors
-	$(RUN) pocket.assemble --folder $(POCKET) --output $@
+	$(RUN) pocket.assemble --folder $(POCKET) --output $@ --overwrite
 
 # The causal decoder is compared with the other here; it is not good enough to stream with.
 $(POCKET)/reconstruction.done: $(POCKET)/vocoder.safetensors $(POCKET)/causal_decoder.safetensors
@@ -77,7 +77,8 @@ CAPTIONS_prompts := 1024
 CAPTIONS_ode_prompts := 160
 
 $(POCKET)/prompts.done $(POCKET)/ode_prompts.done: $(POCKET)/%.done: $(POCKET)/ltx2/config.json | $(POCKET)/gemma/config.json
-	$(RUN) pocket.make_world --format captions --clips $(CAPTIONS_$*) --output $(POCKET)/$*.txt
+	$(RUN) pocket.make_world --format captions --clips $(CAPTIONS_$*) --output $(POCKET)/$*.txt \
+		--overwrite
 	$(RUN) launch.encode_prompts --gemma $(POCKET)/gemma --checkpoint $(POCKET)/ltx2 \
 		--prompts $(POCKET)/$*.txt --output $(POCKET)/$*
 	@touch $@

@@ -27,6 +27,7 @@ from launch import options
 from omniforcing_jax import programs
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import ClipGeometry
+from omniforcing_jax.io import outputs
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.text.gemma import TextTower
 from omniforcing_jax.models.transformer.model import Transformer
@@ -36,7 +37,7 @@ from omniforcing_jax.sampling.trained import ENTRY, TrainedSettings
 from omniforcing_jax.text.encoder_files import load_gemma_config
 from omniforcing_jax.text.text_encoder import load_text_tower
 from omniforcing_jax.text.tokenizer import load_tokenizer
-from omniforcing_jax.training.loop import LoopConfig, Outcome, train
+from omniforcing_jax.training.loop import RUN_FILES, LoopConfig, Outcome, train
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import create_network, create_state
@@ -275,6 +276,8 @@ def run(c, *, allow_config_change: bool = False, export: bool = False) -> int:
     if file.is_file():
         console.print(f"{file} is there already; delete it to train further", markup=False)
         return 0
+    folder = pathlib.Path(c.folder) / c.part
+    outputs.check_run(folder, ("part", c.part), RUN_FILES, option="folder")
     part = make_part(c)
     optimizer_config(c)
     with programs.at_work():

@@ -16,16 +16,19 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from omniforcing_jax.io import checksums
+from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.paths import TEMPORARY, new_file
 
 SPLIT = "train"
 _MANIFEST = "manifest.json"
 _NEGATIVE = "negative.safetensors"
+_SMALL_FILES = (_NEGATIVE, "dataset_info.json", "features.json")
 # One record per chunk: training reads single records in random order. zstd saves a quarter.
 _ARRAY_RECORD_OPTIONS = "group_size:1,zstd:1"
 
@@ -89,7 +92,7 @@ def check_folder(
         if others:
             raise ValueError(f"{folder} holds other files ({others[0]}); choose a new folder")
         return
-    ours, stored = _fields(manifest), _fields(_read_manifest(kind, folder)[0])
+    ours, stored = _fields(manifest), _fields(_read_manifest(kind, folder).manifest)
     differences = [
         f"{name} {value!r} instead of {ours[name]!r}"
         for name, value in stored.items()
@@ -124,7 +127,8 @@ class ShardWriter:
     @property
     def complete(self) -> bool:
         """Whether `finish` has been called, now or in an earlier run."""
-        return (self.folder / _MANIFEST).exists() and _read_manifest(self.kind, self.folder)[1]
+        there = (self.folder / _MANIFEST).exists()
+        return there and _read_manifest(self.kind, self.folder).complete
 
     def begin(self) -> None:
         """Creates the folder, or removes what an interrupted run left incomplete."""
@@ -231,9 +235,12 @@ class ShardWriter:
 
     def _write_manifest(self, complete: bool) -> None:
         content = {"format": self.kind.format, "kind": self.kind.name, "complete": complete}
+        if complete:
+            hashes = checksums.hash_files([self.folder / name for name in _SMALL_FILES])
+            content["checksums"] = dict(zip(_SMALL_FILES, hashes, strict=True))
         content |= _fields(self.manifest)
         with new_file(self.folder / _MANIFEST) as temporary:
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(checksums.seal(content), indent=2, ensure_ascii=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
 
 
@@ -246,6 +253,7 @@ def open_shards(kind: Kind, folder: str | os.PathLike) -> tuple[Any, Any, dict[s
     Raises:
       FileNotFoundError: there is none.
       ValueError: it is not complete, damaged, or written by another version.
+      DamagedFile: a file is not what was written.
     """
     import tensorflow_datasets as tfds
 
@@ -253,7 +261,7 @@ def open_shards(kind: Kind, folder: str | os.PathLike) -> tuple[Any, Any, dict[s
     if not (folder / _MANIFEST).is_file():
         what = f"holds no {_MANIFEST}" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}; python -m {kind.program} creates it")
-    manifest, complete = _read_manifest(kind, folder)
+    manifest, complete, known = _read_manifest(kind, folder)
     if not complete:
         raise ValueError(
             f"{folder} is not complete; run {kind.program} with the same options again, it "
@@ -261,9 +269,12 @@ def open_shards(kind: Kind, folder: str | os.PathLike) -> tuple[Any, Any, dict[s
         )
     writer = ShardWriter(kind, folder, manifest)
     paths = [writer.shard_path(shard) for shard in range(manifest.num_shards)]
-    needed = [*paths, folder / _NEGATIVE, folder / "dataset_info.json"]
+    needed = [*paths, *(folder / name for name in _SMALL_FILES)]
     if lost := [path.name for path in needed if not path.exists()]:
         raise ValueError(f"{folder} is damaged, missing: {', '.join(lost)}; copy it again")
+    for name, digest in known.items():  # the shards have checksums of their own, in every record
+        if checksums.hash_files([folder / name]) != [digest]:
+            raise DamagedFile(f"{folder / name} is damaged (another checksum); copy it again")
     builder = tfds.builder_from_directory(folder)
     num_bytes = sum(path.stat().st_size for path in paths)
     if num_bytes != builder.info.splits[SPLIT].num_bytes:
@@ -289,16 +300,23 @@ def _fields(manifest: Manifest) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(manifest)))
 
 
-def _read_manifest(kind: Kind, folder: pathlib.Path) -> tuple[Any, bool]:
-    """The manifest, and whether the dataset is complete."""
+class _Stored(NamedTuple):
+    """What manifest.json says; `checksums` of a complete dataset's small files."""
+
+    manifest: Any
+    complete: bool
+    checksums: dict[str, str]
+
+
+def _read_manifest(kind: Kind, folder: pathlib.Path) -> _Stored:
     path = folder / _MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = checksums.check_seal(path, json.loads(path.read_text(encoding="utf-8")))
         found = (content.pop("format"), content.pop("kind"))
         if found != (kind.format, kind.name):
             raise ValueError(f"format and kind are {found}; expected {(kind.format, kind.name)}")
-        complete = content.pop("complete")
-        return kind.manifest(**content), complete
+        complete, known = content.pop("complete"), content.pop("checksums", {})
+        return _Stored(kind.manifest(**content), complete, known)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not the manifest of {kind.title} that this version writes ({error!r}); "

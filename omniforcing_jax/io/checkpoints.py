@@ -1,7 +1,7 @@
 """Converted checkpoints: a folder with config.json and one Orbax checkpoint per component.
 
     ltx2/config.json            what the weights are (`load_config`)
-    ltx2/transformer/           Orbax
+    ltx2/transformer/           Orbax, and the checksums of its files
     ltx2/video_vae/ ...
 
 `checkpoint_converters` writes such folders; `save_params` adds or replaces a component. Folders may
@@ -9,10 +9,13 @@ be on object storage, where only single files change at once: config.json is wha
 component lies.
 """
 
+import contextlib
+import gc
 import json
+import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +24,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from omniforcing_jax.distributed import multihost
+from omniforcing_jax.io import checksums
+from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.paths import locate
 
 FORMAT = 1
@@ -49,11 +54,13 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
     Returns:
       {"format", "family": "ltx2" | "omniforcing", "model_version", "config": the checkpoint's
       metadata by section, "trained": see `TrainedSettings`, "components", "fingerprints": what
-      tells a component's weights from others, "folders": see `component_folder`, "source", and, if
-      there are any, "loras": those merged into the weights, "notes"}.
+      tells a component's weights from others, "checksums": {component: `checksums.write`},
+      "folders": see `component_folder`, "source", and, if there are any, "loras": those merged into
+      the weights, "notes"}.
 
     Raises:
       FileNotFoundError: no such folder, or it holds no converted checkpoint.
+      DamagedFile: config.json is not what was written.
       ValueError: written by another version of the converter.
     """
     folder = locate(folder)
@@ -71,10 +78,11 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, without the checksum that `write_json` has added.
 
     Raises:
       ValueError: it is not JSON, or not an object; names the file.
+      DamagedFile: it is not what was written.
     """
     try:
         content = json.loads(file.read_text())
@@ -82,7 +90,14 @@ def read_json(file: epath.Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return content
+    return checksums.check_seal(file, content)
+
+
+def write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
+    """Writes an object with its checksum; an older file stays until the new one is complete."""
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(json.dumps(checksums.seal(content), indent=1))
+    temporary.replace(file)
 
 
 def component_metadata(content: Mapping[str, Any], component: str) -> dict[str, Any]:
@@ -167,10 +182,11 @@ def load_params(
     dtype: Any = None,
     sharding: Sharding | ShardingRule | Mapping[str, Any] | None = None,
     without: str | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Restores the parameters of one component.
 
-    Each process reads only the chunks that its shards need.
+    Each process reads only the chunks that its shards need; to verify, it reads all files.
 
     Args:
       folder: converted checkpoint.
@@ -179,6 +195,7 @@ def load_params(
       sharding: one sharding for all leaves, a function (path, shape) -> sharding, or a tree of
         shardings with the structure of the parameters; None puts everything on the first device.
       without: a top-level name of the parameters, such as "encoder", that is not read.
+      verify: compare the files with their checksums first; False where `verify` has done so.
 
     Returns:
       Nested dict of jax.Arrays.
@@ -186,8 +203,11 @@ def load_params(
     Raises:
       FileNotFoundError: the folder or the component is not there.
       ValueError: unknown component, other format, or a tree of shardings of other structure.
+      DamagedFile: a file is not what was written, or is missing.
     """
     path = _component_path(folder, component)
+    if verify:
+        _verify(path, component, load_config(folder))
     arrays = {name: tree for name, tree in _arrays(path).items() if name != without}
     shardings = _shardings(arrays, sharding)
     restore_args = jax.tree.map(
@@ -197,12 +217,68 @@ def load_params(
     )
     args = ocp.args.PyTreeRestore(item=arrays, restore_args=restore_args, partial_restore=True)
     # without a Checkpointer, which waits for all processes: one may read by itself
-    return ocp.PyTreeCheckpointHandler().restore(path, args=args)
+    with reading(path):
+        return ocp.PyTreeCheckpointHandler().restore(path, args=args)
+
+
+def verify_components(folder: str | os.PathLike, components: Iterable[str]) -> None:
+    """Compares the files of components with their checksums, if they have any.
+
+    To be called by all processes: each hashes a part, and all learn of what any has found.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_params`.
+      DamagedFile: a file is not what was written, or is missing.
+    """
+    content, error = load_config(folder), None
+    try:
+        for component in components:
+            share = {"index": jax.process_index(), "count": jax.process_count()}
+            _verify(_component_path(folder, component), component, content, **share)
+    except OSError as problem:
+        error = problem
+    if not multihost.all_true(error is None):
+        raise error or DamagedFile(f"{folder}: another process has found a damaged file")
+
+
+def _verify(path: epath.Path, component: str, content: Mapping[str, Any], **share: int) -> None:
+    checksums.verify(path, expected=content.get("checksums", {}).get(component), **share)
+
+
+@contextlib.contextmanager
+def reading(path: epath.Path) -> Iterator[None]:
+    """Whatever Orbax and TensorStore raise for damaged weights, and log of it, as one error.
+
+    Raises:
+      DamagedFile: the first thing that they found.
+    """
+    logger = logging.getLogger("asyncio")  # hears of every array that could not be read
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        first = " ".join(str(error).split())[:300]
+        raise DamagedFile(
+            f"{path} cannot be read: {first}; it is damaged or no complete copy: copy it again, or "
+            "make it again"
+        ) from error
+    finally:
+        gc.collect()  # what was not looked at is logged when it goes
+        logger.setLevel(level)
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether Orbax raises such an error for damaged files; running out of memory is none."""
+    return isinstance(error, (ValueError, OSError, KeyError)) or type(error) is Exception
 
 
 def _arrays(path: epath.Path) -> dict[str, Any]:
     """Tree of jax.ShapeDtypeStruct of what is on disk."""
-    metadata = ocp.PyTreeCheckpointHandler().metadata(path)
+    with reading(path):
+        metadata = ocp.PyTreeCheckpointHandler().metadata(path)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
 
 
@@ -274,6 +350,8 @@ def save_params(
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(new, args=ocp.args.PyTreeSave(dict(params)), force=True)
+    checksums.write_part(new, jax.process_index(), jax.process_count())
+    multihost.barrier(f"hashed {component}")
     if jax.process_index() == 0:
         content["folders"] = before.get("folders", {}) | {component: new.name}
         content["components"] = [
@@ -283,9 +361,8 @@ def save_params(
         fingerprint = {component: secrets.token_hex(16)}
         content["fingerprints"] = content.get("fingerprints", {}) | fingerprint
         content["format"] = FORMAT
-        temporary = folder / ".config.json.new"
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(folder / "config.json")  # from here on the new ones are valid
+        content["checksums"] = content.get("checksums", {}) | {component: checksums.write(new)}
+        write_json(folder / "config.json", content)  # from here on the new ones are valid
         if old != new and old.exists():
             old.rmtree()
     multihost.barrier(f"saved {component}")

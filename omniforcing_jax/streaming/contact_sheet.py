@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
 from omniforcing_jax.streaming import media
 
+PROGRAM = "omniforcing_jax.streaming.contact_sheet"
 SHEET_COLUMNS = 8
 SHEET_FRAMES = 16
 SHEET_INCHES = 16.0
@@ -49,6 +51,7 @@ def contact_sheet(
     sample_rate: int | None = None,
     every: int | None = None,
     marks: Marks | None = None,
+    program: str = "",
 ) -> None:
     """Draws a clip as one picture: frames with their times, waveform and spectrogram below.
 
@@ -60,6 +63,7 @@ def contact_sheet(
       sample_rate: Hz, with `waveform`.
       every: show every n-th frame; None spreads 16 frames over the clip.
       marks: two kinds of events, marked above and below the waveform if there is one.
+      program: that draws it, kept in the PNG; see `io.outputs`.
 
     Raises:
       ValueError: wrong shapes or dtypes, no frames, a waveform without its sample rate, or no
@@ -99,8 +103,7 @@ def contact_sheet(
         )
         if marks and any(marks.values()):
             _draw_marks(axes, marks)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    outputs.save_picture(figure, path, program)
 
 
 def write_clip(
@@ -111,6 +114,7 @@ def write_clip(
     sample_rate: int,
     marks: Marks | None = None,
     crf: int = 18,
+    program: str = "",
 ) -> None:
     """Writes an MP4, and beside it a PNG with its frames, waveform and spectrogram.
 
@@ -118,15 +122,16 @@ def write_clip(
       frames: [F, H, W, 3] uint8.
       waveform: [N, 2] float32 in [-1, 1].
       marks: of `contact_sheet`.
-      crf: of `media.ClipWriter`.
+      crf, program: of `media.ClipWriter`.
     """
     height, width = frames.shape[1:3]
     rates = {"frame_rate": frame_rate, "sample_rate": sample_rate}
     with media.ClipWriter(
-        path, width=width, height=height, **rates, crf=crf, overwrite=True
+        path, width=width, height=height, **rates, crf=crf, overwrite=True, program=program
     ) as writer:
         writer.write(frames, waveform)
-    contact_sheet(frames, path.with_suffix(".png"), waveform=waveform, marks=marks, **rates)
+    sheet = path.with_suffix(".png")
+    contact_sheet(frames, sheet, waveform=waveform, marks=marks, program=program, **rates)
 
 
 def _draw_marks(axes, marks: Marks):
@@ -190,10 +195,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("clip", help="a video file")
     parser.add_argument("picture", help="the PNG to write")
     parser.add_argument("--every", type=int, help="show every n-th frame (default: 16 frames)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier one")
     args = parser.parse_args(argv)
+    outputs.check(args.picture, program=PROGRAM, overwrite=args.overwrite, inputs=[args.clip])
     frames, frame_rate, waveform, sample_rate = media.read_clip(args.clip)
     sound = {"waveform": waveform, "sample_rate": sample_rate} if len(waveform) else {}
-    contact_sheet(frames, args.picture, frame_rate=frame_rate, every=args.every, **sound)
+    options = {"frame_rate": frame_rate, "every": args.every, "program": PROGRAM}
+    contact_sheet(frames, args.picture, **options, **sound)
     return 0
 
 

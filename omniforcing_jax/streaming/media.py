@@ -165,6 +165,7 @@ class ClipWriter:
         audio_bitrate: int = 192_000,
         fragment_seconds: float = 0.05,
         overwrite: bool = False,
+        program: str = "",
     ):
         """Opens the writer, and its file.
 
@@ -178,6 +179,7 @@ class ClipWriter:
           audio_bitrate: bits per second for both channels.
           fragment_seconds: longest stretch that waits in memory for its fragment to end.
           overwrite: whether an existing file may be replaced (see the class).
+          program: that writes the clip, kept in it as a comment; see `io.outputs`.
 
         Raises:
           ValueError: a setting or path that cannot work (see `check_output_path`), or no PyAV.
@@ -205,6 +207,7 @@ class ClipWriter:
         target = self._open_target(path)
         options = _muxer_options(fragment_seconds, seekable=isinstance(target, str))
         self._container = av.open(target, "w", format="mp4", container_options=options)
+        self._container.metadata["comment"] = program
         self._add_video_stream(crf, preset)
         self._audio = self._container.add_stream("aac", rate=self.sample_rate, layout="stereo")
         self._audio.bit_rate = audio_bitrate

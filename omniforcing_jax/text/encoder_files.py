@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io import checkpoints, checksums
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.text.gemma import init_boxed_params
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
@@ -80,6 +80,7 @@ def check_encoder(
       FileNotFoundError: a folder, or the weights in it, are not there.
       ValueError: a folder holds something else, the tower does not fit the connectors or its own
         config.json, or the length is not a multiple of the connectors' registers.
+      DamagedFile: config.json or the tokenizer is not what was written.
     """
     config = load_gemma_config(gemma)
     content = checkpoints.load_config(checkpoint)
@@ -95,6 +96,7 @@ def check_encoder(
         )
     shapes = checkpoints.param_shapes(checkpoint, "connectors")
     _check_fit(config, connectors, shapes, length, gemma, checkpoint)
+    _verify_tokenizer(pathlib.Path(gemma))
     tokenizer = load_tokenizer(gemma)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
@@ -110,6 +112,24 @@ def check_encoder(
     )
     version = content["model_version"]
     return EncoderFiles(config, connectors, tokenizer, length, version, weights)
+
+
+def _verify_tokenizer(gemma: pathlib.Path) -> None:
+    known = checkpoints.read_json(gemma / "config.json").get("checksums", {})
+    for name in sorted(known.keys() - {TEXT_TOWER}):
+        file = gemma / name
+        if not file.is_file():
+            raise checkpoints.DamagedFile(f"{file} is missing; copy {gemma} again")
+        if checksums.hash_files([file]) != [known[name]]:
+            raise checkpoints.DamagedFile(
+                f"{file} is damaged (another checksum); copy {gemma} again, or convert it again"
+            )
+
+
+def verify_tower(gemma: str | os.PathLike) -> None:
+    """Raises DamagedFile where the text tower's files do not have their checksums."""
+    known = checkpoints.read_json(pathlib.Path(gemma) / "config.json").get("checksums", {})
+    checksums.verify(tower_path(gemma), expected=known.get(TEXT_TOWER))
 
 
 def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
@@ -187,7 +207,8 @@ def boxed_tower(config: GemmaConfig) -> Any:
 
 def check_tower(path: pathlib.Path, boxed: Any) -> None:
     """Raises ValueError unless just the leaves of `boxed` are on disk, in their shapes."""
-    tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
+    with checkpoints.reading(path):
+        tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
     found, expected = _shapes(tree), _shapes(nn.unbox(boxed))
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]

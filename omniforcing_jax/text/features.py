@@ -8,8 +8,10 @@ large as a transformer, stays out of memory while sampling and training.
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.paths import new_file
 
 _KIND = "context"
@@ -73,6 +76,7 @@ def save_text_features(
         arrays["mask"] = np.asarray(mask).astype(bool)
     _check(path, arrays)
     metadata = {"kind": _KIND, "prompt": prompt, "model_version": model_version}
+    metadata["checksum"] = _checksum(arrays, metadata)
     with new_file(path) as temporary:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         save_file(contiguous, temporary, metadata)
@@ -89,6 +93,7 @@ def load_text_features(path: str | os.PathLike, expected_dims: tuple[int, int]) 
       FileNotFoundError: there is no such file.
       ValueError: it is not a safetensors file, holds something else, or was made for a model with
         other text widths; says what was found, what was expected and what to do.
+      DamagedFile: its checksum is another (a file made elsewhere need not have one).
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -105,6 +110,9 @@ def load_text_features(path: str | os.PathLike, expected_dims: tuple[int, int]) 
             "text features as `save_text_features` writes them. Encode the prompt again."
         ) from error
     _check(path, arrays)
+    known = metadata.pop("checksum", None)
+    if known is not None and known != _checksum(arrays, metadata):
+        raise DamagedFile(f"{path} is damaged (another checksum); encode the prompt again")
     found = tuple(arrays[name].shape[-1] for name in _NAMES)
     if found != tuple(expected_dims):
         raise ValueError(
@@ -121,6 +129,16 @@ def load_text_features(path: str | os.PathLike, expected_dims: tuple[int, int]) 
         metadata["prompt"],
         metadata["model_version"],
     )
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what a file holds, in hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def prompt_key(prompt: str, seed: int = 0) -> jax.Array:

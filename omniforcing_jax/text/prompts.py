@@ -71,15 +71,17 @@ class PromptCache:
           dims: (Wv, Wa), widths of its contexts (`TransformerConfig.text_dims`).
 
         Raises:
-          ValueError: the folder cannot be created, or not be written to.
+          ValueError: it is a file, or no path.
         """
         self._folder, self._fingerprint, self._dims = pathlib.Path(folder), fingerprint, dims
+        self._writable = True
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"the prompt cache {folder} cannot be created: {error}") from error
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"the prompt cache {folder} cannot be written to")
+            self._writable = os.access(folder, os.W_OK | os.X_OK)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"the prompt cache {folder} is not a folder: {error}") from error
+        except OSError:  # read-only; what is in it serves all the same
+            self._writable = False
 
     def path(self, prompt: str) -> pathlib.Path:
         """File of a prompt's entry, whether it exists or not."""
@@ -110,6 +112,8 @@ class PromptCache:
           ValueError: contexts of a wrong shape or dtype, or with values that are not finite.
           OSError: the folder cannot be written to.
         """
+        if not self._writable:
+            raise OSError(f"the prompt cache {self._folder} cannot be written to")
         save_text_features(
             self.path(prompt),
             features.video_context,
@@ -139,6 +143,7 @@ class PromptEncoder:
         quantize: str = "none",
         length: int | None = None,
         keep: bool = False,
+        verify: bool = True,
     ):
         """Checks the folders; no weights are read yet.
 
@@ -148,14 +153,15 @@ class PromptEncoder:
           cache: folder of encoded prompts; None keeps none on disk.
           dtype, quantize, length: see `TextEncoder.load`.
           keep: leave the encoder in memory after a prompt.
+          verify: see `TextEncoder.load`.
 
         Raises:
-          FileNotFoundError, ValueError: as `TextEncoder.load`, or the cache cannot be written to.
+          FileNotFoundError, ValueError: as `TextEncoder.load`, or the cache is a file.
         """
         quantization.check_mode(quantize)
         self._files = check_encoder(gemma, checkpoint, length=length)
         self._load = lambda: TextEncoder.load(
-            gemma, checkpoint, dtype=dtype, quantize=quantize, length=length
+            gemma, checkpoint, dtype=dtype, quantize=quantize, length=length, verify=verify
         )
         self._encoder: TextEncoder | None = None
         self._cache = None

@@ -36,6 +36,7 @@ from omniforcing_jax.text.encoder_files import (
     check_encoder,
     check_tower,
     tower_path,
+    verify_tower,
 )
 from omniforcing_jax.text.features import TextFeatures
 
@@ -89,6 +90,7 @@ class TextEncoder:
         quantize: str = "none",
         length: int | None = None,
         mesh: Mesh | None = None,
+        verify: bool = True,
     ) -> "TextEncoder":
         """Reads a converted Gemma and the connectors of a converted LTX-2 or student.
 
@@ -100,20 +102,26 @@ class TextEncoder:
             never in memory as a whole in `dtype`.
           length: tokens per prompt; None as the model was trained, which for LTX-2 is 1024.
           mesh: from `partitioning.make_mesh`; None puts everything on the first device.
+          verify: compare the files with their checksums first.
 
         Raises:
           FileNotFoundError, ValueError: as `check_encoder`; nothing large has been read then.
           ValueError: unknown quantisation.
+          DamagedFile: a file is not what was written, or is missing.
         """
         quantization.check_mode(quantize)
         files = check_encoder(gemma, checkpoint, length=length)
         config, connectors = files.config, files.connectors
+        if verify:
+            verify_tower(gemma)
         tower = load_text_tower(gemma, config, dtype=dtype, quantize=quantize, mesh=mesh)
         sharding = None  # the first device
         if mesh is not None:
             boxed = boxed_connectors(connectors, config.num_states)
             sharding = partitioning.shardings(boxed, mesh)
-        loaded = checkpoints.load_params(checkpoint, "connectors", dtype=dtype, sharding=sharding)
+        loaded = checkpoints.load_params(
+            checkpoint, "connectors", dtype=dtype, sharding=sharding, verify=verify
+        )
         params = {
             "tower": tower,
             "projections": layer_projections(loaded, connectors, mesh),
@@ -285,7 +293,8 @@ def _restore_leaf(handler, path: pathlib.Path, keys, dtype: jnp.dtype, sharding)
     for key in reversed(keys):
         item, restore_args = {key.key: item}, {key.key: restore_args}
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    return jax.tree.leaves(handler.restore(path, args=args))[0]
+    with checkpoints.reading(path):
+        return jax.tree.leaves(handler.restore(path, args=args))[0]
 
 
 def boxed_connectors(config: ConnectorConfig, num_states: int) -> Any:

@@ -32,7 +32,7 @@ from omniforcing_jax.training.state import (
     create_state,
     state_shardings,
 )
-from omniforcing_jax.training.training_checkpoints import load_generator
+from omniforcing_jax.training.training_checkpoints import load_generator, verify_generator
 
 # Parameters that a student has and its source may lack: they start from their initial values.
 NEW_PARAMETERS = ("audio_sinks", "q_head_norm", "k_head_norm", "alpha")
@@ -91,14 +91,21 @@ def assemble(
     scores: jax.sharding.Mesh | None = None,
     *,
     fresh: bool,
+    verify: bool = True,
 ) -> tuple[DMD | SplitDMD | ODERegression, TrainState, Frozen | SplitFrozen]:
     """Loads weights onto the mesh: the stage, its state, and its frozen parts.
 
     Args:
       mesh, scores: from `make_meshes`.
       fresh: load the networks' starts; otherwise the state is a template for a checkpoint.
+      verify: compare what will be read with its checksums first, all processes together.
+
+    Raises:
+      DamagedFile: a file is not what was written, or is missing.
     """
     c = e.config
+    if verify:
+        _verify(e, fresh)
     state = abstract_state(e, mesh, scores)
     stage = make_stage(e, state_shardings(state))
     if scores is not None:
@@ -113,13 +120,14 @@ def assemble(
             which=c.generator_weights if is_run else "params",
             allow_new=NEW_PARAMETERS,
             init=lambda: init_params(student, jax.random.key(c.seed)),
+            verify=False,
         )
         optimizers = {name: make_optimizer(config) for name, config in c.optimizers.items()}
         generator = create_network(generator, optimizers["generator"], ema=c.ema is not None)
         critic = None
         if state.critic is not None:
             with jax.set_mesh(scores or mesh):
-                critic = load_generator(c.checkpoint, state.critic.params)
+                critic = load_generator(c.checkpoint, state.critic.params, verify=False)
                 critic = create_network(critic, optimizers["critic"], ema=False)
         state = create_state(generator, critic)
     if scores is None:
@@ -127,6 +135,17 @@ def assemble(
     student = load_frozen(e, mesh, teacher=False)
     with jax.set_mesh(scores):
         return stage, state, SplitFrozen(student, load_frozen(e, scores))
+
+
+def _verify(e: Experiment, fresh: bool) -> None:
+    """Each file once, however many networks start from it."""
+    c = e.config
+    components = ["connectors"]
+    if c.stage != "stage2" or (fresh and not c.generator):
+        components.append("transformer")
+    checkpoints.verify_components(c.checkpoint, components)
+    if fresh and c.generator:
+        verify_generator(c.generator)
 
 
 def abstract_connectors(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
@@ -195,7 +214,8 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     weights = None
     if c.stage != "stage2" and teacher:
-        weights = load_generator(c.checkpoint, abstract_params(e.model(e.teacher), mesh, e.dtype))
+        teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
+        weights = load_generator(c.checkpoint, teacher, verify=False)
     places = jax.tree.map(lambda x: x.sharding, abstract_connectors(e, mesh))
 
     def place(path: tuple[str, ...], shape: tuple[int, ...]):
@@ -205,7 +225,9 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True)
             node = node.get(name, everywhere) if isinstance(node, dict) else node
         return node
 
-    connectors = checkpoints.load_params(c.checkpoint, "connectors", dtype=e.dtype, sharding=place)
+    connectors = checkpoints.load_params(
+        c.checkpoint, "connectors", dtype=e.dtype, sharding=place, verify=False
+    )
     connectors = {name: connectors[name] for name in places}
     if weights is None:
         return Frozen(None, connectors, None)

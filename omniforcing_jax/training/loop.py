@@ -26,6 +26,7 @@ from etils import epath
 
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.distributed.multihost import Watchdog
+from omniforcing_jax.io.checkpoints import write_json
 from omniforcing_jax.io.paths import locate
 from omniforcing_jax.training.metrics import (
     Averages,
@@ -44,6 +45,8 @@ from omniforcing_jax.training.training_checkpoints import (
     TrainingCheckpoints,
 )
 
+# What a run leaves in its folder besides config.json.
+RUN_FILES = ("checkpoints", "damaged_checkpoints", "metrics.jsonl", "tensorboard", "samples")
 Scalars = dict[str, float]
 # How many times as long as later ones the first steps may take before the watchdog barks: they
 # compile.
@@ -94,6 +97,7 @@ class LoopConfig:
       compile_steps: steps after a start in which programs may be compiled without a warning.
       tensorboard: write TensorBoard summaries besides metrics.jsonl.
       allow_config_change: resume although the run's configuration differs from the checkpoint's.
+      verify: resume from no checkpoint whose files do not have the checksums they had.
     """
 
     num_steps: int
@@ -104,6 +108,7 @@ class LoopConfig:
     compile_steps: int = 10
     tensorboard: bool = True
     allow_config_change: bool = False
+    verify: bool = True
 
     def __post_init__(self):
         problems = []
@@ -234,12 +239,15 @@ def _opened(
         workdir, keep_last=config.keep_last, keep_every=config.keep_every
     ) as checkpoints:
         restored = checkpoints.restore(
-            state, batches, run_config, allow_config_change=config.allow_config_change
+            state,
+            batches,
+            run_config,
+            allow_config_change=config.allow_config_change,
+            verify=config.verify,
         ) or Restored(0, state, {})
         watchdog.alive(f"step {restored.step} was restored", patience=FIRST_STEPS_PATIENCE)
         if jax.process_index() == 0:
-            text = json.dumps({"format": 1, "config": run_config}, indent=1)
-            (workdir / "config.json").write_text(text)
+            write_json(workdir / "config.json", {"format": 1, "config": run_config})
         writer = MetricWriter(workdir, start_step=restored.step, tensorboard=config.tensorboard)
         with contextlib.closing(writer):
             if restored.step:

@@ -66,6 +66,7 @@ class TrajectorySampler:
         dtype: jnp.dtype,
         implementation: str = "auto",
         mesh: Mesh | None = None,
+        verify: bool = True,
     ):
         """Loads the weights.
 
@@ -73,18 +74,19 @@ class TrajectorySampler:
           dtype: in which the model computes, and its weights are kept.
           implementation: of attention.
           mesh: over which weights and batches are split; None is the first local device.
+          verify: compare the files with their checksums first.
 
         Raises:
-          FileNotFoundError, ValueError: see `load_generator`.
+          FileNotFoundError, ValueError, DamagedFile: see `load_generator`.
         """
         self.recipe, self.text = recipe, text
         self._mesh = mesh or partitioning.make_mesh(devices=jax.local_devices()[:1])
         self.model = Transformer(source.config.transformer, dtype, implementation)
         expected = abstract_params(self.model, self._mesh, dtype)
-        self._params = load_generator(source.folder, expected, which=source.weights)
+        self._params = load_generator(source.folder, expected, which=source.weights, verify=verify)
         whole = NamedSharding(self._mesh, P())
         connectors = checkpoints.load_params(
-            source.connectors_folder, "connectors", dtype=dtype, sharding=whole
+            source.connectors_folder, "connectors", dtype=dtype, sharding=whole, verify=verify
         )
         connectors = {name: connectors[name] for name in ("video_connector", "audio_connector")}
         module = TextConnectors(source.connectors, dtype)

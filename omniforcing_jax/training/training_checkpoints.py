@@ -4,6 +4,9 @@
     RUN/checkpoints/2000/data/    the data iterator's state, the same for all processes
     RUN/checkpoints/2000/run/     configuration, and the averages of the record under way
 
+Each of the three folders lists the checksums of its files, which all processes hash and compare
+together: every one what it has written, and its share of what is read.
+
 Orbax's CheckpointManager of API v0, not v1: v1 still comes from `orbax.checkpoint.experimental`,
 its `Checkpointer` skips a save while one is running unless told not to, and converted checkpoints
 are written by v0 already. A checkpoint is built in a folder of another name and renamed when it is
@@ -17,7 +20,6 @@ run that was resumed equals one that was not, bit for bit.
 
 import base64
 import contextlib
-import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,15 +31,21 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from omniforcing_jax.distributed import multihost
-from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io import checkpoints, checksums
+from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.paths import locate
+from omniforcing_jax.training.checkpoint_handlers import (
+    JsonHandler,
+    SaveJson,
+    SaveState,
+    StateHandler,
+)
 from omniforcing_jax.training.config.run_config import check_config, listed, plain
 from omniforcing_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+_ITEMS = ("state", "data", "run")
 _ITERATOR_FILE = "iterator.json"
-# what reading a damaged checkpoint raises; running out of memory is none of these
-_DAMAGED = (ValueError, OSError, KeyError)
 
 
 class DataIterator(Protocol):
@@ -69,68 +77,6 @@ class CheckpointNotSaved(OSError):
     """A save failed, a full disk for instance; the checkpoints before it are as they were."""
 
 
-@dataclasses.dataclass
-class _Noted:
-    """A part of a save under way, in the background."""
-
-    future: ocp.future.Future
-    note: Callable[[Exception], None]
-
-    def result(self, timeout: float | None = None) -> Any:
-        try:
-            return self.future.result(timeout)
-        except Exception as error:
-            self.note(error)
-            raise
-
-
-class _NotesFailures:
-    """A handler that hands the error of a save that fails in the background to `note`.
-
-    The manager itself tells of it when the next save begins. With several processes not even then:
-    it waits for all of them before.
-    """
-
-    note: Callable[[Exception], None] = staticmethod(lambda error: None)
-
-    async def async_save(self, *args, **settings) -> list[_Noted]:
-        futures = await super().async_save(*args, **settings)
-        return [_Noted(future, self.note) for future in futures or ()]
-
-
-class _StateHandler(_NotesFailures, ocp.PyTreeCheckpointHandler):
-    def __init__(self):
-        # uncompressed: weights hardly shrink, and zstd would be the bottleneck
-        super().__init__(use_compression=False)
-
-
-class _JsonHandler(_NotesFailures, ocp.JsonCheckpointHandler):
-    """What process 0 writes."""
-
-
-# Orbax finds a handler by the types of its arguments, and wants to know both.
-
-
-@ocp.args.register_with_handler(_StateHandler, for_save=True)
-class _SaveState(ocp.args.PyTreeSave):
-    pass
-
-
-@ocp.args.register_with_handler(_StateHandler, for_restore=True)
-class _RestoreState(ocp.args.PyTreeRestore):
-    pass
-
-
-@ocp.args.register_with_handler(_JsonHandler, for_save=True)
-class _SaveJson(ocp.args.JsonSave):
-    pass
-
-
-@ocp.args.register_with_handler(_JsonHandler, for_restore=True)
-class _RestoreJson(ocp.args.JsonRestore):
-    pass
-
-
 class TrainingCheckpoints:
     """The checkpoints of one run; a context manager, which waits for the last save when it ends.
 
@@ -154,9 +100,9 @@ class TrainingCheckpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._failure: Exception | None = None
         handlers = {
-            "state": _StateHandler(),
-            "data": _JsonHandler(_ITERATOR_FILE),
-            "run": _JsonHandler(),
+            "state": StateHandler(),
+            "data": JsonHandler(_ITERATOR_FILE),
+            "run": JsonHandler(),
         }
         for handler in handlers.values():
             handler.note = self._note
@@ -204,9 +150,9 @@ class TrainingCheckpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=_SaveState(state),
-                    data=_SaveJson(_to_json(batches.get_state())),
-                    run=_SaveJson({"config": plain(config), "averages": dict(averages)}),
+                    state=SaveState(state),
+                    data=SaveJson(_to_json(batches.get_state())),
+                    run=SaveJson({"config": plain(config), "averages": dict(averages)}),
                 ),
             )
 
@@ -255,6 +201,7 @@ class TrainingCheckpoints:
         config: Mapping[str, Any],
         *,
         allow_config_change: bool = False,
+        verify: bool = True,
     ) -> Restored | None:
         """Restores the latest checkpoint that can be read and sets the data iterator.
 
@@ -263,6 +210,7 @@ class TrainingCheckpoints:
             those of the run that saved. Arrays are deleted, so that both never exist together.
           config: this run's configuration, JSON.
           allow_config_change: resume although the configuration differs.
+          verify: pass over checkpoints whose files do not have the checksums they had.
 
         Returns:
           None if there is no checkpoint.
@@ -277,6 +225,10 @@ class TrainingCheckpoints:
         damaged: dict[int, str] = {}
         template = _abstract(template)
         for step in reversed(steps):
+            if verify:
+                _, damaged[step] = _attempt(lambda step=step: self.verify(step, together=True))
+                if damaged[step]:
+                    continue
             small, damaged[step] = _attempt(lambda step=step: self._read_small(step))
             if small is None:
                 continue
@@ -293,6 +245,20 @@ class TrainingCheckpoints:
             return Restored(step, state, run["averages"])
         reasons = "; ".join(f"{step}: {error}" for step, error in damaged.items())
         raise ValueError(f"no checkpoint in {self.folder} can be read: {reasons[:2000]}")
+
+    def verify(self, step: int, *, together: bool = False) -> None:
+        """Compares a checkpoint's files with their checksums, if it has any.
+
+        Args:
+          step: of the checkpoint.
+          together: all processes call this, and each hashes a share; they do not tell each other.
+
+        Raises:
+          DamagedFile: a file is not what was written, or is missing.
+        """
+        share = {"index": jax.process_index(), "count": jax.process_count()} if together else {}
+        for item in _ITEMS:
+            checksums.verify(self.folder / str(step) / item, **share)
 
     def _read_small(self, step: int) -> tuple[dict, dict | bytes, dict]:
         folder = self.folder / str(step)
@@ -313,7 +279,9 @@ class TrainingCheckpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(template),
             partial_restore=partial,
         )
-        return _StateHandler().restore(self.folder / str(step) / "state", args=args)
+        folder = self.folder / str(step) / "state"
+        with checkpoints.reading(folder):
+            return StateHandler().restore(folder, args=args)
 
     def read_part(self, step: int, template: Any) -> Any:
         """The part of a checkpoint's state that `template` (nested dicts) names."""
@@ -347,7 +315,9 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
     result, error = None, ""
     try:
         result = read()
-    except _DAMAGED as problem:
+    except Exception as problem:
+        if not checkpoints.is_damage(problem):
+            raise
         error = str(problem) or repr(problem)
     if multihost.all_true(not error):
         return result, ""
@@ -362,6 +332,24 @@ def latest_step(run: str | os.PathLike) -> int | None:
         return max(saved.steps(), default=None)
 
 
+def verify_generator(path: str | os.PathLike) -> None:
+    """Checks what `load_generator` reads; to be called by all processes, each hashes a share.
+
+    Raises:
+      DamagedFile: on all of them.
+    """
+    path = locate(path)
+    if not (path / FOLDER).is_dir():
+        checkpoints.verify_components(path, ("transformer",))
+        return
+    with TrainingCheckpoints(path, read_only=True) as run:
+        if not (steps := run.steps()):
+            return
+        _, damage = _attempt(lambda: run.verify(steps[-1], together=True))
+        if damage:
+            raise DamagedFile(f"the checkpoint of step {steps[-1]} in {path} is damaged: {damage}")
+
+
 def load_generator(
     path: str | os.PathLike,
     expected: Any,
@@ -370,6 +358,7 @@ def load_generator(
     step: int | None = None,
     allow_new: tuple[str, ...] = (),
     init: Callable[[], Any] | None = None,
+    verify: bool = True,
 ) -> Any:
     """The generator of another run, or the transformer of a converted checkpoint.
 
@@ -381,6 +370,7 @@ def load_generator(
       step: of a run; None takes the latest complete checkpoint.
       allow_new: names of parameters that the source may lack, such as "audio_sinks".
       init: () -> parameters as they are initialised; asked for nothing but the new ones.
+      verify: compare the files with their checksums first.
 
     Returns:
       Parameters in the structure of `expected`.
@@ -388,6 +378,7 @@ def load_generator(
     Raises:
       FileNotFoundError: there is neither a run with checkpoints nor a converted checkpoint.
       ValueError: the source lacks parameters, has others or others' shapes: lists all of them.
+      DamagedFile: a file is not what was written, or is missing.
     """
     path = locate(path)
     if which not in ("params", "ema"):
@@ -402,6 +393,7 @@ def load_generator(
             "transformer",
             dtype=jax.tree.leaves(template)[0].dtype,
             sharding=jax.tree.map(_sharding, template),
+            verify=verify,
         )
         return _with_new(params, new, init)
     with TrainingCheckpoints(path, read_only=True) as run:
@@ -412,6 +404,8 @@ def load_generator(
                 f"there are: {', '.join(map(str, steps)) or 'none'}"
             )
         step = steps[-1] if step is None else step
+        if verify:
+            run.verify(step)
         prefix, arrays = f"generator/{which}/", run.saved_arrays(step)
         saved = {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
         if not saved:

@@ -93,6 +93,43 @@ def test_not_safetensors(tmp_path):
     assert "holds no .safetensors" in refused(tmp_path / "empty", tmp_path / "out")
 
 
+def with_header(path, change, data=bytes(16)):
+    """A file of two tensors of 8 bytes whose header was changed."""
+    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": [at, at + 8]}
+              for name, at in (("a", 0), ("b", 8))}  # fmt: skip
+    change(header)
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return path
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"data_offsets": [4, 12]}, "b overlaps a; the header is damaged"),
+    ({"data_offsets": [0, 8]}, "overlaps"),
+    ({"data_offsets": [12, 20]}, "b leaves a gap behind a; the header is damaged"),
+    ({"data_offsets": [-8, 0]}, "overlaps the header"),
+    ({"data_offsets": [8, 12], "shape": [1]}, "4 bytes behind its tensors"),
+    ({"data_offsets": [16, 8]}, "has -8 bytes for shape"),
+    ({"shape": [-1, -2]}, "has 8 bytes for shape"),
+    ({"shape": [2.0]}, "bad header"),
+    ({"shape": "22"}, "bad header"),
+    ({"data_offsets": [8, 16, 24]}, "bad header"),
+    ({"dtype": ["F32"]}, "unsupported dtype"),
+])  # fmt: skip
+def test_offsets_that_overlap_or_leave_gaps(tmp_path, change, text):
+    assert set(read_header(with_header(tmp_path / "good", lambda header: None))[0]) == {"a", "b"}
+    bad = with_header(tmp_path / "bad", lambda header: header["b"].update(change))
+    with pytest.raises(ConversionError, match=text):
+        read_header(bad)
+
+
+@pytest.mark.parametrize("metadata", [[], "x", None, 3])
+def test_metadata_of_another_shape(tmp_path, metadata):
+    bad = with_header(tmp_path / "bad", lambda header: header.update(__metadata__=metadata))
+    with pytest.raises(ConversionError, match="bad header"):
+        read_header(bad)
+
+
 def test_metadata(source, tmp_path):
     _, strings = read_header(source)
     only = json.dumps({"transformer": json.loads(strings["config"])["transformer"]})
@@ -165,7 +202,7 @@ def test_output(source, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     assert "not empty" in refused(source, tmp_path / "full")
-    assert "does not delete" in refused(source, tmp_path / "full", overwrite=True)
+    assert "and so is not replaced" in refused(source, tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / "thesis.tex").exists()
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(source, tmp_path / "file")

@@ -113,7 +113,7 @@ def test_prompts_that_cannot_be_encoded(make, loads, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="prompt 1 is not valid Unicode"):
         make().encode([SEA, "\ud800"])
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"prompt cache .*file cannot be created"):
+    with pytest.raises(ValueError, match=r"prompt cache .*file is not a folder"):
         make(cache=tmp_path / "file")
     with pytest.raises(ValueError, match="quantize must be one of none, int8"):
         make(quantize="int4")

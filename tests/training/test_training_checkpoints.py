@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.models.transformer.model import Transformer, init_params
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.training.training_checkpoints import (
     TrainingCheckpoints,
     latest_step,
     load_generator,
+    verify_generator,
 )
 from tests.training.toy_stage import RUN_CONFIG, ToyBatches, ToyStage, toy_params, train_toy
 
@@ -89,6 +91,55 @@ def test_damaged_checkpoints_are_skipped(stage, tmp_path, run):
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: 20: .*15: "):
         restore(run, stage.init_state())
     assert latest_step(run) == 20, "nothing is moved when nothing can be read"
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", [
+    "state/ocdbt.process_0/d/*", "state/d/*", "state/manifest.ocdbt", "state/_METADATA",
+    "data/iterator.json", "run/metadata",
+])  # fmt: skip
+def test_a_flipped_bit_is_named_and_not_used(stage, run, file):
+    for found in (run / "checkpoints" / "15").glob(file):
+        flip(found)
+    with pytest.warns(UserWarning, match=rf"step 15 is damaged.*{found.name} is damaged \(another"):
+        restored = restore(run, stage.init_state())
+    assert restored.step == 10
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("sums", [True, False], ids=["", "of an earlier version"])
+@pytest.mark.parametrize("harm", [lambda f: os.truncate(f, 100), lambda f: f.unlink()])
+def test_a_weight_file_that_is_cut_or_gone(stage, run, sums, harm):
+    """Orbax raises a bare Exception, and a traceback for every array."""
+    step = run / "checkpoints" / "15"
+    for file in [*step.glob("state/ocdbt.process_*/d/*"), *step.glob("state/d/*")]:
+        harm(file)
+    if not sums:
+        for file in step.rglob("SHA256SUMS"):
+            file.unlink()
+    with pytest.warns(UserWarning, match="step 15 is damaged and was moved"):
+        assert restore(run, stage.init_state()).step == 10
+
+
+def test_without_verifying_a_flipped_bit_passes(stage, finished, run):
+    for file in (run / "checkpoints" / "15" / "state").glob("SHA256SUMS"):
+        flip(file)
+    restored = restore(run, stage.init_state(), verify=False)
+    assert_trees_equal(restored.state, finished[1].state)
+
+
+def test_load_generator_names_a_damaged_file(run, finished):
+    files = [f for f in (run / "checkpoints" / "15" / "state").rglob("d/*") if f.is_file()]
+    flip(max(files, key=lambda f: f.stat().st_size))
+    with pytest.raises(DamagedFile, match=r"is damaged \(another checksum\)"):
+        load_generator(run, abstract(finished[1].state.generator.params))
+    with pytest.raises(DamagedFile, match=r"the checkpoint of step 15 in .* is damaged: "):
+        verify_generator(run)
 
 
 def test_another_configuration_is_refused(stage, run):

@@ -129,7 +129,7 @@ def train_toy(workdir, num_steps: int = 20, stage: ToyStage | None = None, **set
 
 def amid_saves(call: Callable[[int], Any]) -> None:
     """Calls `call(index)` in every save, when the iterator's state has been written."""
-    handler = training_checkpoints._JsonHandler
+    handler = training_checkpoints.JsonHandler
     save = handler.async_save
 
     async def async_save(self, directory, args):
