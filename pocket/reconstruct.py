@@ -25,6 +25,7 @@ from rich.progress import track
 
 from checkpoint_converters import reading
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
 from omniforcing_jax.models.audio import mel, vocoder
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.video_vae import model as video_vae
@@ -156,10 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=pathlib.Path, required=True, help="folder for clips and table")
     args = parser.parse_args(argv)
     console = Console(stderr=True)
+    files = [args.folder / f"{name}.safetensors" for name in PARTS]
     coders = Coders.load(args.folder)
     coders.config.video_vae.latent_frames(args.frames)
     seeds = split_seeds("validation", args.clips)
-    args.output.mkdir(parents=True, exist_ok=True)
+    outputs.claim_folder(args.output, "pocket.reconstruct", files)
     clips = [make_clip(seed, args.frames) for seed in seeds]
     table = judge(coders, clips, args.output, console)
     Console(width=140).print(make_table(table))

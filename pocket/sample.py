@@ -34,6 +34,7 @@ from rich.progress import track
 
 from omniforcing_jax import programs
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
+from omniforcing_jax.io import outputs
 from omniforcing_jax.pipeline import Pipeline, decode_clip, load_pipeline
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import POSITIONS
@@ -268,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     console = Console(stderr=True)
+    outputs.claim_folder(args.output, "pocket.sample", [args.checkpoint, args.text_encoder])
     seeds = choose_seeds(args.clips, args.balls)
     captions = [clip_caption(seed, WORLD) for seed in seeds]
     if args.sampler in MODEL_FREE:
@@ -279,7 +281,6 @@ def main(argv: list[str] | None = None) -> int:
         rate = pipeline.config.vocoder.sample_rate
         layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
         clips = sample_all(args, sampler, captions, console)
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "captions.txt").write_text("".join(f"{text}\n" for text in captions))
     results: list[MeasuredClip] = []
     for number, (frames, waveform) in enumerate(clips):

@@ -10,11 +10,11 @@ component lies.
 """
 
 import contextlib
-import gc
 import json
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -247,27 +247,39 @@ def _verify(path: epath.Path, component: str, content: Mapping[str, Any], **shar
 
 @contextlib.contextmanager
 def reading(path: epath.Path) -> Iterator[None]:
-    """Whatever Orbax and TensorStore raise for damaged weights, and log of it, as one error.
+    """Whatever Orbax and TensorStore raise for damaged weights, and print of it, as one error.
 
     Raises:
       DamagedFile: the first thing that they found.
     """
-    logger = logging.getLogger("asyncio")  # hears of every array that could not be read
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:
         if not is_damage(error):
             raise
-        first = " ".join(str(error).split())[:300]
+        _silence_other_arrays()
+        first = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        text = " ".join(str(first).split())[:300]
         raise DamagedFile(
-            f"{path} cannot be read: {first}; it is damaged or no complete copy: copy it again, or "
+            f"{path} cannot be read ({text}): it is damaged or no complete copy; copy it again, or "
             "make it again"
         ) from error
-    finally:
-        gc.collect()  # what was not looked at is logged when it goes
-        logger.setLevel(level)
+
+
+def _silence_other_arrays() -> None:
+    """Orbax leaves the reads of all arrays behind, each of which tells of its failure when it goes:
+    in the log of asyncio, or, at the end of Python, as an exception that is ignored."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        code = getattr(unraisable.object, "cr_code", None)
+        if "orbax" not in getattr(code, "co_filename", ""):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def is_damage(error: Exception) -> bool:

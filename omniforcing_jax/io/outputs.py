@@ -1,8 +1,8 @@
 """Which files and folders a program may replace: those that it wrote, and never its inputs.
 
 What a program writes carries its name, as `written_by`: in config.json or manifest.json of a
-folder, among the fields of a JSON file, in the metadata of a safetensors file, a PNG or an MP4. So
---overwrite cannot destroy what the same program would not make again.
+folder or a file of that name, among the fields of a JSON file, in the metadata of a safetensors
+file, a PNG or an MP4. So --overwrite cannot destroy what the same program would not make again.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 from omniforcing_jax.io.paths import is_remote, new_file
 
 MARK = "written_by"
+_CLAIM = f".{MARK}"
 _DESCRIPTIONS = ("config.json", "manifest.json")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -62,6 +63,20 @@ def check(*outputs: Path | None, program: str, **settings: Any) -> None:
         raise ValueError("; ".join(found))
 
 
+def claim_folder(folder: Path, program: str, inputs: Iterable[Path | None] = ()) -> None:
+    """Creates a folder for several files of a program, or takes one that it had before.
+
+    Raises:
+      ValueError: it is not empty and not the program's, or is, holds or lies in an input.
+    """
+    folder = pathlib.Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder}: is a file; choose another --output")
+    check(folder, program=program, overwrite=True, inputs=inputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _CLAIM).write_text(f"{program}\n")
+
+
 def check_apart(output: Path, inputs: Iterable[Path | None]) -> None:
     """Raises ValueError for an output that is, holds or lies in an input."""
     if found := overlap(output, inputs):
@@ -94,6 +109,8 @@ def written_by(path: Path) -> str | None:
     path = pathlib.Path(path)
     try:
         if path.is_dir():
+            if (path / _CLAIM).is_file():
+                return (path / _CLAIM).read_text().strip()
             marks = (_json_mark(path / name) for name in _DESCRIPTIONS if (path / name).is_file())
             return next(filter(None, marks), None)
         readers = {".json": _json_mark, ".safetensors": _safetensors_mark}

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from omniforcing_jax import programs
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import ClipGeometry, draw_noise
+from omniforcing_jax.io import outputs
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer, init_params
 from omniforcing_jax.sampling import flow, student
@@ -477,9 +478,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[GaussianProblem, pat
 def main(argv: list[str] | None = None) -> int:
     """Command line: runs everything, writes the JSON file and the plots, prints the table."""
     problem, output = parse_arguments(argv)
+    outputs.claim_folder(output, "pocket.known_answer.solve")
     start = time.perf_counter()
     result = run(problem) | {"minutes": round((time.perf_counter() - start) / 60, 1)}
-    output.mkdir(parents=True, exist_ok=True)
     (output / "known_answer.json").write_text(json.dumps(result, indent=1) + "\n")
     rows = [(name, *(f"{row[d]:.3f}" for d in DISTANCES)) for name, row in result["table"].items()]
     print(markdown([name.replace("_", " ") for name in DISTANCES], rows))

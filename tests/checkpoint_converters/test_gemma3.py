@@ -17,6 +17,7 @@ from checkpoint_converters import gemma3, orbax_io, synthetic, synthetic_gemma
 from checkpoint_converters.gemma3 import GEMMA_12B
 from checkpoint_converters.key_map import GEMMA, TEXT_TOWER
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
+from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.text.gemma import init_boxed_params
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.text.encoder_files import load_gemma_config
@@ -84,7 +85,7 @@ def test_every_layout_gives_the_exact_weights(layout, source, tmp_path):
         source, tmp_path / "hf", others, lambda key: LAYOUTS[layout] + key.removeprefix(GEMMA)
     )
     content = gemma3.convert(folder, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == content
+    assert checkpoints.read_json(tmp_path / "out" / "config.json") == content
     assert content["family"] == "gemma3" and content["format"] == 1
     assert content["config"] == json.loads((folder / "config.json").read_text())["text_config"]
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
@@ -334,7 +335,7 @@ def test_synthetic_folder(source, tmp_path):
     synthetic_gemma.write(tmp_path / "other", "tiny", seed=1)
     name = "model-00001-of-00002.safetensors"
     assert (tmp_path / "other" / name).read_bytes() != (source / name).read_bytes()
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ConversionError, match="not empty; choose another"):
         synthetic_gemma.write(tmp_path / "other", "tiny")
     with pytest.raises(ValueError, match=r"size must be one of tiny, small, .*full"):
         synthetic_gemma.write(tmp_path / "new", "huge")

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import fcntl
 import io
-import json
 import pathlib
 import re
 import shutil
@@ -546,9 +545,9 @@ def test_features_of_another_model_are_refused(checkpoint, tmp_path, capsys):
 def test_gemma_of_another_model_is_refused(checkpoint, random_gemma, tmp_path, capsys):
     shutil.copytree(random_gemma, tmp_path / "gemma")
     config = tmp_path / "gemma" / "config.json"
-    content = json.loads(config.read_text())
+    content = checkpoints.read_json(config)
     content["config"]["hidden_size"] = 48
-    config.write_text(json.dumps(content))
+    checkpoints.write_json(config, content)
     more = sentences(tmp_path / "gemma", tmp_path / "cache", "a calm sea")
     assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
     assert "of width 32, the text tower's have 48" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """From sentences to contexts: the reference end to end, misfits refused early, meshes, int8."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -85,9 +84,9 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
     def changed(name, **changes):
         folder = tmp_path / name
         shutil.copytree(gemma, folder)
-        content = json.loads((folder / "config.json").read_text())
+        content = checkpoints.read_json(folder / "config.json")
         content["config"] |= changes
-        (folder / "config.json").write_text(json.dumps(content))
+        checkpoints.write_json(folder / "config.json", content)
         return folder
 
     cases = [
@@ -111,9 +110,9 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
 def test_weights_that_do_not_fit_the_config_are_named(gemma, random_checkpoint, tmp_path):
     shutil.copytree(gemma, tmp_path / "gemma")
     file = tmp_path / "gemma" / "config.json"
-    content = json.loads(file.read_text())
+    content = checkpoints.read_json(file)
     content["config"]["intermediate_size"] = 65
-    file.write_text(json.dumps(content))
+    checkpoints.write_json(file, content)
     with pytest.raises(ValueError, match=r"ff/up/kernel has shape \[8, 32, 64\], must be \[8, 32"):
         load(tmp_path / "gemma", random_checkpoint("2.0"))
     shutil.rmtree(tmp_path / "gemma" / "text_tower")
@@ -141,9 +140,9 @@ def test_converted_folders_without_a_fingerprint_are_refused(gemma, random_check
     def without(folder):
         copy = tmp_path / folder.name
         shutil.copytree(folder, copy)
-        content = json.loads((copy / "config.json").read_text())
+        content = checkpoints.read_json(copy / "config.json")
         del content["fingerprints"]
-        (copy / "config.json").write_text(json.dumps(content))
+        checkpoints.write_json(copy / "config.json", content)
         return copy
 
     checkpoint = random_checkpoint("2.0")

@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import jax
@@ -16,7 +18,8 @@ from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.training.loop import Hook, LoopConfig, TrainingDiverged
 from omniforcing_jax.training.metrics import read_records
 from omniforcing_jax.training.objectives.common import on_devices
-from tests.training.toy_stage import ToyBatches, ToyStage, train_toy
+from omniforcing_jax.training.training_checkpoints import TrainingCheckpoints, latest_step
+from tests.training.toy_stage import RUN_CONFIG, ToyBatches, ToyStage, train_toy
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,46 @@ def test_killed_in_a_step_and_in_a_save(stage, tmp_path, reference):
     # Parts of this run were compiled in other processes, and XLA's CPU compiler does not always
     # make the same code of the same program. Within one program the bits agree: see above.
     assert_same_run(tmp_path, outcome, reference, rounding=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_and_stopped_at_random(tmp_path, seed):
+    """SIGKILL and SIGTERM at random moments, mostly amid saves: no bit and no step is lost."""
+    steps, rng, kills = 300, random.Random(seed), 0
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),  # all run the same program
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(folder):
+        program = [sys.executable, "-m", "tests.training.toy_stage"]
+        command = [*program, folder, str(steps), "step", "-1"]
+        return subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "undisturbed").wait() == 0
+    run, status = tmp_path / "run", None
+    while status != 0:
+        before = latest_step(run) or 0
+        process = start(run)
+        while process.poll() is None and (latest_step(run) or 0) <= before:
+            time.sleep(0.05)  # imports
+        time.sleep(rng.uniform(0, 1.5))
+        if process.poll() is None:
+            process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM)))
+            kills += 1
+        status = process.wait()
+        assert (latest_step(run) or 0) > before, "no progress, or a step was lost"
+    assert kills >= 3
+    assert not (run / "damaged_checkpoints").exists()
+    assert curve(run) == curve(tmp_path / "undisturbed")
+    states = []
+    for folder in (run, tmp_path / "undisturbed"):
+        with TrainingCheckpoints(folder) as saved:
+            restored = saved.restore(ToyStage().init_state(), ToyBatches(), RUN_CONFIG)
+        assert restored.step == steps
+        states.append(restored.state)
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_divergence_names_step_loss_and_gradient(stage, tmp_path):
