@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from checkpoint_converters import orbax_io
+from checkpoint_converters import downloads, orbax_io
 from checkpoint_converters.computed import ComputedTensor
 from checkpoint_converters.output import appearing, folder_problems, progress_bar
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_middle
@@ -39,6 +39,7 @@ class ConversionPlan(NamedTuple):
       copied_fingerprints: {component: fingerprint} of these.
       files: {name: what is in it} of other files that belong to the checkpoint; a path is copied.
       inputs: everything that was read, which the output must not touch.
+      weights: files of weights, whose checksums may be known (`downloads`).
     """
 
     config_json: dict
@@ -48,6 +49,7 @@ class ConversionPlan(NamedTuple):
     copied_fingerprints: Mapping[str, str] = {}
     files: Mapping[str, pathlib.Path | bytes] = {}
     inputs: tuple[str | os.PathLike, ...] = ()
+    weights: tuple[pathlib.Path, ...] = ()
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -91,6 +93,7 @@ def run(
     overwrite: bool = False,
     allow_non_finite: bool = False,
     show_progress: bool = False,
+    verify: bool = True,
 ) -> dict:
     """Writes a converted checkpoint, or raises and leaves nothing behind.
 
@@ -105,6 +108,7 @@ def run(
       overwrite: replace an earlier conversion at `output`.
       allow_non_finite: write weights that are not finite as they are.
       show_progress: draw a progress bar.
+      verify: hash files of weights whose checksum is known before anything is written.
 
     Returns:
       The content of `config.json`: the plan's, and "fingerprints".
@@ -129,6 +133,8 @@ def run(
     num_bytes += sum(file.stat().st_size for file in copied)
     program = plan.config_json.get(outputs.MARK, "")
     problems = problems + folder_problems(output, overwrite, num_bytes, program, plan.inputs)
+    if not problems and verify:
+        problems = downloads.damaged(plan.weights[index::count])
     if problems:
         raise ConversionError(problems)
     fingerprints = {component: fingerprint(group) for component, group in leaves.items()}
@@ -241,6 +247,7 @@ def main(
         "a restore on any other mesh works too, but reads more",
     )
     add("--overwrite", action="store_true", help="replace an earlier conversion")
+    add("--no-verify", action="store_false", dest="verify", help="compare no known checksums")
     add("--allow-non-finite", action="store_true", help="convert weights with NaN or infinities")
     add(
         "--distributed",

@@ -110,7 +110,9 @@ def convert(
     if notes:
         content["notes"] = list(notes)
     inputs = (source, tokenizer or source)
-    plan = converting.ConversionPlan(content, tensors, (TEXT_TOWER,), files=found, inputs=inputs)
+    plan = converting.ConversionPlan(
+        content, tensors, (TEXT_TOWER,), files=found, inputs=inputs, weights=tuple(files)
+    )
     return converting.run(plan, problems, output, **options)
 
 

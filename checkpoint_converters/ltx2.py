@@ -81,7 +81,9 @@ def convert(
         if checkpoint.notes:
             content["notes"] = list(checkpoint.notes)
         read = (*inputs, *(file for file, _ in loras))
-        plan = converting.ConversionPlan(content, tensors, taken, inputs=read)
+        plan = converting.ConversionPlan(
+            content, tensors, taken, inputs=read, weights=checkpoint.files
+        )
     return converting.run(plan, problems, output, **options)
 
 

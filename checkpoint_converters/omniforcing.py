@@ -172,6 +172,7 @@ def convert(
         other.copies,
         other.fingerprints,
         inputs=(path,) if base is None else (path, base),
+        weights=(*files, *other.files),
     )
     return converting.run(plan, problems, output, **options)
 

@@ -195,10 +195,10 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     """Reads, checks, encodes and writes."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
-    outputs.check_apart(args.output, [args.gemma, args.checkpoint, args.prompts])
     print_line = progress.console.print
     prompts = read_prompts(args.prompts, args.column)
     files = check_encoder(args.gemma, args.checkpoint, length=args.length)
+    outputs.check_apart(args.output, [args.gemma, args.checkpoint, args.prompts])
     trained = TrainedSettings.read(checkpoints.load_config(args.checkpoint)).text_length
     if trained not in (None, files.length):
         print_line(*options.list_deviations([options.deviation("length", files.length, trained)]))

@@ -29,6 +29,16 @@ from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.paths import locate
 
 FORMAT = 1
+FAMILIES = ("ltx2", "omniforcing")
+# entries of config.json that code relies on; the last three may be missing
+_ENTRIES = {
+    "model_version": str,
+    "config": dict,
+    "components": list,
+    "fingerprints": dict,
+    "checksums": dict,
+    "folders": dict,
+}
 COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
 # The metadata's sections that may describe a component; the last is LTX-2's own.
 _SECTIONS = {
@@ -74,7 +84,28 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
             f"{file}: format {content.get('format')!r}, this version reads {FORMAT}; convert the "
             f"weights again: {_HOW_TO_CREATE.format(folder=folder)}"
         )
+    _check_content(file, content)
     return content
+
+
+def _check_content(file: epath.Path, content: Mapping[str, Any]) -> None:
+    """Raises ValueError for a config.json of something else, or with entries of a wrong kind."""
+    if content.get("family") not in FAMILIES:
+        kind = f"a {content['family']!r} model" if "family" in content else "something else"
+        config = content.get("config")
+        if isinstance(config, dict) and "stage" in config:
+            kind = "a training run"
+        raise ValueError(
+            f"{file} describes {kind}, not a converted LTX-2 or student of it; "
+            f"{_HOW_TO_CREATE.format(folder='FOLDER')}"
+        )
+    wrong = [
+        f"{name} must be a {kind.__name__}, not {content.get(name)!r:.60}"
+        for name, kind in _ENTRIES.items()
+        if not isinstance(content.get(name, {}), kind)
+    ]
+    if wrong:
+        raise ValueError(f"{file}: {'; '.join(wrong)}; copy it again, or convert again")
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
@@ -96,8 +127,12 @@ def read_json(file: epath.Path) -> dict[str, Any]:
 def write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
     """Writes an object with its checksum; an older file stays until the new one is complete."""
     temporary = file.with_name(f".{file.name}.new")
-    temporary.write_text(json.dumps(checksums.seal(content), indent=1))
-    temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(checksums.seal(content), indent=1))
+        temporary.replace(file)
+    except OSError:  # no room
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def component_metadata(content: Mapping[str, Any], component: str) -> dict[str, Any]:

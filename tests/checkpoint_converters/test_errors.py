@@ -13,10 +13,10 @@ import textwrap
 import numpy as np
 import pytest
 
-from checkpoint_converters import checks, export, ltx2, omniforcing, orbax_io, synthetic
+from checkpoint_converters import checks, downloads, export, ltx2, omniforcing, orbax_io, synthetic
 from checkpoint_converters.key_map import DIT
 from checkpoint_converters.safetensors_io import ConversionError, read_header
-from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io import checkpoints, checksums
 from tests.checkpoint_converters.files import rewrite_file as rewrite
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -121,6 +121,45 @@ def test_offsets_that_overlap_or_leave_gaps(tmp_path, change, text):
     bad = with_header(tmp_path / "bad", lambda header: header["b"].update(change))
     with pytest.raises(ConversionError, match=text):
         read_header(bad)
+
+
+def test_a_flipped_bit_of_our_own_files_is_named(source, tmp_path):
+    data = bytearray(source.read_bytes())
+    name = data.index(b"attention_head_dim") + 3
+    for place, text in ((-5, ": is damaged (another"), (name, ": its header is damaged (another")):
+        copy = bytearray(data)
+        copy[place] ^= 1
+        (tmp_path / "bad.safetensors").write_bytes(copy)
+        said = refused(tmp_path / "bad.safetensors", tmp_path / "out")
+        assert f"bad.safetensors{text}" in said
+
+
+@pytest.mark.parametrize("layout", ["cache", "folder", "list"])
+def test_downloads_are_compared_with_what_was_published(source, tmp_path, layout):
+    """A flipped bit in a file that has no checksum inside, but of which the hub says it."""
+    file, name = tmp_path / "in" / "model.safetensors", checksums.hash_files([source])[0]
+    file.parent.mkdir()
+    if layout == "cache":
+        blobs = tmp_path / "blobs"
+        blobs.mkdir()
+        shutil.copy(source, blobs / name)
+        file.symlink_to(blobs / name)
+    else:
+        shutil.copy(source, file)
+    if layout == "folder":
+        note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+        note.parent.mkdir(parents=True)
+        note.write_text(f"{'0' * 40}\n{name}\n{file.stat().st_mtime}\n")
+    if layout == "list":
+        (file.parent / "SHA256SUMS").write_text(f"{name}  {file.name}\n")
+    assert downloads.known_checksum(file) == name and downloads.damaged([file]) == []
+    with file.open("r+b") as opened:
+        opened.seek(-3, 2)
+        opened.write(b"x")
+    if layout == "folder":
+        os.utime(file, (0, 0))  # damaged on the disk, not changed by anybody
+    said = refused(file, tmp_path / "out")
+    assert f"{file}: is damaged (its SHA-256 is not that of what was published)" in said
 
 
 @pytest.mark.parametrize("metadata", [[], "x", None, 3])

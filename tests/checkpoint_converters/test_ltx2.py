@@ -234,7 +234,9 @@ def test_shards_with_index(tiny, tmp_path):
         assert_trees_equal(
             reading.load_component(path, "audio_vae"), reading.load_component(source, "audio_vae")
         )
-    content = ltx2.convert(tmp_path, tmp_path / "out", components=("audio_vae",))
+    with pytest.raises(ConversionError, match="out: lies in the input"):
+        ltx2.convert(tmp_path, tmp_path / "out", components=("audio_vae",))
+    content = ltx2.convert(index, tmp_path / "out", components=("audio_vae",))
     assert content["config"] == checkpoints.load_config(converted)["config"]
     assert [entry["name"] for entry in content["source"]] == sorted(set(weight_map.values()))
 

@@ -90,3 +90,33 @@ def test_object_storage(tmp_path, monkeypatch):
         checkpoints.save_params("gs://bucket/a", "vocoder", {"a": np.full(1, value)}, CONTENT)
         assert checkpoints.load_params("gs://bucket/a", "vocoder")["a"] == value
     assert [path.name for path in epath.Path(tmp_path).iterdir()] == ["bucket"]
+
+
+def test_folders_of_another_kind(checkpoint, tmp_path):
+    good = checkpoints.load_config(checkpoint)
+    run = {"format": 1, "config": {"stage": "stage1"}}
+    for content, text in (
+        (run, "describes a training run, not a converted LTX-2"),
+        (good | {"family": "gemma3"}, "describes a 'gemma3' model, not a converted LTX-2"),
+        ({"format": 1}, "describes something else, not a converted LTX-2"),
+        ({"format": 1, "config": 7}, "describes something else, not a converted LTX-2"),
+        (good | {"components": "vocoder"}, "components must be a list, not 'vocoder'"),
+        (good | {"config": None, "model_version": 2.0}, "model_version must be a str, not 2.0; c"),
+        (good | {"folders": []}, r"folders must be a dict, not \[\]"),
+    ):
+        checkpoints.write_json(checkpoint / "config.json", content)
+        with pytest.raises(ValueError, match=f"^{checkpoint / 'config.json'}:? .*{text}") as error:
+            checkpoints.load_params(checkpoint, "vocoder")
+        assert "\n" not in str(error.value)
+
+
+def test_a_changed_config_is_named(checkpoint):
+    file = checkpoint / "config.json"
+    text = file.read_text()
+    file.write_text(text.replace('"2.0.0"', '"2.3.0"'))
+    with pytest.raises(checkpoints.DamagedFile, match=r"remove its 'checksum'"):
+        checkpoints.load_config(checkpoint)
+    content = checkpoints.json.loads(file.read_text())
+    del content["checksum"]
+    file.write_text(checkpoints.json.dumps(content))
+    assert checkpoints.load_config(checkpoint)["model_version"] == "2.3.0"

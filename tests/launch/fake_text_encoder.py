@@ -37,7 +37,7 @@ class FakeTextEncoder:
         self._dims = dims
 
     @classmethod
-    def load(cls, gemma, checkpoint, *, dtype, quantize, length, mesh):
+    def load(cls, gemma, checkpoint, *, dtype, quantize, length, mesh, verify=True):
         metadata = json.loads((pathlib.Path(checkpoint) / "config.json").read_text())
         config = ConnectorConfig.from_metadata(metadata["config"]["transformer"])
         return cls(

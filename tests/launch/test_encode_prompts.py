@@ -181,7 +181,7 @@ def test_several_hosts(random_gemma, random_checkpoint, tmp_path, fake):
         (["--length", "100"], "a multiple of the 128 registers"),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--output", "latin1.txt"], "is a file"),
-        (["--output", "."], "holds other files"),
+        (["--output", "."], "holds the input"),
     ],
 )
 def test_bad_input_is_refused_before_weights_are_read(

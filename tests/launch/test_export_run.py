@@ -153,7 +153,7 @@ def test_a_file_that_fails_says_what_was_written(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(export_run, "export", fail)
     file = tmp_path / "student.safetensors"
     interrupted = isinstance(error, KeyboardInterrupt)
-    status = export(tmp_path, tmp_path, "--safetensors", str(file))
+    status = export(tmp_path / "run", tmp_path, "--safetensors", str(file))
     assert status == (130 if interrupted else 2)
     text = capsys.readouterr().err
     assert "nothing was written" not in text
