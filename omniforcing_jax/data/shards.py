@@ -282,7 +282,30 @@ def open_shards(kind: Kind, folder: str | os.PathLike) -> tuple[Any, Any, dict[s
             f"{folder} is damaged: its shards have {num_bytes} bytes, they were written with "
             f"{builder.info.splits[SPLIT].num_bytes}; copy it again"
         )
-    return manifest, builder.as_data_source(SPLIT), load_file(folder / _NEGATIVE)
+    records = _Records(folder, builder.as_data_source(SPLIT))
+    return manifest, records, load_file(folder / _NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+    """A data source whose errors name the folder; the libraries raise whatever they like."""
+
+    folder: pathlib.Path
+    source: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.folder} has {len(self)} records, not one of number {index}")
+        try:
+            return self.source[index]
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise DamagedFile(
+                f"{self.folder}: record {index} is damaged ({text}); copy the folder again"
+            ) from error
 
 
 def _serialize(features: Any, example: Mapping[str, Any]) -> bytes:

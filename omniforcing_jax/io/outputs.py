@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from omniforcing_jax.io.paths import is_remote, new_file
+from omniforcing_jax.io.paths import is_remote, locate, new_file
 
 MARK = "written_by"
 _CLAIM = f".{MARK}"
@@ -189,8 +189,8 @@ def check_run(
     """
     if found := overlap(workdir, inputs, option):
         raise ValueError(found)
-    folder = pathlib.Path(workdir)
-    if is_remote(workdir) or not folder.exists():
+    folder = locate(workdir)
+    if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another {option}")
@@ -204,7 +204,9 @@ def check_run(
     else:
         try:
             found = json.loads(config.read_text())["config"][kind[0]]
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            if isinstance(error, ValueError) and (folder / "checkpoints").is_dir():
+                return  # a run's, damaged: it is written anew, and the checkpoints have it, too
             found = None
         if found == kind[1]:
             return

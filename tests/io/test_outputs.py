@@ -106,7 +106,9 @@ def test_runs(tmp_path):
     (run / "my notes").touch()
     (tmp_path / "killed" / "checkpoints").mkdir(parents=True)
     (tmp_path / "killed" / ".shared.1").touch()
-    for folder in (run, tmp_path / "killed", tmp_path / "new", "gs://bucket/run"):
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "cut" / "config.json").write_text('{"config": {"sta')
+    for folder in (run, tmp_path / "killed", tmp_path / "cut", tmp_path / "new"):
         check(folder)
     other = write_json(tmp_path / "other" / "config.json", {"config": {"stage": "stage1"}}).parent
     ltx2 = write_json(tmp_path / "ltx2" / "config.json", {"config": {"transformer": {}}}).parent
