@@ -33,7 +33,7 @@ from omniforcing_jax.data.clip_files import ClipFile, ClipList, read_clip_list
 from omniforcing_jax.data.clips import CLIPS, ClipsManifest, ClipsWriter, EncodedClip
 from omniforcing_jax.data.text_dataset import TextDataset, open_text_dataset, own_tokens
 from omniforcing_jax.distributed import multihost
-from omniforcing_jax.io import checkpoints, media_files
+from omniforcing_jax.io import checkpoints, media_files, outputs
 from omniforcing_jax.training.source_model import SourceModel
 from omniforcing_jax.types import DTYPES
 
@@ -189,6 +189,7 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     describe(manifest, clips, progress)
     if args.plan:
         return
+    outputs.check_apart(args.output, [args.clips, args.text, args.checkpoint])
     shards.check_folder(CLIPS, args.output, manifest)
     writer = ClipsWriter(args.output, manifest)
     if writer.complete:

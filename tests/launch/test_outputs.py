@@ -118,7 +118,7 @@ def test_what_a_program_wrote_it_replaces(world, tmp_path, capsys):
 def test_a_new_clip_is_complete_before_the_old_one_goes(world, tmp_path, monkeypatch, capsys):
     out = tmp_path / "clip.mp4"
     size = "--height 64 --width 64 --decode causal --sigmas 1 0 --seconds 1"
-    source = ["--checkpoint", str(world / "ltx2"), "--random-features"]
+    source = ["--checkpoint", str(world / "ltx2"), "--random-features", "--bidirectional"]
     arguments = [*source, *size.split(), "--output", str(out)]
     assert stream.main(arguments) == 0
     before = out.read_bytes()
