@@ -54,7 +54,7 @@ CASES = {
     "gemma: its input": (*GEMMA, "hf"),
     "gemma: in its input": (*GEMMA, "hf/converted"),
     "gemma: a checkpoint": (*GEMMA, "ltx2"),
-    "student: its base": (omniforcing, "--input {w}/tiny.safetensors --base {w}/ltx2 --overwrite"
+    "student: its base": (omniforcing, "--input {w}/tiny.safetensors --base {w}/ltx2 --num-heads 4 --overwrite"
                           " --output", "ltx2"),
     "export: the original": (*EXPORT, "tiny.safetensors"),
     "export: another file": (*EXPORT, "model.safetensors"),
