@@ -26,6 +26,8 @@ from omniforcing_jax.text.encoder_files import TEXT_TOWER
 
 DIT = "model.diffusion_model."
 GEMMA = "language_model.model."
+# the bytes of tokenizer.json in LTX-2.5's text encoder file, which no other file has
+TOKENIZER_TENSOR = "tokenizer_json"
 
 
 class Transform(NamedTuple):
@@ -74,6 +76,7 @@ KINDS: dict[str, dict[str, tuple[str, Transform]]] = {
     # PyTorch stores a transposed convolution as (in, out, k); ours is (k, in, out), not flipped
     "conv_transpose1d": {".weight": ("/kernel", Transform((2, 0, 1))), ".bias": ("/bias", _AS_IS)},
     "norm": {".weight": ("/scale", _AS_IS)},
+    "group_norm": {".weight": ("/scale", _AS_IS), ".bias": ("/bias", _AS_IS)},
     "embedding": {".weight": ("/embedding", _AS_IS)},
     "array": {"": ("", _AS_IS)},
     "sinks": {"": ("", Transform(squeeze=True))},
@@ -142,6 +145,9 @@ NAMES: dict[str, dict[str, str]] = {
     "stage": _same("down_blocks", "up_blocks"),
     "level": _same("down", "up"),
     "conv": _same("conv1", "conv2"),
+    "upsampler_end": _same("initial_conv", "final_conv"),
+    "upsampler_stage": _same("res_blocks", "post_upsample_res_blocks"),
+    "group_norm": _same("norm1", "norm2"),
     "audio_conv": _same("conv1", "conv2", "nin_shortcut"),
     "statistic": {"mean-of-means": "mean", "std-of-means": "std"},
     # LTX-2.0 has one generator, LTX-2.3 a vocoder and a bandwidth extension
@@ -171,8 +177,17 @@ NAMES: dict[str, dict[str, str]] = {
 }
 
 _BLOCK = "transformer_blocks.<layer>."
+_GEMMA4_LAYER = "sequence.<i>."
 _CONNECTOR = DIT + "<connector>."
 _CONNECTOR_BLOCK = _CONNECTOR + "transformer_1d_blocks.<layer>."
+
+_UPSAMPLER_BLOCK = "<upsampler_stage>.<i>."
+_UPSAMPLER = (
+    ("<upsampler_end>", "<upsampler_end>", "conv3d"),
+    ("initial_norm", "initial_norm", "group_norm"),
+    (_UPSAMPLER_BLOCK + "<conv>", "<upsampler_stage>_<i>/<conv>", "conv3d"),
+    (_UPSAMPLER_BLOCK + "<group_norm>", "<upsampler_stage>_<i>/<group_norm>", "group_norm"),
+)
 
 # component: (what its official keys begin with, ((the rest of the key, our path, kind), ...))
 KEY_MAP: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
@@ -251,6 +266,20 @@ KEY_MAP: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
             ("mel_stft.<stft>", "mel_stft/<stft>", "array"),
         ),
     ),
+    # the files of upsamplers have no prefix; checkpoint_converters.upsampler puts one in front
+    "spatial_upsampler": (
+        "spatial_upsampler.",
+        (
+            *_UPSAMPLER,
+            ("upsampler.0", "up", "conv2d"),
+            ("upsampler.conv", "rational_up", "conv2d"),
+            ("upsampler.blur_down.kernel", "blur", "array"),
+        ),
+    ),
+    "temporal_upsampler": (
+        "temporal_upsampler.",
+        (*_UPSAMPLER, ("upsampler.0", "up", "conv3d")),
+    ),
     TEXT_TOWER: (
         GEMMA,
         (
@@ -260,6 +289,13 @@ KEY_MAP: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
             ("layers.<layer>.self_attn.<gemma_heads>", "blocks/attn/<gemma_heads>", "linear"),
             ("layers.<layer>.self_attn.<qk_norm>", "blocks/attn/<qk_norm>", "norm"),
             ("layers.<layer>.mlp.<gemma_ff>", "blocks/ff/<gemma_ff>", "linear"),
+            # Gemma 4's layers differ, so they are not stacked. They are called `layers` as well;
+            # checkpoint_converters.gemma4 writes `sequence` instead, to tell them apart.
+            (_GEMMA4_LAYER + "<gemma_norm>", "layers_<i>/<gemma_norm>", "norm"),
+            (_GEMMA4_LAYER + "self_attn.<gemma_heads>", "layers_<i>/attn/<gemma_heads>", "linear"),
+            (_GEMMA4_LAYER + "self_attn.<qk_norm>", "layers_<i>/attn/<qk_norm>", "norm"),
+            (_GEMMA4_LAYER + "mlp.<gemma_ff>", "layers_<i>/ff/<gemma_ff>", "linear"),
+            (_GEMMA4_LAYER + "layer_scalar", "layers_<i>/scalar", "array"),
         ),
     ),
 }

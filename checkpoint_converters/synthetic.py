@@ -2,6 +2,7 @@
 
     python -m checkpoint_converters.synthetic --size tiny --version 2.0 --output tiny.safetensors
 
+With --upsampler, it is a latent upsampler for the checkpoint of that size, in its own layout.
 The weights are noise, but scaled so that activations stay finite and vary; a converted file runs
 through every part of the system. Tensors are made and written one at a time.
 """
@@ -22,10 +23,11 @@ from checkpoint_converters.output import file_problems, write_file
 from checkpoint_converters.published import published_config
 from checkpoint_converters.safetensors_io import DTYPES as DTYPES_OF_FILES
 from checkpoint_converters.safetensors_io import ConversionError
-from checkpoint_converters.shapes import ANY, expected_shapes
+from checkpoint_converters.shapes import ANY, expected_shapes, model_shapes
 from omniforcing_jax import programs
 from omniforcing_jax.io import outputs
 from omniforcing_jax.io.checkpoints import COMPONENTS
+from omniforcing_jax.models.upsampler import UpsamplerConfig
 from omniforcing_jax.types import DTYPES
 
 PROGRAM = "checkpoint_converters.synthetic"
@@ -251,6 +253,51 @@ def write_lora(
     write_file(pathlib.Path(path).absolute(), table, {"format": "pt"}, make)
 
 
+def write_upsampler(
+    path: str | os.PathLike,
+    size: str = "tiny",
+    version: str = "2.0",
+    kind: str = "spatial",
+    *,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+) -> dict:
+    """Writes a random upsampler; arguments as `write`.
+
+    Args:
+      kind: "spatial" (x2) or "temporal" (x2).
+
+    Returns:
+      The metadata's `config` object.
+
+    Raises:
+      ConversionError: there is no room for the file.
+    """
+    full = size == "full"
+    config = {
+        "_class_name": "LatentUpsampler",
+        "in_channels": SIZES[size]["latent"],
+        "mid_channels": 1024 if full else 32,
+        "num_blocks_per_stage": 4 if full else 1,
+        "dims": 3,
+        "spatial_upsample": kind == "spatial",
+        "temporal_upsample": kind == "temporal",
+    }
+    if kind == "spatial":
+        config |= {"spatial_scale": 2.0, "rational_resampler": version == "2.0"}
+    model = UpsamplerConfig.from_metadata(config)
+    prefix = model.component + "."  # of our table; the file has none
+    shapes = model_shapes(model.component, model)
+    table = {
+        key.removeprefix(prefix): (DTYPE_CHOICES[dtype], shape) for key, shape in shapes.items()
+    }
+    strings = {"config": json.dumps(config), "model_version": VERSIONS[version]}
+    write_file(
+        pathlib.Path(path).absolute(), table, strings, lambda key: _values(key, *table[key], seed)
+    )
+    return config
+
+
 # at most so much noise is drawn and then repeated: drawing 19B weights would take an hour
 _POOL = 1 << 22
 
@@ -270,8 +317,11 @@ def _values(key: str, dtype: np.dtype, shape: tuple[int, ...], seed: int) -> np.
         return _stft_basis(shape).astype(dtype)
     if key.startswith("vae.decoder.") and name == "weight":
         return _smooth_conv(key, shape, seed).astype(dtype)
+    if name == "kernel":  # of the rational resampler: binomial
+        row = np.array([1, 4, 6, 4, 1]) / 16
+        return np.broadcast_to(np.outer(row, row), shape).astype(dtype)
     mean, scale = 0.0, 0.05
-    if "_norm.weight" in key:
+    if re.search(r"(_norm|\.norm\d)\.weight$", key):
         mean = 1.0
     elif name == "weight":
         # a transposed convolution is stored as (in, out, k)
@@ -332,20 +382,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="transformer layers (default: the size's)")
     parser.add_argument("--seed", type=programs.SEED, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier one")
+    parser.add_argument(
+        "--upsampler", choices=("spatial", "temporal"), help="an upsampler for it, instead"
+    )
     args = parser.parse_args(argv)
+    if args.upsampler and args.dtype == FLOAT8:
+        parser.error("upsamplers have no fp8 layout; leave out --dtype float8")
     stay_on_host()
     output = args.output.absolute()
     if problems := file_problems(output, args.overwrite, 0, PROGRAM):
         raise ConversionError(problems)
+    common = {"seed": args.seed, "dtype": args.dtype}
     with programs.when_interrupted("nothing was written"):
-        write(
-            args.output,
-            args.size,
-            args.version,
-            seed=args.seed,
-            dtype=args.dtype,
-            num_layers=args.layers,
-        )
+        if args.upsampler:
+            write_upsampler(args.output, args.size, args.version, args.upsampler, **common)
+        else:
+            write(args.output, args.size, args.version, num_layers=args.layers, **common)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -40,6 +40,7 @@ _ENTRIES = {
     "folders": dict,
 }
 COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
+UPSAMPLERS = ("spatial_upsampler", "temporal_upsampler")  # each in a folder of its own
 # The metadata's sections that may describe a component; the last is LTX-2's own.
 _SECTIONS = {
     "transformer": ("transformer",),
@@ -47,7 +48,7 @@ _SECTIONS = {
     "video_vae": ("vae",),
     "audio_vae": ("audio_vae",),
     "vocoder": ("vocoder",),
-}
+} | {name: (name,) for name in UPSAMPLERS}
 _HOW_TO_CREATE = (
     "python -m checkpoint_converters.ltx2 --input LTX2.safetensors --output {folder} creates it "
     "(checkpoint_converters.omniforcing for a released OmniForcing student)"
@@ -416,8 +417,9 @@ def save_params(
 
 
 def _check_component(component: str) -> None:
-    if component not in COMPONENTS:
-        raise ValueError(f"component is {component!r}, must be one of {', '.join(COMPONENTS)}")
+    known = COMPONENTS + UPSAMPLERS
+    if component not in known:
+        raise ValueError(f"component is {component!r}, must be one of {', '.join(known)}")
 
 
 def _component_path(folder: str | os.PathLike, component: str) -> epath.Path:

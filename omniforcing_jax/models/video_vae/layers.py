@@ -96,11 +96,11 @@ class CausalConv3d(nn.Module):
             padding = [(0, 0), (0, 0), (0, 0)]
         else:
             padding = [(0, 0), (1, 1), (1, 1)]
-        x = _conv3d(x, kernel.astype(self.dtype), padding)
+        x = conv3d(x, kernel.astype(self.dtype), padding)
         return x + bias.astype(self.dtype)[None, None, None, None], cache
 
 
-def _conv3d(x: jax.Array, kernel: jax.Array, padding: list[tuple[int, int]]) -> jax.Array:
+def conv3d(x: jax.Array, kernel: jax.Array, padding: list[tuple[int, int]]) -> jax.Array:
     """Convolution of [B, F, H, W, C]; `padding` of the three axes, none in time.
 
     XLA's 3-D convolution is slow on CPUs. There, the sum of three 2-D convolutions, one for each

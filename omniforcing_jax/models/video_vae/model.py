@@ -403,7 +403,7 @@ def encode_chunk(
         variables = {"params": params["encoder"]}
         moments, cache = VideoEncoder(config, dtype).apply(variables, video.astype(dtype), cache)
     # moments [B, f, h, w, C + 1]
-    mean, std = _statistics(params)
+    mean, std = latent_statistics(params)
     return (moments[..., : config.latent_channels].astype(jnp.float32) - mean) / std, cache
 
 
@@ -440,7 +440,7 @@ def decode(
     return decode_chunk(config, params, latents, causal=causal, dtype=dtype)[0]
 
 
-def _statistics(params: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+def latent_statistics(params: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation of the latents' channels, [1, 1, 1, 1, C] float32."""
     statistics = params["per_channel_statistics"]
     return tuple(
@@ -471,7 +471,7 @@ def decode_chunk(
       ValueError: as `decode`.
     """
     check_latents(config, latents.shape)
-    mean, std = _statistics(params)
+    mean, std = latent_statistics(params)
     latents = (latents.astype(jnp.float32) * std + mean).astype(dtype)
     variables = {"params": params["decoder"]}
     with jax.named_scope("video_decoder"):
