@@ -45,9 +45,11 @@ from omniforcing_jax.data.text_dataset import TextDataset, open_text_dataset, ow
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.io import outputs
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.conditions import find_mode
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.trajectories import check_autoregressive, schedule_indices
 from omniforcing_jax.scaling import flops
+from omniforcing_jax.training.mixture import ConditionMixture, GivenInput
 from omniforcing_jax.training.ode_pair_sampler import Recipe, TrajectorySampler
 from omniforcing_jax.training.previews import ClipDecoder
 from omniforcing_jax.training.source_model import SourceModel
@@ -77,6 +79,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "student (default: those of the generator, else 1000 909 725 421)",
     )  # fmt: skip
     options.add_guidance(parser)
+    add(
+        "--conditions", nargs="+", metavar="MODE=SHARE",
+        help="of clips of which parts are given, such as t2av=0.5 i2av=0.5: those of another "
+        "sample of the same prompt; needs a layout",
+    )  # fmt: skip
     add("--seed", type=int, default=0)
     add("--repeats", type=int, default=1, help="trajectories per prompt (default 1)")
     add("--batch-size", type=int, help="clips per step of one process (default: one per device)")
@@ -145,6 +152,7 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
         sampling.check_model(Transformer(source.config.transformer))
     else:
         check_autoregressive(rollout, sampling.guidance)
+    given = plan_conditions(args, source, sampling)
     sigmas = flow.student_sigmas(args.timesteps, args.steps)
     devices = len(jax.local_devices())
     batch_size = devices if args.batch_size is None else args.batch_size
@@ -159,12 +167,38 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
     return PairsJob(
         source=source,
         recipe=Recipe(
-            sampling, schedule_indices(sampling.sigmas, sigmas), args.seed, rollout, num_blocks
+            sampling,
+            schedule_indices(sampling.sigmas, sigmas),
+            args.seed,
+            rollout,
+            num_blocks,
+            given,
         ),
         batch_size=batch_size,
-        manifest=make_manifest(args, text, source, sampling, rollout, sigmas.tolist()),
+        manifest=make_manifest(args, text, source, sampling, rollout, sigmas.tolist(), given),
         notes=notes,
     )
+
+
+def plan_conditions(
+    args: argparse.Namespace, source: SourceModel, sampling: SampleConfig
+) -> GivenInput | None:
+    """The mixture of --conditions; None without it."""
+    if not args.conditions:
+        return None
+    name = args.layout or source.config.layout_name
+    if name is None:
+        raise ValueError(f"--conditions needs --layout {' or '.join(LAYOUT_NAMES)}")
+    shares = {"t2av": 0.0}
+    for item in args.conditions:
+        mode, _, share = item.partition("=")
+        find_mode(mode)
+        try:
+            shares[mode] = float(share)
+        except ValueError:
+            raise ValueError(f"--conditions: {item!r} is not MODE=SHARE") from None
+    layout = source.config.layout(name, args.fps)
+    return GivenInput(ConditionMixture(**shares), sampling.clip, layout)
 
 
 def plan_blocks(
@@ -233,6 +267,7 @@ def make_manifest(
     sampling: SampleConfig,
     rollout: RolloutConfig | None,
     sigmas: list[float],
+    given: GivenInput | None,
 ) -> ODEPairsManifest:
     """What the dataset will be, but for the generator's fingerprint: no weights are read."""
     content = json.dumps(dataclasses.asdict(text.manifest), sort_keys=True)
@@ -273,6 +308,7 @@ def make_manifest(
         num_prompts=len(text),
         repeats=args.repeats,
         clips_per_shard=args.clips_per_shard,
+        conditions=None if given is None else dataclasses.asdict(given.mixture),
     )
 
 
@@ -296,6 +332,8 @@ def clip_cost(job: PairsJob) -> tuple[int, int]:
             audio_keys=audio,
             text_tokens=length,
         )
+    if recipe.given is not None:  # what is given is sampled, too
+        calls, work = 2 * calls, 2 * work
     texts = len(passes) * calls if config.text_adaln else 1 + ("uncond" in passes)
     return len(passes) * calls, len(passes) * work + texts * flops.text_flops(config, length)
 

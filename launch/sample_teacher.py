@@ -13,6 +13,11 @@ them from the prompt's text instead:
         --prompt "a dog barks" --stg-block 1 --frames 25 --height 128 --width 192 --steps 8 \\
         --output outputs/tiny.mp4
 
+Something can be given instead of generated (`launch.given_files`): a first picture, others later on
+(`--image cat.png`, `--keyframe end.png 120`), the sound (`--audio speech.wav`), a film to go on
+from or to make the sound of (`--video clip.mp4 --extend`, `--video silent.mp4 --foley`), and a
+voice to speak with (`--reference voice.wav`).
+
 Size, rate, length, steps and guidance are by default what the checkpoint says that the model was
 trained with, and those of the LTX-2 pipelines for its version where it does not say. LTX-2's own
 distilled weights do not: turn guidance off with --cfg-video 1 --cfg-audio 1 --stg 0 --modality 1
@@ -29,7 +34,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from launch import compilation, options
+from launch import compilation, given_files, options
+from launch.given_files import GivenFiles
 from omniforcing_jax import (
     PipelineConfig,
     PromptEncoder,
@@ -43,8 +49,9 @@ from omniforcing_jax import (
 )
 from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION
 from omniforcing_jax.models.video_vae import model as video_vae
+from omniforcing_jax.sampling.conditions import mode_frozen
 from omniforcing_jax.sampling.guidance import LTX23_GUIDANCE
-from omniforcing_jax.sampling.teacher import Prompt, check_prompts
+from omniforcing_jax.sampling.teacher import Prompt, check_prompts, without_guidance_of
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming import media
 
@@ -69,6 +76,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help="denoising steps (default: as trained, else 40, or 30 for 2.3)")
     add("--seed", type=int, default=0)
     options.add_guidance(parser)
+    given_files.add_options(parser)
     options.add_dtype(parser)
     options.add_attention(parser)
     options.add_verify(parser)
@@ -83,6 +91,7 @@ class ClipRequest:
     Attributes:
       prompt, negative: contexts, or sentences for the encoder.
       notes: what is otherwise than one might think, a line each.
+      given: what the clip is given; None is nothing.
     """
 
     sample: SampleConfig
@@ -90,6 +99,7 @@ class ClipRequest:
     negative: Prompt | str | None
     encoder: PromptEncoder | None
     notes: list[str]
+    given: GivenFiles | None = None
 
 
 def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipRequest:
@@ -133,18 +143,21 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
     )
     model = Transformer(config.transformer)
     sampling.check_model(model)
+    given = given_files.read(args, sampling.clip, config)
+    if given is not None:
+        sampling = without_guidance_of(sampling, mode_frozen(given.mode))
+        notes += given.notes
     needs_negative = "uncond" in sampling.guidance.passes()
     _check_sources(args, needs_negative)
     if args.text_encoder:
         encoder = options.make_encoder(args)
         negative = args.negative_prompt or ""
         encoder.check([args.prompt, negative])
-        return ClipRequest(
-            sampling, args.prompt, negative if needs_negative else None, encoder, notes
-        )
+        negative = negative if needs_negative else None
+        return ClipRequest(sampling, args.prompt, negative, encoder, notes, given)
     prompt, negative = _contexts(args, config, needs_negative)
     check_prompts(model, prompt, negative, sampling.guidance)
-    return ClipRequest(sampling, prompt, negative, None, notes)
+    return ClipRequest(sampling, prompt, negative, None, notes, given)
 
 
 def clip_frames(args: argparse.Namespace, trained: TrainedSettings, notes: list[str]) -> int:
@@ -235,7 +248,11 @@ def run(
     request = encode_sentences(request, console)
     sampling = request.sample
     compilation.use_cache(not args.no_compilation_cache)
-    dtype = options.compute_dtype(args)
+    dtype, given, condition = options.compute_dtype(args), request.given, None
+    if given is not None:
+        with timed(console, f"encoding what is given ({given.mode})"):
+            config = PipelineConfig.from_checkpoint(args.checkpoint)
+            condition = given.condition(args.checkpoint, sampling.clip, config, dtype)
     with timed(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
         pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify)
     passes = sampling.guidance.passes()
@@ -248,6 +265,7 @@ def run(
             request.negative,
             jax.random.key(args.seed),
             sampling,
+            condition=condition,
         )
         finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), latents)
     if not (finite.video and finite.audio):
@@ -260,6 +278,9 @@ def run(
         frames, waveform = decode_clip(
             pipeline.config, pipeline.params, latents, size, pipeline.dtype
         )
+    if given is not None:  # comes out as it went in
+        frames = frames if given.shown is None else given.shown
+        waveform = waveform if given.played is None else given.played.waveform
     with timed(console, f"writing {args.output}"):
         writer.write(frames, waveform)
         writer.close()
@@ -279,12 +300,13 @@ def main(argv: list[str] | None = None) -> int:
     request = check_arguments(args, config)
     for note in request.notes:
         print(note, file=sys.stderr)
+    played = request.given and request.given.played
     writer = media.ClipWriter(  # before the weights are read: it checks its settings, too
         args.output,
         width=args.width,
         height=args.height,
         frame_rate=args.fps,
-        sample_rate=config.vocoder.sample_rate,
+        sample_rate=played.sample_rate if played else config.vocoder.sample_rate,
         overwrite=args.overwrite,
         program=PROGRAM,
     )

@@ -26,7 +26,7 @@ from omniforcing_jax.training import assembly
 from omniforcing_jax.training.batches import DeviceBatches
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
-from omniforcing_jax.training.config.settings import ConfigError
+from omniforcing_jax.training.config.problems import ConfigError
 from omniforcing_jax.training.loop import FIRST_STEPS_PATIENCE, RUN_FILES, Outcome, train
 from omniforcing_jax.training.training_checkpoints import latest_step
 

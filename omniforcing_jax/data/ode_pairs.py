@@ -9,6 +9,7 @@ clip from noise to clean, and its prompt's text features, so that training reads
     video, audio                 [S, T, C] states, bfloat16 as uint16
     video_velocity, audio_velocity   [S - 1, T, C] the model's at all states but the last, likewise
     video_features, audio_features   [tokens, W], as in `omniforcing_jax.data.text_dataset`
+    video_mask, audio_mask       [F], [T_a] float32, 0 where latents were given; with conditions
 
 A clip of 121 frames at 512x768 takes 14 MB with five states. With several trajectories per prompt,
 clip r * prompts + i is the r-th of prompt i.
@@ -55,6 +56,7 @@ class ODEPairsManifest:
       num_prompts: of the text features.
       repeats: clips per prompt.
       clips_per_shard: clips in each shard but the last.
+      conditions: with which probability a clip was sampled in each mode; None is text alone.
     """
 
     generator: str
@@ -83,6 +85,7 @@ class ODEPairsManifest:
     num_prompts: int
     repeats: int
     clips_per_shard: int
+    conditions: dict[str, float] | None = None
 
     def __post_init__(self):
         for name in ("schedule", "sigmas", "resolution"):  # lists in JSON
@@ -120,6 +123,13 @@ class ODEPairsManifest:
         }
 
     @property
+    def mask_shapes(self) -> dict[str, tuple[int]]:
+        """Shapes of the stored masks of what was given."""
+        if self.conditions is None:
+            return {}
+        return {"video_mask": (self.video_frames,), "audio_mask": (self.audio_frames,)}
+
+    @property
     def clip_bytes(self) -> int:
         """Size of a trajectory without its text, before compression."""
         return sum(2 * int(np.prod(shape)) for shape in self.array_shapes.values())
@@ -132,6 +142,8 @@ def _record(manifest: ODEPairsManifest) -> Any:
     features = record_features(manifest)
     for name, shape in manifest.array_shapes.items():
         features[name] = tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes")
+    for name, shape in manifest.mask_shapes.items():
+        features[name] = tfds.features.Tensor(shape=shape, dtype=np.float32)
     features["sigmas"] = tfds.features.Tensor(shape=(len(manifest.sigmas),), dtype=np.float32)
     features["clip"] = features["seed"] = tfds.features.Scalar(np.int64)
     return tfds.features.FeaturesDict(features)
@@ -156,12 +168,14 @@ class Pair:
       prompt: its text.
       text: "video_features" [tokens, Wv] and, unless shared, "audio_features", bfloat16.
       states, velocities: [S, T, C] and [S - 1, T, C] bfloat16 by stream.
+      masks: "video_mask" [F] and "audio_mask" [T_a] float32 with conditions, else nothing.
     """
 
     prompt: str
     text: dict[str, np.ndarray]
     states: dict[str, np.ndarray]
     velocities: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class ODEPairsWriter(shards.ShardWriter):
@@ -196,6 +210,7 @@ class ODEPairsWriter(shards.ShardWriter):
             "clip": clip,
             "seed": self.manifest.seed,
             "sigmas": np.asarray(self.manifest.sigmas, np.float32),
+            **pair.masks,
         }
         arrays = pair.states | {f"{name}_velocity": x for name, x in pair.velocities.items()}
         for name, shape in self.manifest.array_shapes.items():
@@ -230,14 +245,16 @@ class ODEPairs:
 
         Returns:
           {"video" [S, T_v, C], "audio" [S, T_a, C], "video_velocity" and "audio_velocity" [S - 1,
-          T, C], all bfloat16, "sigmas" [S] float32, "video_features" [S_text, Wv] and, unless one
+          T, C], all bfloat16, "sigmas" [S] and, with conditions, "video_mask" [F] and
+          "audio_mask" [T_a] float32, "video_features" [S_text, Wv] and, unless one
           array serves both streams, "audio_features" [S_text, Wa] bfloat16, and their "mask"}.
         """
         record = self._source[index]
         arrays = {
             name: record[name].view(ml_dtypes.bfloat16) for name in self.manifest.array_shapes
         }
-        return arrays | {"sigmas": record["sigmas"]} | pad_features(record, self.manifest)
+        numbers = {name: record[name] for name in ("sigmas", *self.manifest.mask_shapes)}
+        return arrays | numbers | pad_features(record, self.manifest)
 
     def prompt(self, index: int) -> str:
         """The text of a record."""

@@ -308,6 +308,15 @@ class _Records:
             ) from error
 
 
+def stored_kind(folder: str | os.PathLike) -> str | None:
+    """The name of the kind of data in a folder; None if no manifest says."""
+    try:
+        content = json.loads((pathlib.Path(folder) / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("kind") if isinstance(content, dict) else None
+
+
 def _serialize(features: Any, example: Mapping[str, Any]) -> bytes:
     """An example as tfds reads it."""
     from tensorflow_datasets.proto import tf_example_pb2

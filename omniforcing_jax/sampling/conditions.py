@@ -257,19 +257,26 @@ class Condition:
             if not ((mask >= 0.0) & (mask <= 1.0)).all():
                 raise ValueError(f"mask {stream} must lie in [0, 1]: 1 generates, 0 keeps clean")
 
-    def loss_weights(self) -> AVLatents:
-        """[B or 1, T, 1] weights that make a mean over tokens one over those that are generated.
+    def frame_weights(self) -> AVLatents:
+        """[B or 1, F] weights that make a mean over latents one over those that are generated.
 
         Of a stream of which nothing is generated they are all 0.
         """
 
-        def weights(mask: jax.Array, clean: jax.Array) -> jax.Array:
+        def weights(mask: jax.Array) -> jax.Array:
             generated = (mask > 0).astype(jnp.float32)
             share = jnp.mean(generated, axis=1, keepdims=True)
-            weight = generated / jnp.maximum(share, 1.0 / mask.shape[1])
-            return flow.per_token(weight, clean.shape[1])[..., None]
+            return generated / jnp.maximum(share, 1.0 / mask.shape[1])
 
-        return jax.tree.map(weights, self.mask, self.clean)
+        return jax.tree.map(weights, self.mask)
+
+    def token_weights(self) -> AVLatents:
+        """`frame_weights` of every token, [B or 1, T, 1]."""
+        return jax.tree.map(
+            lambda w, clean: flow.per_token(w, clean.shape[1])[..., None],
+            self.frame_weights(),
+            self.clean,
+        )
 
     def of_batch(self, batch: int) -> "Condition":
         """With arrays for `batch` samples: one program serves all conditions of these sizes."""
@@ -374,6 +381,12 @@ def find_mode(name: str) -> Mode:
     if name not in MODES:
         raise ValueError(f"there is no mode {name!r}; there are {', '.join(MODES)}")
     return MODES[name]
+
+
+def mode_frozen(name: str) -> AVLatents:
+    """Whether the mode gives a stream as a whole."""
+    mode = find_mode(name)
+    return AVLatents(mode.video == "all", mode.audio == "all")
 
 
 def mode_mask(mode: str, clip: ClipGeometry, start: AVLatents) -> AVLatents:

@@ -248,8 +248,8 @@ def sample(
     Args:
       model, params: the transformer and its parameter tree.
       prompt: text contexts [B, S, text_dim] of video and audio.
-      negative: contexts [B or 1, S, text_dim] of the negative prompt; None exactly when the
-        guidance has cfg 1 for the streams that are generated.
+      negative: contexts [B or 1, S, text_dim] of the negative prompt; None where the guidance has
+        cfg 1 for the streams that are generated.
       key: a key, from which sample i gets `fold_in(key, i)`, or [B] keys, one per sample.
       config: clip, schedule and guidance. A stream that is given as a whole is not guided.
       condition: what is given, for B samples or one for all; None is nothing. What is generated
@@ -264,19 +264,20 @@ def sample(
     Raises:
       ValueError: inputs that do not fit each other, the model or the config.
     """
-    config = without_guidance_of_given(config, condition)
+    if condition is not None:
+        frozen = jax.tree.map(lambda f: bool(jnp.all(f)), condition.frozen)
+        guided, config = config, without_guidance_of(config, frozen)
+        if "uncond" in guided.guidance.passes() and "uncond" not in config.guidance.passes():
+            negative = None  # it was the given stream's
     inputs = _check_inputs(model, prompt, negative, key, config, condition, initial)
     return _sample(model, params, *inputs, config=config, trajectory=trajectory)
 
 
-def without_guidance_of_given(config: SampleConfig, condition: Condition | None) -> SampleConfig:
-    """Without scales for a stream that is given as a whole in every sample.
+def without_guidance_of(config: SampleConfig, frozen: AVLatents) -> SampleConfig:
+    """Without scales for a stream that is given as a whole; `frozen` says which is, as bools.
 
     Passes that only this stream's scales asked for are not run.
     """
-    if condition is None:
-        return config
-    frozen = jax.tree.map(lambda f: bool(jnp.all(f)), condition.frozen)
     guidance = AVGuidance(
         NO_GUIDANCE.video if frozen.video else config.guidance.video,
         NO_GUIDANCE.audio if frozen.audio else config.guidance.audio,

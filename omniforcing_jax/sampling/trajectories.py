@@ -22,11 +22,13 @@ import numpy as np
 from omniforcing_jax.geometry import ClipGeometry, draw_noise, join_blocks, split_blocks
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow, kv_cache
+from omniforcing_jax.sampling.conditions import Condition, split_condition
 from omniforcing_jax.sampling.guidance import AVGuidance, guide, interleave_rows
 from omniforcing_jax.sampling.student import (
     RolloutConfig,
     bind,
     new_cache,
+    text_kv,
 )
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, check_prompts, sample
 from omniforcing_jax.types import AVLatents
@@ -81,6 +83,7 @@ def sample_trajectory(
     keys: jax.Array,
     config: SampleConfig,
     indices: tuple[int, ...],
+    condition: Condition | None = None,
 ) -> Trajectory:
     """Trajectories of a bidirectional model.
 
@@ -89,11 +92,14 @@ def sample_trajectory(
       keys: [B] keys, one per clip.
       config: clip, schedule and guidance.
       indices: of the stored states, from `schedule_indices`.
+      condition: what is given: the same in all states.
 
     Raises:
       ValueError: see `teacher.sample`.
     """
-    visited = sample(model, params, prompt, negative, keys, config, trajectory=True)
+    visited = sample(
+        model, params, prompt, negative, keys, config, condition=condition, trajectory=True
+    )
     return _choose(visited, config.sigmas, indices)
 
 
@@ -107,6 +113,7 @@ def autoregressive_trajectory(
     num_blocks: int,
     guidance: AVGuidance,
     indices: tuple[int, ...],
+    condition: Condition | None = None,
 ) -> Trajectory:
     """Trajectories of a block-causal model, every block with the finished ones as clean history.
 
@@ -121,6 +128,7 @@ def autoregressive_trajectory(
       num_blocks: of the clip.
       guidance: cfg and rescale of both modalities.
       indices: of the stored states, from `schedule_indices`.
+      condition: what of the clip is given: the same in all states.
 
     Raises:
       ValueError: contexts that do not fit, guidance that an autoregressive model does not have, or
@@ -141,12 +149,17 @@ def autoregressive_trajectory(
         )
     layout = config.cache.layout
     clip = ClipGeometry.from_blocks(layout, num_blocks, config.height, config.width)
+    noise = draw_noise(keys, clip, model)
+    if condition is not None:
+        condition.check(noise)
+        condition = condition.of_batch(keys.shape[0])
     return _roll_out(
         model,
         params,
         tuple(interleave_rows(passes) for passes in zip(*contexts, strict=True)),
-        draw_noise(keys, clip, model),
+        noise,
         config.rope(model, num_blocks),
+        condition,
         config=config,
         guidance=guidance,
         indices=indices,
@@ -171,54 +184,61 @@ def check_autoregressive(config: RolloutConfig, guidance: AVGuidance) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "guidance", "indices"))
-def _roll_out(model, params, contexts, noise, rope, *, config, guidance, indices):
+def _roll_out(model, params, contexts, noise, rope, condition, *, config, guidance, indices):
     """`contexts` [B * P, S, text_dim] of P passes, `noise` [B, T, C] of the whole clip."""
     batch, passes = noise.video.shape[0], guidance.passes()
     clean = jnp.float32(0.0)
     cache = new_cache(model, config, batch * len(passes))
 
-    def text_kv(sigma):
-        levels = None if sigma is None else jnp.broadcast_to(sigma, (batch * len(passes),))
-        return model.apply({"params": params}, *contexts, levels, method="text_kv")
+    def rows(tree):  # [B, ...] -> [B * P, ...]
+        return jax.tree.map(lambda x: interleave_rows([x] * len(passes)), tree)
 
-    fixed = None if model.config.text_adaln else text_kv(None)
+    def level_text(sigma):
+        levels = jnp.broadcast_to(sigma, (batch * len(passes),))
+        return text_kv(model, params, contexts, levels, rows(condition))
+
+    fixed = None if model.config.text_adaln else level_text(clean)
 
     def text_at(sigma):  # one level at a time: those of all steps would not fit into memory
-        return text_kv(sigma) if fixed is None else fixed
+        return level_text(sigma) if fixed is None else fixed
 
-    def guided_x0(forward, x, sigma):
-        rows = jax.tree.map(lambda x: interleave_rows([x] * len(passes)), x)
-        x0, _ = forward(rows, sigma, text_at(sigma))
+    def guided_x0(forward, x, sigma, given):
+        x0, _ = forward(rows(x), sigma, text_at(sigma), rows(given))
 
         def combine(x0, guidance):
             x0 = x0.reshape(batch, len(passes), *x0.shape[1:])  # [B, P, T, C]
             uncond = x0[:, 1] if "uncond" in passes else None
             return guide(x0[:, 0], uncond, None, None, guidance, per_sample_std=True)
 
-        return jax.tree.map(combine, x0, AVLatents(*guidance))
+        x0 = jax.tree.map(combine, x0, AVLatents(*guidance))
+        return x0 if given is None else given.keep(x0)
 
-    def block(cache, noise, first):
+    def block(cache, noise, given, first):
         forward = bind(model, params, cache, rope, config, first=first)
 
         def step(x, levels):
             sigma, sigma_next = levels
-            x0 = guided_x0(forward, x, sigma)
+            x0 = guided_x0(forward, x, sigma, given)
             x = jax.tree.map(lambda x, x0: flow.euler_step(x, x0, sigma, sigma_next), x, x0)
             return x, x
 
         sigmas = jnp.asarray(config.sigmas, jnp.float32)
+        noise = noise if given is None else given.start(noise)
         x0, visited = jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))
-        rows = jax.tree.map(lambda x: interleave_rows([x] * len(passes)), x0)
-        _, kv = forward(rows, clean, text_at(clean), return_kv=True)
+        _, kv = forward(rows(x0), clean, text_at(clean), rows(given), return_kv=True)
         cache = kv_cache.write(cache, kv, config.patches, first=first)
         visited = jax.tree.map(lambda n, xs: jnp.concatenate([n[None], xs]), noise, visited)
         return cache, _choose(visited, config.sigmas, indices)
 
     first_noise, later_noise = split_blocks(noise, config.cache.layout, config.patches)
-    cache, first = block(cache, first_noise, True)
+    given, later_given = None, None
+    if condition is not None:
+        given, later_given = split_condition(condition, config.cache.layout, config.patches)
+    cache, first = block(cache, first_noise, given, True)
     if not later_noise.video.shape[0]:
         return first
-    _, rest = jax.lax.scan(lambda c, n: block(c, n, False), cache, later_noise)
+    later = later_noise, later_given
+    _, rest = jax.lax.scan(lambda c, b: block(c, *b, False), cache, later)
 
     # [B, S, T, C] and [K - 1, B, S, T, C] -> [B, S, T_clip, C]
     join = jax.vmap(join_blocks, in_axes=(1, 2), out_axes=1)

@@ -6,6 +6,7 @@ noise level of its own for every block.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.blocks import BlockLayout
@@ -34,7 +35,8 @@ def clip_velocity(
       sigma: [B] of the samples, or AVLatents [B, G] of equal groups of each stream's tokens.
       contexts: (video, audio) text contexts [B, S, text_dim].
       keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
-      condition: what is given, whose noise level is 0; `sigma` is [B] then.
+      condition: what is given, whose noise level is 0; `sigma` is [B], or AVLatents of every
+        latent frame, then.
 
     Returns:
       AVLatents [B, T, C] float32.
@@ -64,7 +66,12 @@ def audio_attention_entropy(
 
 def _modalities(model, x, sigma, contexts, clip: ClipGeometry, condition=None):
     stream_sigma = None
-    if condition is not None:
+    if condition is not None and isinstance(sigma, AVLatents):
+        stream_sigma = jax.tree.map(
+            lambda s, frozen: jnp.where(frozen, 0.0, jnp.max(s, axis=1)), sigma, condition.frozen
+        )
+        sigma = jax.tree.map(jnp.multiply, sigma, condition.mask)
+    elif condition is not None:
         sigma, stream_sigma = condition.sigma(sigma), condition.stream_sigma(sigma)
     elif not isinstance(sigma, AVLatents):
         sigma = AVLatents(sigma[:, None], sigma[:, None])

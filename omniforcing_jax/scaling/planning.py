@@ -34,7 +34,7 @@ from omniforcing_jax.scaling.devices import GPUS_PER_NODE, Device, Target
 from omniforcing_jax.scaling.flops import block_flops, forward_flops, text_flops
 from omniforcing_jax.training.assembly import abstract_params, abstract_state
 from omniforcing_jax.training.config.experiment import Experiment
-from omniforcing_jax.training.config.settings import ConfigError
+from omniforcing_jax.training.config.problems import ConfigError
 from omniforcing_jax.types import DTYPES
 
 # Share of the peak that large matrix products reach on today's accelerators.

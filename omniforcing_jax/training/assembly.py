@@ -177,19 +177,29 @@ def abstract_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
 
 
 def abstract_batch(e: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of stored features, and of trajectories in stage II, as shapes and places."""
+    """A batch of stored features, of clips where something is given, and of trajectories in stage
+    II, as shapes and places."""
     rows, size = partitioning.batch_sharding(mesh), e.config.batch_size
     batch = _abstract_text(e, size, rows)
-    if e.config.stage != "stage2":
-        return batch
-    states = len(e.sigmas)
     channels = {"video": e.teacher.video_channels, "audio": e.teacher.audio_channels}
     tokens = {"video": e.clip.video_tokens, "audio": e.clip.audio_frames}
+    if e.config.stage != "stage2":
+        if not e.config.conditions.gives:
+            return batch
+        return batch | {
+            name: jax.ShapeDtypeStruct(
+                (size, tokens[name], channels[name]), jnp.bfloat16, sharding=rows
+            )
+            for name in tokens
+        }
+    states = len(e.sigmas)
     shapes = {"sigmas": ((size, states), jnp.float32)}
     for name in tokens:
         shape = (tokens[name], channels[name])
         shapes[name] = ((size, states, *shape), jnp.bfloat16)
         shapes[f"{name}_velocity"] = ((size, states - 1, *shape), jnp.bfloat16)
+    for name, shape in getattr(e.data.manifest, "mask_shapes", {}).items():
+        shapes[name] = ((size, *shape), jnp.float32)
     return batch | {
         name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in shapes.items()
     }

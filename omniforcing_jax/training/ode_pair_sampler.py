@@ -18,6 +18,7 @@ from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.text.connectors import TextConnectors
 from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig
 from omniforcing_jax.sampling.trajectories import (
@@ -26,8 +27,11 @@ from omniforcing_jax.sampling.trajectories import (
     sample_trajectory,
 )
 from omniforcing_jax.training.assembly import abstract_params
+from omniforcing_jax.training.mixture import GivenInput
+from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.source_model import SourceModel
 from omniforcing_jax.training.training_checkpoints import load_generator
+from omniforcing_jax.types import RandomUse
 
 _SAMPLES_PER_AXIS = 16  # of each weight that goes into the fingerprint
 
@@ -41,6 +45,8 @@ class Recipe:
       indices: of the stored states in the schedule.
       seed: clip i has the key fold_in(key(seed), i).
       rollout, num_blocks: of an autoregressive model; None for whole clips at once.
+      given: draws what is given of each clip: parts of another sample of the same prompt. None is
+        nothing.
     """
 
     sampling: SampleConfig
@@ -48,6 +54,7 @@ class Recipe:
     seed: int
     rollout: RolloutConfig | None = None
     num_blocks: int | None = None
+    given: GivenInput | None = None
 
 
 class TrajectorySampler:
@@ -126,18 +133,16 @@ class TrajectorySampler:
             key = jax.random.key(recipe.seed)
             numbers = jnp.asarray(clips, jnp.uint32)
             keys = self._place(jax.vmap(jax.random.fold_in, (None, 0))(key, numbers))
-            inputs = (self.model, self._params, self._prompt(elements), self._negative, keys)
-            if recipe.rollout is None:
-                trajectory = sample_trajectory(*inputs, recipe.sampling, recipe.indices)
-            else:
-                trajectory = autoregressive_trajectory(
-                    *inputs,
-                    recipe.rollout,
-                    recipe.num_blocks,
-                    recipe.sampling.guidance,
-                    recipe.indices,
-                )
+            prompt, condition, masks = self._prompt(elements), None, {}
+            if recipe.given is not None:
+                other = self._trajectory(prompt, fold(keys, RandomUse.SAMPLE))
+                clean = jax.tree.map(lambda x: x[:, -1], other.states)
+                condition = Condition.of_clip(clean, recipe.given.masks(keys))
+            trajectory = self._trajectory(prompt, keys, condition)
             trajectory, finite = jax.device_get(_rounded(trajectory))
+            if condition is not None:
+                mask = jax.device_get(condition.mask)
+                masks = {f"{name}_mask": getattr(mask, name) for name in STREAMS}
         for clip, element, is_finite in zip(clips, elements, finite, strict=True):
             if not is_finite:
                 raise FloatingPointError(
@@ -154,9 +159,20 @@ class TrajectorySampler:
                 own_tokens(element, self.text.manifest),
                 of_row(trajectory.states, row),
                 of_row(trajectory.velocities, row),
+                {name: x[row] for name, x in masks.items()},
             )
             for row, element in enumerate(elements)
         ]
+
+    def _trajectory(
+        self, prompt: Prompt, keys: jax.Array, condition: Condition | None = None
+    ) -> Trajectory:
+        recipe = self.recipe
+        inputs = (self.model, self._params, prompt, self._negative, keys)
+        if recipe.rollout is None:
+            return sample_trajectory(*inputs, recipe.sampling, recipe.indices, condition)
+        blocks = recipe.rollout, recipe.num_blocks, recipe.sampling.guidance
+        return autoregressive_trajectory(*inputs, *blocks, recipe.indices, condition)
 
 
 @jax.jit

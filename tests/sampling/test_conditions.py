@@ -23,6 +23,7 @@ from omniforcing_jax.sampling.conditions import (
     MODES,
     Condition,
     find_mode,
+    mode_frozen,
     mode_mask,
     split_condition,
 )
@@ -64,8 +65,8 @@ class Golden:
         weights = load_component(golden_dir / f"{name}_tiny.safetensors", "transformer")
         self.params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
         self.model = Transformer(self.config)
-        # of the AdaLN: LTX-2.0's, the release of 2.3's, and the newest code's
-        self.variants = {"own": "A", "other": "B"}[self.config.cross_timestep], "C"
+        # of the AdaLN: LTX-2.0's, or the release of 2.3's; "C" is the newest code's
+        self.variant = {"own": "A", "other": "B"}[self.config.cross_timestep]
         a = self.arrays
         self.initial_video = video_tokens(a["in_video_initial"])
         _, frames, height, width, _ = self.initial_video.shape
@@ -222,7 +223,7 @@ def test_places_of_appended_latents_equal_reference(golden, case, stream):
 )
 def test_one_step_equals_reference(golden, case):
     """A step from the noised state down to zero ends in the network's own x0."""
-    for variant in golden.variants:
+    for variant in (golden.variant, "C"):
         key = f"{case}_fwd_variant{variant}"
         if f"{key}_video_x0" not in golden.arrays:
             continue
@@ -236,17 +237,24 @@ def test_one_step_equals_reference(golden, case):
 
 @pytest.mark.parametrize("case", TRAJECTORIES)
 def test_trajectories_equal_reference(golden, case):
+    check_trajectory(golden, case, golden.variant)
+
+
+@pytest.mark.parametrize(
+    "case", ["image_s070", *(slow(c) for c in ("a2v", "v2a", "keyframe", "voice"))]
+)
+def test_trajectories_with_the_newest_adaln(ltx23_conditions, case):
+    check_trajectory(ltx23_conditions, case, "C")
+
+
+def check_trajectory(golden, case, variant):
     sigmas = golden.arrays["in_sigmas_stage2" if case == "stage2" else "in_sigmas4"]
     initial = golden.initial if case == "stage2" else None
-    for variant in golden.variants:
-        key = f"{case}_traj_variant{variant}"
-        if f"{key}_video_latents" not in golden.arrays:
-            continue
-        visited = golden.visited(f"{case}_traj", sigmas, variant, initial)
-        for name in STREAMS:
-            tokens = getattr(visited, name)
-            expected = golden.arrays[f"{key}_{name}_latents"][:, :, : tokens.shape[2]]
-            close(tokens, expected, TRAJECTORY_ATOL, f"{key} {name}")
+    visited = golden.visited(f"{case}_traj", sigmas, variant, initial)
+    for name in STREAMS:
+        tokens = getattr(visited, name)
+        expected = golden.arrays[f"{case}_traj_variant{variant}_{name}_latents"]
+        close(tokens, expected[:, :, : tokens.shape[2]], TRAJECTORY_ATOL, f"{case} {name}")
 
 
 # -- what no sampler may do -----------------------------------------------------------------------
@@ -341,8 +349,8 @@ def test_a_given_stream_is_not_guided(tiny_model):
     np.testing.assert_array_equal(found.audio, tiny_model.clip.audio)
     only_audio = AVGuidance(Guidance(), Guidance(cfg=7.0))
     config = SampleConfig((1.0, 0.0), CLIP, only_audio)
-    assert teacher.without_guidance_of_given(config, a2v).guidance.passes() == ("cond",)
-    assert teacher.without_guidance_of_given(config, None) is config
+    unguided = teacher.without_guidance_of(config, mode_frozen("a2v"))
+    assert unguided.guidance.passes() == ("cond",)
 
     mixed = Condition.of_clip(a2v.clean, a2v.mask.replace(audio=jnp.array([[0.0], [1.0]])))
     together = tiny_model.sample(mixed, GUIDED)

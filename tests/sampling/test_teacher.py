@@ -4,15 +4,19 @@ import dataclasses
 import functools
 import json
 import sys
+import wave
 
+import av
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from launch import sample_teacher
 from omniforcing_jax.geometry import audio_frames_for, draw_noise
+from omniforcing_jax.io import media_files
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Modality, Pathways, Transformer
 from omniforcing_jax.pipeline import PipelineConfig
@@ -362,6 +366,107 @@ def test_script_that_is_interrupted(checkpoint, tmp_path, capsys, monkeypatch):
     assert run_script(checkpoint, tmp_path / "clip.mp4", *options) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def given_files(tmp_path_factory):
+    """A picture, a sound of half a second, and a film of 17 frames with sound and one without."""
+    folder = tmp_path_factory.mktemp("given")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 96, 3), np.uint8)).save(folder / "face.png")
+    Image.fromarray(rng.integers(0, 256, (8, 12, 3), np.uint8)).save(folder / "small.png")
+    tone = np.sin(2 * np.pi * 440 * np.arange(12000) / 24000).astype(np.float32)[:, None] * 0.5
+    tone = np.repeat(tone, 2, axis=1)
+    with wave.open(str(folder / "tone.wav"), "wb") as file:
+        file.setparams((2, 2, 24000, 0, "NONE", ""))
+        file.writeframes((tone * 32767).astype(np.int16).tobytes())
+    frames = rng.integers(0, 256, (17, 64, 96, 3), np.uint8)
+    with media.ClipWriter(
+        folder / "film.mp4", width=96, height=64, frame_rate=24.0, sample_rate=24000
+    ) as writer:
+        writer.write(frames, tone)
+    with av.open(str(folder / "silent.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=24, width=96, height=64)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode(None))
+    return folder
+
+
+UNGUIDED = [
+    "--cfg-video",
+    "1",
+    "--cfg-audio",
+    "1",
+    "--stg",
+    "0",
+    "--modality",
+    "1",
+    "--rescale",
+    "0",
+]
+
+
+@pytest.mark.parametrize(
+    "options, mode",
+    [
+        (["--image", "face.png", "--audio", "tone.wav", "--keyframe", "face.png", "8"], "ia2v"),
+        pytest.param(["--video", "silent.mp4", "--foley"], "v2a", marks=pytest.mark.slow),
+        pytest.param(
+            ["--video", "film.mp4", "--extend", "--reference", "tone.wav", "--frames", "25"],
+            "extend", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_script_with_files(checkpoint, given_files, tmp_path, capsys, options, mode):
+    """What is given comes out as it went in: the tone of the file, not what the vocoder makes."""
+    options = [str(given_files / o) if o[-4:-3] == "." else o for o in options]
+    output = tmp_path / "clip.mp4"
+    more = ["--random-features", *UNGUIDED, *options]
+    assert run_script(checkpoint, output, *more) == 0
+    assert f"encoding what is given ({mode})" in capsys.readouterr().err
+    frames, _, waveform, rate = media.read_clip(output)
+    assert len(frames) == (25 if mode == "extend" else 9)
+    if mode == "ia2v":
+        spectrum = np.abs(np.fft.rfft(waveform[: rate // 4, 0]))
+        assert np.argmax(spectrum) * 4 == 440
+    if mode == "v2a":
+        film = media_files.read_video(given_files / "silent.mp4", 24.0, 64, 96, 9)
+        assert np.abs(frames / 127.5 - 1 - film).mean() < 0.1
+
+
+def test_script_refuses_files(checkpoint, given_files, tmp_path, capsys, monkeypatch):
+    """Before a weight is read, in words that say what would be right."""
+
+    def no_weights(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(sample_teacher, "load_pipeline", no_weights)
+    monkeypatch.setattr(sample_teacher.given_files, "load_encoders", no_weights)
+    cases = [
+        (["--image", "none.png"], "none.png"),
+        (["--image", "small.png"], "small.png is too small: it has 12x8 pixels"),
+        (["--audio", "silent.mp4"], "has no sound: there is no audio track in it"),
+        (["--video", "film.mp4"], "goes with either --extend (go on from it) or --foley"),
+        (["--foley"], "--foley needs --video FILM"),
+        (["--video", "silent.mp4", "--extend"], "make a sound for it first, with --foley"),
+        (["--video", "film.mp4", "--extend"], "the clip includes the film and has to be longer"),
+        (["--video", "film.mp4", "--foley", "--frames", "25"], "is too short: 0.71 s"),
+        (["--video", "film.mp4", "--foley", "--image", "face.png"], "leave out --image"),
+        (["--keyframe", "face.png", "9"], "a frame from 0 to 8, not 9"),
+        (["--image", "face.png", "--strength", "2"], "strength must be in [0, 1], not 2"),
+        (["--strength", "0.5"], "of which there is none"),
+        (["--audio", "tone.wav", "--reference", "tone.wav"], "nothing to say in the --reference"),
+    ]
+    for options, message in cases:
+        options = [
+            str(given_files / o) if o.endswith(("png", "wav", "mp4")) else o for o in options
+        ]
+        output = tmp_path / "clip.mp4"
+        more = ["--random-features", *UNGUIDED, *options]
+        assert run_script(checkpoint, output, *more) == 2
+        assert message in capsys.readouterr().err
+        assert not output.exists()
 
 
 def stored(folder, name, config, prompts=1):

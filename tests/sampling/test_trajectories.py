@@ -13,6 +13,7 @@ from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.conditions import Condition, mode_mask
 from omniforcing_jax.sampling.guidance import AVGuidance, Guidance
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
@@ -25,7 +26,13 @@ from omniforcing_jax.sampling.trajectories import (
 from omniforcing_jax.sampling.whole_clip import clip_x0, sigmas_per_frame
 from omniforcing_jax.training.objectives import scores
 from omniforcing_jax.types import AVLatents
-from tests.tiny_model import LTX23_CHANGES, QUICK_COMPILE, random_contexts, random_params
+from tests.tiny_model import (
+    LTX23_CHANGES,
+    QUICK_COMPILE,
+    random_contexts,
+    random_latents,
+    random_params,
+)
 
 BATCH, BLOCKS = 2, 3
 FULL = AVGuidance(
@@ -105,6 +112,31 @@ def autoregressive(model, guidance, sigmas=SIGMAS, indices=(0, 1, 2, 3), **chang
         model, params, prompt, negative, keys(), config, BLOCKS, guidance, indices
     )
     return found, params, prompt, negative, config
+
+
+def test_autoregressive_under_conditions():
+    """What is given is the same in all states, and has no velocity; nothing later looks back."""
+    model = Transformer(tiny(num_audio_sinks=1))
+    params, (prompt, negative) = random_params(model.config), texts(model.config)
+    config = RolloutConfig(CacheConfig(LAYOUT, 4), SIGMAS, height=1, width=2)
+    clip = ClipGeometry.from_blocks(LAYOUT, BLOCKS, 1, 2)
+    clean = random_latents(model.config, clip.video_tokens, clip.audio_frames, batch=BATCH)
+    masks = [mode_mask(mode, clip, AVLatents(1, 1)) for mode in ("a2v", "i2av")]
+    condition = Condition.of_clip(clean, jax.tree.map(lambda *m: jnp.stack(m), *masks))
+    found = autoregressive_trajectory(
+        model, params, prompt, negative, keys(), config, BLOCKS, CFG, (0, 1, 2, 3), condition
+    )
+    for name in ("video", "audio"):
+        states, velocities = (
+            np.asarray(getattr(x, name)) for x in (found.states, found.velocities)
+        )
+        mask, values = (np.asarray(getattr(x, name)) for x in (condition.mask, clean))
+        given = np.repeat(mask == 0, values.shape[1] // mask.shape[1], axis=1)
+        for row in range(BATCH):
+            expected = np.broadcast_to(values[row, given[row]], states[row][:, given[row]].shape)
+            np.testing.assert_array_equal(states[row][:, given[row]], expected)
+            assert not velocities[row][:, given[row]].any()
+            assert velocities[row][:, ~given[row]].all() or given[row].all()
 
 
 def test_autoregressive_equals_a_plain_loop():

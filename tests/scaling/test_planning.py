@@ -9,7 +9,7 @@ import pytest
 from launch import dry_run, plan
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.scaling.devices import Target
-from omniforcing_jax.training.config.settings import ConfigError
+from omniforcing_jax.training.config.problems import ConfigError
 
 COMPILED = pathlib.Path(__file__).parents[2] / "docs" / "scaling.json"
 

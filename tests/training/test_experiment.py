@@ -17,7 +17,7 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config import experiment, settings
-from omniforcing_jax.training.config.settings import ConfigError
+from omniforcing_jax.training.config.problems import ConfigError
 
 GIB = 2**30
 MODULES = {"stage1": stage1, "stage2": stage2, "stage3": stage3}
@@ -112,6 +112,29 @@ def test_plan_of_the_full_model(full_size):
     assert "GiB" in text
     one = planning.plan_step(checked("stage3", full_size, devices=1))
     assert one.bytes_per_device["generator: masters"] == 4 * one.parameters["generator"]
+
+
+def test_conditions(full_size, monkeypatch):
+    """A mixture needs clips of the config's size, and a batch brings them; without one the batch is
+    as it was."""
+    mixture = {"conditions.t2av": 0.5, "conditions.a2v": 0.5}
+    e = checked("stage3", full_size, **mixture)
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    batch = assembly.abstract_batch(e, mesh)
+    assert batch["video"].shape == (32, 16 * 384, 128) and batch["audio"].shape == (32, 126, 128)
+    assert experiment.make_stage(e).given.mixture.a2v == 0.5
+    plain = checked("stage3", full_size)
+    assert "video" not in assembly.abstract_batch(plain, mesh)
+    assert experiment.make_stage(plain).given is None
+    problems = "\n".join(problems_of("stage3", full_size, **{"conditions.i2av": 0.5}))
+    assert "conditions: probabilities of modes must be 0 or more and sum to 1" in problems
+    problems = "\n".join(problems_of("stage3", full_size, rollout_blocks=8, **mixture))
+    assert "rollout_blocks must be as many, not 8" in problems
+    problems = "\n".join(problems_of("stage2", full_size, **mixture))
+    assert "record what was given when they were made (launch.ode_pairs --conditions)" in problems
+    monkeypatch.setattr(experiment, "_open_data", lambda config: Data(video_frames=13))
+    problems = "\n".join(problems_of("stage1", full_size, **mixture))
+    assert "clips are stored with {'video_frames': 13" in problems
 
 
 def test_gathered_weights_are_whole_on_every_device(full_size):

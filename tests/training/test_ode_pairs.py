@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from launch import ode_pairs
+from omniforcing_jax.data.given_clips import open_given_clips
 from omniforcing_jax.data.ode_pairs import ODEPairsManifest, ODEPairsWriter, Pair, open_ode_pairs
 from omniforcing_jax.data.text_dataset import (
     TextDatasetWriter,
@@ -390,6 +391,32 @@ def test_records_of_separate_features(tmp_path):
     np.testing.assert_array_equal(pairs[0]["mask"], np.arange(16) >= 11)
     with pytest.raises(ValueError, match="not the manifest of text features"):
         open_text_dataset(tmp_path / "pairs")
+    clip = open_given_clips(tmp_path / "pairs")[0]
+    np.testing.assert_array_equal(clip["video"], states["video"][-1])
+    assert clip.keys() == {"video", "audio", "video_features", "mask"}
+
+
+@pytest.mark.slow
+def test_what_was_given_is_recorded(random_checkpoint, text, tmp_path):
+    """Given latents are the same in all states, and have no velocity; stage II reads the masks."""
+    output = tmp_path / "pairs"
+    more = ["--conditions", "a2v=0.5", "extend=0.5", "--layout", "prefix", *REPEATS]
+    assert ode_pairs.main(options(random_checkpoint("2.0"), text, output, *more)) == 0
+    pairs = open_ode_pairs(output)
+    assert pairs.manifest.conditions["a2v"] == pairs.manifest.conditions["extend"] == 0.5
+    shares = set()
+    for pair in (pairs[i] for i in range(len(pairs))):
+        shares.add(float(pair["audio_mask"].mean()))
+        for name in ("video", "audio"):
+            mask, states = pair[f"{name}_mask"], pair[name].astype(np.float32)
+            given = np.repeat(mask == 0, states.shape[1] // len(mask))
+            np.testing.assert_array_equal(states[:-1, given], states[1:, given])
+            assert not pair[f"{name}_velocity"].astype(np.float32)[:, given].any()
+            assert (states[0] != states[-1])[~given].all() or given.all()
+    assert 0.0 in shares and len(shares) > 1
+    clips = open_given_clips(output)
+    np.testing.assert_array_equal(clips[1]["video"], pairs[1]["video"][-1])
+    assert clips[1].keys() == {"video", "audio", "video_features", "mask"}
 
 
 MANIFEST = ODEPairsManifest(
@@ -444,6 +471,10 @@ MANIFEST = ODEPairsManifest(
         (["--autoregressive"], "--autoregressive needs --generator"),
         (["--autoregressive", "--generator", "ltx2"], "give --layout prefix or merged"),
         ([*BLOCKWISE, "--generator", "ltx2", "--stg", "1"], "set stg to 0 and modality to 1"),
+        (["--conditions", "t2av=1"], "--conditions needs --layout prefix or merged"),
+        (["--conditions", "talk=1", "--layout", "prefix"], "there is no mode 'talk'; there are"),
+        (["--conditions", "i2av=x", "--layout", "prefix"], "'i2av=x' is not MODE=SHARE"),
+        (["--conditions", "i2av=.5", "--layout", "prefix"], "must be 0 or more and sum to 1"),
         (["--text", "newer"], "model_version ['2', '3'] instead of ['2', '0']"),
         (["--text", "short"], "have 64 tokens, which must be a multiple of the connectors' 128"),
     ],

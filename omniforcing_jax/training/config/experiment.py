@@ -23,13 +23,9 @@ from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.training.config import fit
-from omniforcing_jax.training.config.settings import (
-    ConfigError,
-    Problems,
-    StageConfig,
-    parse,
-    to_dict,
-)
+from omniforcing_jax.training.config.problems import ConfigError, Problems
+from omniforcing_jax.training.config.settings import StageConfig, parse, to_dict
+from omniforcing_jax.training.mixture import GivenInput
 from omniforcing_jax.training.objectives.common import TextInput
 from omniforcing_jax.training.objectives.dmd import DMD
 from omniforcing_jax.training.objectives.ode_regression import ODERegression
@@ -237,6 +233,10 @@ def _open_data(c: StageConfig) -> Any:
         from omniforcing_jax.data.ode_pairs import open_ode_pairs
 
         return open_ode_pairs(c.data)
+    if c.conditions.gives:
+        from omniforcing_jax.data.given_clips import open_given_clips
+
+        return open_given_clips(c.data)
     from omniforcing_jax.data.text_dataset import open_text_dataset
 
     return open_text_dataset(c.data)
@@ -248,6 +248,7 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
     text = TextInput(TextConnectors(e.connectors, e.dtype))
     optimizers = {name: make_optimizer(config) for name, config in c.optimizers.items()}
     student = e.model(e.student)
+    given = GivenInput(c.conditions, e.clip, e.layout) if c.conditions.gives else None
     if c.stage == "stage2":
         return ODERegression(
             model=student,
@@ -256,6 +257,7 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
             text=text,
             optimizer=optimizers["generator"],
             config=c,
+            given=given,
             shardings=shardings,
         )
     exit_weights = c.exit_weights or None
@@ -279,5 +281,6 @@ def make_stage(e: Experiment, shardings: TrainState | None = None) -> DMD | ODER
         critic_optimizer=optimizers["critic"],
         config=c,
         blocks=blocks,
+        given=given,
         shardings=shardings,
     )

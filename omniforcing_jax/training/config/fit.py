@@ -95,13 +95,15 @@ def data_problems(
             f"data: text length {m.text_length} is not a multiple of the connectors' "
             f"{connectors.num_registers} registers"
         )
-    if c.stage == "stage2" and rollout is not None:
+    if rollout is not None and (c.stage == "stage2" or c.conditions.gives):
+        problems += _clip_problems(c, m, rollout)
+    if rollout is not None and c.stage == "stage2":
         problems += _trajectory_problems(c, m, rollout)
     return problems
 
 
-def _trajectory_problems(c: StageConfig, manifest: Any, rollout: RolloutConfig) -> list[str]:
-    problems, layout, blocks = [], rollout.cache.layout, c.clip.blocks
+def _clip_problems(c: StageConfig, manifest: Any, rollout: RolloutConfig) -> list[str]:
+    layout, blocks = rollout.cache.layout, c.clip.blocks
     expected = {
         "video_frames": layout.num_video_frames(blocks),
         "audio_frames": layout.num_audio_frames(blocks),
@@ -114,10 +116,14 @@ def _trajectory_problems(c: StageConfig, manifest: Any, rollout: RolloutConfig) 
         "height": manifest.height,
         "width": manifest.width,
     }
-    if found != expected:
-        problems.append(
-            f"data: trajectories are of clips with {found}, the config's clip has {expected}"
-        )
+    if found == expected:
+        return []
+    what = "trajectories are of clips" if c.stage == "stage2" else "clips are stored"
+    return [f"data: {what} with {found}, the config's clip has {expected}"]
+
+
+def _trajectory_problems(c: StageConfig, manifest: Any, rollout: RolloutConfig) -> list[str]:
+    problems, layout = [], rollout.cache.layout
     if c.regression.objective == "flow":  # reads their ends only, which any sampler may have made
         return problems
     if not _same_levels(manifest.sigmas, rollout.sigmas):

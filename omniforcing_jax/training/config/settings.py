@@ -13,7 +13,7 @@ import math
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,9 @@ from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.training.config.problems import ConfigError, Problems
 from omniforcing_jax.training.loop import LoopConfig
+from omniforcing_jax.training.mixture import ConditionMixture
 from omniforcing_jax.training.objectives.common import checked_seed
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.objectives.scores import ScoreConfig
@@ -32,32 +34,6 @@ from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig
 from omniforcing_jax.types import DTYPES
 
 OBJECTIVES = ("velocity", "x0", "flow")
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a config, one problem a line."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__("\n".join(f"  - {problem}" for problem in problems))
-        self.problems = problems
-
-
-class Problems(list):
-    """Problems found so far."""
-
-    def attempt(self, what: str, build: Callable[[], Any]) -> Any:
-        """What `build` returns, or None after its error has been noted."""
-        try:
-            return build()
-        except KeyError as error:
-            self.append(f"{what}: has no {error}")
-        except (ValueError, OSError, TypeError, AttributeError) as error:
-            self.append(f"{what}: {error}")
-        return None
-
-    def free(self, *groups: str) -> bool:
-        """Whether nothing has been found about these groups of settings."""
-        return not any(problem.startswith(groups) for problem in self)
 
 
 # -- groups ----------------------------------------------------------------------------------------
@@ -214,7 +190,9 @@ class StageConfig:
       checkpoint: a converted LTX-2: teacher, start of the critic, connectors and decoders.
       generator: where the student starts: a run of another stage, a converted checkpoint, or "" for
         `checkpoint`; `generator_weights`: of a run, the average ("ema") or the "params".
-      data: stored prompts, or trajectories in stage II.
+      data: stored prompts, or trajectories in stage II; with conditions, clips: encoded ones
+        (`launch.encode_clips`) or the teacher's own, which stored trajectories end with.
+      conditions: with which probability a sample is trained in each mode.
       loss: lambda_v and lambda_a.
       sample_every, sample_clips: steps between sample clips (0: none), and how many.
       others: see `LoopConfig`.
@@ -227,6 +205,7 @@ class StageConfig:
     generator_weights: str = "ema"
     data: str = "data/prompts"
     clip: ClipConfig = ClipConfig()
+    conditions: ConditionMixture = ConditionMixture()
     student: StudentConfig = StudentConfig()
     batch_size: int = 32
     microbatches: int = 1
@@ -405,6 +384,11 @@ class StageII(StageConfig):
             yield "compute.gather_weights: stage II has no rollouts to gather weights for"
         if self.compute.separate_scores:
             yield "compute.separate_scores: stage II has no score networks"
+        if self.conditions.gives and self.regression.objective != "flow":
+            yield (
+                f"conditions: trajectories of the objective {self.regression.objective!r} record "
+                "what was given when they were made (launch.ode_pairs --conditions); set t2av to 1"
+            )
         if self.student.context_noise > 0 and self.regression.clean_history > 0:
             yield (
                 "student.context_noise: must be 0 with regression.clean_history > 0, whose history "
@@ -427,6 +411,11 @@ class StageIII(DMDStage):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        if self.conditions.gives and self.rollout_blocks != self.clip.blocks:
+            yield (
+                f"conditions: what is given is of clip.blocks = {self.clip.blocks} blocks; "
+                f"rollout_blocks must be as many, not {self.rollout_blocks}"
+            )
         yield from self.untrained_positions("rollout_blocks", self.rollout_blocks)
 
 

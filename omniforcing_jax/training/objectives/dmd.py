@@ -23,9 +23,15 @@ from omniforcing_jax.distributed.partitioning import constrain
 from omniforcing_jax.geometry import draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.guidance import interleave_rows, keep_pathways
+from omniforcing_jax.sampling.conditions import Condition, add_noise
+from omniforcing_jax.sampling.guidance import (
+    interleave_rows,
+    keep_frozen_streams,
+    keep_pathways,
+)
 from omniforcing_jax.sampling.whole_clip import clip_velocity
 from omniforcing_jax.training.config.settings import DMDStage
+from omniforcing_jax.training.mixture import GivenInput
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import (
     Frozen,
@@ -59,6 +65,7 @@ class DMD:
       text: contexts from batches.
       generator_optimizer, critic_optimizer: from `optimizers.make_optimizer`.
       blocks: for block-causal scores, how the score networks see a clip.
+      given: draws what is given of each sample; None is nothing, ever.
       shardings: NamedShardings of the train state; None on a single device.
     """
 
@@ -70,6 +77,7 @@ class DMD:
     critic_optimizer: optax.GradientTransformation
     config: DMDStage
     blocks: BlockContext | None = None
+    given: GivenInput | None = None
     shardings: TrainState | None = None
 
     def __post_init__(self):
@@ -91,7 +99,8 @@ class DMD:
         """One training step; `state` is donated.
 
         Args:
-          batch: text of B samples, see `TextInput.contexts`. Nothing else is needed.
+          batch: text of B samples, see `TextInput.contexts`, and the clips of which something is
+            given, see `GivenInput.condition`.
           step: `state.step` as the host knows it: it decides whether the generator is updated.
         """
         metrics = {}
@@ -201,39 +210,62 @@ class DMD:
         of_samples, of_step = jax.random.split(key)
         keys = sample_keys(of_samples, batch["row"])
         of_rollout = fold(keys, RandomUse.SAMPLE)
-        trace = student.simulate(fixed_weights, contexts, of_rollout, of_step)
+        given = self.condition(batch, keys)
+        trace = student.simulate(fixed_weights, contexts, of_rollout, of_step, given)
         x, pullback = self.generator.sample_with_pullback(weights, contexts, of_rollout, trace)
-        cotangent, values = self.score(critic, frozen, x, contexts, keys)
+        cotangent, values = self.score(critic, frozen, x, contexts, keys, given)
         return pullback(cotangent), values
 
+    def condition(self, batch: dict[str, jax.Array], keys: jax.Array) -> Condition | None:
+        """What is given of the samples with these [B] keys: the student, the teacher and the critic
+        see the same."""
+        return None if self.given is None else self.given.condition(batch, keys)
+
     def score(
-        self, critic: Any, frozen: Frozen, x: AVLatents, contexts, keys: jax.Array
+        self,
+        critic: Any,
+        frozen: Frozen,
+        x: AVLatents,
+        contexts,
+        keys: jax.Array,
+        given: Condition | None = None,
     ) -> tuple[AVLatents, tuple[AVLatents, jax.Array]]:
         """dL/dx of the DMD loss at the samples x [B, T, C]; per-sample losses [B], sigmas [B]."""
-        gradient, sigma = self.score_gradient(critic, frozen, x, contexts, keys)
-        loss = jax.tree.map(losses.dmd_loss, gradient)
+        gradient, sigma = self.score_gradient(critic, frozen, x, contexts, keys, given)
         weights = AVLatents(self.config.loss.video, self.config.loss.audio)
-        # the mean over samples, tokens and channels
+        tokens = _token_weights(given)
+        loss = jax.tree.map(losses.dmd_loss, gradient, tokens)
+        # the mean over samples, tokens that are generated, and channels
         cotangent = jax.tree.map(lambda weight, g: weight * g / g.size, weights, gradient)
+        if given is not None:
+            cotangent = jax.tree.map(jnp.multiply, cotangent, tokens)
         return cotangent, (loss, sigma)
 
     def score_gradient(
-        self, critic: Any, frozen: Frozen, x: AVLatents, contexts, keys: jax.Array
+        self,
+        critic: Any,
+        frozen: Frozen,
+        x: AVLatents,
+        contexts,
+        keys: jax.Array,
+        given: Condition | None = None,
     ) -> tuple[AVLatents, jax.Array]:
         """Normalised DMD gradient [B, T, C] at the samples x, and their noise levels [B]."""
-        sigma, noisy, _ = self._noised(x, keys)
-        fake = self._x0(self.critic, critic, x, noisy, sigma, contexts)
-        real = self._real_x0(frozen, x, noisy, sigma, contexts, keys)
-        return jax.tree.map(losses.dmd_gradient, x, fake, real), sigma
+        sigma, noisy, _ = self._noised(x, keys, given)
+        fake = self._x0(self.critic, critic, x, noisy, sigma, given, contexts)
+        real = self._real_x0(frozen, x, noisy, sigma, given, contexts, keys)
+        return jax.tree.map(losses.dmd_gradient, x, fake, real, _token_weights(given)), sigma
 
-    def _x0(self, model: Transformer, params, x, noisy, sigma, contexts, keep=None) -> AVLatents:
+    def _x0(
+        self, model: Transformer, params, x, noisy, sigma, given, contexts, keep=None
+    ) -> AVLatents:
         """Clean prediction of a score network."""
         clip = self.generator.clip
         return scores.predict_x0(
-            model, params, x, noisy, sigma, contexts, clip, self.blocks, keep=keep
+            model, params, x, noisy, sigma, contexts, clip, self.blocks, keep, given
         )
 
-    def _real_x0(self, frozen: Frozen, x, noisy, sigma, contexts, keys) -> AVLatents:
+    def _real_x0(self, frozen: Frozen, x, noisy, sigma, given, contexts, keys) -> AVLatents:
         """The guided teacher's clean prediction.
 
         All its passes are one of more rows: its weights are gathered once. A sample's rows are
@@ -242,7 +274,7 @@ class DMD:
         score = self.config.score
         passes = score.passes()
         if passes == ("cond",):
-            return self._x0(self.teacher, frozen.teacher, x, noisy, sigma, contexts)
+            return self._x0(self.teacher, frozen.teacher, x, noisy, sigma, given, contexts)
         texts = {}
         if "uncond" in passes:
             negative = self.text.contexts(frozen.connectors, frozen.negative)
@@ -250,10 +282,12 @@ class DMD:
                 lambda n, c: jnp.broadcast_to(n, c.shape), negative, contexts
             )
         by_pass = [texts.get(name, contexts) for name in passes]
-        rows = jax.tree.map(lambda x: _rows([x] * len(passes)), (x, noisy, sigma))
+        rows = jax.tree.map(lambda x: _rows([x] * len(passes)), (x, noisy, sigma, given))
         texts = jax.tree.map(lambda *c: _rows(c), *by_pass)
         skipped = (score.perturbation.skipped,) * 2
         keep = keep_pathways(passes, skipped, self.teacher.config.num_layers, sigma.size)
+        if keep is not None and given is not None:
+            keep = keep_frozen_streams(keep, given.frozen, sigma.size)
         predictions = self._x0(self.teacher, frozen.teacher, *rows, texts, keep)
         cfg = scores.draw_guidance(fold(keys, RandomUse.GUIDANCE), score)
 
@@ -279,38 +313,50 @@ class DMD:
         contexts = self.text.contexts(frozen.connectors, batch)
         of_samples, of_step = jax.random.split(key)
         keys = sample_keys(of_samples, batch["row"])
-        x = student.sample(fixed_weights, contexts, fold(keys, RandomUse.SAMPLE), of_step)
-        return self.fit_critic(critic, jax.lax.stop_gradient(x), contexts, keys)
+        given = self.condition(batch, keys)
+        x = student.sample(fixed_weights, contexts, fold(keys, RandomUse.SAMPLE), of_step, given)
+        return self.fit_critic(critic, jax.lax.stop_gradient(x), contexts, keys, given)
 
     def fit_critic(
-        self, critic: Any, x: AVLatents, contexts, keys: jax.Array
+        self,
+        critic: Any,
+        x: AVLatents,
+        contexts,
+        keys: jax.Array,
+        given: Condition | None = None,
     ) -> tuple[Any, tuple[AVLatents, jax.Array]]:
         """Gradient of the flow matching loss of the samples x [B, T, C] by the critic's weights."""
-        sigma, noisy, noise = self._noised(x, keys)
-
+        sigma, noisy, noise = self._noised(x, keys, given)
+        tokens = _token_weights(given)
         if self.blocks is not None:
-            return self._block_causal_critic(critic, contexts, x, noisy, noise, sigma)
+            return self._block_causal_critic(critic, contexts, x, noisy, noise, sigma, given)
 
         def loss(params):
             clip = self.generator.clip
-            velocity = clip_velocity(self.critic, params, noisy, sigma, contexts, clip)
-            per_sample = jax.tree.map(losses.flow_matching_loss, velocity, x, noise)
+            velocity = clip_velocity(
+                self.critic, params, noisy, sigma, contexts, clip, condition=given
+            )
+            per_sample = jax.tree.map(losses.flow_matching_loss, velocity, x, noise, tokens)
             return losses.total(per_sample, self.config.loss), per_sample
 
         grads, per_sample = jax.grad(loss, has_aux=True)(critic)
         return grads, (per_sample, sigma)
 
-    def _block_causal_critic(self, critic, contexts, x, noisy, noise, sigma):
+    def _block_causal_critic(self, critic, contexts, x, noisy, noise, sigma, given):
         sizes = jax.tree.map(lambda x: x.shape[1] * x.shape[2], x)
+        targets = (x, noise)
+        if given is not None:
+            targets = (*targets, given.token_weights())
 
         def block_loss(x0: AVLatents, block: NoisyBlock):
             """The block's share of the mean over the clip's tokens and channels."""
 
-            def share(x0, noisy, clean, noise, size):
+            def share(size, x0, noisy, clean, noise, weight=1.0):
                 velocity = flow.x0_to_velocity(noisy, x0, block.sigma)
-                return jnp.sum(jnp.square(velocity - (noise - clean)), axis=(1, 2)) / size
+                error = weight * jnp.square(velocity - (noise - clean))
+                return jnp.sum(error, axis=(1, 2)) / size
 
-            shares = jax.tree.map(share, x0, block.x, *block.targets, sizes)
+            shares = jax.tree.map(share, sizes, x0, block.x, *block.targets)
             return losses.total(shares, self.config.loss), shares
 
         blocks = jnp.broadcast_to(sigma[:, None], (sigma.shape[0], self.blocks.num_blocks))
@@ -321,17 +367,25 @@ class DMD:
             x,
             noisy,
             blocks,
-            (x, noise),
+            targets,
             self.blocks.config,
             block_loss,
+            given,
         )
         return grads, (jax.tree.map(lambda s: jnp.sum(s, axis=0), shares), sigma)
 
-    def _noised(self, x: AVLatents, keys: jax.Array) -> tuple[jax.Array, AVLatents, AVLatents]:
+    def _noised(
+        self, x: AVLatents, keys: jax.Array, given: Condition | None
+    ) -> tuple[jax.Array, AVLatents, AVLatents]:
         """Noise levels [B], noisy samples and noise."""
         sigma = scores.draw_sigmas(fold(keys, RandomUse.SCORE_SIGMA), self.config.score)
         noise = draw_noise(fold(keys, RandomUse.SCORE_NOISE), self.generator.clip, self.critic)
-        return sigma, jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), x, noise), noise
+        return sigma, add_noise(x, noise, sigma, given), noise
+
+
+def _token_weights(given: Condition | None) -> AVLatents:
+    """Of the tokens [B, T, 1] in the losses: those that are generated count."""
+    return AVLatents(1.0, 1.0) if given is None else given.token_weights()
 
 
 def _rows(passes: Sequence[jax.Array]) -> jax.Array:

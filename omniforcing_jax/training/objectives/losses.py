@@ -24,7 +24,9 @@ class LossWeights:
     audio: float = 1.0
 
 
-def dmd_gradient(x: jax.Array, fake: jax.Array, real: jax.Array) -> jax.Array:
+def dmd_gradient(
+    x: jax.Array, fake: jax.Array, real: jax.Array, weight: jax.Array | float = 1.0
+) -> jax.Array:
     """Normalised DMD gradient g = (fake - real) / (mean |x - real| + 1e-8), the mean per sample.
 
     The normaliser makes the gradient of all noise levels comparable: where sigma is large, both
@@ -33,24 +35,27 @@ def dmd_gradient(x: jax.Array, fake: jax.Array, real: jax.Array) -> jax.Array:
     Args:
       x: [B, T, C] generated.
       fake, real: [B, T, C] clean predictions of critic and (guided) teacher for a noisy x.
+      weight: [B, T, 1] of the tokens in all means, see `Condition.token_weights`.
 
     Returns:
       [B, T, C] float32, the direction in which x is to be decreased.
     """
     x, fake, real = (jnp.asarray(a, jnp.float32) for a in (x, fake, real))
-    normaliser = jnp.mean(jnp.abs(x - real), axis=(1, 2), keepdims=True)
+    normaliser = jnp.mean(weight * jnp.abs(x - real), axis=(1, 2), keepdims=True)
     return (fake - real) / (normaliser + _EPS)
 
 
-def dmd_loss(gradient: jax.Array) -> jax.Array:
+def dmd_loss(gradient: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
     """[B]: 0.5 mean((x - stopgrad(x - g))^2) = 0.5 mean(g^2), whose gradient is g / (T C)."""
-    return 0.5 * jnp.mean(jnp.square(gradient), axis=(1, 2))
+    return 0.5 * jnp.mean(weight * jnp.square(gradient), axis=(1, 2))
 
 
-def flow_matching_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:
+def flow_matching_loss(
+    velocity: jax.Array, x0: jax.Array, noise: jax.Array, weight: jax.Array | float = 1.0
+) -> jax.Array:
     """[B]: mean((v - (noise - x0))^2), in float32, of arrays [B, T, C]."""
     error = jnp.square(velocity.astype(jnp.float32) - (noise - x0).astype(jnp.float32))
-    return jnp.mean(error, axis=(1, 2))
+    return jnp.mean(weight * error, axis=(1, 2))
 
 
 def total(per_sample: AVLatents, weights: LossWeights) -> jax.Array:

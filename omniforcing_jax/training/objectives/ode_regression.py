@@ -26,9 +26,11 @@ from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.whole_clip import clip_velocity, sigmas_per_frame
 from omniforcing_jax.training.config.settings import StageII
+from omniforcing_jax.training.mixture import GivenInput
 from omniforcing_jax.training.objectives import losses, scores
 from omniforcing_jax.training.objectives.common import (
     Frozen,
@@ -57,6 +59,7 @@ class RegressionTask:
       target: [B, T, C] the velocity, or the clean clip, to be predicted.
       weight: of each sample's blocks, [B, K].
       sigma: [B, K] level of every block.
+      condition: what of the clip is given: clean whatever the level, and without loss.
     """
 
     clean: AVLatents
@@ -64,6 +67,7 @@ class RegressionTask:
     target: AVLatents
     weight: jax.Array
     sigma: jax.Array
+    condition: Condition | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,7 @@ class ODERegression:
       num_blocks: of the clips.
       text: contexts from batches.
       optimizer: from `optimizers.make_optimizer`.
+      given: draws what is given, for the objective "flow"; None is nothing.
       shardings: NamedShardings of the train state; None on a single device.
     """
 
@@ -85,6 +90,7 @@ class ODERegression:
     text: TextInput
     optimizer: optax.GradientTransformation
     config: StageII
+    given: GivenInput | None = None
     shardings: TrainState | None = None
 
     def __post_init__(self):
@@ -116,7 +122,8 @@ class ODERegression:
           batch: text (see `TextInput.contexts`) and trajectories: "video" [B, S, T_v, C] and
             "audio" [B, S, T_a, C] states from noise to clean, "sigmas" [B, S] decreasing to 0, and,
             for the velocity objective, "video_velocity" and "audio_velocity" [B, S - 1, T, C], the
-            teacher's at all states but the last. "flow" reads the last state alone.
+            teacher's at all states but the last. "flow" reads the last state alone. Trajectories
+            under conditions bring "video_mask" [B, F] and "audio_mask" [B, T_a], 0 where given.
           step: `state.step` as the host knows it: it decides which history is shown.
         """
         draw = np.random.default_rng((self.config.seed, step)).random()
@@ -183,7 +190,11 @@ class ODERegression:
             target = self._gather(velocity, jnp.minimum(drawn, last - 1))
         # Drawing the clean state leaves a share of the blocks without loss.
         weight = (drawn < last) * ((last + self._clean_states) / last)
-        return RegressionTask(clean, noisy, target, weight, level)
+        condition = None
+        if "video_mask" in batch:
+            mask = AVLatents(batch["video_mask"], batch["audio_mask"])
+            condition = Condition.of_clip(clean, mask)
+        return RegressionTask(clean, noisy, target, weight, level, condition)
 
     @property
     def _clean_states(self) -> int:
@@ -205,9 +216,13 @@ class ODERegression:
             weight = (drawn < last) * ((last + 1) / last)
         sigma = sigmas_per_frame(level, self.layout, self.clip)
         noise = draw_noise(fold(keys, RandomUse.REGRESSION_NOISE), self.clip, self.model)
+        condition = None
+        if self.given is not None:
+            condition = Condition.of_clip(clean, self.given.masks(keys))
+            sigma = jax.tree.map(jnp.multiply, sigma, condition.mask)
         noisy = jax.tree.map(flow.add_noise, clean, noise, sigma)
         target = jax.tree.map(jnp.subtract, noise, clean)
-        return RegressionTask(clean, noisy, target, weight, level)
+        return RegressionTask(clean, noisy, target, weight, level, condition)
 
     def _per_block(self, keys: jax.Array, draw) -> jax.Array:
         """[B, K] draws, independent or one for all blocks of a sample."""
@@ -238,14 +253,17 @@ class ODERegression:
         model = self.model.clone(causal=clip.mask(layout))
         sigma = sigmas_per_frame(task.sigma, layout, clip)
         weight = sigmas_per_frame(task.weight, layout, clip)
-        given = (
-            jax.tree.map(lambda s: s[:, :1], sigma)
-            if not self.config.regression.level_per_block
-            else sigma
-        )
+        shown = sigma
+        if task.condition is not None:
+            weight = jax.tree.map(jnp.multiply, weight, task.condition.frame_weights())
+            sigma = jax.tree.map(jnp.multiply, sigma, task.condition.mask)
+        elif not self.config.regression.level_per_block:
+            shown = jax.tree.map(lambda s: s[:, :1], sigma)
 
         def loss(weights):
-            velocity = clip_velocity(model, weights, task.noisy, given, contexts, clip)
+            velocity = clip_velocity(
+                model, weights, task.noisy, shown, contexts, clip, condition=task.condition
+            )
             prediction = jax.tree.map(self._predict, task.noisy, velocity, sigma)
             per_block = jax.tree.map(
                 self._block_losses, prediction, task.target, weight, self._frame_blocks()
@@ -286,6 +304,8 @@ class ODERegression:
             return losses.total(shares, self.config.loss), shares
 
         weight = sigmas_per_frame(task.weight, self.layout, self.clip)
+        if task.condition is not None:
+            weight = jax.tree.map(jnp.multiply, weight, task.condition.frame_weights())
         weight = AVLatents(
             jnp.repeat(weight.video, self.clip.patches, axis=1)[..., None], weight.audio[..., None]
         )
@@ -299,6 +319,7 @@ class ODERegression:
             (task.target, weight),
             self.rollout,
             block_loss,
+            task.condition,
         )
         return grads, jax.tree.map(jnp.transpose, shares)
 

@@ -21,6 +21,7 @@ from omniforcing_jax.geometry import ClipGeometry, join_blocks, split_blocks
 from omniforcing_jax.models.transformer.inputs import Pathways
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import flow, kv_cache
+from omniforcing_jax.sampling.conditions import Condition, split_condition, velocity_to_x0
 from omniforcing_jax.sampling.guidance import Guidance
 from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.student import (
@@ -29,7 +30,7 @@ from omniforcing_jax.sampling.student import (
     new_cache,
     text_kv,
 )
-from omniforcing_jax.sampling.whole_clip import clip_velocity
+from omniforcing_jax.sampling.whole_clip import clip_x0
 from omniforcing_jax.types import AVLatents, Contexts
 
 _TABLE_STEPS = 1000
@@ -159,6 +160,7 @@ def predict_x0(
     clip: ClipGeometry,
     blocks: BlockContext | None = None,
     keep: Pathways | None = None,
+    condition: Condition | None = None,
 ) -> AVLatents:
     """Clean prediction of a noisy clip.
 
@@ -168,12 +170,14 @@ def predict_x0(
       contexts: (video, audio) [B, S, text_dim].
       blocks: None is the bidirectional context.
       keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
+      condition: what of the clip is given.
     """
     if blocks is None:
-        velocity = clip_velocity(model, params, noisy, sigma, contexts, clip, keep)
-    else:
-        velocity = block_causal_velocity(model, params, x0, noisy, sigma, contexts, blocks, keep)
-    return jax.tree.map(lambda x, v: flow.velocity_to_x0(x, v, sigma), noisy, velocity)
+        return clip_x0(model, params, noisy, sigma, contexts, clip, keep, condition)
+    velocity = block_causal_velocity(
+        model, params, x0, noisy, sigma, contexts, blocks, keep, condition
+    )
+    return velocity_to_x0(noisy, velocity, sigma, condition)
 
 
 def block_causal_velocity(
@@ -185,6 +189,7 @@ def block_causal_velocity(
     contexts: Contexts,
     blocks: BlockContext,
     keep: Pathways | None = None,
+    condition: Condition | None = None,
 ) -> AVLatents:
     """Velocities of the noisy blocks [B, T, C], each with the clean blocks before it as history.
 
@@ -194,23 +199,26 @@ def block_causal_velocity(
     config = blocks.config
     layout, patches = config.cache.layout, config.patches
     rope = config.rope(model, blocks.num_blocks)
-    text = text_kv(model, params, contexts, sigma)
+    text = text_kv(model, params, contexts, sigma, condition)
     level = jnp.full_like(sigma, config.context_noise)
     clean_text = text_kv(model, params, contexts, level)
+    given = (None, None) if condition is None else split_condition(condition, layout, patches)
 
-    def step(cache: RollingCache, clean: AVLatents, noisy: AVLatents, first: bool):
+    def step(cache: RollingCache, clean, noisy, given: Condition | None, first: bool):
         """A noisy block's velocity; then its clean version joins the history."""
         forward = bind(model, params, cache, rope, config, first=first, keep=keep)
-        x0, _ = forward(noisy, sigma, text)
-        velocity = jax.tree.map(lambda x, x0: flow.x0_to_velocity(x, x0, sigma), noisy, x0)
-        _, kv = forward(jax.lax.stop_gradient(clean), level, clean_text, return_kv=True)
+        x0, _ = forward(noisy, sigma, text, given)
+        sigmas = AVLatents(sigma, sigma) if given is None else given.sigma(sigma)
+        velocity = jax.tree.map(flow.x0_to_velocity, noisy, x0, sigmas)
+        _, kv = forward(jax.lax.stop_gradient(clean), level, clean_text, given, return_kv=True)
         return kv_cache.write(cache, kv, config.patches, first=first), velocity
 
     first_clean, clean = split_blocks(x0, layout, patches)
     first_noisy, later_noisy = split_blocks(noisy, layout, patches)
     cache = new_cache(model, config, noisy.video.shape[0])
-    cache, first = step(cache, first_clean, first_noisy, True)
+    cache, first = step(cache, first_clean, first_noisy, given[0], True)
     if blocks.num_blocks == 1:
         return first
-    _, rest = jax.lax.scan(lambda c, b: step(c, *b, False), cache, (clean, later_noisy))
+    later = clean, later_noisy, given[1]
+    _, rest = jax.lax.scan(lambda c, b: step(c, *b, False), cache, later)
     return join_blocks(first, rest)

@@ -252,7 +252,8 @@ class SplitDMD:
             weights, contexts = self._inputs("generator", network, frozen, batch)
             keys, of_step = self._draws("generator", batch, step, seed)
             student, fixed = self.dmd.fixed(network.params, weights)
-            trace = student.simulate(fixed, contexts, fold(keys, RandomUse.SAMPLE), of_step)
+            given = self.dmd.condition(batch, keys)
+            trace = student.simulate(fixed, contexts, fold(keys, RandomUse.SAMPLE), of_step, given)
             return trace, self.generator.sample_of(weights, contexts, trace)
 
         return jax.jit(simulate, out_shardings=(None, self._rows(self.student)))
@@ -264,7 +265,8 @@ class SplitDMD:
         def score(network: Network, frozen: Frozen, batch, x: AVLatents, step, seed):
             critic, contexts = self._inputs("critic", network, frozen, batch)
             keys, _ = self._draws("generator", batch, step, seed)
-            return self.dmd.score(critic, frozen, x, contexts, keys)
+            given = self.dmd.condition(batch, keys)
+            return self.dmd.score(critic, frozen, x, contexts, keys, given)
 
         return jax.jit(score, out_shardings=self._rows(self.scores))
 
@@ -291,7 +293,8 @@ class SplitDMD:
             weights, contexts = self._inputs("generator", network, frozen, batch)
             keys, of_step = self._draws("critic", batch, step, seed)
             student, fixed = self.dmd.fixed(network.params, weights)
-            return student.sample(fixed, contexts, fold(keys, RandomUse.SAMPLE), of_step)
+            given = self.dmd.condition(batch, keys)
+            return student.sample(fixed, contexts, fold(keys, RandomUse.SAMPLE), of_step, given)
 
         return jax.jit(sample, out_shardings=self._rows(self.student))
 
@@ -302,7 +305,8 @@ class SplitDMD:
         def update(network: Network, frozen: Frozen, batch, x: AVLatents, step, seed):
             critic, contexts = self._inputs("critic", network, frozen, batch)
             keys, _ = self._draws("critic", batch, step, seed)
-            gradients, (loss, sigma) = self.dmd.fit_critic(critic, x, contexts, keys)
+            given = self.dmd.condition(batch, keys)
+            gradients, (loss, sigma) = self.dmd.fit_critic(critic, x, contexts, keys, given)
             return self._updated("critic", network, gradients, loss, sigma, step)
 
         places = (self._places("critic"), None)

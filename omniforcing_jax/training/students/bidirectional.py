@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.conditions import Condition, add_noise
 from omniforcing_jax.sampling.whole_clip import clip_x0
 from omniforcing_jax.training.objectives.common import fold
 from omniforcing_jax.training.students.exits import (
@@ -32,10 +32,11 @@ Pullback = Callable[[AVLatents], Any]
 
 @flax.struct.dataclass
 class BidirectionalTrace:
-    """The last step of each sample: its input [B, T, C] and noise level [B]."""
+    """The last step of each sample: its input [B, T, C], noise level [B], and what is given."""
 
     exit_input: AVLatents
     sigma: jax.Array
+    condition: Condition | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +65,40 @@ class BidirectionalStudent:
         return len(self.sigmas) - 1
 
     def sample(
-        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        condition: Condition | None = None,
     ) -> AVLatents:
         """Clips [B, T, C] float32 from [B] keys and the key of the training step."""
-        return self.sample_of(weights, contexts, self.simulate(weights, contexts, keys, step_key))
+        trace = self.simulate(weights, contexts, keys, step_key, condition)
+        return self.sample_of(weights, contexts, trace)
 
     def simulate(
-        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        condition: Condition | None = None,
     ) -> BidirectionalTrace:
         """All steps but the last, without gradient; arguments as `sample`."""
         del step_key
-        return BidirectionalTrace(*self._simulate(weights, contexts, keys))
+        return self._simulate(weights, contexts, keys, condition)
 
     def sample_of(self, weights: Any, contexts: Contexts, trace: BidirectionalTrace) -> AVLatents:
         """The clips [B, T, C] float32 of a trace."""
-        return clip_x0(self.model, weights, trace.exit_input, trace.sigma, contexts, self.clip)
+        return clip_x0(
+            self.model,
+            weights,
+            trace.exit_input,
+            trace.sigma,
+            contexts,
+            self.clip,
+            condition=trace.condition,
+        )
 
     def sample_with_pullback(
         self, weights: Any, contexts: Contexts, keys: jax.Array, trace: BidirectionalTrace
@@ -91,11 +111,12 @@ class BidirectionalStudent:
     def generate(self, weights: Any, contexts: Contexts, keys: jax.Array) -> AVLatents:
         """Clips [B, T, C] float32 after all steps, as in use."""
         exits = jnp.full(keys.shape, self.num_steps - 1)
-        x, sigma = self._simulate(weights, contexts, keys, exits)
-        return clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+        return self.sample_of(
+            weights, contexts, self._simulate(weights, contexts, keys, exits=exits)
+        )
 
-    def _simulate(self, weights, contexts, keys, exits=None) -> tuple[AVLatents, jax.Array]:
-        """The input and the sigma [B] of each sample's last step.
+    def _simulate(self, weights, contexts, keys, condition=None, exits=None) -> BidirectionalTrace:
+        """Up to each sample's last step.
 
         Each sample exits at a step of its own, drawn among those at which the network is called: at
         sigma 0 the prediction is the input, and its gradient would be zero. The loop stops when the
@@ -109,12 +130,14 @@ class BidirectionalStudent:
         def step(i, carry):
             x, exit_input = carry
             sigma = jnp.full(keys.shape, sigmas[i])
-            x0 = clip_x0(self.model, weights, x, sigma, contexts, self.clip)
+            x0 = clip_x0(self.model, weights, x, sigma, contexts, self.clip, condition=condition)
             fresh = draw_noise(fold(noise_keys, i + 1), self.clip, self.model)
-            x = jax.tree.map(lambda x0, n: flow.add_noise(x0, n, sigmas[i + 1]), x0, fresh)
+            x = add_noise(x0, fresh, sigmas[i + 1], condition)
             here = (exits == i + 1)[:, None, None]
             return x, jax.tree.map(lambda x, e: jnp.where(here, x, e), x, exit_input)
 
         x = draw_noise(fold(noise_keys, 0), self.clip, self.model)
+        if condition is not None:
+            x = condition.start(x)
         _, exit_input = jax.lax.fori_loop(0, jnp.max(exits), step, (x, x))
-        return jax.lax.stop_gradient(exit_input), sigmas[exits]
+        return BidirectionalTrace(jax.lax.stop_gradient(exit_input), sigmas[exits], condition)

@@ -22,6 +22,7 @@ from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import kv_cache
+from omniforcing_jax.sampling.conditions import Condition, split_condition
 from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.student import RolloutConfig, bind, new_cache, text_kv
 from omniforcing_jax.types import AVLatents
@@ -37,12 +38,14 @@ class BlockInput:
       kv: keys and values [L, B, S, N, H] that the finished block contributes to the history; None
         when the cache holds those of all blocks already.
       extra: what the loss reads.
+      condition: what of the block is given.
     """
 
     x: AVLatents
     sigma: jax.Array
     kv: Pathways | None
     extra: Any
+    condition: Condition | None = None
 
 
 # (clean prediction [B, T, C], extra) -> (scalar whose gradient is taken, values to be returned)
@@ -79,7 +82,7 @@ def blockwise_gradient(
 
         def objective(weights, text):
             differentiated = dataclasses.replace(forward, params=weights)
-            x0, _ = differentiated(block.x, block.sigma, text)
+            x0, _ = differentiated(block.x, block.sigma, text, block.condition)
             return loss(x0, block.extra)
 
         gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
@@ -132,6 +135,7 @@ def teacher_forced_gradient(
     targets: tuple[AVLatents, ...],
     config: RolloutConfig,
     loss: BlockLoss,
+    condition: Condition | None = None,
 ) -> tuple[Any, Any]:
     """Gradient of a loss on noisy blocks, each of which sees the clean blocks before it.
 
@@ -144,6 +148,7 @@ def teacher_forced_gradient(
         levels of a sample must be equal.
       targets: clips [B, T, C] that the loss needs.
       loss: (clean prediction of a block, NoisyBlock) -> (scalar, values).
+      condition: what of the clip is given.
 
     Returns:
       Gradients of the weights of the sum over blocks, float32, and the values per block.
@@ -152,30 +157,36 @@ def teacher_forced_gradient(
     config = dataclasses.replace(config, cache=config.cache.for_clip(num_blocks))
     layout, patches = config.cache.layout, config.patches
     rope = config.rope(model, num_blocks)
+    given = (None, None)
+    if condition is not None:
+        given = split_condition(condition, layout, patches)
 
     def text_of(weights):
-        return text_kv(model, weights, contexts, sigma[:, 0])
+        return text_kv(model, weights, contexts, sigma[:, 0], condition)
 
     clean_level = jnp.full(sigma.shape[:1], config.context_noise)
     clean_text = text_kv(model, weights, contexts, clean_level)
     holds = config.cache.holds(num_blocks)
 
-    def write_clean(cache, block: AVLatents, first: bool):
+    def write_clean(cache, block: AVLatents, given: Condition | None, first: bool):
         forward = bind(model, weights, cache, rope, config, first=first)
-        _, kv = forward(block, jnp.float32(config.context_noise), clean_text, return_kv=True)
+        level = jnp.float32(config.context_noise)
+        _, kv = forward(block, level, clean_text, given, return_kv=True)
         cache = kv_cache.write(cache, kv, patches, first=first)
         return cache, None if holds else kv
 
     cache = empty = new_cache(model, config, sigma.shape[0])
     first_clean, later_clean = split_blocks(jax.lax.stop_gradient(clean), layout, patches)
-    cache, first_kv = write_clean(cache, first_clean, True)
-    cache, later_kv = jax.lax.scan(lambda c, b: write_clean(c, b, False), cache, later_clean)
+    cache, first_kv = write_clean(cache, first_clean, given[0], True)
+    later = later_clean, given[1]
+    cache, later_kv = jax.lax.scan(lambda c, b: write_clean(c, *b, False), cache, later)
     start = cache.replace(num_blocks=empty.num_blocks) if holds else empty
     parts = [split_blocks(clip, layout, patches) for clip in (noisy, *targets)]
 
     def block_input(which: int, sigma, kv) -> BlockInput:
         x, *block_targets = (part[which] for part in parts)
-        return BlockInput(x, sigma, kv, NoisyBlock(x, sigma, tuple(block_targets)))
+        extra = NoisyBlock(x, sigma, tuple(block_targets))
+        return BlockInput(x, sigma, kv, extra, given[which])
 
     first = block_input(0, sigma[:, 0], first_kv)
     rest = block_input(1, sigma[:, 1:].T, later_kv) if num_blocks > 1 else None

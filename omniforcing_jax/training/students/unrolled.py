@@ -15,6 +15,7 @@ from omniforcing_jax.geometry import ClipGeometry, join_blocks, split_blocks
 from omniforcing_jax.models.transformer.inputs import TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import kv_cache
+from omniforcing_jax.sampling.conditions import Condition, split_condition
 from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.student import (
     BlockTrace,
@@ -48,12 +49,14 @@ class UnrolledTrace:
       cache: in front of the first scored block; where nothing is evicted it holds what comes later
         as well.
       sigma: [B] noise level of the last step.
+      condition: what of the clip is given.
     """
 
     first: BlockTrace | None
     rest: BlockTrace | None
     cache: RollingCache
     sigma: jax.Array
+    condition: Condition | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +103,20 @@ class UnrolledStudent:
         return self.config.num_steps
 
     def sample(
-        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        condition: Condition | None = None,
     ) -> AVLatents:
         """The scored part [B, T, C] float32 of rollouts from [B] keys.
 
-        Every block exits at the same step, drawn from `step_key`: all hosts draw the same.
+        Every block exits at the same step, drawn from `step_key`: all hosts draw the same. A
+        condition is one of the whole rollout, all of which has to be scored then.
         """
-        return self.sample_of(weights, contexts, self.simulate(weights, contexts, keys, step_key))
+        trace = self.simulate(weights, contexts, keys, step_key, condition)
+        return self.sample_of(weights, contexts, trace)
 
     def generate(self, weights: Any, contexts: Contexts, keys: jax.Array) -> AVLatents:
         """The scored part [B, T, C] float32 of rollouts with all steps, as in use."""
@@ -114,13 +124,19 @@ class UnrolledStudent:
         return _joined(*self._unroll(weights, text, keys, None)[:2])
 
     def simulate(
-        self, weights: Any, contexts: Contexts, keys: jax.Array, step_key: jax.Array
+        self,
+        weights: Any,
+        contexts: Contexts,
+        keys: jax.Array,
+        step_key: jax.Array,
+        condition: Condition | None = None,
     ) -> UnrolledTrace:
         """A rollout without gradient; arguments as `sample`."""
         step = exit_step(step_key, self.num_steps, self.exit_weights)
-        first, rest, cache = self._unroll(weights, self._text(weights, contexts), keys, step)
+        text = self._text(weights, contexts)
+        first, rest, cache = self._unroll(weights, text, keys, step, condition)
         sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[step])
-        return UnrolledTrace(first, rest, cache, sigma)
+        return UnrolledTrace(first, rest, cache, sigma, condition)
 
     def sample_of(self, weights: Any, contexts: Contexts, trace: UnrolledTrace) -> AVLatents:
         """The scored part [B, T, C] float32 of a trace."""
@@ -143,7 +159,7 @@ class UnrolledStudent:
 
     def _pull_back(self, weights, contexts, keys, trace: UnrolledTrace, cotangent: AVLatents):
         def exit_text(weights):
-            return text_kv(self.model, weights, contexts, trace.sigma)
+            return text_kv(self.model, weights, contexts, trace.sigma, trace.condition)
 
         if not self.detach_history:
 
@@ -165,21 +181,23 @@ class UnrolledStudent:
         exit_text, text = texts
         first, rest, cache = trace.first, trace.rest, trace.cache
 
-        @functools.partial(jax.checkpoint, static_argnums=2)
-        def step(cache, exit_input: AVLatents, is_first: bool):
+        @functools.partial(jax.checkpoint, static_argnums=3)
+        def step(cache, exit_input: AVLatents, given: Condition | None, is_first: bool):
             forward = bind(self.model, weights, cache, rope, config, first=is_first)
-            x0, _ = forward(exit_input, trace.sigma, exit_text)
+            x0, _ = forward(exit_input, trace.sigma, exit_text, given)
             block = cache.num_blocks
             noise = noise_of_block(keys, block, config, self.model, first=is_first)
-            kv = refresh(forward, text, x0, noise, config)
+            kv = refresh(forward, text, x0, noise, config, given)
             cache = kv_cache.write(cache, kv, config.patches, first=is_first, detach=False)
             return cache, x0
 
+        given, later = self._by_block(trace.condition)
         if first is not None:
-            cache, x0 = step(cache, first.exit_input, True)
+            cache, x0 = step(cache, first.exit_input, given, True)
             first = first.replace(x0=x0)
         if rest is not None:
-            _, x0 = jax.lax.scan(lambda c, x: step(c, x, False), cache, rest.exit_input)
+            blocks = rest.exit_input, later
+            _, x0 = jax.lax.scan(lambda c, b: step(c, *b, False), cache, blocks)
             rest = rest.replace(x0=x0)
         return _joined(first, rest)
 
@@ -195,14 +213,25 @@ class UnrolledStudent:
         cache = self.config.cache.for_clip(self.num_blocks)
         return dataclasses.replace(self.config, cache=cache)
 
-    def _unroll(self, weights, text, keys, exit_step):
+    def _by_block(self, condition: Condition | None) -> tuple[Condition | None, Condition | None]:
+        """What is given of block 0, and of the later ones, stacked."""
+        if condition is None:
+            return None, None
+        if self.scored_blocks != self.num_blocks:
+            raise ValueError(
+                f"a condition is one of all {self.num_blocks} blocks of a rollout, of which only "
+                f"{self.scored_blocks} are scored"
+            )
+        return split_condition(condition, self.config.cache.layout, self.config.patches)
+
+    def _unroll(self, weights, text, keys, exit_step, condition=None):
         """Trace of block 0 (None when it is not scored), traces of the other scored blocks, stacked
         (None when there are none), and the cache in front of the first scored block (which holds
         what comes later as well, where nothing is evicted)."""
         rope, config = self._rope(), self.rollout
         holds = config.cache.holds(self.num_blocks)
 
-        def step(cache, block, first):
+        def step(cache, block, given, first):
             noise = noise_of_block(keys, block, config, self.model, first=first)
             trace, cache = block_step(
                 self.model,
@@ -214,21 +243,23 @@ class UnrolledStudent:
                 config,
                 first=first,
                 exit_step=exit_step,
+                condition=given,
             )
             return cache, trace.replace(kv=None) if holds else trace
 
         unscored = self.num_blocks - self.scored_blocks
         empty = new_cache(self.model, config, keys.shape[0])
-        cache, first = step(empty, 0, True)
+        given, later = self._by_block(condition)
+        cache, first = step(empty, 0, given, True)
         before = empty
         if unscored:
             blocks = jnp.arange(1, unscored)
-            cache = jax.lax.scan(lambda c, b: (step(c, b, False)[0], None), cache, blocks)[0]
+            cache = jax.lax.scan(lambda c, b: (step(c, b, None, False)[0], None), cache, blocks)[0]
             before, first = cache, None
         blocks = jnp.arange(max(unscored, 1), self.num_blocks)
         if not blocks.size:
             return first, None, before
-        cache, rest = jax.lax.scan(lambda c, b: step(c, b, False), cache, blocks)
+        cache, rest = jax.lax.scan(lambda c, b: step(c, *b, False), cache, (blocks, later))
         if holds:
             before = cache.replace(num_blocks=before.num_blocks)
         return first, rest, before
@@ -236,6 +267,7 @@ class UnrolledStudent:
     def _block_inputs(self, trace: UnrolledTrace, cotangent: AVLatents):
         first, rest, sigma = trace.first, trace.rest, trace.sigma
         layout, patches = self.config.cache.layout, self.config.patches
+        given, later_given = self._by_block(trace.condition)
         if first is None:  # every block is uniform
             layout = dataclasses.replace(
                 layout,
@@ -248,11 +280,11 @@ class UnrolledStudent:
                 lambda x, xs: jnp.concatenate([x[None], xs]), first_cotangent, later
             )
         else:
-            first = BlockInput(first.exit_input, sigma, first.kv, first_cotangent)
+            first = BlockInput(first.exit_input, sigma, first.kv, first_cotangent, given)
         if rest is not None:
             count = jax.tree.leaves(rest)[0].shape[0]
             sigmas = jnp.broadcast_to(sigma, (count, *sigma.shape))
-            rest = BlockInput(rest.exit_input, sigmas, rest.kv, later)
+            rest = BlockInput(rest.exit_input, sigmas, rest.kv, later, later_given)
         return first, rest
 
 

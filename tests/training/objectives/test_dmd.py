@@ -179,7 +179,7 @@ def test_teacher_guided_as_the_sampler_is(context, inputs):
     critic, keys = random_params(MODEL.config, 2), jax.random.split(jax.random.key(4), BATCH)
     x = draw_noise(jax.random.split(jax.random.key(5), BATCH), CLIP, MODEL)
     ours, sigma = jit(dmd.score_gradient)(critic, frozen, x, contexts, keys)
-    noisy = dmd._noised(x, keys)[1]
+    noisy = dmd._noised(x, keys, None)[1]
     ones, zeros = jnp.ones((1, BATCH)), jnp.zeros((1, BATCH))
 
     @jit
