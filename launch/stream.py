@@ -376,7 +376,7 @@ def stream(
             args.output, overwrite=args.overwrite, program=PROGRAM, **settings
         ) as clip,
     ):
-        interrupt.before_exit = clip.discard_empty
+        interrupt.before_exit = clip.release
         request = encode_sentences(request, report)
         report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
         pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify)

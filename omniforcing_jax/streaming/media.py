@@ -142,8 +142,7 @@ class ClipWriter:
     that makes a file a regular, seekable MP4 with exact duration; a pipe stays fragmented.
 
     Where the bytes go:
-      * a new path: straight into it; it appears at once, so that nobody else can take it. After an
-        exception the clip so far is left there, closed.
+      * a new path: straight into it. After an exception the clip so far is left there, closed.
       * an existing path with `overwrite=True`: into `<name>.part.mp4` beside it, which takes the
         name on a clean close. After an exception the old file is untouched, the part file stays.
       * "-" (standard output; print nothing else there) or any object with `write(bytes)`: written
@@ -167,7 +166,7 @@ class ClipWriter:
         overwrite: bool = False,
         program: str = "",
     ):
-        """Opens the writer, and its file.
+        """Opens the writer, which locks the path; the file appears with the first data.
 
         Args:
           path: `*.mp4`, "-", or a binary file object.
@@ -200,11 +199,10 @@ class ClipWriter:
         self._failed = False
         self._final_path: pathlib.Path | None = None
         self._open_path: pathlib.Path | None = None
-        self._lock: int | None = None  # a descriptor
+        self._lock: tuple[int, pathlib.Path] | None = None  # descriptor and file
         self._stdout: _Output | None = None
 
-        self._overwrite = overwrite
-        target = self._open_target(path)
+        target = self._open_target(path, overwrite)
         options = _muxer_options(fragment_seconds, seekable=isinstance(target, str))
         self._container = av.open(target, "w", format="mp4", container_options=options)
         self._container.metadata["comment"] = program
@@ -212,47 +210,42 @@ class ClipWriter:
         self._audio = self._container.add_stream("aac", rate=self.sample_rate, layout="stereo")
         self._audio.bit_rate = audio_bitrate
 
-    def _open_target(self, path) -> str | _Pipe:
+    def _open_target(self, path, overwrite: bool) -> str | _Pipe:
         """Checks where the clip goes and returns what the muxer opens."""
         if hasattr(path, "write"):
             return _Pipe(path)
-        check_output_path(path, self._overwrite)
+        check_output_path(path, overwrite)
         if str(path) == STDOUT:
             self._stdout = _Output()
             return _Pipe(self._stdout)
         self._final_path = self._open_path = pathlib.Path(path)
         self._final_path.parent.mkdir(parents=True, exist_ok=True)
         self._reserve()
+        if self._final_path.exists():
+            self._open_path = self._final_path.with_suffix(f".part{CLIP_SUFFIX}")
         return str(self._open_path)
 
     def _reserve(self) -> None:
-        """Creates the file, or finds that it exists, and locks it against a second writer."""
+        """Locks the place against a second writer, by a file beside it that goes on closing."""
+        lock = self._final_path.with_name(f".{self._final_path.name}.lock")
+        self._lock = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666), lock
         try:
-            self._lock = os.open(self._final_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            check_output_path(self._final_path, self._overwrite)
-            self._lock = os.open(self._final_path, os.O_RDONLY)
-            self._open_path = self._final_path.with_suffix(f".part{CLIP_SUFFIX}")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._release()
+            os.close(self._lock[0])
             raise FileExistsError(
                 errno.EEXIST, "is being written by another program", str(self._final_path)
             ) from None
         except OSError:  # a file system without locks
             pass
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Lets others write the clip; nothing may be written after it."""
         if self._lock is not None:
-            os.close(self._lock)
+            descriptor, lock = self._lock
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
             self._lock = None
-
-    def discard_empty(self) -> None:
-        """Removes a new file into which nothing was written yet."""
-        new = self._open_path is not None and self._open_path == self._final_path
-        if new and not (self.frame_count or self.sample_count):
-            self._open_path.unlink(missing_ok=True)
 
     def stop_waiting(self) -> None:
         """From another thread: a write to standard output does not wait for its reader any more."""
@@ -379,8 +372,7 @@ class ClipWriter:
         try:
             self._close(container, replace)
         finally:
-            self.discard_empty()
-            self._release()
+            self.release()
 
     def _close(self, container, replace: bool) -> None:
         if self._failed:
