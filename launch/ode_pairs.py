@@ -186,7 +186,7 @@ def plan_conditions(
     """The mixture of --conditions; None without it."""
     if not args.conditions:
         return None
-    name = args.layout or source.config.layout_name
+    name = args.layout or source.config.trained.layout
     if name is None:
         raise ValueError(f"--conditions needs --layout {' or '.join(LAYOUT_NAMES)}")
     shares = {"t2av": 0.0}

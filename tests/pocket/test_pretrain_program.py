@@ -86,7 +86,7 @@ def stop_early(num_steps, settings):
 
 
 def test_a_part_says_what_it_needs(tmp_path):
-    with pytest.raises(ValueError, match="pocket/pretrain_config.py:audio_vae"):
+    with pytest.raises(ValueError, match=r"pocket/pretrain_config\.py:audio_vae"):
         pretrain.run(tiny_config(tmp_path, "vocoder", samples=1600))
     with pytest.raises(ValueError, match="nearest valid: 9 or 17"):
         pretrain.run(tiny_config(tmp_path, "video_vae", frames=10))
