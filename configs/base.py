@@ -8,12 +8,12 @@ is an error.
 
 import ml_collections
 
-from omniforcing_jax.training.config import settings
+from omniforcing_jax.training.config import parsing, settings
 
 
 def training(stage: str) -> ml_collections.ConfigDict:
     """All settings of a stage ("stage1", "stage2" or "stage3"), at their defaults."""
-    return ml_collections.ConfigDict(settings.to_dict(settings.STAGES[stage]()))
+    return ml_collections.ConfigDict(parsing.to_dict(settings.STAGES[stage]()))
 
 
 def tiny(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -111,7 +111,10 @@ class BlockLayout:
             raise ValueError(f"unknown block layout {name!r}; known layouts: {LAYOUT_NAMES}")
         # audio_frames = ticks / frame_rate
         ticks = VIDEO_FRAMES_PER_BLOCK * cls.temporal_compression * cls.audio_latents_per_second
-        if frame_rate <= 0 or round(frame_rate * round(ticks / frame_rate), 6) != ticks:
+        if (
+            not 0.01 <= frame_rate <= 1000
+            or round(frame_rate * round(ticks / frame_rate), 6) != ticks
+        ):
             rates = [rate for rate in range(1, 121) if ticks % rate == 0]
             raise ValueError(
                 f"at {frame_rate:g} frames per second a block of {VIDEO_FRAMES_PER_BLOCK} video "

@@ -25,6 +25,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from omniforcing_jax.ranges import Range
+
 FAILED, REFUSED = 1, 2
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143  # as a shell reports these signals
 
@@ -260,7 +262,7 @@ def integer(low: int = -(2**31), high: int = 2**31 - 1) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,19}", text.strip(), re.ASCII):
             raise argparse.ArgumentTypeError(f"{_quoted(text)} is no whole number")
-        return check_range(int(text), low, high)
+        return _checked(int(text), Range(low, high))
 
     return read
 
@@ -273,29 +275,18 @@ def real(low: float = -1e15, high: float = 1e15, *, above: bool = False) -> Call
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{_quoted(text)} is no number") from None
-        return check_range(value, low, high, above=above)
+        return _checked(value, Range(low, high, above))
 
     return read
 
 
-def check_range(value: Any, low: Any, high: Any, *, above: bool = False) -> Any:
-    """The value.
-
-    Raises:
-      argparse.ArgumentTypeError: it is not within the bounds, or not a number.
-    """
-    if not (low < value if above else low <= value) or not value <= high:
-        raise argparse.ArgumentTypeError(f"must be {within(low, high, above)}, not {value}")
-    return value
-
-
-def within(low: Any, high: Any, above: bool = False) -> str:
-    """The bounds in words."""
-    text = f"more than {low}" if above else f"at least {low}"
-    return text if high >= 1e9 else f"{text} and at most {high}"
-
-
 SEED = integer(0, 2**32 - 1)
+
+
+def _checked(value: Any, within: Range) -> Any:
+    if value not in within:
+        raise argparse.ArgumentTypeError(f"must be {within}, not {value}")
+    return value
 
 
 def _quoted(text: str) -> str:

@@ -33,7 +33,7 @@ ROWS = (
     {"sampling", "text"},
     {"geometry"},
     {"models", "ops"},
-    {"distributed", "io", "blocks", "types", "programs"},
+    {"distributed", "io", "blocks", "types", "programs", "ranges"},
 )
 UPWARDS = {"training/metrics.py": {"scaling.devices"}}  # the one table of devices
 PUBLIC = {

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.models.transformer.inputs import Pathways
+from omniforcing_jax.ranges import Range, check_fields
 from omniforcing_jax.types import AVLatents
 
 PASSES = ("cond", "uncond", "perturbed", "isolated")
@@ -35,7 +36,7 @@ class Guidance:
       stg_blocks: transformer blocks whose self-attention the perturbed pass skips.
 
     Raises:
-      ValueError: `rescale` is out of range, or there is STG without blocks.
+      ValueError: a scale is not finite, `rescale` is out of range, or there is STG without blocks.
     """
 
     cfg: float = 1.0
@@ -45,6 +46,7 @@ class Guidance:
     stg_blocks: tuple[int, ...] = ()
 
     def __post_init__(self):
+        check_fields(self, **dict.fromkeys(("cfg", "stg", "modality"), Range(-1e4, 1e4)))
         if not 0.0 <= self.rescale <= 1.0:
             raise ValueError(f"rescale is {self.rescale}; it must lie in [0, 1]")
         if self.stg != 0.0 and not self.stg_blocks:

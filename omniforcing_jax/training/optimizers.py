@@ -5,12 +5,12 @@ typical weight's (0.02) last bfloat16 bit, so bfloat16 masters would stand still
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from omniforcing_jax.ranges import NOT_NEGATIVE, POSITIVE
 from omniforcing_jax.training.parameter_groups import is_audio, is_kernel, label_tree
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -58,12 +58,12 @@ class OptimizerConfig:
                 problems.append(f"{name} must be {rule}, not {getattr(self, name)!r}")
 
         rate = self.learning_rate
-        check(math.isfinite(rate) and rate > 0, "learning_rate", "finite and positive")
+        check(rate in POSITIVE, "learning_rate", "finite and positive")
         check(0 <= self.beta1 < 1, "beta1", "in [0, 1)")
         check(0 <= self.beta2 < 1, "beta2", "in [0, 1)")
-        check(self.eps > 0, "eps", "positive")
-        check(self.weight_decay >= 0, "weight_decay", "0 or more")
-        check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "positive or None")
+        check(self.eps in POSITIVE, "eps", "positive")
+        check(self.weight_decay in NOT_NEGATIVE, "weight_decay", "0 or more")
+        check(self.clip_norm is None or self.clip_norm in POSITIVE, "clip_norm", "positive or None")
         check(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
         check(self.warmup_steps >= 0, "warmup_steps", "0 or more")
         if self.schedule == "constant":
@@ -71,7 +71,7 @@ class OptimizerConfig:
         else:
             check(self.decay_steps > 0, "decay_steps", f"positive with schedule {self.schedule!r}")
         check(0 <= self.end_scale <= 1, "end_scale", "in [0, 1]")
-        check(self.audio_learning_rate_scale > 0, "audio_learning_rate_scale", "positive")
+        check(self.audio_learning_rate_scale in POSITIVE, "audio_learning_rate_scale", "positive")
         check(self.train in TRAINABLE, "train", f"one of {', '.join(TRAINABLE)}")
         if problems:
             raise ValueError("optimizer: " + "; ".join(problems))

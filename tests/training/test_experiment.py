@@ -16,8 +16,8 @@ from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.training import assembly
-from omniforcing_jax.training.config import experiment, settings
-from omniforcing_jax.training.config.problems import ConfigError
+from omniforcing_jax.training.config import experiment, parsing, settings
+from omniforcing_jax.training.config.problems import ConfigError, Problems
 
 GIB = 2**30
 MODULES = {"stage1": stage1, "stage2": stage2, "stage3": stage3}
@@ -411,7 +411,7 @@ def test_settings_of_another_type(full_size):
     with pytest.raises(ConfigError) as error:
         experiment.check(c, 1)
     assert sorted(error.value.problems) == [
-        "batch_size: must be int, not None",
+        "batch_size: must be a whole number below 2**32, not None",
         "clip: must be a group of settings, not None",
     ]
 
@@ -427,12 +427,12 @@ def test_gradients_are_added_up_in_float32_unless_the_config_says_otherwise(full
 
 def test_settings_go_to_a_tree_and_back():
     for stage, usual in settings.STAGES.items():
-        problems = settings.Problems()
-        tree = json.loads(json.dumps(settings.to_dict(usual())))
-        assert settings.parse(tree, problems) == usual()
+        problems = Problems()
+        tree = json.loads(json.dumps(parsing.to_dict(usual())))
+        assert parsing.parse(tree, problems) == usual()
         assert not problems and tree["stage"] == stage
     with pytest.raises(ConfigError, match="must be one of stage1, stage2, stage3, not 'stage4'"):
-        settings.parse({"stage": "stage4"}, problems)
+        parsing.parse({"stage": "stage4"}, problems)
 
 
 def test_state_is_described_without_memory(full_size):

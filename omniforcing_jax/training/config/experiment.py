@@ -23,8 +23,9 @@ from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.training.config import fit
+from omniforcing_jax.training.config.parsing import parse, to_dict
 from omniforcing_jax.training.config.problems import ConfigError, Problems
-from omniforcing_jax.training.config.settings import StageConfig, parse, to_dict
+from omniforcing_jax.training.config.settings import StageConfig
 from omniforcing_jax.training.mixture import GivenInput
 from omniforcing_jax.training.objectives.common import TextInput
 from omniforcing_jax.training.objectives.dmd import DMD

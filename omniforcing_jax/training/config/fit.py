@@ -10,7 +10,8 @@ from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trained import TrainedSettings
-from omniforcing_jax.training.config.settings import STAGES, StageConfig, to_dict
+from omniforcing_jax.training.config.parsing import to_dict
+from omniforcing_jax.training.config.settings import STAGES, StageConfig
 
 DECODERS = ("video_vae", "audio_vae", "vocoder")  # of sample clips
 # Settings that a causal student passes on to the one that starts from it.

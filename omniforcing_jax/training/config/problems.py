@@ -21,7 +21,7 @@ class Problems(list):
             return build()
         except KeyError as error:
             self.append(f"{what}: has no {error}")
-        except (ValueError, OSError, TypeError, AttributeError) as error:
+        except (ValueError, OSError, TypeError, AttributeError, OverflowError) as error:
             self.append(f"{what}: {error}")
         return None
 

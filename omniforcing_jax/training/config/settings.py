@@ -1,30 +1,28 @@
 """Every setting of a training run, by stage, as frozen dataclasses with the paper's values.
 
-    parse(ConfigDict) -> StageI, StageII or StageIII
+    parsing.parse(ConfigDict) -> StageI, StageII or StageIII
 
 `configs/` turns them into an `ml_collections.ConfigDict`, which the command line changes by
-`--config.name=value`; `parse` turns that back once, and from there on only the dataclasses are
+`--config.name=value`; `parsing` turns that back once, and from there on only the dataclasses are
 passed. A group of settings refuses what is wrong in itself when it is made; `problems` of the whole
 lists what does not go together.
 """
 
 import dataclasses
 import math
-import types
-import typing
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.models.transformer.model import check_remat
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
+from omniforcing_jax.ranges import COUNT, SHARE, Range, check_fields
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
-from omniforcing_jax.training.config.problems import ConfigError, Problems
+from omniforcing_jax.training.config.problems import Problems
 from omniforcing_jax.training.loop import LoopConfig
 from omniforcing_jax.training.mixture import ConditionMixture
 from omniforcing_jax.training.objectives.common import checked_seed
@@ -41,7 +39,11 @@ OBJECTIVES = ("velocity", "x0", "flow")
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """The clip, in pixels and blocks: six prefix blocks at 24 frames per second are 121 frames."""
+    """The clip, in pixels and blocks: six prefix blocks at 24 frames per second are 121 frames.
+
+    Raises:
+      ValueError: a size that no network can be trained at, or see `BlockLayout.from_name`.
+    """
 
     height: int = 512
     width: int = 768
@@ -50,8 +52,8 @@ class ClipConfig:
     frame_rate: float = 24.0
 
     def __post_init__(self):
-        if self.blocks < 1:
-            raise ValueError(f"clip.blocks must be at least 1, not {self.blocks}")
+        sizes = dict.fromkeys(("height", "width"), Range(1, 2**14))
+        check_fields(self, "clip.", blocks=Range(1, 3600), **sizes)
         BlockLayout.from_name(self.layout, frame_rate=self.frame_rate)
 
 
@@ -74,6 +76,12 @@ class StudentConfig:
     anchors: int = 0
     positions: str = "relative"
     context_noise: float = 0.0
+
+    def __post_init__(self):
+        blocks = Range(0, 2**20)
+        check_fields(
+            self, num_sinks=Range(0, 4096), window=COUNT, anchors=blocks, context_noise=SHARE
+        )
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -420,68 +428,3 @@ class StageIII(DMDStage):
 
 
 STAGES = {config.stage: config for config in (StageI, StageII, StageIII)}
-
-
-# -- to and from a tree of settings ----------------------------------------------------------------
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The settings of a dataclass as nested dicts, tuples as they are."""
-    return {
-        name: to_dict(value) if dataclasses.is_dataclass(value) else value
-        for name, value in vars(config).items()
-    }
-
-
-def parse(config: Mapping[str, Any], problems: Problems) -> StageConfig:
-    """The dataclass of a tree of settings, such as an `ml_collections.ConfigDict`.
-
-    What is wrong is noted; a setting that is missing or of another type, and a group that refuses
-    itself, has its default in the result, so that the others can be looked at.
-
-    Raises:
-      ConfigError: there is no such stage.
-    """
-    stage = config.get("stage")
-    if stage not in STAGES:
-        raise ConfigError([f"stage: must be one of {', '.join(STAGES)}, not {stage!r}"])
-    return _parse(STAGES[stage](), config, "", problems)
-
-
-def _parse(default: Any, values: Mapping[str, Any], prefix: str, problems: Problems) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(default)}
-    for name in sorted({*values} - {*fields}):
-        problems.append(f"{prefix}{name}: there is no such setting; there are {', '.join(fields)}")
-    found = {}
-    for name, field in fields.items():
-        if name not in values:
-            problems.append(f"{prefix}{name}: is missing")
-            continue
-        value, usual = values[name], getattr(default, name)
-        if dataclasses.is_dataclass(usual) and hasattr(value, "items"):
-            found[name] = _parse(usual, value, f"{prefix}{name}.", problems)
-            continue
-        value = tuple(value) if isinstance(value, list) else value
-        if _fits(value, field.type):
-            found[name] = value
-        elif dataclasses.is_dataclass(usual):
-            problems.append(f"{prefix}{name}: must be a group of settings, not {value!r}")
-        else:
-            problems.append(f"{prefix}{name}: must be {_named(field.type)}, not {value!r}")
-    made = problems.attempt(
-        prefix.rstrip(".") or "settings", lambda: dataclasses.replace(default, **found)
-    )
-    return default if made is None else made
-
-
-def _kinds(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    kinds = tuple(typing.get_origin(each) or each for each in _kinds(kind))
-    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-
-
-def _named(kind: Any) -> str:
-    return " or ".join(getattr(each, "__name__", str(each)) for each in _kinds(kind))

@@ -10,6 +10,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from omniforcing_jax.ranges import NOT_NEGATIVE, check_fields
 from omniforcing_jax.types import AVLatents
 
 _EPS = 1e-8
@@ -18,10 +19,19 @@ SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """lambda_v and lambda_a."""
+    """lambda_v and lambda_a.
+
+    Raises:
+      ValueError: one is negative or not finite, or both are 0.
+    """
 
     video: float = 1.0
     audio: float = 1.0
+
+    def __post_init__(self):
+        check_fields(self, "loss.", video=NOT_NEGATIVE, audio=NOT_NEGATIVE)
+        if self.video == self.audio == 0:
+            raise ValueError("loss: video and audio are both 0: nothing is left to train on")
 
 
 def dmd_gradient(

@@ -20,6 +20,7 @@ import numpy as np
 from omniforcing_jax.geometry import ClipGeometry, join_blocks, split_blocks
 from omniforcing_jax.models.transformer.inputs import Pathways
 from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.ranges import NOT_NEGATIVE
 from omniforcing_jax.sampling import flow, kv_cache
 from omniforcing_jax.sampling.conditions import Condition, split_condition, velocity_to_x0
 from omniforcing_jax.sampling.guidance import Guidance
@@ -67,11 +68,10 @@ class ScoreConfig:
         if self.context not in CONTEXTS:
             raise ValueError(f"score context must be one of {CONTEXTS}, not {self.context!r}")
         for name in ("video_cfg", "audio_cfg"):
-            low, high = _range(getattr(self, name))
-            if not 0 <= low <= high:
-                raise ValueError(
-                    f"{name} must be a scale >= 0 or a range (low, high), not {getattr(self, name)}"
-                )
+            scale = getattr(self, name)
+            pair = scale if isinstance(scale, (tuple, list)) else (scale, scale)
+            if len(pair) != 2 or not all(x in NOT_NEGATIVE for x in pair) or pair[0] > pair[1]:
+                raise ValueError(f"{name} must be a scale >= 0 or a range (low, high), not {scale}")
 
     @property
     def perturbation(self) -> Guidance:
