@@ -1,5 +1,6 @@
 """Video VAE: against the official implementation (golden files) and against diffusers."""
 
+import functools
 import re
 
 import jax
@@ -310,6 +311,13 @@ def test_published_configurations(version):
             for part in ("encoder", "decoder")
         }
         assert sizes == {"encoder": 318_936_897, "decoder": 407_169_072}
+    # a stream of blocks, at the size of the README's
+    step = functools.partial(video_vae.encode_chunk, config)
+    frame, block = (jax.ShapeDtypeStruct((1, n, 512, 768, 3), jnp.float32) for n in (1, 24))
+    first, cache = jax.eval_shape(step, shapes, frame)
+    latents, same = jax.eval_shape(step, shapes, block, cache)
+    assert (first.shape, latents.shape) == ((1, 1, 16, 24, 128), (1, 3, 16, 24, 128))
+    assert jax.tree.map(lambda x: x.shape, cache) == jax.tree.map(lambda x: x.shape, same)
 
 
 @pytest.mark.parametrize(
