@@ -8,6 +8,8 @@ import collections
 import pathlib
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -188,3 +190,28 @@ def test_faults_are_named_or_without_effect(readers, tmp_path, kind):
 def test_many_faults(readers, tmp_path, kind):
     found = try_faults(readers[kind], tmp_path, 200, seed=2)
     assert found["named"] + found["set aside"] >= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_chunk_that_is_cut_or_gone_without_checksums_is_one_line(
+    random_checkpoint, tmp_path, how
+):
+    """Orbax prints a traceback for each of the other arrays, at the latest when Python ends."""
+    folder = shutil.copytree(random_checkpoint("2.0"), tmp_path / "old")
+    for file in folder.rglob("SHA256SUMS"):
+        file.unlink()
+    content = checkpoints.read_json(folder / "config.json")
+    del content["checksums"]
+    checkpoints.write_json(folder / "config.json", content)
+    kernel = sorted((folder / "transformer").glob("*kernel"))[0]
+    chunk = next(file for file in kernel.iterdir() if file.name[0].isdigit())
+    chunk.write_bytes(chunk.read_bytes()[:100]) if how == "cut" else chunk.unlink()
+    size = "--height 64 --width 64 --seconds 1 --bidirectional --random-features"
+    command = [sys.executable, "-m", "launch.stream", "--checkpoint", folder, *size.split()]
+    command += ["--output", tmp_path / "clip.mp4"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "Traceback" not in found.stderr and "ignored" not in found.stderr
+    (line,) = (line for line in found.stderr.splitlines() if line.startswith("error: "))
+    assert f"{folder / 'transformer'} cannot be read (" in line and len(line) < 700

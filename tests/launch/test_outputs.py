@@ -45,6 +45,8 @@ ENCODE = (encode_prompts, "--gemma {w}/gemma --checkpoint {w}/ltx2 --prompts {w}
           " --output")  # fmt: skip
 EXPORT = (export, "--input {w}/ltx2 --overwrite --output")
 WORLD = (make_world, "--clips 1 --frames 9 --overwrite --output")
+STUDENT = (omniforcing, "--input {w}/tiny.safetensors --base {w}/ltx2 --num-heads 4 --overwrite"
+           " --output")  # fmt: skip
 CASES = {
     "converter: a run": (*LTX2, "run"),
     "converter: another converter's checkpoint": (*LTX2, "gemma"),
@@ -54,8 +56,7 @@ CASES = {
     "gemma: its input": (*GEMMA, "hf"),
     "gemma: in its input": (*GEMMA, "hf/converted"),
     "gemma: a checkpoint": (*GEMMA, "ltx2"),
-    "student: its base": (omniforcing, "--input {w}/tiny.safetensors --base {w}/ltx2 --num-heads 4 --overwrite"
-                          " --output", "ltx2"),
+    "student: its base": (*STUDENT, "ltx2"),
     "export: the original": (*EXPORT, "tiny.safetensors"),
     "export: another file": (*EXPORT, "model.safetensors"),
     "export: in its input": (*EXPORT, "ltx2/out.safetensors"),
