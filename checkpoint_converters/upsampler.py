@@ -61,13 +61,16 @@ def convert(
     tensors, wrong = select(checkpoint, config)
     component = config.component
     content = converting.config_content(
+        "checkpoint_converters.upsampler",
         FAMILY,
         {component: metadata},
         checkpoint.files,
         model_version=version,
         components=[component],
     )
-    plan = converting.ConversionPlan(content, tensors, (component,))
+    plan = converting.ConversionPlan(
+        content, tensors, (component,), inputs=(source,), weights=checkpoint.files
+    )
     return converting.run(plan, problems + wrong, output, **options)
 
 
