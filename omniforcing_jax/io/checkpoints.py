@@ -29,7 +29,7 @@ from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.paths import locate
 
 FORMAT = 1
-FAMILIES = ("ltx2", "omniforcing")
+FAMILIES = ("ltx2", "omniforcing", "upsampler")
 # entries of config.json that code relies on; the last three may be missing
 _ENTRIES = {
     "model_version": str,
@@ -63,7 +63,7 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
     """Reads config.json of a converted checkpoint.
 
     Returns:
-      {"format", "family": "ltx2" | "omniforcing", "model_version", "config": the checkpoint's
+      {"format", "family": one of `FAMILIES`, "model_version", "config": the checkpoint's
       metadata by section, "trained": see `TrainedSettings`, "components", "fingerprints": what
       tells a component's weights from others, "checksums": {component: `checksums.write`},
       "folders": see `component_folder`, "source", and, if there are any, "loras": those merged into
