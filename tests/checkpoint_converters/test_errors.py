@@ -126,7 +126,10 @@ def test_offsets_that_overlap_or_leave_gaps(tmp_path, change, text):
 def test_a_flipped_bit_of_our_own_files_is_named(source, tmp_path):
     data = bytearray(source.read_bytes())
     name = data.index(b"attention_head_dim") + 3
-    for place, text in ((-5, ": is damaged (another"), (name, ": its header is damaged (another")):
+    for place, text in (
+        (-5, ": a tensor is damaged (another"),
+        (name, ": its header is damaged (another"),
+    ):
         copy = bytearray(data)
         copy[place] ^= 1
         (tmp_path / "bad.safetensors").write_bytes(copy)
