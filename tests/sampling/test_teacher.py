@@ -487,6 +487,7 @@ def test_script_refuses(checkpoint, random_gemma, tmp_path, capsys, monkeypatch)
     dims = json.loads((checkpoint / "config.json").read_text())["config"]["transformer"]
     dims = (dims["caption_channels"],) * 2
     prompt, negative = (stored(tmp_path, name, dims) for name in ("prompt", "negative"))
+    (tmp_path / "empty").mkdir()
     several, narrow = stored(tmp_path, "two", dims, 2), stored(tmp_path, "narrow", (4, 4))
     output = tmp_path / "clip.mp4"
     random = ["--random-features", "--stg-block", "1"]
@@ -512,7 +513,7 @@ def test_script_refuses(checkpoint, random_gemma, tmp_path, capsys, monkeypatch)
         (["--features", several, *no_cfg], "holds 2 prompts; one clip takes one"),
         (["--features", narrow, *no_cfg], "expects 32 and 32"),
         (["--features", "nothing.safetensors", *no_cfg], "no such text feature file"),
-        ([*random, "--checkpoint", str(tmp_path)], "holds no config.json"),
+        ([*random, "--checkpoint", str(tmp_path / "empty")], "holds no config.json"),
         ([*random, "--output", str(tmp_path / "clip.avi")], "must end in .mp4"),
     ]
     for options, message in cases:
