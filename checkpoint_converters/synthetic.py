@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=pathlib.Path, help=".safetensors file")
     parser.add_argument("--dtype", default="bfloat16", choices=(*DTYPES, FLOAT8))
     parser.add_argument("--layers", type=int, help="transformer layers (default: the size's)")
-    parser.add_argument("--seed", type=programs.SEED, default=0)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier one")
     parser.add_argument(
         "--upsampler", choices=("spatial", "temporal"), help="an upsampler for it, instead"

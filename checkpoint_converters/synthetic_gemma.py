@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
-    parser.add_argument("--seed", type=programs.SEED, default=0)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--words", type=pathlib.Path, help="file of all words there are, one a line"
     )

@@ -27,6 +27,7 @@ from matplotlib.patches import Patch
 from omniforcing_jax import BlockLayout, programs
 from omniforcing_jax.blocks import LAYOUT_NAMES
 from omniforcing_jax.io import outputs
+from omniforcing_jax.ranges import Range
 
 PROGRAM = "launch.plot_masks"
 WHITE, BLUE, ORANGE, RED = "#ffffff", "#7fa8d9", "#f5a742", "#d64545"
@@ -190,14 +191,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of the clip")
     parser.add_argument(
         "--sinks",
-        type=programs.integer(0, MAX_TOKENS),
+        type=programs.number(int, Range(0, MAX_TOKENS)),
         default=16,
         help="sink tokens before the audio",
     )
     parser.add_argument("--frame_rate", type=float, default=24.0, help="pixel frames per second")
     parser.add_argument(
         "--patches",
-        type=programs.integer(1, MAX_TOKENS),
+        type=programs.number(int, Range(1, MAX_TOKENS)),
         default=8,
         help="tokens drawn per video latent",
     )

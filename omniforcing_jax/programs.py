@@ -23,9 +23,9 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from omniforcing_jax.ranges import Range
+from omniforcing_jax.ranges import OPTIONS, Range
 
 FAILED, REFUSED = 1, 2
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143  # as a shell reports these signals
@@ -240,53 +240,45 @@ def _write_traceback(error: Exception, main: Callable) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser for `python -m PROGRAM` that says what is wrong in one line.
 
-    Numbers are finite and of a size that programs can hold, also where an option says no more than
-    `type=int` or `type=float`; `integer` and `real` say more.
+    An option of `type=int` or `type=float` takes finite numbers in the range of its name, see
+    `ranges.OPTIONS`; `number` makes the type of one that has another.
     """
 
     def __init__(self, program: str, doc: str):
         """`doc` is the docstring of the program's module, which --help shows."""
         shown = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=f"python -m {program}", description=doc, formatter_class=shown)
-        self.register("type", int, integer())
-        self.register("type", float, real())
+
+    def parse_known_args(self, args=None, namespace=None):
+        """See `argparse.ArgumentParser`."""
+        for action in self._actions:
+            if action.type in (int, float):
+                action.type = number(action.type, OPTIONS.get(action.dest, _ANY))
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""
         self.exit(REFUSED, f"error: {_shortened(message, 600)} (--help lists the options)\n")
 
 
-def integer(low: int = -(2**31), high: int = 2**31 - 1) -> Callable[[str], int]:
-    """An option's type: a whole number from `low` to `high`."""
+def number(kind: type, within: Range) -> Callable[[str], int | float]:
+    """An option's type: an `int` or a `float` in a range."""
 
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,19}", text.strip(), re.ASCII):
+    def read(text: str) -> int | float:
+        if kind is int and not re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", text, re.ASCII):
             raise argparse.ArgumentTypeError(f"{_quoted(text)} is no whole number")
-        return _checked(int(text), Range(low, high))
-
-    return read
-
-
-def real(low: float = -1e15, high: float = 1e15, *, above: bool = False) -> Callable[[str], float]:
-    """An option's type: a finite number from `low` (`above`: more than that) to `high`."""
-
-    def read(text: str) -> float:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{_quoted(text)} is no number") from None
-        return _checked(value, Range(low, high, above))
+        if value not in within:
+            raise argparse.ArgumentTypeError(f"must be {within}, not {value}")
+        return value
 
     return read
 
 
-SEED = integer(0, 2**32 - 1)
-
-
-def _checked(value: Any, within: Range) -> Any:
-    if value not in within:
-        raise argparse.ArgumentTypeError(f"must be {within}, not {value}")
-    return value
+_ANY = Range(-(2**31), 2**31 - 1)
 
 
 def _quoted(text: str) -> str:

@@ -35,6 +35,32 @@ COUNT = Range(1, 2**31 - 1)
 SHARE = Range(0, 1)
 
 
+_COUNTS = Range(1, 2**20)
+_PIXELS = Range(1, 2**14)
+_SCALE = Range(-1e4, 1e4)
+# Of options by their names, which mean the same in all programs; `Range(-2**31, 2**31)` for others.
+OPTIONS = {
+    "seed": Range(0, 2**32 - 1),
+    **dict.fromkeys(("height", "width"), _PIXELS),
+    **dict.fromkeys(("fps", "frame_rate"), Range(0.01, 1000)),
+    **dict.fromkeys(("seconds", "every"), Range(0, 1e6, above=True)),
+    **dict.fromkeys(("frames", "clips", "repeats", "blocks", "steps", "batch", "points"), _COUNTS),
+    **dict.fromkeys(("batch_size", "microbatches", "samples", "prompts"), _COUNTS),
+    **dict.fromkeys(("clips_per_shard", "prompts_per_shard", "smooth", "window"), _COUNTS),
+    **dict.fromkeys(("anchors", "previews", "show", "look_ahead", "blend"), Range(0, 2**20)),
+    **dict.fromkeys(("stg_block", "step", "sinks", "seam_blocks"), Range(0, 2**31 - 1)),
+    **dict.fromkeys(("text_length", "length", "text_tokens", "tokens"), Range(1, 2**16)),
+    **dict.fromkeys(("layers", "num_heads", "look_back"), Range(1, 4096)),
+    "enlarge": Range(1, 64),
+    **dict.fromkeys(("cfg", "cfg_video", "cfg_audio", "stg", "modality"), _SCALE),
+    **dict.fromkeys(("rescale", "strength"), SHARE),
+    "timesteps": Range(0, 1000, above=True),
+    "sigmas": SHARE,
+    "crf": Range(0, 51),
+    "peak_tflops": Range(0, 1e9, above=True),
+}
+
+
 def check_fields(config: Any, prefix: str = "", **ranges: Range) -> None:
     """Holds fields of a dataclass against their ranges; one that is None is not held.
 

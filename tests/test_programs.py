@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from omniforcing_jax import programs
+from omniforcing_jax.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("omniforcing_jax", "checkpoint_converters", "launch", "benchmarks", "pocket")
@@ -209,13 +210,13 @@ def test_numbers_are_finite(text, capsys):
 
 def test_bounds(capsys):
     assert parsed(int, "-12") == -12 and parsed(float, "2.5") == 2.5
-    assert parsed(programs.integer(1), "1") == 1 and parsed(programs.SEED, str(2**32 - 1))
+    assert parsed(programs.number(int, COUNT), "1") == 1
     for kind, text, said in (
         (int, str(2**70), "'1180591620717411303424' is no whole number"),
         (int, str(2**31), "at least -2147483648, not 2147483648"),
-        (programs.integer(1, 8), "9", "must be at least 1 and at most 8, not 9"),
-        (programs.real(0, above=True), "0", "must be more than 0, not 0.0"),
-        (programs.real(0), "-1", "must be at least 0, not -1.0"),
+        (programs.number(int, Range(1, 8)), "9", "must be at least 1 and at most 8, not 9"),
+        (programs.number(float, POSITIVE), "0", "must be more than 0, not 0.0"),
+        (programs.number(float, NOT_NEGATIVE), "-1", "must be at least 0, not -1.0"),
     ):
         with pytest.raises(SystemExit):
             parsed(kind, text)
