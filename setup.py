@@ -50,6 +50,7 @@ EXTRAS_REQUIRE = {
     "test": [
         *TRAIN,
         *POCKET,
+        "hypothesis>=6.100",  # extremes of options and settings
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "torch>=2.6",

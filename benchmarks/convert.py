@@ -20,6 +20,7 @@ import time
 
 from benchmarks.memory import peak_resident_bytes
 from checkpoint_converters import ltx2, synthetic
+from checkpoint_converters.converting import parse_mesh
 from omniforcing_jax import programs
 
 COPY_BYTES = 16 << 20
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mesh", default="", help="as for checkpoint_converters.ltx2")
     parser.add_argument("--convert-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    parse_mesh(args.mesh)  # before a large file is written
     source, target = args.folder / "source.safetensors", args.folder / "converted"
     if args.convert_only:  # a process of its own, so that its peak memory is the converter's
         print(json.dumps(convert_here(source, target, args.mesh)))

@@ -58,8 +58,13 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     Raises:
       ValueError: a value is not JSON.
     """
-    parts = (pair.partition("=") for pair in pairs)
-    return {name: json.loads(value) for name, _, value in parts}
+    parts = [pair.partition("=") for pair in pairs]
+    try:
+        return {name: json.loads(value) for name, _, value in parts}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"settings are written NAME=VALUE, a value as in JSON, not {list(pairs)}: {error}"
+        ) from error
 
 
 def stage_config(

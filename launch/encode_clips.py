@@ -167,9 +167,10 @@ def encode_shard(
 
 def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     """Checks, encodes and writes."""
-    clip = ClipGeometry.from_pixels(args.frames, args.height, args.width, args.fps)
     text = open_text_dataset(args.text)
     source = SourceModel.find(args.checkpoint, None, None)
+    options.use_trained(args, source.config.trained)
+    clip = ClipGeometry.from_pixels(args.frames, args.height, args.width, args.fps)
     source.check_text(text.manifest, args.text)
     source.check_latents(clip)
     clips = read_clip_list(

@@ -53,6 +53,7 @@ from omniforcing_jax.sampling.conditions import mode_frozen
 from omniforcing_jax.sampling.guidance import LTX23_GUIDANCE
 from omniforcing_jax.sampling.teacher import Prompt, check_prompts, without_guidance_of
 from omniforcing_jax.sampling.trained import TrainedSettings
+from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.streaming import media
 
 PROGRAM = "launch.sample_teacher"
@@ -141,6 +142,8 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
     video_vae.check_latents(
         config.video_vae, (1, sampling.clip.video_frames, height, width, channels)
     )
+    pixels = 8 * sampling.clip.video_frames * args.height * args.width
+    check_memory("the decoded clip", pixels * 3 * 5)  # as numbers of 4 bytes and of one
     model = Transformer(config.transformer)
     sampling.check_model(model)
     given = given_files.read(args, sampling.clip, config)

@@ -45,6 +45,8 @@ from omniforcing_jax import (
     programs,
 )
 from omniforcing_jax.ops.attention import attention
+from omniforcing_jax.sampling.kv_cache import cache_bytes
+from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
@@ -146,6 +148,7 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     length = clip_length(args, config, layout, notes)
     num_blocks = None if length is None else length.blocks
     rollout.cache.blocks_in_positions(num_blocks)
+    check_memory("the cache", _cache_bytes(args, config, rollout))
     options.check_source(args)
     prompts = prompts_by_block(turns(args), layout, num_blocks, notes)
     encoder = None
@@ -156,6 +159,12 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
         dims = config.transformer.text_dims
         prompts = {block: _contexts(args, text, dims) for block, text in prompts.items()}
     return StreamRequest(rollout, length, prompts, encoder, notes)
+
+
+def _cache_bytes(args: argparse.Namespace, config: PipelineConfig, rollout: RolloutConfig) -> int:
+    dtype, patches = options.compute_dtype(args), rollout.patches
+    model = config.transformer
+    return cache_bytes(rollout.cache, model, batch=1, patches=patches, dtype=dtype)
 
 
 def deviations(args: argparse.Namespace, config: PipelineConfig) -> list[str]:

@@ -22,6 +22,7 @@ from omniforcing_jax.distributed.multihost import Watchdog
 from omniforcing_jax.io import outputs
 from omniforcing_jax.io.paths import locate
 from omniforcing_jax.scaling import planning
+from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.batches import DeviceBatches
 from omniforcing_jax.training.config import experiment
@@ -35,7 +36,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run in it is resumed.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print parameters, memory and arithmetic, and exit.")
-_DEVICES = flags.DEFINE_integer("devices", None, "With --plan: plan for so many devices.")
+_DEVICES = flags.DEFINE_integer(
+    "devices", None, "With --plan: plan for so many devices.", lower_bound=1, upper_bound=2**20
+)
 _ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_config_change",
     False,
@@ -92,6 +95,7 @@ def run(stage: str) -> int:
     if _PLAN.value:
         print(planning.describe(e, plan))
         return 0
+    check_memory("a step", sum(plan.bytes_per_device.values()))
     with Watchdog(_WATCHDOG_SECONDS.value, name=_name()) as watchdog, programs.at_work():
         try:
             return _status(_train(e, plan, locate(_WORKDIR.value), console, watchdog))

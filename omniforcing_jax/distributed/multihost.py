@@ -439,7 +439,7 @@ class Watchdog:
         end: Callable[[int], None] = os._exit,
         file: IO[str] | None = None,
     ):
-        if seconds < 0:
+        if not 0 <= seconds <= threading.TIMEOUT_MAX / 10:
             raise ValueError(f"watchdog: seconds must be 0 (off) or more, not {seconds}")
         self._seconds, self._name, self._end, self._file = seconds, name, end, file
         self._timer = threading.Timer(0, lambda: None)  # of the current wait

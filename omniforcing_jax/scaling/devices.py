@@ -75,6 +75,26 @@ DEVICES = {
 EXAMPLES = "v5p:4x4x4, v6e:8x8, tpu7x:2x2x4, v5e:4x4, v4:4x4x4, h100:32, h200:8, cpu"
 
 
+def memory_bytes() -> int:
+    """Memory of a local device as the runtime says, else all that this computer has."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(what: str, num_bytes: float) -> None:
+    """Holds what will be needed at least against the memory of a device.
+
+    Raises:
+      ValueError: it is more.
+    """
+    there = memory_bytes()
+    if num_bytes > there:
+        raise ValueError(
+            f"{what} takes {num_bytes / GIB:,.1f} GiB at least, and a device has "
+            f"{there / GIB:,.1f} GiB: make it shorter, smaller or fewer at a time"
+        )
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 operations per second of a device, by JAX's name for it; None if unknown."""
     rows = (device for device in DEVICES.values() if re.search(device.kind, device_kind))

@@ -417,6 +417,9 @@ class StageIII(DMDStage):
     rollout_blocks: int = 6
     detach_history: bool = True
 
+    def __post_init__(self):
+        check_fields(self, rollout_blocks=Range(1, 3600))
+
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         if self.conditions.gives and self.rollout_blocks != self.clip.blocks:

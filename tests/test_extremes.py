@@ -1,0 +1,287 @@
+"""Extremes in every option of every program, and in every setting of every config.
+
+Options are found by asking the parsers, settings by walking the configs: new ones are held to the
+same. Whatever is given, a program ends with a status of 0, 1 or 2 and lines that are meant to be
+read, writes nothing but its output, and does not get to what costs much with a number that is none.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+
+import ml_collections
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from omniforcing_jax import programs
+from omniforcing_jax.training.config import experiment, parsing
+from omniforcing_jax.training.config.problems import ConfigError, Problems
+from tests.test_programs import ROOT, program_files
+
+# What is no number, and what no computer can hold as one: never taken by an option of numbers.
+NO_NUMBERS = ("inf", "-inf", "nan", "1e400", "-1e400", str(2**70), str(-(2**70)), "", "x", "0x1f")
+OTHERS = ("-1", "0", "1e-320", str(2**31 - 1), str(2**31), "-0.0", "1", "3", "1e15", "0.5")
+TEXTS = ("", "-", "x" * 5000, "a/" * 3000, "/dev/null", "/", "..", "\N{SNOWMAN}", "*", "@", "=")
+# By absl's flags rather than by a parser.
+WITH_FLAGS = ("launch.stage1", "launch.stage2", "launch.stage3", "pocket.pretrain")
+
+
+class Reached(BaseException):
+    """A program got to what costs much."""
+
+
+class Seen(BaseException):
+    """A program's parser was asked."""
+
+
+def modules() -> dict[str, str]:
+    """{name of a program: name of its module}."""
+    names = (".".join(file.relative_to(ROOT).with_suffix("").parts) for file in program_files())
+    return {name: name for name in names if name not in WITH_FLAGS}
+
+
+PROGRAMS = tuple(modules())
+# What a program calls when it has checked its arguments, and what it needs to come so far.
+EXPENSIVE = {
+    "omniforcing_jax.streaming.contact_sheet": "contact_sheet",
+    "checkpoint_converters.synthetic": "write_file write write_latent_upsampler write_lora",
+    "checkpoint_converters.synthetic_gemma": "write",
+    "checkpoint_converters.export": "export",
+    "checkpoint_converters.gemma3": "convert",
+    "checkpoint_converters.ltx2": "convert",
+    "checkpoint_converters.omniforcing": "convert",
+    "launch.aot": "measure run_all write_table",
+    "launch.plan": "smallest propose compare",
+    "launch.plot_masks": "draw",
+    "launch.plot_run": "draw",
+    "launch.plot_scaling": "points",
+    "launch.export_run": "load_generator export",
+    "launch.encode_prompts": "TextEncoder describe_prompts",
+    "launch.ode_pairs": "TrajectorySampler make_manifest",
+    "launch.sample_teacher": "load_pipeline",
+    "launch.stream": "load_pipeline",
+    "benchmarks.stream": "run",
+    "benchmarks.text": "make_encoder",
+    "benchmarks.text_dataset": "write",
+    "benchmarks.convert": "convert_here subprocess.run",
+    "benchmarks.train": "run",
+    "pocket.demo": "measure_file",
+    "pocket.measure": "measure_file",
+    "pocket.make_world": "make",
+    "pocket.reconstruct": "make_clip",
+    "pocket.report": "report_runs report_samples",
+    "pocket.sample": "world_clips load_pipeline",
+    "pocket.assemble": "assemble",
+    "pocket.known_answer.plot": "draw",
+    "pocket.known_answer.solve": "run",
+}
+
+
+def reached(*args, **options):
+    raise Reached
+
+
+@contextlib.contextmanager
+def cheap(name: str) -> Iterator:
+    """The program's module, without what costs much."""
+    module = importlib.import_module(name)
+    with pytest.MonkeyPatch.context() as patch:
+        for target in EXPENSIVE.get(name, "").split():
+            patch.setattr(f"{name}.{target}", reached)
+        yield module
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """What the program reads its command line with."""
+
+    def seen(parser, *args, **options):
+        found.append(parser)
+        raise Seen
+
+    found = []
+    with cheap(name) as module, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs.Parser, "parse_args", seen)
+        with pytest.raises(Seen):
+            module.main([])
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    return {name: parser_of(name) for name in PROGRAMS}
+
+
+def usual(action: argparse.Action, folder: pathlib.Path) -> list[str]:
+    """Words that are fine for an option that has to be given."""
+    word = next(iter(action.choices)) if action.choices else str(folder / "nothing")
+    words = [word] * (action.nargs if isinstance(action.nargs, int) else 1)
+    return [*action.option_strings[-1:], *words]
+
+
+def outcome(name: str, arguments: list[str], capsys) -> tuple[int | None, str]:
+    """(status, or None if it got to what costs much; standard error)."""
+    with cheap(name) as module:
+        try:
+            status = module.main(arguments)
+        except SystemExit as end:
+            status = end.code
+        except Reached:
+            status = None
+    return status, capsys.readouterr().err
+
+
+def check_end(status: int | None, text: str, case: object) -> None:
+    """Whether a program has ended as it should."""
+    assert status in (None, 0, 1, 2), (case, status, text)
+    assert "Traceback" not in text and "not expected" not in text, (case, text)
+    assert len(text) < 8000, (case, len(text))
+    if status:
+        assert text.startswith("error: ") or "\nerror: " in text, (case, text)
+
+
+def cases(parsers) -> Iterator[tuple[str, argparse.Action]]:
+    for name, parser in parsers.items():
+        for action in parser._actions:
+            if action.nargs != 0 and action.dest != "help":
+                yield name, action
+
+
+def try_option(parsers, folder, capsys, name, action, value) -> tuple[int | None, str]:
+    """Gives the option a value, and what has to be given besides."""
+    others = [a for a in parsers[name]._actions if a.required and a is not action]
+    words = [word for other in others for word in usual(other, folder)]
+    count = action.nargs if isinstance(action.nargs, int) else 1
+    words += [*action.option_strings[-1:], *[value] * count]
+    if value.startswith("-") and action.option_strings and count == 1:  # or it would be an option
+        words[-2:] = [f"{action.option_strings[-1]}={value}"]
+    before = sorted(folder.iterdir())
+    found = outcome(name, words, capsys)
+    check_end(*found, (name, words))
+    assert found[0] is None or sorted(folder.iterdir()) == before, (name, words)
+    for path in set(folder.iterdir()) - set(before):  # an output that was claimed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return found
+
+
+def test_no_option_takes_what_is_no_number(parsers, tmp_path, capsys, monkeypatch):
+    """All options of numbers there are, each with one value; all values come up."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(programs.tempfile, "tempdir", str(tmp_path))
+    tried = 0
+    for name, action in cases(parsers):
+        reads = action.type
+        if reads in (int, float) or getattr(reads, "__qualname__", "").startswith("number."):
+            value = NO_NUMBERS[tried % len(NO_NUMBERS)]
+            status, text = try_option(parsers, tmp_path, capsys, name, action, value)
+            assert status == 2 and text.count("\n") == 1, (name, action.dest, value, text)
+            tried += 1
+    assert tried > 80
+
+
+def test_every_option_ends_well(parsers, tmp_path, capsys, monkeypatch):
+    """Of every program, whatever an option is given."""
+    check_options(parsers, tmp_path, capsys, monkeypatch, 150)
+
+
+@pytest.mark.slow
+def test_every_option_ends_well_many_times(parsers, tmp_path, capsys, monkeypatch):
+    check_options(parsers, tmp_path, capsys, monkeypatch, 3000)
+
+
+def check_options(parsers, folder, capsys, monkeypatch, examples: int) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(programs.tempfile, "tempdir", str(folder))
+    values = st.one_of(st.sampled_from(NO_NUMBERS + OTHERS + TEXTS), st.integers().map(str),
+                       st.floats().map(repr))  # fmt: skip
+
+    @settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.sampled_from(list(cases(parsers))), values)
+    def check(case, value):
+        try_option(parsers, folder, capsys, *case, value)
+
+    check()
+
+
+# -- configs ---------------------------------------------------------------------------------------
+
+VARIANTS = [(stage, variant) for stage in ("stage1", "stage2", "stage3")
+            for variant in ("19b", "tiny", "pocket")]  # fmt: skip
+VALUES = (
+    float("inf"), float("-inf"), float("nan"), 2**70, -(2**70), 10**400, -1, 0, -1.0, 0.0, 1e300,
+    1e-320, "", "x", "x" * 5000, None, (), (1,), [1.0, float("nan")], True, {}, {"a": 1}, 2**31, 1,
+)  # fmt: skip
+
+
+def leaves(config, prefix: str = "") -> Iterator[str]:
+    """Names of all settings, and of their groups."""
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+
+
+def with_value(config: dict, name: str, value):
+    """A copy with another value."""
+    config = copy.deepcopy(config)
+    group = config
+    *groups, last = name.split(".")
+    for each in groups:
+        group = group[each]
+    group[last] = value
+    return config
+
+
+def stage_tree(stage: str, variant: str) -> ml_collections.ConfigDict:
+    return importlib.import_module(f"configs.{stage}").get_config(variant)
+
+
+def problems_of(tree: dict) -> list[str]:
+    problems = Problems()
+    try:
+        config = parsing.parse(tree, problems)
+        problems += config.problems(1)
+    except ConfigError as error:
+        problems += error.problems
+    return problems
+
+
+@pytest.mark.parametrize(("stage", "variant"), VARIANTS)
+def test_every_setting_is_held(stage, variant):
+    """Each value in each setting; numbers that are none are never taken."""
+    config = stage_tree(stage, variant)
+    tree, wrong = config.to_dict(), []
+    assert problems_of(tree) == [] or variant == "19b"  # of 32 clips on one device
+    usual = set(problems_of(tree))
+    for name in leaves(config):
+        for value in VALUES:
+            found = set(problems_of(with_value(tree, name, value))) - usual
+            numbers = value if isinstance(value, list) else [value]
+            nonsense = any(
+                isinstance(x, int | float) and (x != x or abs(x) > 1e301) for x in numbers
+            )
+            if nonsense and not found:
+                wrong.append((name, value))
+    assert wrong == []
+
+
+def test_a_negative_weight_is_refused():
+    """It trained uphill."""
+    tree = with_value(stage_tree("stage1", "tiny").to_dict(), "loss.video", -1.0)
+    assert problems_of(tree) == ["loss: loss.video must be at least 0, not -1.0"]
+
+
+def test_configs_are_checked_whole(tmp_path):
+    """What `check` refuses it refuses as a list, whatever files are not there."""
+    tree = with_value(stage_tree("stage3", "tiny").to_dict(), "checkpoint", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        experiment.check(tree, 1)
+    assert "launch.stage1" not in sys.modules
