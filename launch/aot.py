@@ -27,6 +27,7 @@ import jax
 
 from launch import dry_run
 from omniforcing_jax import programs
+from omniforcing_jax.io import checkpoints
 from omniforcing_jax.scaling import aot, devices
 from omniforcing_jax.scaling.planning import ACHIEVABLE
 from omniforcing_jax.training.config.settings import STAGES
@@ -155,7 +156,7 @@ def run_all(args: argparse.Namespace) -> int:
     output = args.output or RESULTS
     status = 0
     for target, program, mesh, settings in CASES:
-        done = json.loads(output.read_text()) if output.exists() else []
+        done = read_results(output)
         case = {"target": target, "program": program, "mesh": mesh, "settings": settings}
         if any(_key(case) == _key(r) for r in done):
             continue
@@ -165,6 +166,21 @@ def run_all(args: argparse.Namespace) -> int:
             command += ["--set", *(f"{k}={json.dumps(v)}" for k, v in settings.items())]
         status = max(status, subprocess.run(command, check=False).returncode)
     return status
+
+
+def read_results(file: pathlib.Path) -> list[dict[str, Any]]:
+    """What the file holds so far; [] if there is none.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+
+    def read(content: Any) -> list[dict[str, Any]]:
+        _ = [_key(result) for result in content]
+        return content
+
+    what = "a list of results of launch.aot"
+    return checkpoints.parse_json(file, what, read) if file.exists() else []
 
 
 def _key(result: dict[str, Any]) -> tuple:
@@ -195,7 +211,7 @@ def write_table(results: pathlib.Path, page: pathlib.Path) -> None:
         raise ValueError(f"{page} needs the lines {_START!r} and {_END!r}")
     order = {(case[0], case[1]): i for i, case in enumerate(CASES)}
     rows = sorted(
-        json.loads(results.read_text()),
+        read_results(results),
         key=lambda r: order.get((r["target"], r["program"]), len(order)),
     )
     lines = [
@@ -236,7 +252,7 @@ def _table_rows(r: dict[str, Any]) -> list[str]:
 
 def add_result(file: pathlib.Path, result: dict[str, Any]) -> None:
     """Adds a result, in the place of an older one of the same case."""
-    results = json.loads(file.read_text()) if file.exists() else []
+    results = read_results(file)
     results = [r for r in results if _key(r) != _key(result)] + [result]
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -253,6 +269,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.all:
         return run_all(args)
+    if args.output:
+        read_results(args.output)  # before minutes of compilation
     result = measure(args)
     if result["step"]:
         print(describe_step(result["step"]), file=sys.stderr)

@@ -9,7 +9,6 @@ with those of compiled programs.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from launch import dry_run
 from omniforcing_jax import programs
+from omniforcing_jax.io import checkpoints
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.scaling.devices import EXAMPLES, GIB, Target
 from omniforcing_jax.scaling.planning import MeshProposal
@@ -155,7 +155,7 @@ def compare(file: pathlib.Path) -> str:
         "| sent per step, GB: planned / compiled | error |",
         "|---|---|---|---|---|---|",
     ]
-    for r in json.loads(file.read_text()):
+    for r in checkpoints.parse_json(file, "a list of results of launch.aot", list):
         if not r["step"] or r["program"] == "stream":
             continue
         target = Target.parse(r["target"])

@@ -23,8 +23,7 @@ from rich.table import Table
 
 from omniforcing_jax import programs
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
-from omniforcing_jax.io import outputs
-from omniforcing_jax.io.checkpoints import read_json
+from omniforcing_jax.io import checkpoints, outputs
 from omniforcing_jax.io.paths import new_file
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.contact_sheet import Marks, contact_sheet
@@ -76,7 +75,8 @@ def read_targets(args: argparse.Namespace) -> list[dict[str, Any]]:
     files = args.truth or [clip.with_suffix(".json") for clip in args.clips]
     if len(files) != count:
         raise ValueError(f"{len(files)} files of truth for {count} clips; give one for each")
-    return [{"truth": Truth.from_json(read_json(file))} for file in files]
+    what = "the truth of pocket.make_world"
+    return [{"truth": checkpoints.parse_json(file, what, Truth.from_json)} for file in files]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ the steps, so a run that has converged shows the same twice. Gradient norms are 
 records, before clipping. Updates are skipped whose gradient is not finite.
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from omniforcing_jax import programs
+from omniforcing_jax.io import checkpoints
 from omniforcing_jax.streaming.contact_sheet import new_figure
 from omniforcing_jax.training.metrics import JSONL
 
@@ -207,13 +207,20 @@ def report_runs(folders: list[pathlib.Path]) -> str:
     return table(scalars, {c: (c, "{:.3f}") for c in RUNS}, "runs", counts)
 
 
+def _checked(content: dict) -> dict:
+    """The content, if it has what is read of it."""
+    _ = content["all"] | content.get("speed", {}), len(content["clips"]), content["stretches"][:]
+    return content
+
+
 def report_samples(folders: list[pathlib.Path], plot: pathlib.Path) -> str:
     """The tables of what pocket.sample measured; the plot is written where there is drift.
 
     Raises:
       ValueError: a folder has no measures, or matplotlib is missing.
     """
-    rows = read_rows(folders, "measures.json", lambda file: json.loads(file.read_text()))
+    what = "the measures.json of pocket.sample"
+    rows = read_rows(folders, "measures.json", lambda f: checkpoints.parse_json(f, what, _checked))
     scalars = {n: [c["all"] | c.get("speed", {}) for c in seeds] for n, seeds in rows.items()}
     counts = {n: " + ".join(str(len(c["clips"])) for c in seeds) for n, seeds in rows.items()}
     text = "\n".join(table(scalars, rules, "clips", counts) for rules in (COLUMNS, OTHERS))
@@ -231,6 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", action="store_true", help="they hold training runs")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="without extension")
     args = parser.parse_args(argv)
+    if not args.output.name:
+        raise ValueError(f"--output {args.output} is a folder; name the files in it")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.runs:
         text = report_runs(args.folders)

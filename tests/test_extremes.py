@@ -50,7 +50,7 @@ PROGRAMS = tuple(modules())
 # What a program calls when it has checked its arguments, and what it needs to come so far.
 EXPENSIVE = {
     "omniforcing_jax.streaming.contact_sheet": "contact_sheet",
-    "checkpoint_converters.synthetic": "write_file write write_latent_upsampler write_lora",
+    "checkpoint_converters.synthetic": "write write_upsampler",
     "checkpoint_converters.synthetic_gemma": "write",
     "checkpoint_converters.export": "export",
     "checkpoint_converters.gemma3": "convert",

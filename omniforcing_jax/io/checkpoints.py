@@ -13,10 +13,11 @@ import contextlib
 import json
 import logging
 import os
+import pathlib
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,7 @@ _HOW_TO_CREATE = (
     "(checkpoint_converters.omniforcing for a released OmniForcing student)"
 )
 
+T = TypeVar("T")
 Sharding = jax.sharding.Sharding
 # (path of a leaf, shape of a leaf) -> sharding
 ShardingRule = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
@@ -123,6 +125,26 @@ def read_json(file: epath.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return checksums.check_seal(file, content)
+
+
+def parse_json(file: pathlib.Path, what: str, read: Callable[[Any], T]) -> T:
+    """What `read` makes of a JSON file's content.
+
+    Args:
+      what: it is, for messages, such as "the truth of pocket.make_world".
+
+    Raises:
+      OSError: the file cannot be read, or is damaged.
+      ValueError: it is not JSON, or `read` does not find in it what it looks for.
+    """
+    text = file.read_bytes()
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict):
+            content = checksums.check_seal(file, content)
+        return read(content)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{file} is not {what}: {type(error).__name__}: {error}") from error
 
 
 def write_json(file: epath.Path, content: Mapping[str, Any]) -> None:

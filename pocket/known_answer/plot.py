@@ -5,7 +5,6 @@
 The plots are written beside the file.
 """
 
-import json
 import pathlib
 import sys
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from omniforcing_jax import programs
+from omniforcing_jax.io import checkpoints
 from omniforcing_jax.streaming.contact_sheet import new_figure
 
 BLUE, ORANGE, GREEN, GREY, TEXT = "#2b6cb0", "#d9822b", "#3a7d44", "#7b8794", "#1f2933"
@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = programs.Parser("pocket.known_answer.plot", __doc__)
     parser.add_argument("file", type=pathlib.Path, help="known_answer.json")
     file = parser.parse_args(argv).file
-    draw(json.loads(file.read_text()), file.parent)
+    what = "the known_answer.json of pocket.known_answer.solve"
+    checkpoints.parse_json(file, what, lambda result: draw(result, file.parent))
     return 0
 
 

@@ -129,7 +129,7 @@ def scene_from_caption(text: str) -> Scene:
     found: dict[str, str] = {}
     size, count = None, None
     words = words_of(text)
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word in sizes:
             size = sizes[word]
         elif word in COLOURS:
