@@ -1,6 +1,8 @@
 """Prints the losses of two training steps on a mesh; run as a program, with eight CPU devices.
 
 python -m tests.distributed.mesh_losses stage3 data=2 fsdp=2 tensor=2
+
+"stage2-given" and "stage3-given" train under conditions of all modes.
 """
 
 import json
@@ -16,8 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from omniforcing_jax.blocks import BlockLayout  # noqa: E402
 from omniforcing_jax.distributed import partitioning  # noqa: E402
+from omniforcing_jax.geometry import ClipGeometry  # noqa: E402
 from omniforcing_jax.models.transformer.config import tiny  # noqa: E402
 from omniforcing_jax.models.transformer.model import Transformer  # noqa: E402
+from omniforcing_jax.sampling.conditions import MODES  # noqa: E402
 from omniforcing_jax.sampling.kv_cache import CacheConfig  # noqa: E402
 from omniforcing_jax.sampling.student import RolloutConfig  # noqa: E402
 from omniforcing_jax.training.assembly import abstract_params  # noqa: E402
@@ -27,6 +31,7 @@ from omniforcing_jax.training.config.settings import (  # noqa: E402
     StageII,
     StageIII,
 )
+from omniforcing_jax.training.mixture import ConditionMixture, GivenInput  # noqa: E402
 from omniforcing_jax.training.objectives.common import Frozen, TextInput  # noqa: E402
 from omniforcing_jax.training.objectives.dmd import DMD  # noqa: E402
 from omniforcing_jax.training.objectives.ode_regression import ODERegression  # noqa: E402
@@ -38,7 +43,9 @@ from tests.tiny_model import random_contexts, random_params  # noqa: E402
 BATCH, BLOCKS = 8, 2
 LAYOUT = BlockLayout(1, 2, 1, 3)
 ROLLOUT = RolloutConfig(CacheConfig(LAYOUT, window=2), (1.0, 0.5, 0.0), height=1, width=4)
+CLIP = ClipGeometry.from_blocks(LAYOUT, BLOCKS, 1, 4)
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2))
+EVERY_MODE = ConditionMixture(**{mode: 1 / len(MODES) for mode in MODES})
 
 
 def main(stage: str, axes: dict[str, int]) -> list[dict[str, float]]:
@@ -61,7 +68,15 @@ def main(stage: str, axes: dict[str, int]) -> list[dict[str, float]]:
         frozen = Frozen(
             params[2], None, jax.device_put(negative, NamedSharding(mesh, PartitionSpec()))
         )
-        if stage == "stage3":
+        shapes = {
+            "video": (CLIP.video_tokens, model.config.video_channels),
+            "audio": (CLIP.audio_frames, model.config.audio_channels),
+        }
+        rng = np.random.default_rng(0)
+        clips = {name: rng.standard_normal((BATCH, *shape)) for name, shape in shapes.items()}
+        given = GivenInput(EVERY_MODE, CLIP, LAYOUT) if stage.endswith("given") else None
+        if stage.startswith("stage3"):
+            batch |= clips if given else {}
             state = create_state(generator, create_network(params[1], OPTIMIZER, ema=False))
             trained = DMD(
                 UnrolledStudent(model, ROLLOUT, BLOCKS, BLOCKS),
@@ -71,23 +86,17 @@ def main(stage: str, axes: dict[str, int]) -> list[dict[str, float]]:
                 OPTIMIZER,
                 OPTIMIZER,
                 StageIII(microbatches=2, compute=ComputeConfig(gather_weights=True)),
+                given=given,
                 shardings=state_shardings(state),
             )
         else:
             state, frozen = create_state(generator), Frozen()
             trained = ODERegression(
                 model, ROLLOUT, BLOCKS, TextInput(), OPTIMIZER,
-                StageII(regression=RegressionConfig("flow")), shardings=state_shardings(state),
+                StageII(regression=RegressionConfig("flow")), given,
+                shardings=state_shardings(state),
             )  # fmt: skip
-            clip, c, rng = trained.clip, model.config, np.random.default_rng(0)
-            video, audio = (
-                (clip.video_tokens, c.video_channels),
-                (clip.audio_frames, c.audio_channels),
-            )
-            batch |= {
-                "video": rng.standard_normal((BATCH, 1, *video)),
-                "audio": rng.standard_normal((BATCH, 1, *audio)),
-            }
+            batch |= {name: x[:, None] for name, x in clips.items()}
         batch = {name: jax.device_put(np.asarray(x, np.float32), rows) for name, x in batch.items()}
         found = []
         for step in range(2):

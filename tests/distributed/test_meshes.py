@@ -35,6 +35,13 @@ def test_losses_do_not_depend_on_the_mesh(stage):
     assert_same_losses(stage, "4 x 2", "2 x 2 x 2", "sequence")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage2-given", "stage3-given"])
+def test_conditions_do_not_depend_on_the_mesh(stage):
+    """Every sample's mode is drawn from its own key, wherever it lies."""
+    assert_same_losses(stage, "2 x 2 x 2", "sequence")
+
+
 def assert_same_losses(stage: str, *meshes: str) -> None:
     expected = losses(stage, "one device")
     for mesh in meshes:

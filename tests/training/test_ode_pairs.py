@@ -393,7 +393,7 @@ def test_records_of_separate_features(tmp_path):
         open_text_dataset(tmp_path / "pairs")
     clip = open_given_clips(tmp_path / "pairs")[0]
     np.testing.assert_array_equal(clip["video"], states["video"][-1])
-    assert clip.keys() == {"video", "audio", "video_features", "mask"}
+    assert clip.keys() == {"video", "audio", "video_features", "audio_features", "mask"}
 
 
 @pytest.mark.slow
@@ -412,7 +412,7 @@ def test_what_was_given_is_recorded(random_checkpoint, text, tmp_path):
             given = np.repeat(mask == 0, states.shape[1] // len(mask))
             np.testing.assert_array_equal(states[:-1, given], states[1:, given])
             assert not pair[f"{name}_velocity"].astype(np.float32)[:, given].any()
-            assert (states[0] != states[-1])[~given].all() or given.all()
+            assert given.all() or (states[0] != states[-1])[~given].mean() > 0.9
     assert 0.0 in shares and len(shares) > 1
     clips = open_given_clips(output)
     np.testing.assert_array_equal(clips[1]["video"], pairs[1]["video"][-1])
