@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.conditions import MODES
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE, AVGuidance, Guidance
 from omniforcing_jax.sampling.kv_cache import POSITIONS, CacheConfig
 
@@ -47,6 +48,8 @@ class TrainedSettings:
       guidance: scales to sample with; none once a model was distilled from a guided one.
       distilled_cfg: ranges (video, audio) of the classifier-free guidance of the teacher that it
         was distilled from.
+      modes: in which it was trained (`sampling.conditions.MODES`); None is text alone, or nobody
+        said.
 
     Raises:
       ValueError: a value that cannot be.
@@ -66,6 +69,7 @@ class TrainedSettings:
     frames: int | None = None
     guidance: AVGuidance | None = None
     distilled_cfg: tuple[Range, Range] | None = None
+    modes: tuple[str, ...] | None = None
 
     def __post_init__(self):
         def check(name: str, fits: bool, what: str) -> None:
@@ -98,6 +102,8 @@ class TrainedSettings:
             _is_pair(one) and all(map(_is_number, one)) for one in ranges
         )
         check("distilled_cfg", fits, "two ranges (low, high), of video and sound")
+        known = isinstance(self.modes, tuple) and all(mode in MODES for mode in self.modes)
+        check("modes", known, f"a list of any of {', '.join(MODES)}")
 
     @property
     def causal(self) -> bool:
@@ -164,7 +170,20 @@ class TrainedSettings:
         if "score" in config:
             scales = (config["score"]["video_cfg"], config["score"]["audio_cfg"])
             values["distilled_cfg"] = [_range(scale) for scale in scales]
+        modes = [mode for mode, share in config.get("conditions", {}).items() if share]
+        if modes not in ([], ["t2av"]):
+            values["modes"] = modes
         return cls.from_json(values)
+
+    def untrained_mode(self, mode: str) -> str | None:
+        """What to tell a user of a student that is sampled in a mode it was not trained in."""
+        distilled = self.stage not in (None, "base")
+        if not distilled or mode == "t2av" or mode in (self.modes or ()):
+            return None
+        return (
+            f"this student was not trained in mode {mode}, so expect less of it; "
+            f"--config.conditions.{mode} of the stages trains one"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What is known, for config.json and for a safetensors file's metadata."""

@@ -16,6 +16,7 @@ EVERYTHING = TrainedSettings(
     **{"text_length": 48, "frame_rate": 25.0, "height": 64, "width": 96, "frames": 97},
     guidance=LTX20_GUIDANCE,
     distilled_cfg=((1.0, 3.5), (5.0, 5.0)),
+    modes=("t2av", "a2v"),
 )
 
 
@@ -53,9 +54,21 @@ def test_of_a_run(variant):
     )
 
 
+def test_modes_of_a_run():
+    """Recorded where a run gave anything; users of others hear of it."""
+    config = stage3.get_config("19b")
+    assert TrainedSettings.of_run(config.to_dict()).modes is None
+    config.conditions.update({"t2av": 0.5, "a2v": 0.5})
+    student = TrainedSettings.of_run(config.to_dict())
+    assert student.modes == ("t2av", "a2v")
+    assert student.untrained_mode("a2v") is None and LTX2_BASE.untrained_mode("i2av") is None
+    assert "--config.conditions.i2av of the stages trains one" in student.untrained_mode("i2av")
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
+        ({"modes": ["talk"]}, "trained.modes must be a list of any of t2av, i2av"),
         ([], "trained \\[\\]; it is an object"),
         ({"colour": "red"}, "trained has colour; it is an object with any of stage, layout"),
         ({"text_length": 0}, "text_length must be a whole number from 1 on, not 0"),
