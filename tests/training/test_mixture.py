@@ -211,6 +211,7 @@ def test_losses_count_what_is_generated(inputs, context):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_a_generator_step_reads_the_batch_of_clips(inputs):
     """Conditions are drawn from the samples' keys, whatever microbatch they are in."""
     dmd = make("I", given=GivenInput(EVERY_MODE, CLIP, LAYOUT))
