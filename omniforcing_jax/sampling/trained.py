@@ -170,7 +170,8 @@ class TrainedSettings:
         if "score" in config:
             scales = (config["score"]["video_cfg"], config["score"]["audio_cfg"])
             values["distilled_cfg"] = [_range(scale) for scale in scales]
-        modes = [mode for mode, share in config.get("conditions", {}).items() if share]
+        shares = config.get("conditions", {})
+        modes = [mode for mode in MODES if shares.get(mode)]
         if modes not in ([], ["t2av"]):
             values["modes"] = modes
         return cls.from_json(values)
