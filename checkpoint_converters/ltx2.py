@@ -6,7 +6,9 @@ Reads the official single file (2.0, 2.3), in bfloat16 or scaled fp8, shards, or
 and writes OUTPUT/config.json and one Orbax checkpoint per component. Several inputs of one release
 may be given, each with some of the components; one of them must have the metadata. LoRAs (`--lora`)
 are merged into the weights. docs/files.md lists what files there are. Students that were trained
-here and exported by checkpoint_converters.export come back as what they were.
+here and exported by checkpoint_converters.export come back as what they were. A distilled LTX-2 is
+known by the name of its file, or of the LoRA that made it (`trained` in config.json;
+--recipe decides otherwise), for its tensors do not tell.
 
 Of LTX-2.5, which is published in parts, the transformer (with `--components transformer`), the
 convolutional video VAE and the audio VAE convert. Its text projections are in the file of its text
@@ -26,7 +28,8 @@ from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import programs
 from omniforcing_jax.io.checkpoints import COMPONENTS
-from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, TrainedSettings
+from omniforcing_jax.sampling import recipes
+from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, LTX2_DISTILLED, TrainedSettings
 
 _TEXT_ENCODER = "layers.0.input_layernorm.weight"  # a key that language models have
 
@@ -38,6 +41,7 @@ def convert(
     components: tuple[str, ...] | None = None,
     model_version: str | None = None,
     loras: Sequence[tuple[pathlib.Path, float]] = (),
+    recipe: str | None = None,
     **options: Any,
 ) -> dict:
     """Converts an LTX-2 checkpoint.
@@ -48,6 +52,8 @@ def convert(
       components: subset of `checkpoints.COMPONENTS`; None takes those that the inputs hold.
       model_version: e.g. "2.0.0", for files whose metadata does not say.
       loras: (file, strength) to merge into the weights, in this order.
+      recipe: how an LTX-2 is sampled, one of `RECIPE_NAMES`; None goes by the name of the
+        transformer's file.
       options: dtype, mesh, overwrite, allow_non_finite, show_progress of `converting.run`.
 
     Returns:
@@ -67,6 +73,13 @@ def convert(
         config = dict(checkpoint.config or {})
         trained, found = pop_trained(config, checkpoint.path)
         problems += found
+        if trained == LTX2_BASE:
+            distilled = (recipe or find_recipe(checkpoint, loras)) == recipes.DISTILLED
+            trained = LTX2_DISTILLED if distilled else LTX2_BASE
+        elif recipe is not None:
+            problems.append(
+                f"{checkpoint.path}: says itself what it was trained with; leave out --recipe"
+            )
         content = converting.config_content(
             "checkpoint_converters.ltx2",
             "omniforcing" if trained.causal else "ltx2",
@@ -120,6 +133,19 @@ def open_inputs(
     if problems:
         return None, problems
     return checks.merge(opened)
+
+
+def find_recipe(checkpoint: Checkpoint, loras: Sequence[tuple[pathlib.Path, float]]) -> str:
+    """The recipe that the name of the transformer's file or folder tells, or that of a LoRA."""
+    names = {
+        info.file.name
+        for key, info in checkpoint.tensors.items()
+        if checks.owner(key) == "transformer"
+    }
+    if checkpoint.path.is_dir():
+        names.add(checkpoint.path.absolute().name)
+    names |= {file.name for file, _ in loras}
+    return next(filter(None, map(recipes.recipe_in_name, sorted(names))), recipes.FULL)
 
 
 def check_components(
@@ -179,6 +205,11 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE[:STRENGTH]",
         help="LoRA to merge into the weights (strength 1 if none is given); may be repeated",
     )
+    parser.add_argument(
+        "--recipe",
+        choices=recipes.RECIPE_NAMES,
+        help="how the model is sampled (default: distilled if the file's name says so)",
+    )
     return converting.main(parser, argv, convert, describe)
 
 
@@ -186,6 +217,8 @@ def describe(content: dict) -> str:
     """What was converted, and what was not."""
     there = content["components"]
     text = f"LTX-2 {content['model_version']}, {', '.join(there)}"
+    if content[ENTRY]["stage"] == recipes.DISTILLED:
+        text += "\ndistilled: sampled in eight steps without guidance (else pass --recipe full)"
     absent = [name for name in COMPONENTS if name not in there]
     lines = [f"not converted: {', '.join(absent)}"] if absent else []
     lines += [f"merged: {entry['name']}, strength {entry['strength']:g}, {entry['layers']} layers"

@@ -34,8 +34,8 @@ from omniforcing_jax import (
     ClipGeometry,
     RolloutConfig,
     SampleConfig,
+    SamplingRecipe,
     Transformer,
-    default_guidance,
     programs,
 )
 from omniforcing_jax.blocks import LAYOUT_NAMES
@@ -72,7 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_cache(parser)
     add("--frames", type=int, help="of a clip, 8k + 1 (default: as trained, else 121)")
     options.add_size(parser)
-    add("--steps", type=int, default=40, help="Euler steps (default 40)")
+    add("--steps", type=int, help="of the schedule (default 40; of a distilled LTX-2 its own 8)")
     add(
         "--timesteps", type=float, nargs="+",
         help="of the stored states, besides the clean one, snapped to the schedule: those of the "
@@ -131,19 +131,22 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
         changed.append(f"prompts of {text.manifest.text_length} tokens, not {trained.text_length}")
     notes = options.list_deviations(changed)
     args.frames = trained.filled().frames if args.frames is None else args.frames
-    args.timesteps = args.timesteps or trained.timesteps or flow.STUDENT_TIMESTEPS
-    # LTX-2's own guidance for the teacher; a generator has been distilled from it
-    teacher = args.generator is None
-    defaults = NO_GUIDANCE
-    if teacher:
-        defaults = trained.guidance or default_guidance(source.config.model_version)
+    # LTX-2's own guidance for the teacher, and a distilled LTX-2 as it was made to be sampled; a
+    # generator of ours has been distilled from a guided teacher
+    distilled = trained.stage == "distilled"
+    recipe = source.config.recipe(args.steps)
+    if not distilled:
+        guidance = recipe.guidance if args.generator is None else NO_GUIDANCE
+        recipe = SamplingRecipe.of_steps(args.steps or flow.SCHEDULE_STEPS, guidance)
+        args.timesteps = args.timesteps or trained.timesteps
+    args.timesteps = args.timesteps or flow.STUDENT_TIMESTEPS
+    recipe = SamplingRecipe(recipe.sigmas, options.change_guidance(args, recipe.guidance))
     sampling = SampleConfig.for_clip(
         frames=args.frames,
         height=args.height,
         width=args.width,
         frame_rate=args.fps,
-        num_steps=args.steps,
-        guidance=options.change_guidance(args, defaults),
+        recipe=recipe,
         spatial_compression=source.config.video_vae.spatial_compression,
     )
     source.check_latents(sampling.clip)
@@ -153,7 +156,7 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
     else:
         check_autoregressive(rollout, sampling.guidance)
     given = plan_conditions(args, source, sampling)
-    sigmas = flow.student_sigmas(args.timesteps, args.steps)
+    sigmas = flow.student_sigmas(args.timesteps, recipe.sigmas)
     devices = len(jax.local_devices())
     batch_size = devices if args.batch_size is None else args.batch_size
     if batch_size < 1 or batch_size % devices:

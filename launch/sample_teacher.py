@@ -19,9 +19,8 @@ from or to make the sound of (`--video clip.mp4 --extend`, `--video silent.mp4 -
 voice to speak with (`--reference voice.wav`).
 
 Size, rate, length, steps and guidance are by default what the checkpoint says that the model was
-trained with, and those of the LTX-2 pipelines for its version where it does not say. LTX-2's own
-distilled weights do not: turn guidance off with --cfg-video 1 --cfg-audio 1 --stg 0 --modality 1
---rescale 0.
+trained with, and those of the LTX-2 pipelines for its version where it does not say: a distilled
+LTX-2, which config.json calls so, is sampled at eight given noise levels without guidance.
 """
 
 import argparse
@@ -40,9 +39,9 @@ from omniforcing_jax import (
     PipelineConfig,
     PromptEncoder,
     SampleConfig,
+    SamplingRecipe,
     Transformer,
     decode_clip,
-    default_guidance,
     load_pipeline,
     programs,
     sample,
@@ -50,7 +49,6 @@ from omniforcing_jax import (
 from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.sampling.conditions import mode_frozen
-from omniforcing_jax.sampling.guidance import LTX23_GUIDANCE
 from omniforcing_jax.sampling.teacher import Prompt, check_prompts, without_guidance_of
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.scaling.devices import check_memory
@@ -118,12 +116,11 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
             "it with launch.stream"
         )
     changed = options.use_trained(args, trained)
-    usual = default_guidance(config.model_version)
-    steps = 30 if usual == LTX23_GUIDANCE else 40
-    usual = usual if trained.guidance is None else trained.guidance
-    guidance = options.change_guidance(args, usual)
-    if trained.guidance is not None and guidance != usual:
+    usual = config.recipe(args.steps)
+    guidance = options.change_guidance(args, usual.guidance)
+    if trained.guidance is not None and guidance != usual.guidance:
         changed.append("guidance")
+    recipe = SamplingRecipe(usual.sigmas, guidance)
     notes = options.list_deviations(changed)
     frames = clip_frames(args, trained, notes)
     sampling = SampleConfig.for_clip(
@@ -131,12 +128,9 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
         height=args.height,
         width=args.width,
         frame_rate=args.fps,
-        num_steps=steps if args.steps is None else args.steps,
-        guidance=guidance,
+        recipe=recipe,
         spatial_compression=config.video_vae.spatial_compression,
     )
-    if trained.timesteps and args.steps is None:
-        sampling = dataclasses.replace(sampling, sigmas=config.sigmas())
     height, width = config.check_size(args.height, args.width)
     channels = config.transformer.video_channels
     video_vae.check_latents(

@@ -84,7 +84,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
         "--timesteps", type=float, nargs="+",
-        help="student timesteps, snapped to the teacher's 40-step schedule "
+        help="student timesteps, snapped to the schedule it was trained with "
         "(default: those of the checkpoint, else 1000 909 725 421)",
     )  # fmt: skip
     steps.add_argument("--sigmas", type=float, nargs="+", help="noise levels, ending with 0")

@@ -42,7 +42,8 @@ _MODULES = {
     "sampling.kv_cache": ("CacheConfig",),
     "sampling.conditions": ("Condition",),
     "sampling.teacher": ("SampleConfig", "sample"),
-    "sampling.guidance": ("AVGuidance", "Guidance", "default_guidance"),
+    "sampling.guidance": ("AVGuidance", "Guidance"),
+    "sampling.recipes": ("SamplingRecipe",),
     # sizes, types and the network
     "blocks": ("BlockLayout",),
     "geometry": ("ClipGeometry",),

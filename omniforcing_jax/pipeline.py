@@ -21,7 +21,9 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig, check_latents
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.guidance import default_guidance
 from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.recipes import SamplingRecipe, default_steps
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trained import UNSAID, TrainedSettings
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
@@ -149,7 +151,25 @@ class PipelineConfig:
         """Noise levels of a student's steps, with the final 0: those of `timesteps`, else those it
         was trained with, else OmniForcing's four; see `flow.student_sigmas`."""
         timesteps = timesteps or self.trained.timesteps or flow.STUDENT_TIMESTEPS
-        return tuple(flow.student_sigmas(timesteps).tolist())
+        schedule = flow.schedule(self.trained.schedule)
+        return tuple(flow.student_sigmas(timesteps, schedule).tolist())
+
+    def recipe(self, num_steps: int | None = None) -> SamplingRecipe:
+        """How whole clips are sampled from this checkpoint: as it was trained, and LTX-2 itself as
+        its own pipelines do.
+
+        Args:
+          num_steps: the LTX-2 schedule of so many steps instead, with the same guidance.
+
+        Raises:
+          ValueError: see `default_guidance` and `flow.ltx2_schedule`.
+        """
+        guidance = self.trained.guidance
+        if guidance is None:
+            guidance = default_guidance(self.model_version)
+        if self.trained.timesteps is not None and num_steps is None:
+            return SamplingRecipe(self.sigmas(), guidance)
+        return SamplingRecipe.of_steps(num_steps or default_steps(self.model_version), guidance)
 
     def rollout(
         self,

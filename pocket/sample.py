@@ -38,6 +38,7 @@ from omniforcing_jax.io import outputs
 from omniforcing_jax.pipeline import Pipeline, decode_clip, load_pipeline
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import POSITIONS
+from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.streaming.contact_sheet import write_clip
 from omniforcing_jax.text.prompts import PromptEncoder
@@ -114,14 +115,14 @@ def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     size = config.check_size(WORLD.height, WORLD.width)
     if args.sampler == "stream":
         return _stream_sampler(args, pipeline)
+    guidance = NO_GUIDANCE.changed(
+        cfg_video=args.cfg, cfg_audio=args.cfg, stg=args.stg, stg_blocks=tuple(args.stg_block)
+    )
     whole = SampleConfig.for_clip(
         frames=num_frames(args),
         height=WORLD.height,
         width=WORLD.width,
-        num_steps=args.steps,
-        guidance=NO_GUIDANCE.changed(
-            cfg_video=args.cfg, cfg_audio=args.cfg, stg=args.stg, stg_blocks=tuple(args.stg_block)
-        ),
+        recipe=SamplingRecipe.of_steps(args.steps, guidance),
         spatial_compression=config.video_vae.spatial_compression,
     )
     model, weights = pipeline.transformer(), pipeline.params["transformer"]

@@ -23,6 +23,7 @@ _MU_POINTS = ((1024, 0.95), (4096, 2.05))
 _TERMINAL_SIGMA = 0.1
 SCHEDULE_STEPS = 40  # of the schedule that the student's levels are picked from
 STUDENT_TIMESTEPS = (1000, 909, 725, 421)  # of OmniForcing's four-step students
+SCHEDULES = ("ltx2", "distilled")
 
 
 def ltx2_schedule(num_steps: int, num_tokens: int = 4096) -> np.ndarray:
@@ -54,14 +55,28 @@ def ltx2_schedule(num_steps: int, num_tokens: int = 4096) -> np.ndarray:
     return np.append(sigmas, 0.0).astype(np.float32)
 
 
+def schedule(name: str) -> np.ndarray:
+    """The schedule that a student's levels are picked from, [N + 1] float32.
+
+    Args:
+      name: "ltx2", the teacher's 40 steps, or "distilled", the levels of LTX-2's own distillation.
+
+    Raises:
+      ValueError: another name.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"the schedule is {name!r}, must be one of {', '.join(SCHEDULES)}")
+    return ltx2_schedule(SCHEDULE_STEPS) if name == "ltx2" else np.float32(DISTILLED_SIGMAS)
+
+
 def student_sigmas(
-    timesteps: Sequence[float] = STUDENT_TIMESTEPS, num_steps: int = SCHEDULE_STEPS
+    timesteps: Sequence[float] = STUDENT_TIMESTEPS, sigmas: Sequence[float] | None = None
 ) -> np.ndarray:
     """Sigmas of the few-step student: the entries of the teacher's schedule nearest to t / 1000.
 
     Args:
       timesteps: decreasing, in (0, 1000]; one per denoising step, without the final 0.
-      num_steps: steps of the schedule (`ltx2_schedule`) to pick from.
+      sigmas: the schedule to pick from; None is the teacher's 40 steps.
 
     Returns:
       [len(timesteps) + 1] float32 with the final 0.
@@ -77,14 +92,14 @@ def student_sigmas(
         raise ValueError(
             f"timesteps must lie in (0, 1000] (the final 0 is implied), got {timesteps}"
         )
-    schedule = ltx2_schedule(num_steps)[:-1]
-    nearest = np.abs(schedule[None, :] - targets[:, None] / 1000.0).argmin(axis=1)
+    levels = schedule("ltx2") if sigmas is None else np.asarray(sigmas, np.float32)
+    nearest = np.abs(levels[None, :-1] - targets[:, None] / 1000.0).argmin(axis=1)
     if np.any(np.diff(nearest) <= 0):
         raise ValueError(
             f"timesteps {tuple(timesteps)} pick the entries {nearest.tolist()} of the "
-            f"{num_steps}-step schedule; they must decrease and pick different entries"
+            f"{len(levels) - 1}-step schedule; they must decrease and pick different entries"
         )
-    return np.append(schedule[nearest], np.float32(0.0))
+    return np.append(levels[nearest], np.float32(0.0))
 
 
 def check_sigmas(sigmas: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -25,7 +25,6 @@ from omniforcing_jax.models.transformer.rope import VIDEO_SPATIAL_COMPRESSION, C
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.conditions import Condition, check_same_shapes
 from omniforcing_jax.sampling.guidance import (
-    LTX20_GUIDANCE,
     NO_GUIDANCE,
     PASSES,
     AVGuidance,
@@ -34,6 +33,7 @@ from omniforcing_jax.sampling.guidance import (
     keep_frozen_streams,
     keep_pathways,
 )
+from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.types import AVLatents
 
 
@@ -55,21 +55,21 @@ class SampleConfig:
     """What clip is sampled, and how.
 
     Attributes:
-      sigmas: noise levels, decreasing to 0, as `flow.ltx2_schedule` gives them. They begin with 1
-        (noise), or lower where a clip is taken up again at that level (`sample`'s `initial`).
+      recipe: noise levels, decreasing to 0, and guidance. The levels begin with 1 (noise), or lower
+        where a clip is taken up again at that level (`sample`'s `initial`).
       clip: sizes of the clip in latents.
-      guidance: scales of both modalities.
-
-    Raises:
-      ValueError: see `flow.check_sigmas`.
     """
 
-    sigmas: tuple[float, ...]
+    recipe: SamplingRecipe
     clip: ClipGeometry
-    guidance: AVGuidance = LTX20_GUIDANCE
 
-    def __post_init__(self):
-        flow.check_sigmas(self.sigmas)
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        return self.recipe.sigmas
+
+    @property
+    def guidance(self) -> AVGuidance:
+        return self.recipe.guidance
 
     @classmethod
     def for_clip(
@@ -78,18 +78,16 @@ class SampleConfig:
         frames: int,
         height: int,
         width: int,
+        recipe: SamplingRecipe,
         frame_rate: float = 24.0,
-        num_steps: int = 40,
-        guidance: AVGuidance = LTX20_GUIDANCE,
         spatial_compression: int = VIDEO_SPATIAL_COMPRESSION,
     ) -> "SampleConfig":
-        """The config for a clip given in pixels, with the LTX-2 schedule and sound as long as it.
+        """The config for a clip given in pixels, with sound as long as it.
 
         Args:
           frames, height, width: of the video, in pixel frames (8k + 1) and pixels.
+          recipe: noise levels and guidance.
           frame_rate: pixel frames per second.
-          num_steps: Euler steps.
-          guidance: scales of both modalities.
           spatial_compression: pixels per latent of the VAE.
 
         Raises:
@@ -98,7 +96,7 @@ class SampleConfig:
         clip = ClipGeometry.from_pixels(
             frames, height, width, frame_rate, spatial_compression=spatial_compression
         )
-        return cls(tuple(flow.ltx2_schedule(num_steps).tolist()), clip, guidance)
+        return cls(recipe, clip)
 
     def check_model(self, model: Transformer) -> None:
         """Raises ValueError when the guidance names blocks that the model does not have."""
@@ -282,7 +280,7 @@ def without_guidance_of(config: SampleConfig, frozen: AVLatents) -> SampleConfig
         NO_GUIDANCE.video if frozen.video else config.guidance.video,
         NO_GUIDANCE.audio if frozen.audio else config.guidance.audio,
     )
-    return dataclasses.replace(config, guidance=guidance)
+    return SampleConfig(SamplingRecipe(config.sigmas, guidance), config.clip)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "trajectory"))

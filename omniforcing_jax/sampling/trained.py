@@ -18,7 +18,7 @@ from omniforcing_jax.sampling.guidance import NO_GUIDANCE, AVGuidance, Guidance
 from omniforcing_jax.sampling.kv_cache import POSITIONS, CacheConfig
 
 ENTRY = "trained"
-STAGES = ("base", "stage1", "stage2", "stage3", "released")
+STAGES = ("base", "distilled", "stage1", "stage2", "stage3", "released")
 # What LTX-2 is sampled with where a checkpoint does not say what it was trained with.
 LTX2_CLIP = {
     "text_length": 1024,
@@ -35,10 +35,11 @@ class TrainedSettings:
     """What a model was trained with; None where nobody said.
 
     Attributes:
-      stage: "base" (a bidirectional model, before distillation), "stage1", "stage2", "stage3", or
-        "released" (OmniForcing's own weights).
+      stage: "base" (a bidirectional model, before distillation), "distilled" (LTX-2's own distilled
+        model), "stage1", "stage2", "stage3", or "released" (OmniForcing's own weights).
       layout: how a block-causal student cuts time into blocks; None is a bidirectional model.
       timesteps: of a distilled model's denoising steps, without the final 0.
+      schedule: whose nearest noise levels these stand for; see `flow.schedule`.
       window, anchors, positions: of the student's cache; see `CacheConfig`.
       context_noise: noise level at which its finished blocks write their keys and values.
       text_length: tokens per prompt, padding included.
@@ -58,6 +59,7 @@ class TrainedSettings:
     stage: str | None = None
     layout: str | None = None
     timesteps: tuple[float, ...] | None = None
+    schedule: str = "ltx2"
     window: int | None = None
     anchors: int | None = None
     positions: str | None = None
@@ -94,7 +96,7 @@ class TrainedSettings:
         if self.timesteps is not None:
             numbers = isinstance(self.timesteps, tuple) and all(map(_is_number, self.timesteps))
             check("timesteps", numbers, "a list of numbers")
-            flow.student_sigmas(self.timesteps)
+            flow.student_sigmas(self.timesteps, flow.schedule(self.schedule))
         if self.causal and rate is not None:
             BlockLayout.from_name(self.layout, frame_rate=rate)
         ranges = self.distilled_cfg
@@ -156,6 +158,7 @@ class TrainedSettings:
         values = {
             "stage": stage,
             "timesteps": student["timesteps"],
+            "schedule": student.get("schedule", "ltx2"),  # of a run from before there were two
             "text_length": config.get("text_length"),
             "frame_rate": clip["frame_rate"],
             "height": clip["height"],
@@ -256,5 +259,12 @@ def _lists(value: Any) -> Any:
 
 
 UNSAID = TrainedSettings()
+LTX2_DISTILLED = TrainedSettings(
+    stage="distilled",
+    timesteps=tuple(1000 * sigma for sigma in flow.DISTILLED_SIGMAS[:-1]),
+    schedule="distilled",
+    text_length=LTX2_CLIP["text_length"],
+    guidance=NO_GUIDANCE,
+)
 # What LTX-2's own files mean, which say nothing.
 LTX2_BASE = TrainedSettings(stage="base", text_length=LTX2_CLIP["text_length"])

@@ -39,8 +39,8 @@ from omniforcing_jax.io import outputs
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer, init_params
 from omniforcing_jax.sampling import flow, student
-from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.sampling.trajectories import sample_trajectory, schedule_indices
@@ -95,7 +95,8 @@ class GaussianProblem:
     @functools.cached_property
     def sigmas(self) -> tuple[float, ...]:
         """Noise levels of the student, with the final 0."""
-        return tuple(flow.student_sigmas(self.timesteps, TEACHER_STEPS).tolist())
+        schedule = flow.ltx2_schedule(TEACHER_STEPS)
+        return tuple(flow.student_sigmas(self.timesteps, schedule).tolist())
 
     @functools.cached_property
     def teacher(self) -> tuple[GaussianTeacher, dict]:
@@ -142,8 +143,7 @@ def sample_euler(
 def sample_config(problem: GaussianProblem, num_steps: int) -> SampleConfig:
     """The teacher's sampler."""
     clip = problem.world.clip
-    sigmas = tuple(flow.ltx2_schedule(num_steps).tolist())
-    return SampleConfig(sigmas, clip, NO_GUIDANCE)
+    return SampleConfig(SamplingRecipe.of_steps(num_steps), clip)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "clip", "sigmas"))
@@ -365,7 +365,7 @@ def trajectories(
     """
     count = problem.trajectories
     text = problem.world.prompt_batch(count)
-    config = dataclasses.replace(sample_config(problem, TEACHER_STEPS), sigmas=sigmas)
+    config = SampleConfig(SamplingRecipe(sigmas), problem.world.clip)
     indices = schedule_indices(sigmas, problem.sigmas)
     keys = jax.random.split(problem.key(6), count)
     found = sample_trajectory(model, params, tuple(text.values()), None, keys, config, indices)

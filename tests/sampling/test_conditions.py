@@ -29,6 +29,7 @@ from omniforcing_jax.sampling.conditions import (
 )
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE, AVGuidance, Guidance
 from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, sample
 from omniforcing_jax.types import AVLatents
@@ -134,7 +135,7 @@ class Golden:
         model = self.model
         if variant == "C":
             model = Transformer(dataclasses.replace(self.config, cross_timestep="own_other_gate"))
-        config = SampleConfig(tuple(sigmas.tolist()), self.clip, NO_GUIDANCE)
+        config = SampleConfig(SamplingRecipe(tuple(sigmas.tolist())), self.clip)
         prompt = Prompt(*(jnp.asarray(self.arrays[f"in_{s}_context"]) for s in STREAMS))
         noise = self.noise(condition)
         if initial is not None:
@@ -282,9 +283,9 @@ class Tiny:
     def sample(
         self, condition=None, guidance=NO_GUIDANCE, rows=slice(None), initial=None, **kwargs
     ):
-        config = SampleConfig((1.0, 0.7, 0.0), CLIP, guidance)
+        config = SampleConfig(SamplingRecipe((1.0, 0.7, 0.0), guidance), CLIP)
         if initial is not None:
-            config = dataclasses.replace(config, sigmas=(0.7, 0.3, 0.0))
+            config = SampleConfig(SamplingRecipe((0.7, 0.3, 0.0), guidance), CLIP)
         prompt, negative = (Prompt(*(x[rows] for x in p[:2])) for p in (self.prompt, self.negative))
         negative = negative if "uncond" in guidance.passes() else None
         keys = jax.random.split(jax.random.key(0), 2)[rows]
@@ -348,7 +349,7 @@ def test_a_given_stream_is_not_guided(tiny_model):
     np.testing.assert_array_equal(found.video, unguided.video)
     np.testing.assert_array_equal(found.audio, tiny_model.clip.audio)
     only_audio = AVGuidance(Guidance(), Guidance(cfg=7.0))
-    config = SampleConfig((1.0, 0.0), CLIP, only_audio)
+    config = SampleConfig(SamplingRecipe((1.0, 0.0), only_audio), CLIP)
     unguided = teacher.without_guidance_of(config, mode_frozen("a2v"))
     assert unguided.guidance.passes() == ("cond",)
 

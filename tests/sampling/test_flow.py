@@ -56,7 +56,9 @@ def test_student_sigmas():
     np.testing.assert_allclose(flow.student_sigmas(), expected, atol=1e-6)
     three_steps = flow.student_sigmas((1000, 757, 522))
     np.testing.assert_allclose(three_steps, [1.0, 0.75069666, 0.5447712, 0.0], atol=1e-6)
-    assert three_steps.dtype == np.float32
+    distilled = flow.student_sigmas(sigmas=flow.schedule("distilled"))
+    np.testing.assert_array_equal(distilled, np.float32([1.0, 0.909375, 0.725, 0.421875, 0.0]))
+    assert three_steps.dtype == distilled.dtype == np.float32
     flow.check_sigmas(three_steps)
 
 
@@ -72,10 +74,12 @@ def test_student_sigmas():
 )
 def test_student_sigmas_errors(timesteps, steps, message):
     with pytest.raises(ValueError, match=message):
-        flow.student_sigmas(timesteps, steps)
+        flow.student_sigmas(timesteps, flow.ltx2_schedule(steps))
 
 
 def test_schedule_errors():
+    with pytest.raises(ValueError, match="'ltx3', must be one of ltx2, distilled"):
+        flow.schedule("ltx3")
     with pytest.raises(ValueError, match="at least 2 steps"):
         flow.ltx2_schedule(1)
     with pytest.raises(ValueError, match="num_tokens"):

@@ -29,6 +29,7 @@ from omniforcing_jax.sampling.guidance import (
     AVGuidance,
     Guidance,
 )
+from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, sample
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming import media
@@ -49,7 +50,7 @@ STEPS = 3
 
 def clip(guidance=GUIDANCE, num_steps=STEPS) -> SampleConfig:
     return SampleConfig.for_clip(
-        frames=17, height=32, width=64, num_steps=num_steps, guidance=guidance
+        frames=17, height=32, width=64, recipe=SamplingRecipe.of_steps(num_steps, guidance)
     )
 
 
@@ -246,11 +247,12 @@ def test_noise_of_a_sample_does_not_depend_on_the_batch():
 
 
 def test_clip_sizes():
-    config = SampleConfig.for_clip(frames=121, height=512, width=768)
+    recipe = SamplingRecipe.of_steps(40)
+    config = SampleConfig.for_clip(frames=121, height=512, width=768, recipe=recipe)
     assert (config.clip.video_frames, config.clip.height, config.clip.width) == (16, 16, 24)
     assert (config.clip.audio_frames, config.clip.video_tokens) == (126, 6144)
     np.testing.assert_array_equal(config.sigmas, flow.ltx2_schedule(40, 4096))
-    assert config.guidance == LTX20_GUIDANCE
+    assert config.guidance == NO_GUIDANCE
     assert [audio_frames_for(121, fps) for fps in (24, 25, 30)] == [126, 121, 101]
 
 
@@ -263,17 +265,17 @@ def test_clip_sizes():
         ({"width": 0}, "positive multiples of 32 pixels, not 64x0"),
         ({"frame_rate": 0.0}, "must be positive"),
         ({"frames": 1, "frame_rate": 120.0}, "too short for sound"),
-        ({"num_steps": 1}, "at least 2 steps"),
     ],
 )
 def test_bad_clips(changes, message):
     with pytest.raises(ValueError, match=message):
-        SampleConfig.for_clip(**({"frames": 17, "height": 64, "width": 64} | changes))
+        size = {"frames": 17, "height": 64, "width": 64}
+        SampleConfig.for_clip(recipe=SamplingRecipe.of_steps(2), **(size | changes))
 
 
 def test_sampling_starts_from_noise():
     with pytest.raises(ValueError, match=r"sigmas\[0\] must be 1, not 0.5; only an initial clip"):
-        bad_input(config=dataclasses.replace(clip(), sigmas=(0.5, 0.0)))()
+        bad_input(config=dataclasses.replace(clip(), recipe=SamplingRecipe((0.5, 0.0), GUIDANCE)))()
     with pytest.raises(ValueError, match="audio_frames must be positive"):
         dataclasses.replace(clip().clip, audio_frames=0)
 

@@ -16,6 +16,7 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.conditions import Condition, mode_mask
 from omniforcing_jax.sampling.guidance import AVGuidance, Guidance
 from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import Prompt, SampleConfig, guided_x0, prepare_passes, sample
 from omniforcing_jax.sampling.trajectories import (
@@ -75,7 +76,9 @@ def test_schedule_indices():
 def test_of_the_guided_teacher():
     model = Transformer(tiny())
     params, (prompt, negative) = random_params(model.config), texts(model.config)
-    config = SampleConfig.for_clip(frames=17, height=32, width=64, num_steps=4, guidance=FULL)
+    config = SampleConfig.for_clip(
+        frames=17, height=32, width=64, recipe=SamplingRecipe.of_steps(4, FULL)
+    )
     indices = (0, 2, 3, 4)
     found = sample_trajectory(model, params, prompt, negative, keys(), config, indices)
     assert found.states.video.shape == (BATCH, 4, 6, 4)

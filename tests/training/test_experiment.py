@@ -14,6 +14,7 @@ from configs import stage1, stage2, stage3
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.trained import LTX2_DISTILLED
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config import experiment, parsing, settings
@@ -135,6 +136,25 @@ def test_conditions(full_size, monkeypatch):
     monkeypatch.setattr(experiment, "_open_data", lambda config: Data(video_frames=13))
     problems = "\n".join(problems_of("stage1", full_size, **mixture))
     assert "clips are stored with {'video_frames': 13" in problems
+
+
+def test_a_distilled_ltx2_is_a_student_and_no_teacher(full_size, tmp_path, monkeypatch):
+    content = json.loads((full_size / "config.json").read_text()) | {
+        "trained": LTX2_DISTILLED.to_json()
+    }
+    distilled = tmp_path / "distilled"
+    distilled.mkdir()
+    (distilled / "config.json").write_text(json.dumps(content | {"model_version": "2.0.1"}))
+    levels = flow.student_sigmas(sigmas=flow.schedule("distilled"))
+    data = Data(sigmas=levels, schedule=flow.schedule("distilled"))
+    monkeypatch.setattr(experiment, "_open_data", lambda config: data)
+    start = {"generator": str(distilled)}
+    (problem,) = problems_of("stage2", full_size, **start)
+    assert "of 8 steps" in problem and "student.schedule" in problem
+    e = checked("stage2", full_size, **start, **{"student.schedule": "distilled"})
+    assert e.sigmas == tuple(levels.tolist())
+    problems = "\n".join(problems_of("stage1", distilled))
+    assert "is a distilled LTX-2, which is no teacher" in problems
 
 
 def test_gathered_weights_are_whole_on_every_device(full_size):

@@ -26,8 +26,10 @@ from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import LTX20_GUIDANCE, AVGuidance
 from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
+from omniforcing_jax.sampling.trained import LTX2_DISTILLED
 from omniforcing_jax.streaming import media
 from omniforcing_jax.training import ode_pair_sampler
 from omniforcing_jax.training.config.settings import RegressionConfig, StageII
@@ -138,7 +140,8 @@ def test_stored_are_the_samplers_states(stored, text, random_checkpoint, random_
 
     pipeline, clips = random_pipeline("2.0"), (1, 5)
     guidance = AVGuidance(*(dataclasses.replace(g, stg_blocks=(1,)) for g in LTX20_GUIDANCE))
-    clip = SampleConfig.for_clip(frames=25, height=64, width=64, num_steps=4, guidance=guidance)
+    recipe = SamplingRecipe.of_steps(4, guidance)
+    clip = SampleConfig.for_clip(frames=25, height=64, width=64, recipe=recipe)
     batch = jax.tree.map(lambda *x: np.stack(x), *(pairs[i] for i in clips))
     negative = jax.tree.map(lambda x: x[None], pairs.negative)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.asarray(clips))
@@ -243,6 +246,29 @@ def test_plan_reads_no_weights(random_checkpoint, text, tmp_path, monkeypatch, c
     # two blocks of four steps and the pass that writes the history, with and without the prompt
     assert "20 forward passes" in capsys.readouterr().err
     assert not (tmp_path / "pairs").exists()
+
+
+def test_a_distilled_model_as_the_generator(random_checkpoint, text, tmp_path, capsys):
+    """Its own eight levels without guidance; states at those of a student that starts from it."""
+    base, generator = random_checkpoint("2.0"), tmp_path / "distilled"
+    generator.mkdir()
+    for component in ("transformer", "connectors"):
+        (generator / component).symlink_to(base / component)
+    content = json.loads((base / "config.json").read_text()) | {"trained": LTX2_DISTILLED.to_json()}
+    (generator / "config.json").write_text(json.dumps(content))
+    arguments = [
+        "--text",
+        str(text),
+        "--checkpoint",
+        str(base),
+        "--output",
+        str(tmp_path / "pairs"),
+    ]
+    arguments += ["--frames", "25", "--height", "64", "--width", "64", "--plan"]
+    assert ode_pairs.main([*arguments, "--generator", str(generator)]) == 0
+    report = capsys.readouterr().err
+    assert "in 8 steps of cond\n" in report
+    assert "sigma 1, 0.9094, 0.725, 0.4219, 0" in report
 
 
 BLOCKWISE = ("--autoregressive", "--layout", "prefix", "--cfg-video", "2", "--cfg-audio", "3")

@@ -180,7 +180,7 @@ def check(
             "generator", lambda: fit.source_problems(c, source.version, settings, pipeline)
         )
         problems += found or []
-    problems += fit.preview_problems(c, content)
+    problems += fit.teacher_problems(c, pipeline) + fit.preview_problems(c, content)
     student = attempt("student", lambda: _student(c, pipeline, source))
     connectors = attempt("connectors", lambda: _connectors(content))
     size = attempt("clip", lambda: pipeline.check_size(c.clip.height, c.clip.width))

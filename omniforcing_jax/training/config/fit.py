@@ -21,6 +21,7 @@ INHERITED = (
     ("student", "extra_qk_norm"),
     ("student", "tanh_gated_attention"),
     ("student", "timesteps"),
+    ("student", "schedule"),
     ("clip", "layout"),
 )
 
@@ -49,7 +50,7 @@ def source_problems(
       version, run: of the source; the settings of its run, {} where they may differ.
     """
     problems = []
-    if version != pipeline.model_version:
+    if version.split(".")[:2] != pipeline.model_version.split(".")[:2]:
         problems.append(
             f"generator: {c.generator} is of version {version}, the teacher of "
             f"{pipeline.model_version}; student and teacher must be of the same model"
@@ -70,6 +71,17 @@ def source_problems(
                 "them alike, or give --allow_config_change if this is meant"
             )
     return problems
+
+
+def teacher_problems(c: StageConfig, pipeline: PipelineConfig) -> list[str]:
+    """The teacher of stages I and III is guided at all noise levels, which a distilled LTX-2, made
+    for its own eight without guidance, is no good at."""
+    if c.stage == "stage2" or pipeline.trained.stage != "distilled":
+        return []
+    return [
+        f"checkpoint: {c.checkpoint} is a distilled LTX-2, which is no teacher; give the full one, "
+        "and this as `generator`"
+    ]
 
 
 def data_problems(
@@ -130,11 +142,13 @@ def _trajectory_problems(c: StageConfig, manifest: Any, rollout: RolloutConfig) 
     if not _same_levels(manifest.sigmas, rollout.sigmas):
         steps = len(manifest.schedule) - 1
         timesteps = " ".join(f"{t:g}" for t in c.student.timesteps)
+        ours = "" if c.student.schedule == "distilled" else f" --steps {flow.SCHEDULE_STEPS}"
         problems.append(
             f"data: the states of {c.data} are at sigma {_listed(manifest.sigmas)}, of {steps} "
-            f"steps; student.timesteps {timesteps} are sigma {_listed(rollout.sigmas)}: "
-            f"make them with launch.ode_pairs --timesteps {timesteps} --steps "
-            f"{flow.SCHEDULE_STEPS}, or set student.timesteps to those they were made with"
+            f"steps; student.timesteps {timesteps} are sigma {_listed(rollout.sigmas)} of the "
+            f"schedule {c.student.schedule!r}: make them with launch.ode_pairs --timesteps "
+            f"{timesteps}{ours}, or set student.timesteps and student.schedule to those they were "
+            "made with (distilled for the trajectories of a distilled LTX-2)"
         )
     made = manifest.autoregression
     if made and made["layout"] != layout.name:

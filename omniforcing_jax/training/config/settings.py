@@ -60,14 +60,17 @@ class ClipConfig:
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
     """Noise levels, audio sink tokens and the other stabilisers of the paper's Table 3, and how the
-    student will be streamed. Stage I has no use for all but the first.
+    student will be streamed. Stage I has no use for all but the first two.
 
     Attributes:
+      schedule: whose nearest levels the timesteps stand for: "ltx2", or "distilled" for a student
+        that starts from a distilled LTX-2.
       sink_rope: "identity" or "incremental".
       window: a stream with the default's 4 stays at the positions of six trained blocks.
     """
 
     timesteps: tuple[float, ...] = (1000.0, 909.0, 725.0, 421.0)
+    schedule: str = "ltx2"
     num_sinks: int = 16
     sink_rope: str = "identity"
     extra_qk_norm: bool = False
@@ -86,7 +89,7 @@ class StudentConfig:
     @property
     def sigmas(self) -> tuple[float, ...]:
         """Noise levels of the denoising steps, with the final 0."""
-        return tuple(flow.student_sigmas(self.timesteps).tolist())
+        return tuple(flow.student_sigmas(self.timesteps, flow.schedule(self.schedule)).tolist())
 
 
 @dataclasses.dataclass(frozen=True)

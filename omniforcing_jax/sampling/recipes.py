@@ -1,0 +1,60 @@
+"""Recipes of LTX-2's own pipelines: the noise levels and the guidance a checkpoint is sampled with.
+
+A distilled checkpoint looks like the one it was distilled from, but it is only good at its own few
+noise levels and without guidance. So the recipe is one value, which converted checkpoints name.
+"""
+
+import dataclasses
+
+from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling.guidance import (
+    LTX23_GUIDANCE,
+    NO_GUIDANCE,
+    AVGuidance,
+    default_guidance,
+)
+
+FULL, DISTILLED = "full", "distilled"
+RECIPE_NAMES = (FULL, DISTILLED)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingRecipe:
+    """Noise levels and guidance.
+
+    Attributes:
+      sigmas: decreasing to 0, one Euler step between two of them.
+      guidance: scales of both modalities.
+
+    Raises:
+      ValueError: see `flow.check_sigmas`.
+    """
+
+    sigmas: tuple[float, ...]
+    guidance: AVGuidance = NO_GUIDANCE
+
+    def __post_init__(self):
+        flow.check_sigmas(self.sigmas)
+
+    @classmethod
+    def of_steps(cls, num_steps: int, guidance: AVGuidance = NO_GUIDANCE) -> "SamplingRecipe":
+        """The LTX-2 schedule of so many steps.
+
+        Raises:
+          ValueError: see `flow.ltx2_schedule`.
+        """
+        return cls(tuple(flow.ltx2_schedule(num_steps).tolist()), guidance)
+
+
+def default_steps(model_version: str) -> int:
+    """Steps of LTX-2's own pipelines for a model that was not distilled.
+
+    Raises:
+      ValueError: see `default_guidance`.
+    """
+    return 30 if default_guidance(model_version) == LTX23_GUIDANCE else 40
+
+
+def recipe_in_name(name: str) -> str | None:
+    """The recipe that a file's name tells, such as ltx-2-19b-distilled.safetensors; or None."""
+    return DISTILLED if DISTILLED in name.lower() else None
