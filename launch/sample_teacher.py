@@ -144,6 +144,8 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
     if given is not None:
         sampling = without_guidance_of(sampling, mode_frozen(given.mode))
         notes += given.notes
+        if note := trained.untrained_mode(given.mode):
+            notes.append(note)
     needs_negative = "uncond" in sampling.guidance.passes()
     _check_sources(args, needs_negative)
     if args.text_encoder:
