@@ -181,8 +181,8 @@ class TrainedSettings:
 
     def untrained_mode(self, mode: str) -> str | None:
         """What to tell a user of a student that is sampled in a mode it was not trained in."""
-        distilled = self.stage not in (None, "base")
-        if not distilled or mode == "t2av" or mode in (self.modes or ()):
+        ltx2 = self.stage in (None, "base", "distilled")  # which can do all of them
+        if ltx2 or mode == "t2av" or mode in (self.modes or ()):
             return None
         return (
             f"this student was not trained in mode {mode}, so expect less of it; "
