@@ -27,7 +27,8 @@ from launch.options import add_verify
 from omniforcing_jax import Transformer, TransformerConfig, programs
 from omniforcing_jax.io import checkpoints, checksums, outputs
 from omniforcing_jax.models.transformer.model import init_params
-from omniforcing_jax.sampling.trained import ENTRY, TrainedSettings
+from omniforcing_jax.sampling.trained import ENTRY
+from omniforcing_jax.training.config.run_config import RunConfig
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
 from omniforcing_jax.types import DTYPES
 
@@ -44,37 +45,20 @@ _METADATA_KEYS = {
 }
 
 
-def read_run_config(run: pathlib.Path) -> dict[str, Any]:
-    """The configuration that a run was started with.
-
-    Raises:
-      ValueError: there is none, or it does not describe a student.
-    """
-    file = run / "config.json"
-    if not file.is_file() or not (run / FOLDER).is_dir():
-        raise ValueError(f"{run} is not a run: it has no config.json and {FOLDER}/")
-    config = checkpoints.read_json(file)["config"]
-    missing = [name for name in ("stage", "checkpoint", "clip", "student", "student_config")
-               if name not in config]  # fmt: skip
-    if missing:
-        raise ValueError(f"{file}: the configuration lacks {', '.join(missing)}")
-    return config
-
-
 def student_content(
-    base: dict[str, Any], config: dict[str, Any], source: str
+    base: dict[str, Any], run: RunConfig, source: str
 ) -> tuple[dict[str, Any], TransformerConfig]:
     """config.json of the exported checkpoint, and the transformer that it describes.
 
     Args:
       base: content of the checkpoint that the run was trained with.
-      config: from `read_run_config`.
+      run: what it was trained with.
       source: what to say about the transformer's origin.
 
     Raises:
       ValueError: the student is not a variant of the base's transformer.
     """
-    student = config["student_config"]
+    student = run.settings["student_config"]
     before = base["config"]["transformer"]
     section = before | {key: student[field] for field, key in _METADATA_KEYS.items()}
     described = TransformerConfig.from_metadata(section, base["model_version"])
@@ -83,7 +67,7 @@ def student_content(
              for name, value in now.items() if student[name] != value]  # fmt: skip
     if wrong:
         raise ValueError(f"the run's student is no variant of --base: {'; '.join(wrong)}")
-    trained = TrainedSettings.of_run(config)
+    trained = run.trained
     content = base | {
         outputs.MARK: PROGRAM,
         "family": "omniforcing" if trained.causal else base["family"],
@@ -130,8 +114,10 @@ def export_run(
       ConversionError: the output cannot be written.
       DamagedFile: a file is not what was written, or is missing.
     """
-    config = read_run_config(run)
-    base = pathlib.Path(config["checkpoint"]) if base is None else base
+    if not (run / FOLDER).is_dir():
+        raise ValueError(f"{run} is not a run: it has no {FOLDER}/")
+    config = RunConfig.read(run)
+    base = pathlib.Path(config.checkpoint) if base is None else base
     step = latest_step(run) if step is None else step
     if step is None:
         raise FileNotFoundError(f"{run} has no complete checkpoint yet")

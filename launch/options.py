@@ -44,6 +44,11 @@ def parse_flags(argv: list[str] | None = None) -> None:
     flags.mark_flag_as_required("config")
     try:
         rest = flags.FLAGS([sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+    except flags.Error as error:
+        if "Traceback" not in str(error):
+            raise
+        # of a config file that raises; the last line says what
+        raise ValueError(f"--config: {str(error).strip().splitlines()[-1]}") from error
     except (KeyError, TypeError, AttributeError, OSError, SyntaxError, ImportError) as error:
         raise ValueError(f"--config: {error}") from error
     if len(rest) > 1:

@@ -74,7 +74,7 @@ def entry(main: Callable[..., int | None]) -> Callable[..., int]:
             status, text = explain(error)
             if status is None:
                 status, text = FAILED, f"{text}; {_write_traceback(error, main)}"
-            _say(f"error: {text}")
+            _say("\n".join(_shortened(line, 2000) for line in f"error: {text}".split("\n")))
             return status
 
     return run

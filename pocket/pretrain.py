@@ -42,6 +42,7 @@ from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import create_network, create_state
 from omniforcing_jax.training.training_checkpoints import load_generator
+from pocket import pretrain_config
 from pocket.pretraining import autoencoders
 from pocket.pretraining.autoencoders import ErrorLoss, LatentNoise
 from pocket.pretraining.batches import DrawnBatches, WorldWindows
@@ -271,6 +272,7 @@ def write_part(c, part: Part, params: Any) -> None:
 
 def run(c, *, allow_config_change: bool = False, export: bool = False) -> int:
     """Trains a part unless it is finished, or writes what it is so far; the exit status."""
+    pretrain_config.check(c)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     file = part_file(c.folder, c.part)
     if file.is_file():

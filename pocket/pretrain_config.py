@@ -21,6 +21,9 @@ pocket.reconstruct judges the autoencoders, pocket.sample the teacher.
 """
 
 import ml_collections
+from flax.traverse_util import flatten_dict
+
+from omniforcing_jax.ranges import SHARE, Range
 
 PARTS = ("video_vae", "audio_vae", "vocoder", "causal_decoder", "teacher")
 
@@ -50,6 +53,44 @@ def all_settings(part: str) -> ml_collections.ConfigDict:
     c.checkpoint_every = 100
     c.tensorboard = False
     return c
+
+
+_COUNT, _SIZE = Range(1, 2**20), Range(1, 1024)
+_RANGES = {
+    "seed": Range(0, 2**32 - 1),
+    **dict.fromkeys(("width", "height", "frames", "blocks", "batch_size", "unroll"), _SIZE),
+    **dict.fromkeys(("num_steps", "log_every", "checkpoint_every", "num_clips"), _COUNT),
+    **dict.fromkeys(("samples", "text_length"), _COUNT),
+    "max_balls": Range(1, 3),
+    **dict.fromkeys(("uniform", "caption_dropout"), SHARE),
+}
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+    """Holds all settings against those of their part.
+
+    Raises:
+      ValueError: lists those of another type, that are missing or too many, and numbers that cannot
+        be.
+    """
+    part = c.get("part")
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, not {part!r}")
+    found, usual = (flatten_dict(x.to_dict(), sep=".") for x in (c, get_config(part)))
+    problems = [f"{name}: there is no such setting" for name in sorted(found.keys() - usual.keys())]
+    for name, was in usual.items():
+        value, numbers = found.get(name), isinstance(was, int | float) and type(was) is not bool
+        number = isinstance(value, int | float) and type(value) is not bool
+        within = _RANGES.get(name.split(".")[-1], Range(0, 1e9))
+        if numbers and (
+            not number or value not in within or (type(was), type(value)) == (int, float)
+        ):
+            whole = "a whole number, " * isinstance(was, int)
+            problems.append(f"{name}: must be {whole}{within}, not {value!r}")
+        elif not numbers and not isinstance(value, type(was)):
+            problems.append(f"{name}: must be {type(was).__name__}, not {value!r}")
+    if problems:
+        raise ValueError("\n".join(["the config cannot be run:", *problems]))
 
 
 def get_config(part: str) -> ml_collections.ConfigDict:

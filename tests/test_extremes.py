@@ -9,8 +9,10 @@ import argparse
 import contextlib
 import copy
 import importlib
+import json
 import pathlib
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from omniforcing_jax import programs
 from omniforcing_jax.training.config import experiment, parsing
 from omniforcing_jax.training.config.problems import ConfigError, Problems
+from pocket import pretrain_config
 from tests.test_programs import ROOT, program_files
 
 # What is no number, and what no computer can hold as one: never taken by an option of numbers.
@@ -273,6 +276,27 @@ def test_every_setting_is_held(stage, variant):
     assert wrong == []
 
 
+@pytest.mark.parametrize("part", pretrain_config.PARTS)
+def test_every_setting_of_pretraining_is_held(part):
+    config = pretrain_config.get_config(part)
+    pretrain_config.check(config)
+    tree, wrong = config.to_dict(), []
+    for name in leaves(config):
+        usual = tree
+        for each in name.split("."):
+            usual = usual[each]
+        for value in VALUES:
+            changed = ml_collections.ConfigDict(with_value(tree, name, value))
+            try:
+                pretrain_config.check(changed)
+            except ValueError:
+                continue
+            number = isinstance(value, int | float) and 0 <= value < 1e9
+            if not number and type(value) is not type(usual):
+                wrong.append((name, value))
+    assert wrong == []
+
+
 def test_a_negative_weight_is_refused():
     """It trained uphill."""
     tree = with_value(stage_tree("stage1", "tiny").to_dict(), "loss.video", -1.0)
@@ -285,3 +309,16 @@ def test_configs_are_checked_whole(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json"):
         experiment.check(tree, 1)
     assert "launch.stage1" not in sys.modules
+
+
+def test_flags_of_the_stages(tmp_path):
+    """Every flag there is, in a process of its own."""
+    command = [sys.executable, "-m", "tests.launch.stage_extremes", str(tmp_path), "500"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) > 100
+    for arguments, status, text in results:
+        check_end(status, text, arguments)
+        assert status, arguments  # there is no checkpoint
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling.trained import TrainedSettings
+from omniforcing_jax.training.config.run_config import RunConfig
 from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step
 
 
@@ -49,7 +50,10 @@ class SourceModel:
         content = checkpoints.load_config(checkpoint)
         decoders = PipelineConfig.from_checkpoint(checkpoint)
         if (pathlib.Path(folder) / FOLDER).is_dir():
-            transformer, trained, model_version = _describe_run(pathlib.Path(folder))
+            if latest_step(folder) is None:
+                raise FileNotFoundError(f"{folder} has no complete checkpoint yet")
+            run = RunConfig.read(folder)
+            transformer, trained, model_version = run.student, run.trained, run.model_version
             weights = weights or "ema"
         else:
             found = checkpoints.load_config(folder)
@@ -119,15 +123,3 @@ class SourceModel:
             )
         size = (1, clip.video_frames, clip.height, clip.width, channels[0])
         video_vae.check_latents(c.video_vae, size)
-
-
-def _describe_run(run: pathlib.Path) -> tuple[TransformerConfig, TrainedSettings, str]:
-    """Transformer, what it was trained with, and model version of a training run."""
-    if latest_step(run) is None:
-        raise FileNotFoundError(f"{run} has no complete checkpoint yet")
-    config = checkpoints.read_json(run / "config.json").get("config", {})
-    names = ("stage", "clip", "model_version", "student", "student_config")
-    if missing := [name for name in names if name not in config]:
-        raise ValueError(f"{run / 'config.json'}: the configuration lacks {', '.join(missing)}")
-    transformer = TransformerConfig.from_dict(config["student_config"])
-    return transformer, TrainedSettings.of_run(config), config["model_version"]

@@ -24,12 +24,12 @@ from checkpoint_converters.safetensors_io import (
     read_header,
     read_tensor,
 )
-from launch.export_run import read_run_config
 from omniforcing_jax.data.text_dataset import open_text_dataset
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.text import encoder_files
 from omniforcing_jax.text.features import load_text_features, random_text_features
 from omniforcing_jax.text.prompts import PromptCache
+from omniforcing_jax.training.config.run_config import RunConfig
 from omniforcing_jax.training.training_checkpoints import TrainingCheckpoints, load_generator
 from tests.data.test_text_dataset import SHARED, write
 from tests.training.toy_stage import RUN_CONFIG, ToyBatches, ToyStage, toy_params, train_toy
@@ -116,7 +116,7 @@ def readers(tmp_path_factory, random_checkpoint, random_gemma) -> dict[str, Read
         "safetensors": Reader(folder / "file", read_safetensors),
         "run": Reader(folder / "run", read_run, "checkpoints/10"),
         "generator": Reader(folder / "run", read_generator, "checkpoints/10"),
-        "description": Reader(folder / "described", read_run_config),
+        "description": Reader(folder / "described", RunConfig.read),
     }  # fmt: skip
 
 

@@ -22,9 +22,10 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trained import TrainedSettings
-from omniforcing_jax.training.config import fit
+from omniforcing_jax.training.config import fit, run_config
 from omniforcing_jax.training.config.parsing import parse, to_dict
 from omniforcing_jax.training.config.problems import ConfigError, Problems
+from omniforcing_jax.training.config.run_config import RunConfig
 from omniforcing_jax.training.config.settings import StageConfig
 from omniforcing_jax.training.mixture import GivenInput
 from omniforcing_jax.training.objectives.common import TextInput
@@ -122,19 +123,16 @@ class StudentStart:
         Raises:
           ValueError, KeyError: it is neither, or the file is damaged.
         """
-        file = locate(folder) / "config.json"
-        if not file.is_file():
+        if run_config.is_run(folder):
+            run = RunConfig.read(folder)
+            return cls(run.model_version, run.student, run.settings, run.trained)
+        if not (locate(folder) / run_config.NAME).is_file():
             raise ValueError(f"{folder} is neither a run nor a converted checkpoint")
-        content = checkpoints.read_json(file)
-        run = content["config"]
-        if "student_config" not in run:
-            content = checkpoints.load_config(folder)
-            version = content["model_version"]
-            metadata = checkpoints.component_metadata(content, "transformer")
-            transformer = TransformerConfig.from_metadata(metadata, version)
-            return cls(version, transformer, {}, TrainedSettings.read(content))
-        transformer = TransformerConfig.from_dict(run["student_config"])
-        return cls(run["model_version"], transformer, run, TrainedSettings.of_run(run))
+        content = checkpoints.load_config(folder)
+        version = content["model_version"]
+        metadata = checkpoints.component_metadata(content, "transformer")
+        transformer = TransformerConfig.from_metadata(metadata, version)
+        return cls(version, transformer, {}, TrainedSettings.read(content))
 
 
 def check(

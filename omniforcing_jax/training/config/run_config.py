@@ -1,11 +1,83 @@
-"""With which configuration a run may be resumed: that which it had, but for some settings."""
+"""The configuration that a training run was started with: what it says, and how a run that is
+resumed may differ from it."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict
+
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io.paths import locate
+from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.sampling.trained import TrainedSettings
+
+NAME = "config.json"  # in the run's folder
+# What is read of it, and as what; the settings of a run of an earlier version may lack others.
+_NEEDED = {
+    **dict.fromkeys(("stage", "checkpoint", "model_version"), str),
+    **dict.fromkeys(("clip", "student", "student_config"), dict),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What a run's config.json says; the one reader of it.
+
+    Attributes:
+      checkpoint: folder of the converted LTX-2 that it was trained with.
+      model_version: of that.
+      settings: of the run, as nested dicts: those that there were at the time.
+      student: of the trained network.
+      trained: what its weights were trained with.
+    """
+
+    checkpoint: str
+    model_version: str
+    settings: Mapping[str, Any]
+    student: TransformerConfig
+    trained: TrainedSettings
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> "RunConfig":
+        """Reads and checks it.
+
+        Raises:
+          ValueError: there is none, it is not that of a run, or what it says cannot be.
+        """
+        file = locate(folder) / NAME
+        if not file.is_file():
+            raise ValueError(f"{folder} is not a run: it has no {NAME}")
+        settings = checkpoints.read_json(file).get("config")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{file} is not that of a run: it has no settings as its `config`")
+        if missing := [name for name in _NEEDED if name not in settings]:
+            raise ValueError(f"{file}: the configuration lacks {', '.join(missing)}")
+        wrong = [name for name, kind in _NEEDED.items() if not isinstance(settings[name], kind)]
+        if wrong:
+            raise ValueError(f"{file}: no run has such a {', '.join(wrong)}")
+        try:
+            student = TransformerConfig.from_dict(settings["student_config"])
+            trained = TrainedSettings.of_run(settings)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not that of a run: {error}") from error
+        return cls(settings["checkpoint"], settings["model_version"], settings, student, trained)
+
+
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether the folder is a training run's, rather than a converted checkpoint's.
+
+    Raises:
+      ValueError: its config.json is damaged.
+    """
+    file = locate(folder) / NAME
+    if not file.is_file():
+        return False
+    settings = checkpoints.read_json(file).get("config")
+    return isinstance(settings, dict) and "student_config" in settings
+
 
 # Settings, by any part of their name, in which a resumed run may differ: they change how long and
 # where it runs and what it tells; what it computes changes by rounding at most.
