@@ -120,9 +120,29 @@ def parsers():
     return {name: parser_of(name) for name in PROGRAMS}
 
 
-def usual(action: argparse.Action, folder: pathlib.Path) -> list[str]:
+# So that an option is looked at, and not only that something else is missing.
+MORE = {
+    "launch.stream": "--random-features --bidirectional --height 64 --width 64",
+    "launch.sample_teacher": "--random-features --stg-block 1 --height 64 --width 64",
+}
+
+
+@pytest.fixture(scope="module")
+def there(random_checkpoint, random_gemma, tmp_path_factory) -> dict[str, str]:
+    """{option: what there is for it}."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("a dog barks\n")
+    return {
+        "checkpoint": str(random_checkpoint("2.0")),
+        "gemma": str(random_gemma),
+        "prompts": str(prompts),
+    }
+
+
+def usual(action: argparse.Action, folder: pathlib.Path, there: dict[str, str]) -> list[str]:
     """Words that are fine for an option that has to be given."""
-    word = next(iter(action.choices)) if action.choices else str(folder / "nothing")
+    nothing = there.get(action.dest, str(folder / "nothing"))
+    word = next(iter(action.choices)) if action.choices else nothing
     words = [word] * (action.nargs if isinstance(action.nargs, int) else 1)
     return [*action.option_strings[-1:], *words]
 
@@ -155,10 +175,11 @@ def cases(parsers) -> Iterator[tuple[str, argparse.Action]]:
                 yield name, action
 
 
-def try_option(parsers, folder, capsys, name, action, value) -> tuple[int | None, str]:
+def try_option(parsers, there, folder, capsys, name, action, value) -> tuple[int | None, str]:
     """Gives the option a value, and what has to be given besides."""
     others = [a for a in parsers[name]._actions if a.required and a is not action]
-    words = [word for other in others for word in usual(other, folder)]
+    words = [word for other in others for word in usual(other, folder, there)]
+    words += MORE.get(name, "").split()
     count = action.nargs if isinstance(action.nargs, int) else 1
     words += [*action.option_strings[-1:], *[value] * count]
     if value.startswith("-") and action.option_strings and count == 1:  # or it would be an option
@@ -172,7 +193,7 @@ def try_option(parsers, folder, capsys, name, action, value) -> tuple[int | None
     return found
 
 
-def test_no_option_takes_what_is_no_number(parsers, tmp_path, capsys, monkeypatch):
+def test_no_option_takes_what_is_no_number(parsers, there, tmp_path, capsys, monkeypatch):
     """All options of numbers there are, each with one value; all values come up."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(programs.tempfile, "tempdir", str(tmp_path))
@@ -181,23 +202,23 @@ def test_no_option_takes_what_is_no_number(parsers, tmp_path, capsys, monkeypatc
         reads = action.type
         if reads in (int, float) or getattr(reads, "__qualname__", "").startswith("number."):
             value = NO_NUMBERS[tried % len(NO_NUMBERS)]
-            status, text = try_option(parsers, tmp_path, capsys, name, action, value)
+            status, text = try_option(parsers, there, tmp_path, capsys, name, action, value)
             assert status == 2 and text.count("\n") == 1, (name, action.dest, value, text)
             tried += 1
     assert tried > 80
 
 
-def test_every_option_ends_well(parsers, tmp_path, capsys, monkeypatch):
+def test_every_option_ends_well(parsers, there, tmp_path, capsys, monkeypatch):
     """Of every program, whatever an option is given."""
-    check_options(parsers, tmp_path, capsys, monkeypatch, 150)
+    check_options(parsers, there, tmp_path, capsys, monkeypatch, 150)
 
 
 @pytest.mark.slow
-def test_every_option_ends_well_many_times(parsers, tmp_path, capsys, monkeypatch):
-    check_options(parsers, tmp_path, capsys, monkeypatch, 3000)
+def test_every_option_ends_well_many_times(parsers, there, tmp_path, capsys, monkeypatch):
+    check_options(parsers, there, tmp_path, capsys, monkeypatch, 3000)
 
 
-def check_options(parsers, folder, capsys, monkeypatch, examples: int) -> None:
+def check_options(parsers, there, folder, capsys, monkeypatch, examples: int) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(programs.tempfile, "tempdir", str(folder))
     values = st.one_of(st.sampled_from(NO_NUMBERS + OTHERS + TEXTS), st.integers().map(str),
@@ -209,7 +230,7 @@ def check_options(parsers, folder, capsys, monkeypatch, examples: int) -> None:
     )  # fmt: skip
     @given(st.sampled_from(list(cases(parsers))), values)
     def check(case, value):
-        try_option(parsers, folder, capsys, *case, value)
+        try_option(parsers, there, folder, capsys, *case, value)
 
     check()
 
