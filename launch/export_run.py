@@ -115,7 +115,7 @@ def export_run(
       DamagedFile: a file is not what was written, or is missing.
     """
     if not (run / FOLDER).is_dir():
-        raise ValueError(f"{run} is not a run: it has no {FOLDER}/")
+        raise ValueError(f"{run} is not a run: it has no config.json and {FOLDER}/")
     config = RunConfig.read(run)
     base = pathlib.Path(config.checkpoint) if base is None else base
     step = latest_step(run) if step is None else step

@@ -5,6 +5,8 @@ must not be is another result without a word, or an error that names no file.
 """
 
 import collections
+import dataclasses
+import json
 import pathlib
 import random
 import shutil
@@ -26,10 +28,13 @@ from checkpoint_converters.safetensors_io import (
 )
 from omniforcing_jax.data.text_dataset import open_text_dataset
 from omniforcing_jax.io import checkpoints
+from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.text import encoder_files
 from omniforcing_jax.text.features import load_text_features, random_text_features
 from omniforcing_jax.text.prompts import PromptCache
+from omniforcing_jax.training.config import parsing
 from omniforcing_jax.training.config.run_config import RunConfig
+from omniforcing_jax.training.config.settings import StageI
 from omniforcing_jax.training.training_checkpoints import TrainingCheckpoints, load_generator
 from tests.data.test_text_dataset import SHARED, write
 from tests.training.toy_stage import RUN_CONFIG, ToyBatches, ToyStage, toy_params, train_toy
@@ -95,8 +100,10 @@ def readers(tmp_path_factory, random_checkpoint, random_gemma) -> dict[str, Read
     cache.put("a calm sea", random_text_features(jax.random.key(0), 1, 16, (8, 4)))
     (folder / "file").mkdir()
     synthetic.write(folder / "file" / "tiny.safetensors", components=("connectors",))
-    run = {"format": 1, "config": {name: 1.5 for name in (
-        "stage", "checkpoint", "clip", "student", "student_config")}}  # fmt: skip
+    settings = json.loads(json.dumps(parsing.to_dict(StageI())))
+    student = dataclasses.asdict(PipelineConfig.from_checkpoint(ltx2).transformer)
+    settings |= {"model_version": "2.0.0", "student_config": student}
+    run = {"format": 1, "config": settings}
     (folder / "described" / "checkpoints").mkdir(parents=True)
     checkpoints.write_json(folder / "described" / "config.json", run)
 

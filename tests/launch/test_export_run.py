@@ -43,6 +43,7 @@ def run(random_checkpoint, tmp_path_factory):
     config = {
         "stage": "stage3",
         "checkpoint": str(base),
+        "model_version": "2.0.0",
         "clip": {"layout": "prefix", "height": 64, "width": 96, "frame_rate": 24.0, "blocks": 3},
         "score": {"video_cfg": [1.0, 3.5], "audio_cfg": 5.0},
         "text_length": 48,
@@ -135,7 +136,7 @@ def test_export_of_raw_weights_and_refusals(run, random_checkpoint, tmp_path, ca
     assert "no variant of --base" in text and "gated_attention is False, not True" in text
     copy = shutil.copytree(folder, tmp_path / "copy")
     write_config(copy, {name: config[name] for name in ("stage", "checkpoint", "clip")})
-    assert "the configuration lacks student, student_config" in error(copy, other)
+    assert "the configuration lacks model_version, student, student_config" in error(copy, other)
     without_sinks = config["student_config"] | {"num_audio_sinks": 0}
     write_config(copy, config | {"student_config": without_sinks})
     assert "audio_sinks is not in the model" in error(copy, other)

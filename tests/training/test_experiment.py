@@ -388,8 +388,11 @@ def test_a_damaged_source_is_a_problem_among_others(full_size, tmp_path):
     run.mkdir()
     for text, message in (
         ('{"format": 1, "config": {"mod', "is not JSON"),
-        ('{"format": 1}', "has no 'config'"),
-        ('{"format": 1, "config": {"student_config": {}}}', "has no 'model_version'"),
+        ('{"format": 1}', "describes something else"),
+        (
+            '{"format": 1, "config": {"student_config": {}}}',
+            "the configuration lacks stage, checkpoint, model_version",
+        ),
     ):
         (run / "config.json").write_text(text)
         problems = problems_of("stage2", full_size, generator=str(run), batch_size=33)

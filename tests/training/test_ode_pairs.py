@@ -287,6 +287,7 @@ def run(random_checkpoint, tmp_path_factory):
     )
     config = {
         "stage": "stage2",
+        "checkpoint": str(base),
         "clip": {"layout": "prefix", "height": 64, "width": 64, "frame_rate": 24.0, "blocks": 2},
         "student": {
             "timesteps": [1000, 725],
@@ -314,7 +315,9 @@ def test_of_an_autoregressive_run(run, random_checkpoint, text, stored, tmp_path
     shutil.copytree(run, copy)
     (copy / "config.json").write_text(json.dumps({"config": {"stage": "stage2"}}))
     assert ode_pairs.main([*arguments, "--generator", str(copy)]) == 2
-    assert "lacks clip, model_version, student, student_config" in capsys.readouterr().err
+    assert (
+        "lacks checkpoint, model_version, clip, student, student_config" in capsys.readouterr().err
+    )
     noisy = json.loads((run / "config.json").read_text())
     noisy["config"]["student"]["context_noise"] = 0.1
     (copy / "config.json").write_text(json.dumps(noisy))
