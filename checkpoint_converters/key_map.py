@@ -26,6 +26,7 @@ from omniforcing_jax.text.encoder_files import TEXT_TOWER
 
 DIT = "model.diffusion_model."
 GEMMA = "language_model.model."
+TEXT_PROJECTIONS = "text_embedding_projection."
 # the bytes of tokenizer.json in LTX-2.5's text encoder file, which no other file has
 TOKENIZER_TENSOR = "tokenizer_json"
 

@@ -10,9 +10,9 @@ here and exported by checkpoint_converters.export come back as what they were. A
 known by the name of its file, or of the LoRA that made it (`trained` in config.json;
 --recipe decides otherwise), for its tensors do not tell.
 
-Of LTX-2.5, which is published in parts, the transformer (with `--components transformer`), the
-convolutional video VAE and the audio VAE convert. Its text projections are in the file of its text
-encoder, a Gemma 4, which is not implemented here.
+LTX-2.5 is published in parts: give the files of the transformer, the VAEs, the vocoder, and the text
+encoder, whose text projections belong to the connectors. The text encoder itself, a Gemma 4, is
+converted by checkpoint_converters.gemma4; the diffusion decoder is not implemented.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from checkpoint_converters import checks, converting, lora
+from checkpoint_converters import checks, converting, key_map, lora
 from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import programs
@@ -126,6 +126,14 @@ def open_inputs(
                 problems.append(
                     f"{path}: is a text encoder, not LTX-2; checkpoint_converters.gemma3 is for it"
                 )
+            if key_map.TOKENIZER_TENSOR in checkpoint.tensors:
+                # LTX-2.5's text encoder, of which only the projections are LTX-2's
+                tensors = {
+                    key: info
+                    for key, info in checkpoint.tensors.items()
+                    if key.startswith(key_map.TEXT_PROJECTIONS)
+                }
+                checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
             version = checkpoint.model_version or model_version
             opened.append(dataclasses.replace(checkpoint, model_version=version))
         except ConversionError as error:
@@ -189,8 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         "--components",
         nargs="+",
         choices=COMPONENTS,
-        help="convert only these (default: all that the input holds); of LTX-2.5's transformer "
-        "file: transformer, for its text projections are in another file, with a Gemma 4",
+        help="convert only these (default: all that the input holds)",
     )
     parser.add_argument(
         "--model-version", metavar="X.Y.Z", help="for files whose metadata does not say, e.g. 2.0.0"

@@ -18,7 +18,7 @@ import zlib
 import numpy as np
 
 from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
-from checkpoint_converters.key_map import DIT
+from checkpoint_converters.key_map import DIT, TEXT_PROJECTIONS
 from checkpoint_converters.output import file_problems, write_file
 from checkpoint_converters.published import published_config
 from checkpoint_converters.safetensors_io import DTYPES as DTYPES_OF_FILES
@@ -31,7 +31,7 @@ from omniforcing_jax.models.upsampler import UpsamplerConfig
 from omniforcing_jax.types import DTYPES
 
 PROGRAM = "checkpoint_converters.synthetic"
-VERSIONS = {"2.0": "2.0.0", "2.3": "2.3.0"}
+VERSIONS = {"2.0": "2.0.0", "2.3": "2.3.0", "2.5": "2.5.0"}
 
 # The pocket model is taken through all stages on a CPU: the classes of LTX-2.0 with 8 times less
 # compression in space, so that a clip of 64 x 48 pixels has 48 tokens per latent frame, and RoPE
@@ -94,17 +94,19 @@ def metadata(size: str, version: str, num_layers: int | None = None) -> dict:
 
     Args:
       size: a key of `SIZES`.
-      version: "2.0" or "2.3".
+      version: a key of `VERSIONS`.
       num_layers: transformer layers, if other than the size's.
 
     Raises:
       ValueError: there is no such version of this size.
     """
     s = SIZES[size]
-    newer = version == "2.3"
+    newer = version != "2.0"
     if newer and "changes" in s:
         raise ValueError(f"size {size!r} is of version 2.0 only")
-    config = published_config(version)
+    config = published_config("2.3" if newer else "2.0")
+    if version == "2.5":
+        config["transformer"] |= {"ff_bias": False, "use_keyframes_abs_pos_embedding": True}
     heads, (video, audio) = s["heads"], s["dims"]
     transformer = config["transformer"]
     transformer |= {
@@ -161,7 +163,7 @@ def write(
     Args:
       path: file to create, `.safetensors`.
       size: a key of `SIZES`.
-      version: "2.0" or "2.3".
+      version: a key of `VERSIONS`.
       seed: the weights are a function of seed and tensor name alone.
       dtype: "bfloat16", "float32" or "float8".
       num_layers: transformer layers, if other than the size's.
@@ -182,6 +184,8 @@ def write(
         key: (stored, tuple(features if n == ANY else n for n in shape))
         for component in components
         for key, shape in expected_shapes(config, component).items()
+        # LTX-2.5 has them in the file of its text encoder
+        if version != "2.5" or not key.startswith(TEXT_PROJECTIONS)
     }
     if dtype == FLOAT8:
         for key in [key for key in table if _QUANTISED.fullmatch(key)]:

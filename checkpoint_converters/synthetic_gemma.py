@@ -5,22 +5,29 @@
 Each size fits the LTX-2 checkpoint of the same size from `checkpoint_converters.synthetic`, so the
 two run from a sentence to a context. The weights are noise of a size that keeps activations sane;
 the tokenizer is a byte-fallback BPE, so any text can be encoded, if not in few tokens. With --words
-it knows those alone, a token each; size "pocket" is too small for any other.
+it knows those alone, a token each; size "pocket" is too small for any other. With --gemma4, it is
+LTX-2.5's text encoder, a single file with text projections.
 """
 
 import json
 import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 
 from checkpoint_converters import synthetic
 from checkpoint_converters.converting import DTYPE_CHOICES, stay_on_host
-from checkpoint_converters.key_map import TEXT_TOWER
-from checkpoint_converters.output import appearing, folder_problems
+from checkpoint_converters.key_map import GEMMA, TEXT_PROJECTIONS, TEXT_TOWER, TOKENIZER_TENSOR
+from checkpoint_converters.output import (
+    appearing,
+    file_problems,
+    folder_problems,
+    write_file,
+)
 from checkpoint_converters.safetensors_io import ConversionError, table_bytes, write_safetensors
-from checkpoint_converters.shapes import model_shapes
+from checkpoint_converters.shapes import ANY, expected_shapes, model_shapes
 from omniforcing_jax import programs
 from omniforcing_jax.io import outputs
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
@@ -123,6 +130,60 @@ def write(
     return config
 
 
+def write_gemma4(
+    path: str | pathlib.Path, size: str = "tiny", *, seed: int = 0, dtype: str = "bfloat16"
+) -> dict:
+    """Writes LTX-2.5's text encoder in the layout it is published in: one file with configuration,
+    tokenizer, a random Gemma 4, and the text projections of the LTX-2.5 of this size.
+
+    Args:
+      path: file to create, `.safetensors`.
+      size, seed, dtype: as for `write`.
+
+    Returns:
+      The text tower's configuration.
+    """
+    s, ltx = SIZES[size], synthetic.SIZES[size]
+    text = text_config(size) | {"model_type": "gemma4_unified_text", "attention_k_eq_v": True}
+    text |= {"global_head_dim": 2 * s["head_dim"], "num_global_key_value_heads": 1}
+    del text["rope_scaling"], text["query_pre_attn_scalar"]
+    layers = text["num_hidden_layers"]
+    kinds = ("sliding_attention", "full_attention")
+    text["layer_types"] = [kinds[i % 4 == 3 or i == layers - 1] for i in range(layers)]
+    shapes = model_shapes(TEXT_TOWER, GemmaConfig.from_metadata(text))
+    tower = {
+        "model." + key.removeprefix(GEMMA).replace("sequence.", "layers.", 1): shape
+        for key, shape in shapes.items()
+    }
+    features = ltx["text"] * ltx["states"]
+    connectors = expected_shapes(synthetic.metadata(size, "2.5"), "connectors")
+    projections = {
+        key: tuple(features if n == ANY else n for n in shape)
+        for key, shape in connectors.items()
+        if key.startswith(TEXT_PROJECTIONS)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(pathlib.Path(folder), s["vocab"])
+        tokenizer = (pathlib.Path(folder) / "tokenizer.json").read_bytes()
+    stored = DTYPE_CHOICES[dtype]
+    table = {key: (stored, shape) for key, shape in (tower | projections).items()}
+    table[TOKENIZER_TENSOR] = (np.dtype(np.uint8), (len(tokenizer),))
+
+    def values(key: str) -> np.ndarray:
+        if key == TOKENIZER_TENSOR:
+            return np.frombuffer(tokenizer, np.uint8)
+        shape = table[key][1]
+        noise = synthetic.noise(key, shape, seed)
+        if len(shape) == 1 and key in tower:  # scales of norms and layers
+            return (1 + 0.1 * noise).astype(stored)
+        return (noise * shape[-1] ** -0.5).astype(stored)
+
+    config = {"model_type": "gemma4_unified", "text_config": text}
+    strings = {"gemma_config": json.dumps(config), outputs.MARK: PROGRAM}
+    write_file(pathlib.Path(path).absolute(), table, strings, values)
+    return text
+
+
 def _write_weights(folder: pathlib.Path, config: GemmaConfig, seed: int, dtype: str) -> None:
     shapes = model_shapes(TEXT_TOWER, config)
 
@@ -211,6 +272,7 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     parser = programs.Parser("checkpoint_converters.synthetic_gemma", __doc__)
+    parser.add_argument("--gemma4", action="store_true", help="LTX-2.5's, a .safetensors file")
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
@@ -222,6 +284,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stay_on_host()
     with programs.when_interrupted("nothing was written"):
+        if args.gemma4:
+            if args.words:
+                parser.error("--words has no effect with --gemma4")
+            output = args.output.absolute()
+            if problems := file_problems(output, args.overwrite, 0, PROGRAM):
+                raise ConversionError(problems)
+            write_gemma4(output, args.size, seed=args.seed, dtype=args.dtype)
+            print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+            return 0
         words = args.words.read_text().split() if args.words else None
         options = {"seed": args.seed, "dtype": args.dtype, "overwrite": args.overwrite}
         write(args.output, args.size, words=words, **options)

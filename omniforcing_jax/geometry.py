@@ -200,12 +200,18 @@ def normal_latents(key: jax.Array, video_shape, audio_shape) -> AVLatents:
 
 
 class StreamRopes(NamedTuple):
-    """RoPE tables of the tokens of one forward pass, [1, T, N, H/2] each."""
+    """Where the tokens of one forward pass are: RoPE tables, [1, T, N, H/2] each.
+
+    Attributes:
+      first_latent: [F] boolean, the clip's first video latent, which stands for a single frame:
+        LTX-2.5 marks it by its keyframe embedding.
+    """
 
     video: Rope
     video_cross: Rope
     audio: Rope
     audio_cross: Rope
+    first_latent: jax.Array
 
 
 def stream_ropes(
@@ -222,6 +228,7 @@ def stream_ropes(
         rope.video_cross_rope(video_frames),
         rope.audio_rope(audio_frames, sinks),
         rope.audio_cross_rope(audio_frames, sinks),
+        jnp.asarray(video_frames) == 0,
     )
 
 
@@ -246,6 +253,7 @@ def modalities(
     """
     if global_sigma is None:
         global_sigma = AVLatents(None, None)
+    patches = x.video.shape[1] // ropes.first_latent.shape[0]
     video = Modality(
         latents=x.video,
         sigma=sigma.video,
@@ -254,6 +262,7 @@ def modalities(
         context=contexts[0],
         context_mask=context_mask,
         global_sigma=global_sigma.video,
+        keyframes=jnp.repeat(ropes.first_latent, patches)[None],
     )
     audio = Modality(
         latents=x.audio,

@@ -25,7 +25,7 @@ from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT_TOWER = "text_tower"
-FAMILY = "gemma3"
+FAMILY, GEMMA4_FAMILY = "gemma3", "gemma4"
 _HOW_TO_CREATE = "python -m checkpoint_converters.gemma3 --input HF_FOLDER --output {folder}"
 
 
@@ -95,6 +95,7 @@ def check_encoder(
             "convert again without leaving them out"
         )
     shapes = checkpoints.param_shapes(checkpoint, "connectors")
+    _check_generation(config, content["model_version"], gemma, checkpoint)
     _check_fit(config, connectors, shapes, length, gemma, checkpoint)
     _verify_tokenizer(pathlib.Path(gemma))
     tokenizer = load_tokenizer(gemma)
@@ -150,12 +151,29 @@ def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
             f"{folder} is a Hugging Face folder; convert it: "
             f"{_HOW_TO_CREATE.format(folder='gemma').replace('HF_FOLDER', str(folder))}"
         )
-    if (content.get("family"), content.get("format")) != (FAMILY, checkpoints.FORMAT):
+    known = content.get("family") in (FAMILY, GEMMA4_FAMILY)
+    if not known or content.get("format") != checkpoints.FORMAT:
         raise ValueError(
             f"{file}: found family {content.get('family')!r}, format {content.get('format')!r}; "
             f"expected {FAMILY!r}, {checkpoints.FORMAT}. {how} creates it"
         )
     return GemmaConfig.from_metadata(content["config"])
+
+
+def _check_generation(
+    config: GemmaConfig,
+    model_version: str,
+    gemma: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+) -> None:
+    """Gemma 3 12B and LTX-2.5's Gemma 4 have the same sizes, so these do not tell."""
+    newer = tuple(int(number) for number in model_version.split(".")[:2]) >= (2, 4)
+    if newer != config.gemma4:
+        found, needed = ("Gemma 4", "Gemma 3") if config.gemma4 else ("Gemma 3", "Gemma 4")
+        raise ValueError(
+            f"{gemma} cannot be used with {checkpoint}: LTX-{model_version} reads a {needed}, this "
+            f"is a {found} (checkpoint_converters.gemma3 and .gemma4 convert them)"
+        )
 
 
 def _check_fit(

@@ -1,4 +1,6 @@
-"""Gemma 3's text tower: token ids -> the hidden states that LTX-2's connectors read.
+"""Gemma's text tower: token ids -> the hidden states that LTX-2's connectors read.
+
+LTX-2.0 and 2.3 read Gemma 3, LTX-2.5 a Gemma 4.
 
 LTX-2 reads all of Gemma's hidden states: the scaled embeddings, the output of every layer but the
 last, and the last one's after the final norm. Stacked, those of 1024 tokens of the 12B model take
@@ -6,8 +8,10 @@ last, and the last one's after the final norm. Stacked, those of 1024 tokens of 
 the stack: it normalises and projects each state where the scan over the layers produces it.
 
 Five of six layers are local: they see a sliding window and rotate with a small base. Every sixth is
-global: it sees all earlier tokens and rotates with a large base. One block is scanned over all of
-them; masks and rotation tables of both kinds are made once, and a flag per layer selects.
+global: it sees all earlier tokens and rotates with a large base. Masks and rotation tables of both
+kinds are made once. In Gemma 3 all layers have the same parameters, so one block is scanned over
+them, and a flag per layer selects. Gemma 4's global layers have wider heads and values that are
+their keys, so its layers are called one after the other.
 
 Axis letters: B batch, S, T text tokens, D width, N heads, K key/value heads, H head dim, L layers,
 W width of the projected features, V vocabulary.
@@ -60,13 +64,19 @@ class AttentionInputs:
     rope: Rope
 
 
-def rope_table(length: int, head_dim: int, theta: float, factor: float) -> Rope:
+def rope_table(
+    length: int, head_dim: int, theta: float, factor: float, fraction: float = 1.0
+) -> Rope:
     """Rotation by p / factor * theta^(-2i/H), positions 0, 1, 2, …, formed in float32.
 
     Padding counts: the rotation is relative, so where a text begins makes no difference.
+
+    Args:
+      fraction: of the pairs of channels that are rotated; the last ones are not.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = np.float32(1) / np.float32(theta) ** exponents / np.float32(factor)
+    frequencies[int(fraction * head_dim // 2) :] = 0.0
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies  # [T, H/2]
     return Rope(
         jnp.asarray(np.cos(angles)[None, :, None]), jnp.asarray(np.sin(angles)[None, :, None])
@@ -91,25 +101,36 @@ def attention_inputs(
     )
     global_ = AttentionInputs(
         valid & (distance >= 0),
-        rope_table(length, c.head_dim, c.global_rope_theta, c.global_rope_factor),
+        rope_table(
+            length,
+            c.global_head_dim,
+            c.global_rope_theta,
+            c.global_rope_factor,
+            c.global_rope_fraction,
+        ),
     )
     return local, global_
 
 
-class OffsetRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (1 + scale) over the last axis, in fp32."""
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis, in fp32.
+
+    Attributes:
+      offset: 1 in Gemma 3, whose scales are stored as differences from 1.
+    """
 
     dim: int
     eps: float
+    offset: float
     dtype: jnp.dtype
 
     def setup(self):
-        init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-        self.scale = self.param("scale", init, (self.dim,))
+        init = nn.initializers.constant(1.0 - self.offset)
+        self.scale = self.param("scale", nn.with_logical_partitioning(init, (None,)), (self.dim,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = jnp.expand_dims(self.scale.astype(jnp.float32), range(x.ndim - 1))
-        return (rms_norm(x, self.eps) * (1.0 + scale)).astype(self.dtype)
+        return (rms_norm(x, self.eps) * (self.offset + scale)).astype(self.dtype)
 
 
 class Linear(nn.Module):
@@ -148,33 +169,52 @@ class Embedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention; q and k are normalised per head and rotated."""
+    """Grouped-query attention; q and k are normalised per head and rotated.
+
+    Gemma 4 normalises the values as well, without a scale; those of its global layers are the keys
+    before their norm.
+
+    Attributes:
+      is_global: whether it is the attention of a global layer, where that makes a difference.
+    """
 
     config: GemmaConfig
+    is_global: bool
     dtype: jnp.dtype
     quantize: str
 
     def setup(self):
         c = self.config
+        head_dim, kv_heads = c.heads(self.is_global)
 
         def linear(features, axes):
             return Linear(features, axes, self.dtype, self.quantize)
 
-        self.q = linear(c.num_heads * c.head_dim, ("embed", "heads"))
-        self.k = linear(c.num_kv_heads * c.head_dim, ("embed", "heads"))
-        self.v = linear(c.num_kv_heads * c.head_dim, ("embed", "heads"))
+        self.q = linear(c.num_heads * head_dim, ("embed", "heads"))
+        self.k = linear(kv_heads * head_dim, ("embed", "heads"))
+        if not self.keys_are_values:
+            self.v = linear(kv_heads * head_dim, ("embed", "heads"))
         self.out = linear(c.hidden_size, ("heads", "embed"))
-        self.q_norm = OffsetRMSNorm(c.head_dim, c.norm_eps, self.dtype)
-        self.k_norm = OffsetRMSNorm(c.head_dim, c.norm_eps, self.dtype)
+        self.q_norm = RMSNorm(head_dim, c.norm_eps, c.norm_offset, self.dtype)
+        self.k_norm = RMSNorm(head_dim, c.norm_eps, c.norm_offset, self.dtype)
+
+    @property
+    def keys_are_values(self) -> bool:
+        return self.is_global and self.config.global_keys_are_values
 
     def __call__(self, x: jax.Array, inputs: AttentionInputs) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
         c = self.config
-        heads = partial(rearrange, pattern="B T (N H) -> B T N H", H=c.head_dim)
-        q = inputs.rope.rotate(self.q_norm(heads(self.q(x))), "split")  # [B, T, N, H]
-        k = inputs.rope.rotate(self.k_norm(heads(self.k(x))), "split")  # [B, T, K, H]
+        head_dim, kv_heads = c.heads(self.is_global)
+        heads = partial(rearrange, pattern="B T (N H) -> B T N H", H=head_dim)
+        q, k = heads(self.q(x)), heads(self.k(x))
+        v = k if self.keys_are_values else heads(self.v(x))
+        if c.gemma4:
+            v = rms_norm(v, c.norm_eps).astype(self.dtype)
+        q = inputs.rope.rotate(self.q_norm(q), "split")  # [B, T, N, H]
+        k = inputs.rope.rotate(self.k_norm(k), "split")  # [B, T, K, H]
         # [B, T, K, H] -> [B, T, N, H]
-        k, v = (jnp.repeat(y, c.num_heads // c.num_kv_heads, axis=2) for y in (k, heads(self.v(x))))
+        k, v = (jnp.repeat(y, c.num_heads // kv_heads, axis=2) for y in (k, v))
         y = attention(q, k, v, mask=inputs.mask, scale=c.query_pre_attn_scalar**-0.5)
         return self.out(rearrange(y, "B T N H -> B T (N H)"))
 
@@ -199,9 +239,13 @@ class GatedFeedForward(nn.Module):
 
 
 class GemmaLayer(nn.Module):
-    """One layer; a norm before and after attention and feed-forward."""
+    """One layer; a norm before and after attention and feed-forward.
+
+    Gemma 4 scales the result by a number of the layer's own.
+    """
 
     config: GemmaConfig
+    is_global: bool
     dtype: jnp.dtype
     quantize: str
 
@@ -209,21 +253,25 @@ class GemmaLayer(nn.Module):
         c = self.config
 
         def norm():
-            return OffsetRMSNorm(c.hidden_size, c.norm_eps, self.dtype)
+            return RMSNorm(c.hidden_size, c.norm_eps, c.norm_offset, self.dtype)
 
-        self.attn = SelfAttention(c, self.dtype, self.quantize)
+        self.attn = SelfAttention(c, self.is_global, self.dtype, self.quantize)
         self.ff = GatedFeedForward(c, self.dtype, self.quantize)
         self.pre_attn_norm, self.post_attn_norm = norm(), norm()
         self.pre_ff_norm, self.post_ff_norm = norm(), norm()
+        if c.gemma4:
+            init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+            self.scalar = self.param("scalar", init, (1,))
 
     def __call__(self, x: jax.Array, inputs: AttentionInputs) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
         x = x + self.post_attn_norm(self.attn(self.pre_attn_norm(x), inputs))
-        return x + self.post_ff_norm(self.ff(self.pre_ff_norm(x)))
+        x = x + self.post_ff_norm(self.ff(self.pre_ff_norm(x)))
+        return x * self.scalar.astype(self.dtype)[None, None] if self.config.gemma4 else x
 
 
 class TextTower(nn.Module):
-    """Gemma 3 without its head, its vision tower and its cache: one causal pass over a prompt.
+    """Gemma without its head, its vision tower and its cache: one causal pass over a prompt.
 
     Attributes:
       dtype: compute dtype; parameters are cast to it at use.
@@ -238,8 +286,11 @@ class TextTower(nn.Module):
         quantization.check_mode(self.quantize)
         c = self.config
         self.embed = Embedding(c, self.dtype, self.quantize)
-        self.blocks = GemmaLayer(c, self.dtype, self.quantize)
-        self.final_norm = OffsetRMSNorm(c.hidden_size, c.norm_eps, self.dtype)
+        if c.gemma4:
+            self.layers = [GemmaLayer(c, g, self.dtype, self.quantize) for g in c.is_global]
+        else:
+            self.blocks = GemmaLayer(c, False, self.dtype, self.quantize)
+        self.final_norm = RMSNorm(c.hidden_size, c.norm_eps, c.norm_offset, self.dtype)
 
     def __call__(self, token_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         """All hidden states, stacked. For small models and tests; see `features`.
@@ -331,6 +382,8 @@ class TextTower(nn.Module):
     def _scan(self, body: Callable, carry: Any, attention_mask: jax.Array) -> tuple[Any, Any]:
         """Scan over the layers: body(apply, carry, layer) -> (carry, y); apply(x, layer) -> x."""
         inputs = attention_inputs(attention_mask, self.config)
+        if self.config.gemma4:
+            return self._call_layers(body, carry, inputs)
         is_global = jnp.asarray(self.config.is_global)
 
         def step(block, carry, layer):
@@ -347,6 +400,17 @@ class TextTower(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scan(self.blocks, carry, jnp.arange(self.config.num_layers))
+
+    def _call_layers(self, body: Callable, carry: Any, inputs: tuple) -> tuple[Any, Any]:
+        """As `_scan`, layer after layer."""
+        results = []
+        for i, (layer, is_global) in enumerate(
+            zip(self.layers, self.config.is_global, strict=True)
+        ):
+            apply = lambda x, _, layer=layer, kind=is_global: layer(x, inputs[kind])  # noqa: E731
+            carry, result = body(apply, carry, i)
+            results.append(result)
+        return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
 
 
 def init_boxed_params(config: GemmaConfig, key: jax.Array, quantize: str = "none") -> Any:

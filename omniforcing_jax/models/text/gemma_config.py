@@ -1,4 +1,4 @@
-"""What a Gemma 3 folder says about its text tower, as one frozen dataclass."""
+"""What a Gemma 3 or Gemma 4 says about its text tower, as one frozen dataclass."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from omniforcing_jax.models.metadata import find_problems, raise_problems
 
 _LAYER_TYPES = {"sliding_attention": False, "full_attention": True}
 _ROPE_TYPES = ("default", "linear")
+_ROPE_TYPES_4 = ("default", "proportional")
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers")
 
 # Settings with a single value in every published Gemma 3; absent means that value.
@@ -19,10 +20,20 @@ _FIXED = {
     "use_bidirectional_attention": False,
 }
 
+# Gemma 4 as LTX-2.5 has it: no embeddings per layer, no experts, no shared keys and values.
+GEMMA_4_TYPES = ("gemma4_unified_text", "gemma4_text")
+_FIXED_4 = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "num_kv_shared_layers": 0,
+    "enable_moe_block": False,
+    "hidden_size_per_layer_input": 0,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
-    """Sizes of a Gemma 3 text tower. The defaults are the 12B model.
+    """Sizes of a Gemma text tower. The defaults are Gemma 3 12B.
 
     Attributes:
       vocab_size: V, rows of the embedding table.
@@ -34,6 +45,10 @@ class GemmaConfig:
       local_rope_theta, local_rope_factor: base of the rotary embedding and divisor of the positions
         in layers with a window.
       global_rope_theta, global_rope_factor: the same in global layers.
+      gemma4: the tower is a Gemma 4, and has the following; its logits are not divided.
+      global_head_dim, global_num_kv_heads: of global layers; None: as in the others.
+      global_keys_are_values: global layers have no values of their own.
+      global_rope_fraction: of the channels that global layers rotate.
     """
 
     vocab_size: int = 262208
@@ -50,15 +65,26 @@ class GemmaConfig:
     global_rope_theta: float = 1000000.0
     global_rope_factor: float = 8.0
     norm_eps: float = 1e-6
+    gemma4: bool = False
+    global_head_dim: int | None = None
+    global_num_kv_heads: int | None = None
+    global_keys_are_values: bool = False
+    global_rope_fraction: float = 1.0
 
     def __post_init__(self):
+        if self.global_head_dim is None:
+            object.__setattr__(self, "global_head_dim", self.head_dim)
+        if self.global_num_kv_heads is None:
+            object.__setattr__(self, "global_num_kv_heads", self.num_kv_heads)
         problems = []
-        if self.num_heads % self.num_kv_heads:
-            problems.append(
-                f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly"
-            )
-        if self.head_dim % 2:
-            problems.append(f"RoPE rotates pairs of channels, so head_dim {self.head_dim} is odd")
+        for kv_heads in {self.num_kv_heads, self.global_num_kv_heads}:
+            if self.num_heads % kv_heads:
+                problems.append(
+                    f"{self.num_heads} heads cannot share {kv_heads} key/value heads evenly"
+                )
+        for head_dim in {self.head_dim, self.global_head_dim}:
+            if head_dim % 2:
+                problems.append(f"RoPE rotates pairs of channels, so head_dim {head_dim} is odd")
         if self.sliding_window < 1:
             problems.append(f"sliding_window must be at least 1, not {self.sliding_window}")
         if not self.is_global:
@@ -69,6 +95,17 @@ class GemmaConfig:
     def num_layers(self) -> int:
         """L."""
         return len(self.is_global)
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to the scales of the norms."""
+        return 0.0 if self.gemma4 else 1.0
+
+    def heads(self, is_global: bool) -> tuple[int, int]:
+        """Head dim and number of key/value heads of a layer."""
+        if is_global:
+            return self.global_head_dim, self.global_num_kv_heads
+        return self.head_dim, self.num_kv_heads
 
     @property
     def num_states(self) -> int:
@@ -87,6 +124,8 @@ class GemmaConfig:
             them and what is supported.
         """
         t = dict(text_config)
+        if t.get("model_type") in GEMMA_4_TYPES:
+            return cls._of_gemma4(t)
         ropes = {kind: _rope_settings(t, kind) for kind in _LAYER_TYPES}
         _check_metadata(t, ropes)
         local, glob = ropes["sliding_attention"], ropes["full_attention"]
@@ -105,6 +144,59 @@ class GemmaConfig:
             global_rope_theta=float(glob["rope_theta"]),
             global_rope_factor=float(glob.get("factor", 1.0)),
             norm_eps=float(t.get("rms_norm_eps", 1e-6)),
+        )
+
+    @classmethod
+    def _of_gemma4(cls, t: Mapping[str, Any]) -> "GemmaConfig":
+        defaults = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.25,
+            },
+        }
+        ropes = defaults | (t.get("rope_parameters") or {})
+        local, glob = ropes["sliding_attention"], ropes["full_attention"]
+        # the one setting whose default is another architecture
+        plain = {} if t["model_type"] == "gemma4_unified_text" else {
+            "hidden_size_per_layer_input": 256
+        }  # fmt: skip
+        given = plain | {name: value for name, value in t.items() if value is not None}
+        problems = find_problems(given, required=_REQUIRED, fixed=_FIXED_4)
+        if t.get("use_bidirectional_attention") == "all":
+            problems.append(
+                "use_bidirectional_attention is 'all'; only causal towers are supported"
+            )
+        problems += [
+            f"rope_type of {kind} is {settings['rope_type']!r}; only "
+            f"{' and '.join(_ROPE_TYPES_4)} are supported"
+            for kind, settings in ropes.items()
+            if settings.get("rope_type") not in _ROPE_TYPES_4
+        ]
+        problems += _layer_problems(t)
+        raise_problems("Gemma 4 text config", problems)
+        shared = bool(t.get("attention_k_eq_v", False))
+        return cls(
+            vocab_size=t.get("vocab_size", 262144),
+            hidden_size=t["hidden_size"],
+            intermediate_size=t["intermediate_size"],
+            is_global=tuple(_LAYER_TYPES[kind] for kind in _layer_types(t)),
+            num_heads=t.get("num_attention_heads", 8),
+            num_kv_heads=t.get("num_key_value_heads", 4),
+            head_dim=t.get("head_dim", 256),
+            query_pre_attn_scalar=1.0,
+            sliding_window=t.get("sliding_window", 1024),
+            local_rope_theta=float(local["rope_theta"]),
+            local_rope_factor=float(local.get("factor", 1.0)),
+            global_rope_theta=float(glob["rope_theta"]),
+            global_rope_factor=float(glob.get("factor", 1.0)),
+            norm_eps=float(t.get("rms_norm_eps", 1e-6)),
+            gemma4=True,
+            global_head_dim=t.get("global_head_dim", 512),
+            global_num_kv_heads=t.get("num_global_key_value_heads") if shared else None,
+            global_keys_are_values=shared,
+            global_rope_fraction=float(glob.get("partial_rotary_factor", 1.0)),
         )
 
 
@@ -136,17 +228,7 @@ def _rope_settings(t: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _check_metadata(t: Mapping[str, Any], ropes: Mapping[str, Mapping[str, Any]]) -> None:
     # null means the same as false
     settings = {k: v for k, v in t.items() if v is not None or _FIXED.get(k) is not False}
-    problems = find_problems(settings, required=_REQUIRED, fixed=_FIXED)
-    kinds = _layer_types(t)
-    unknown = sorted(set(kinds) - set(_LAYER_TYPES))
-    if unknown:
-        known = ", ".join(_LAYER_TYPES)
-        problems.append(f"layer_types has {', '.join(unknown)}; only {known} are supported")
-    if "num_hidden_layers" in t and len(kinds) != t["num_hidden_layers"]:
-        problems.append(
-            f"layer_types has {len(kinds)} entries for {t['num_hidden_layers']} layers; one per "
-            "layer is supported"
-        )
+    problems = find_problems(settings, required=_REQUIRED, fixed=_FIXED) + _layer_problems(t)
     for kind, settings in ropes.items():
         if settings["rope_type"] not in _ROPE_TYPES:
             problems.append(
@@ -161,3 +243,18 @@ def _check_metadata(t: Mapping[str, Any], ropes: Mapping[str, Mapping[str, Any]]
                 "1.0 is supported"
             )
     raise_problems("Gemma text config", problems)
+
+
+def _layer_problems(t: Mapping[str, Any]) -> list[str]:
+    kinds = _layer_types(t)
+    problems = []
+    unknown = sorted(set(kinds) - set(_LAYER_TYPES))
+    if unknown:
+        known = ", ".join(_LAYER_TYPES)
+        problems.append(f"layer_types has {', '.join(unknown)}; only {known} are supported")
+    if "num_hidden_layers" in t and len(kinds) != t["num_hidden_layers"]:
+        problems.append(
+            f"layer_types has {len(kinds)} entries for {t['num_hidden_layers']} layers; one per "
+            "layer is supported"
+        )
+    return problems

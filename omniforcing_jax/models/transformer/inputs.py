@@ -24,7 +24,8 @@ class Modality:
       context_mask: [B, S] boolean, True = attend; None attends to everything.
       global_sigma: [B] the sample's own noise level, where it differs from max(sigma): it feeds the
         prompt AdaLN and the other stream's cross-modal AdaLN in LTX-2.3.
-      keyframes: [B, T] boolean, tokens that get the keyframe embedding (LTX-2.5).
+      keyframes: [B or 1, T] boolean, tokens that get the keyframe embedding of models that have one
+        (LTX-2.5): those of video latents that stand for a single frame.
     """
 
     latents: jax.Array

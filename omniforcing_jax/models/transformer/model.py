@@ -204,8 +204,6 @@ class Transformer(nn.Module):
                 )
             if stream.context is None and text is None:
                 raise ValueError(f"{name}: neither a text context nor text K/V was given")
-            if stream.keyframes is not None and not self.config.keyframe_embedding:
-                raise ValueError(f"{name}: this model has no keyframe embedding (LTX-2.5 has)")
             width = self.config.text_dims[0 if name == "video" else 1]
             if stream.context is not None and stream.context.shape[-1] != width:
                 raise ValueError(
@@ -245,7 +243,7 @@ class Transformer(nn.Module):
             return None, None, None
         c = self.config
         x = (self.video_in if is_video else self.audio_in)(stream.latents.astype(self.dtype))
-        if stream.keyframes is not None:
+        if stream.keyframes is not None and c.keyframe_embedding:
             x = x + jnp.where(stream.keyframes[..., None], self.keyframe_embedding, 0).astype(
                 x.dtype
             )

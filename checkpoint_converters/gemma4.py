@@ -1,0 +1,163 @@
+"""LTX-2.5's text encoder, the text tower of a Gemma 4 -> Orbax.
+
+    python -m checkpoint_converters.gemma4 --input ltx-2.5-text-encoder.safetensors --output gemma4
+
+Reads the single file in which LTX-2.5 publishes it (configuration, tokenizer and weights in one),
+or a Hugging Face folder of a Gemma 4, and writes OUTPUT/config.json, the Orbax checkpoint
+OUTPUT/text_tower and the tokenizer. Whatever else is in there is left behind; LTX-2.5's text
+projections, which lie in the same file, are read by checkpoint_converters.ltx2.
+"""
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoint_converters import checks, converting
+from checkpoint_converters.gemma3 import tokenizer_files
+from checkpoint_converters.key_map import GEMMA, TEXT_TOWER, TOKENIZER_TENSOR
+from checkpoint_converters.reading import weight_files
+from checkpoint_converters.safetensors_io import (
+    ConversionError,
+    TensorInfo,
+    read_header,
+    read_tensor,
+)
+from checkpoint_converters.shapes import model_shapes
+from omniforcing_jax import programs
+from omniforcing_jax.models.text.gemma_config import GemmaConfig
+from omniforcing_jax.text.encoder_files import GEMMA4_FAMILY
+
+PROGRAM = "checkpoint_converters.gemma4"
+METADATA = "gemma_config"  # of LTX-2.5's file: the content of a Hugging Face config.json
+# what stands before the names: in LTX-2.5's file, as published by Google, the text-only model
+PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
+_PROBE = "layers.0.input_layernorm.weight"
+_IGNORED = (
+    r"(model\.)?(vision_tower|audio_tower|vision_model|vision_embedder)\..*",
+    r"(model\.)?(embed_vision|embed_audio|multi_modal_projector|audio_projector)\..*",
+    r"(model\.)?(language_model\.)?lm_head\.weight",
+    r"text_embedding_projection\..*",
+    TOKENIZER_TENSOR,
+    r"hf_asset__.*",
+)
+
+
+def convert(
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    *,
+    tokenizer: str | pathlib.Path | None = None,
+    **options: Any,
+) -> dict:
+    """Converts a Gemma 4.
+
+    Args:
+      source: LTX-2.5's text encoder file, or a Hugging Face folder.
+      output: folder to create.
+      tokenizer: folder with tokenizer.json, if it is another one.
+      options: dtype, mesh, overwrite, show_progress of `converting.run`.
+
+    Returns:
+      The content of OUTPUT/config.json.
+
+    Raises:
+      ConversionError: everything that is wrong; nothing was written then.
+    """
+    source = pathlib.Path(source)
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    files = weight_files(source)
+    for file in files:
+        found, strings = read_header(file)
+        tensors, metadata = tensors | found, metadata | strings
+    text_config = _text_config(source, metadata)
+    chosen, problems = select(tensors, GemmaConfig.from_metadata(text_config), source)
+    if tokenizer is None and TOKENIZER_TENSOR in tensors:
+        copied = {"tokenizer.json": read_tensor(tensors[TOKENIZER_TENSOR]).tobytes()}
+    else:
+        place = source.parent if source.is_file() else source
+        copied, missing = tokenizer_files(pathlib.Path(tokenizer or place), None)
+        problems += missing
+    content = converting.config_content(PROGRAM, GEMMA4_FAMILY, text_config, files)
+    inputs = (source, tokenizer or source)
+    plan = converting.ConversionPlan(
+        content, chosen, (TEXT_TOWER,), files=copied, inputs=inputs, weights=files
+    )
+    return converting.run(plan, problems, output, **options)
+
+
+def _text_config(source: pathlib.Path, metadata: Mapping[str, str]) -> dict:
+    """The text tower's settings, of the file's metadata or of FOLDER/config.json.
+
+    Raises:
+      ConversionError: there are none, or they are of another model.
+    """
+    where = source / "config.json" if source.is_dir() else f"{source}: metadata {METADATA}"
+    try:
+        if source.is_dir():
+            config = json.loads((source / "config.json").read_text())
+        else:
+            config = json.loads(metadata.get(METADATA, "{}"))
+        config = config.get("text_config") or config
+        GemmaConfig.from_metadata(config)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConversionError(
+            [f"{where}: not the settings of a Gemma 4 as LTX-2.5 uses it ({error})"]
+        ) from error
+    if not GemmaConfig.from_metadata(config).gemma4:
+        raise ConversionError(
+            [f"{source}: is a Gemma 3; python -m checkpoint_converters.gemma3 converts it"]
+        )
+    return config
+
+
+def select(
+    tensors: Mapping[str, TensorInfo], config: GemmaConfig, source: pathlib.Path
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """({key of the table: tensor} of the text tower, everything that is wrong with it)."""
+    prefix = next((p for p in PREFIXES if p + _PROBE in tensors), None)
+    if prefix is None:
+        listed = ", ".join(repr(p + _PROBE) for p in PREFIXES)
+        return {}, [f"{source}: no text tower of a Gemma 4; looked for {listed}"]
+    names = {  # the file's: the table's
+        prefix + key.removeprefix(GEMMA).replace("sequence.", "layers.", 1): key
+        for key in model_shapes(TEXT_TOWER, config)
+    }
+    shapes = model_shapes(TEXT_TOWER, config)
+    problems = checks.compare(tensors, {name: shapes[key] for name, key in names.items()})
+    problems += [
+        (key, "is not part of the text tower that the configuration describes")
+        for key in tensors
+        if key not in names and not any(re.fullmatch(pattern, key) for pattern in _IGNORED)
+    ]
+    chosen = {key: tensors[name] for name, key in names.items() if name in tensors}
+    return chosen, checks.grouped(problems)
+
+
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    parser = programs.Parser(PROGRAM, __doc__)
+    parser.add_argument(
+        "--input",
+        required=True,
+        type=pathlib.Path,
+        dest="source",
+        metavar="INPUT",
+        help="LTX-2.5's text encoder .safetensors, or a Hugging Face folder",
+    )
+    parser.add_argument(
+        "--tokenizer", type=pathlib.Path, help="folder with tokenizer.json (default: --input)"
+    )
+    return converting.main(parser, argv, convert, _describe)
+
+
+def _describe(content: dict) -> str:
+    config = GemmaConfig.from_metadata(content["config"])
+    return f"Gemma 4, {config.num_layers} layers of width {config.hidden_size}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
