@@ -18,6 +18,10 @@ Something can be given instead of generated (`launch.given_files`): a first pict
 from or to make the sound of (`--video clip.mp4 --extend`, `--video silent.mp4 --foley`), and a
 voice to speak with (`--reference voice.wav`).
 
+With --upsampler the clip is sampled at half its size (or 2/3), made large, and refined in three
+steps of a distilled model: the checkpoint itself, or the one that --refiner names. The sound is
+that of the first stage.
+
 Size, rate, length, steps and guidance are by default what the checkpoint says that the model was
 trained with, and those of the LTX-2 pipelines for its version where it does not say: a distilled
 LTX-2, which config.json calls so, is sampled at eight given noise levels without guidance.
@@ -33,13 +37,13 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from launch import compilation, given_files, options
+from launch import compilation, given_files, options, refinement
 from launch.given_files import GivenFiles
+from launch.refinement import Refinement
 from omniforcing_jax import (
     PipelineConfig,
     PromptEncoder,
     SampleConfig,
-    SamplingRecipe,
     Transformer,
     decode_clip,
     load_pipeline,
@@ -73,6 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--frames", type=int, help="exactly, 8k + 1")
     options.add_size(parser)
     add("--steps", type=int, help="denoising steps (default: as trained, else 40, or 30 for 2.3)")
+    refinement.add_options(parser)
     add("--seed", type=int, default=0)
     options.add_guidance(parser)
     given_files.add_options(parser)
@@ -89,6 +94,7 @@ class ClipRequest:
 
     Attributes:
       prompt, negative: contexts, or sentences for the encoder.
+      second: the stage behind `sample`, if any.
       notes: what is otherwise than one might think, a line each.
       given: what the clip is given; None is nothing.
     """
@@ -99,6 +105,7 @@ class ClipRequest:
     encoder: PromptEncoder | None
     notes: list[str]
     given: GivenFiles | None = None
+    second: Refinement | None = None
 
 
 def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipRequest:
@@ -120,7 +127,7 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
     guidance = options.change_guidance(args, usual.guidance)
     if trained.guidance is not None and guidance != usual.guidance:
         changed.append("guidance")
-    recipe = SamplingRecipe(usual.sigmas, guidance)
+    recipe = dataclasses.replace(usual, guidance=guidance)
     notes = options.list_deviations(changed)
     frames = clip_frames(args, trained, notes)
     sampling = SampleConfig.for_clip(
@@ -141,6 +148,11 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
     model = Transformer(config.transformer)
     sampling.check_model(model)
     given = given_files.read(args, sampling.clip, config)
+    second = refinement.plan(args, config, sampling.clip)
+    if second is not None:
+        if given is not None:
+            raise ValueError("--upsampler does not go with pictures, sound or film that are given")
+        sampling = dataclasses.replace(sampling, clip=second.first_clip)
     if given is not None:
         sampling = without_guidance_of(sampling, mode_frozen(given.mode))
         notes += given.notes
@@ -153,10 +165,10 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
         negative = args.negative_prompt or ""
         encoder.check([args.prompt, negative])
         negative = negative if needs_negative else None
-        return ClipRequest(sampling, args.prompt, negative, encoder, notes, given)
+        return ClipRequest(sampling, args.prompt, negative, encoder, notes, given, second)
     prompt, negative = _contexts(args, config, needs_negative)
     check_prompts(model, prompt, negative, sampling.guidance)
-    return ClipRequest(sampling, prompt, negative, None, notes, given)
+    return ClipRequest(sampling, prompt, negative, None, notes, given, second)
 
 
 def clip_frames(args: argparse.Namespace, trained: TrainedSettings, notes: list[str]) -> int:
@@ -256,23 +268,40 @@ def run(
         pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify)
     passes = sampling.guidance.passes()
     with timed(console, f"sampling {len(sampling.sigmas) - 1} steps of {', '.join(passes)}"):
+        weights = pipeline.params.pop("transformer")  # once sampled, the room is the decoder's
         latents = sample(
             pipeline.transformer(args.attention),
-            # Popped: once sampled, the room is the decoder's.
-            pipeline.params.pop("transformer"),
+            weights,
             request.prompt,
             request.negative,
             jax.random.key(args.seed),
             sampling,
             condition=condition,
         )
+        jax.block_until_ready(latents)
+    clip = sampling.clip
+    if request.second is not None:
+        with timed(console, f"upsampling, and refining in {refinement.STEPS} steps"):
+            if request.second.folder is not None:
+                weights = None  # the refiner's take their room
+            latents = request.second(
+                request.prompt,
+                jax.random.key(args.seed),
+                latents,
+                weights,
+                pipeline.params["video_vae"],
+                dtype=dtype,
+                implementation=args.attention,
+            )
+            clip = request.second.clip
+    del weights
+    with timed(console, "checking the latents"):
         finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), latents)
     if not (finite.video and finite.audio):
         raise FloatingPointError(
             "the sampled latents are not finite; try --dtype float32, and check the checkpoint"
         )
     with timed(console, "decoding video and sound"):
-        clip = sampling.clip
         size = (clip.video_frames, clip.height, clip.width)
         frames, waveform = decode_clip(
             pipeline.config, pipeline.params, latents, size, pipeline.dtype

@@ -23,7 +23,7 @@ from omniforcing_jax.models.video_vae.model import VideoVAEConfig, check_latents
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import default_guidance
 from omniforcing_jax.sampling.kv_cache import CacheConfig
-from omniforcing_jax.sampling.recipes import SamplingRecipe, default_steps
+from omniforcing_jax.sampling.recipes import SamplingRecipe, default_steps, is_ancestral
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trained import UNSAID, TrainedSettings
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
@@ -168,7 +168,8 @@ class PipelineConfig:
         if guidance is None:
             guidance = default_guidance(self.model_version)
         if self.trained.timesteps is not None and num_steps is None:
-            return SamplingRecipe(self.sigmas(), guidance)
+            ancestral = is_ancestral(self.trained.stage, self.model_version)
+            return SamplingRecipe(self.sigmas(), guidance, ancestral)
         return SamplingRecipe.of_steps(num_steps or default_steps(self.model_version), guidance)
 
     def rollout(

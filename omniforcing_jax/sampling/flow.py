@@ -191,6 +191,35 @@ def euler_step(
     return x + step * x0_to_velocity(x, x0, sigma)
 
 
+def ancestral_step(
+    x: jax.typing.ArrayLike,
+    x0: jax.typing.ArrayLike,
+    noise: jax.typing.ArrayLike,
+    sigma: jax.typing.ArrayLike,
+    sigma_next: jax.typing.ArrayLike,
+) -> jax.Array:
+    """One ancestral Euler step: down to sigma_next^2 / sigma, and up again by fresh noise.
+
+    The signal is scaled to 1 - sigma_next, and the variance is that of a clip at this level:
+    LTX-2.5's distilled sampler (eta 1). x0 itself where sigma_next is 0.
+
+    Args:
+      x, x0, noise: [B, T, ...].
+      sigma, sigma_next: noise levels, see `per_token`.
+
+    Returns:
+      float32.
+    """
+    x, x0 = _float32(x, x0)
+    noise = jnp.asarray(noise, jnp.float32)
+    sigma, sigma_next = _sigma_like(sigma, x), _sigma_like(sigma_next, x)
+    down = sigma_next * sigma_next / sigma
+    lower = (down / sigma) * x + (1.0 - down / sigma) * x0
+    signal = (1.0 - sigma_next) / (1.0 - down)
+    added = jnp.sqrt(jnp.maximum(sigma_next**2 - (down * signal) ** 2, 0.0))
+    return jnp.where(sigma_next > 0.0, signal * lower + added * noise, x0)
+
+
 def _float32(x: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Both arrays in float32; they must have one shape, or a broadcast would go unnoticed."""
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)

@@ -20,11 +20,12 @@ RECIPE_NAMES = (FULL, DISTILLED)
 
 @dataclasses.dataclass(frozen=True)
 class SamplingRecipe:
-    """Noise levels and guidance.
+    """Noise levels, guidance and steps.
 
     Attributes:
       sigmas: decreasing to 0, one Euler step between two of them.
       guidance: scales of both modalities.
+      ancestral: the steps add fresh noise (`flow.ancestral_step`).
 
     Raises:
       ValueError: see `flow.check_sigmas`.
@@ -32,6 +33,7 @@ class SamplingRecipe:
 
     sigmas: tuple[float, ...]
     guidance: AVGuidance = NO_GUIDANCE
+    ancestral: bool = False
 
     def __post_init__(self):
         flow.check_sigmas(self.sigmas)
@@ -53,6 +55,12 @@ def default_steps(model_version: str) -> int:
       ValueError: see `default_guidance`.
     """
     return 30 if default_guidance(model_version) == LTX23_GUIDANCE else 40
+
+
+def is_ancestral(stage: str | None, model_version: str) -> bool:
+    """Whether LTX-2's own pipelines sample it by ancestral steps: the distilled 2.5 and later."""
+    version = tuple(int(number) for number in model_version.split(".")[:2])
+    return stage == DISTILLED and version >= (2, 5)
 
 
 def recipe_in_name(name: str) -> str | None:

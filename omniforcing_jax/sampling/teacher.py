@@ -18,7 +18,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax.geometry import ClipGeometry, draw_noise, modalities
+from omniforcing_jax.geometry import ClipGeometry, draw_noise, modalities, normal_latents
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import VIDEO_SPATIAL_COMPRESSION, ClipRope
@@ -35,6 +35,8 @@ from omniforcing_jax.sampling.guidance import (
 )
 from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.types import AVLatents
+
+STEP_NOISE = 2  # folded into a sample's key; what is appended to a clip has 1
 
 
 class Prompt(NamedTuple):
@@ -280,12 +282,12 @@ def without_guidance_of(config: SampleConfig, frozen: AVLatents) -> SampleConfig
         NO_GUIDANCE.video if frozen.video else config.guidance.video,
         NO_GUIDANCE.audio if frozen.audio else config.guidance.audio,
     )
-    return SampleConfig(SamplingRecipe(config.sigmas, guidance), config.clip)
+    return SampleConfig(dataclasses.replace(config.recipe, guidance=guidance), config.clip)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "trajectory"))
 def _sample(
-    model, params, prompt, negative, noise, rope, condition, initial, *, config, trajectory
+    model, params, prompt, negative, keys, noise, rope, condition, initial, *, config, trajectory
 ):
     """`noise` covers what is appended, `condition` is joined with it."""
     sigmas = jnp.asarray(config.sigmas, jnp.float32)
@@ -296,8 +298,8 @@ def _sample(
         x = jax.tree.map(lambda i, n: flow.add_noise(i, n, sigmas[0]), initial, noise)
     inputs = prepare_passes(model, params, prompt, negative, config.guidance, frozen)
 
-    def step(x, sigmas):
-        sigma, sigma_next = sigmas
+    def step(x, levels):
+        sigma, sigma_next, index = levels
         token_sigma = AVLatents(sigma[None, None], sigma[None, None])
         stream_sigma = AVLatents(sigma[None], sigma[None])
         if condition is not None:
@@ -307,16 +309,31 @@ def _sample(
         )
         if condition is not None:
             x0 = condition.keep(x0)
-        x = jax.tree.map(lambda x, x0: flow.euler_step(x, x0, sigma, sigma_next), x, x0)
+        if config.recipe.ancestral:
+            more = step_noise(keys, index, x)
+            x = jax.tree.map(
+                lambda x, x0, n: flow.ancestral_step(x, x0, n, sigma, sigma_next), x, x0, more
+            )
+            x = x if condition is None else condition.keep(x)
+        else:
+            x = jax.tree.map(lambda x, x0: flow.euler_step(x, x0, sigma, sigma_next), x, x0)
         return x, (x if trajectory else None)
 
-    last, visited = jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:]))
+    steps = jnp.arange(sigmas.shape[0] - 1)
+    last, visited = jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:], steps))
     if trajectory:
         last = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), x, visited)
     clip = config.clip  # cut off what was appended
     return AVLatents(
         last.video[..., : clip.video_tokens, :], last.audio[..., : clip.audio_frames, :]
     )
+
+
+def step_noise(keys: jax.Array, index: jax.Array, x: AVLatents) -> AVLatents:
+    """Noise like x [B, T, C] that an ancestral sampler adds behind step `index`, from [B] keys."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, STEP_NOISE)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    return jax.vmap(lambda key: normal_latents(key, x.video.shape[1:], x.audio.shape[1:]))(keys)
 
 
 def _check_inputs(model, prompt, negative, key, config, condition, initial):
@@ -342,7 +359,7 @@ def _check_inputs(model, prompt, negative, key, config, condition, initial):
     if initial is not None:
         check_same_shapes("the initial clip", initial, noise)
     if condition is None:
-        return prompt, negative, noise, config.clip.rope(model), None, initial
+        return prompt, negative, keys, noise, config.clip.rope(model), None, initial
     condition.check(noise)
     times = condition.appended_times()
     rope = config.clip.rope(model, times)
@@ -353,7 +370,7 @@ def _check_inputs(model, prompt, negative, key, config, condition, initial):
             initial = jax.tree.map(
                 lambda i, m: jnp.concatenate([i, jnp.zeros_like(m)], axis=1), initial, more
             )
-    return prompt, negative, noise, rope, condition.joined().of_batch(batch), initial
+    return prompt, negative, keys, noise, rope, condition.joined().of_batch(batch), initial
 
 
 def check_prompts(

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from checkpoint_converters import ltx2
 from launch import ode_pairs
 from omniforcing_jax.data.given_clips import open_given_clips
 from omniforcing_jax.data.ode_pairs import ODEPairsManifest, ODEPairsWriter, Pair, open_ode_pairs
@@ -29,7 +30,6 @@ from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
-from omniforcing_jax.sampling.trained import LTX2_DISTILLED
 from omniforcing_jax.streaming import media
 from omniforcing_jax.training import ode_pair_sampler
 from omniforcing_jax.training.config.settings import RegressionConfig, StageII
@@ -251,11 +251,8 @@ def test_plan_reads_no_weights(random_checkpoint, text, tmp_path, monkeypatch, c
 def test_a_distilled_model_as_the_generator(random_checkpoint, text, tmp_path, capsys):
     """Its own eight levels without guidance; states at those of a student that starts from it."""
     base, generator = random_checkpoint("2.0"), tmp_path / "distilled"
-    generator.mkdir()
-    for component in ("transformer", "connectors"):
-        (generator / component).symlink_to(base / component)
-    content = json.loads((base / "config.json").read_text()) | {"trained": LTX2_DISTILLED.to_json()}
-    (generator / "config.json").write_text(json.dumps(content))
+    some = ("transformer", "connectors")
+    ltx2.convert(base.parent / "tiny.safetensors", generator, recipe="distilled", components=some)
     arguments = [
         "--text",
         str(text),
