@@ -10,9 +10,9 @@ here and exported by checkpoint_converters.export come back as what they were. A
 known by the name of its file, or of the LoRA that made it (`trained` in config.json;
 --recipe decides otherwise), for its tensors do not tell.
 
-LTX-2.5 is published in parts: give the files of the transformer, the VAEs, the vocoder, and the text
-encoder, whose text projections belong to the connectors. The text encoder itself, a Gemma 4, is
-converted by checkpoint_converters.gemma4; the diffusion decoder is not implemented.
+LTX-2.5 is published in parts: give the files of the transformer, the VAEs, the vocoder, and the
+text encoder, whose text projections belong to the connectors. The text encoder itself, a Gemma 4,
+is converted by checkpoint_converters.gemma4; the diffusion decoder is not implemented.
 """
 
 import argparse
