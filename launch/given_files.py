@@ -11,9 +11,15 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from omniforcing_jax import ClipGeometry, Condition, PipelineConfig, Transformer, load_encoders
+from omniforcing_jax import (
+    ClipGeometry,
+    Condition,
+    PipelineConfig,
+    Sound,
+    Transformer,
+    load_encoders,
+)
 from omniforcing_jax.io import media_files
-from omniforcing_jax.io.media_files import Sound
 from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION, audio_time_bounds
 from omniforcing_jax.sampling.conditions import check_strength
 
