@@ -58,7 +58,7 @@ def parse_flags(argv: list[str] | None = None) -> None:
 def add_text_source(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the text encoder and --random-features."""
     add = parser.add_argument
-    add("--text-encoder", metavar="FOLDER", help="converted Gemma 3, which encodes --prompt")
+    add("--text-encoder", metavar="FOLDER", help="converted Gemma, which encodes --prompt")
     add("--quantize-encoder", choices=quantization.MODES, help="its weights (default none)")
     add("--text-length", type=int, help="tokens per prompt (default: as trained, else 1024)")
     add(

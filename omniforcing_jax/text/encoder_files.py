@@ -1,6 +1,6 @@
 """A text encoder on disk: its parts, whether they fit each other, and what tells it from others.
 
-It consists of Gemma 3's text tower and tokenizer in one folder, and of the connectors of a
+It consists of a Gemma's text tower and tokenizer in one folder, and of the connectors of a
 converted LTX-2 or student. Nothing here reads weights.
 """
 
@@ -134,11 +134,11 @@ def verify_tower(gemma: str | os.PathLike) -> None:
 
 
 def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
-    """Reads config.json of a converted Gemma 3.
+    """Reads config.json of a converted Gemma 3 or 4.
 
     Raises:
       FileNotFoundError: no such folder, or it has no config.json.
-      ValueError: not a converted Gemma 3, or a setting that is not supported.
+      ValueError: not a converted Gemma, or a setting that is not supported.
     """
     file = pathlib.Path(folder) / "config.json"
     how = _HOW_TO_CREATE.format(folder=folder)

@@ -1,4 +1,4 @@
-"""From sentences to contexts: tokenizer, Gemma 3's text tower and the LTX-2 connectors in one.
+"""From sentences to contexts: tokenizer, Gemma's text tower and the LTX-2 connectors in one.
 
     encoder = TextEncoder.load("gemma", "ltx2")
     features = encoder.encode(["A dog runs through tall grass."])
@@ -222,7 +222,7 @@ def load_text_tower(
     """Parameters of `TextTower`, restored and quantised leaf by leaf.
 
     Args:
-      folder: converted Gemma 3.
+      folder: converted Gemma.
       config: from `encoder_files.load_gemma_config`.
       dtype: of the leaves that are not quantised.
       quantize: one of `quantization.MODES`.

@@ -1,4 +1,4 @@
-"""Prompts to token ids, as LTX-2 feeds them to Gemma 3.
+"""Prompts to token ids, as LTX-2 feeds them to Gemma.
 
 A prompt is stripped, gets <bos> in front and no <eos> or chat template, is cut behind `length`
 tokens and padded on the left with <pad>, which is id 0. The vocabulary comes with the text encoder:
