@@ -1,5 +1,6 @@
 """How Orbax writes a training checkpoint's parts: uncompressed, hashed, and telling of failures."""
 
+import base64
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -31,11 +32,13 @@ class _Hashing:
     """What comes after the other parts: the checksums of the files that this process wrote."""
 
     folder: epath.Path
+    done: Callable[[], None]
 
     def result(self, timeout: float | None = None) -> None:
         del timeout
         index = jax.process_index()
         checksums.write_part(self.folder, part=index, within=f"ocdbt.process_{index}/")
+        self.done()
 
 
 class _Handler:
@@ -63,13 +66,17 @@ class _Handler:
 
 
 class StateHandler(_Handler, ocp.PyTreeCheckpointHandler):
+    """Calls `done` when this process has written its part."""
+
+    done: Callable[[], None] = staticmethod(lambda: None)
+
     def __init__(self):
         # uncompressed: weights hardly shrink, and zstd would be the bottleneck
         super().__init__(use_compression=False)
 
     async def async_save(self, directory: epath.Path, *args, **settings) -> list[_Noted]:
         futures = await super().async_save(directory, *args, **settings)
-        return [*futures, _Noted(_Hashing(directory), self.note)]
+        return [*futures, _Noted(_Hashing(directory, self.done), self.note)]
 
 
 class JsonHandler(_Handler, ocp.JsonCheckpointHandler):
@@ -97,3 +104,13 @@ class SaveJson(ocp.args.JsonSave):
 @ocp.args.register_with_handler(JsonHandler, for_restore=True)
 class RestoreJson(ocp.args.JsonRestore):
     pass
+
+
+def to_json(state: dict | bytes) -> dict:
+    """An iterator's state as JSON."""
+    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else state
+
+
+def from_json(state: dict) -> dict | bytes:
+    """The same backwards."""
+    return base64.b64decode(state["base64"]) if set(state) == {"base64"} else state

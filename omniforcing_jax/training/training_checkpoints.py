@@ -18,9 +18,9 @@ The step's random numbers are `fold_in(seed, step)`, so state, step and iterator
 run that was resumed equals one that was not, bit for bit.
 """
 
-import base64
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -39,12 +39,15 @@ from omniforcing_jax.training.checkpoint_handlers import (
     SaveJson,
     SaveState,
     StateHandler,
+    from_json,
+    to_json,
 )
 from omniforcing_jax.training.config.run_config import check_config, listed, plain
 from omniforcing_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 _ITEMS = ("state", "data", "run")
+_SAVE_SECONDS = 600  # as long as Orbax waits for a save
 _ITERATOR_FILE = "iterator.json"
 
 
@@ -106,6 +109,9 @@ class TrainingCheckpoints:
         }
         for handler in handlers.values():
             handler.note = self._note
+        self._own_part = threading.Event()  # of the last save: written, or failed
+        self._own_part.set()
+        handlers["state"].done = self._own_part.set
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers=handlers,
@@ -146,22 +152,29 @@ class TrainingCheckpoints:
         Raises:
           CheckpointNotSaved: this save, or the one before.
         """
-        with self._reporting():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=SaveState(state),
-                    data=SaveJson(_to_json(batches.get_state())),
-                    run=SaveJson({"config": plain(config), "averages": dict(averages)}),
-                ),
-            )
+        self.check(wait=True)
+        items = {
+            "state": SaveState(state),
+            "data": SaveJson(to_json(batches.get_state())),
+            "run": SaveJson({"config": plain(config), "averages": dict(averages)}),
+        }
+        self._own_part.clear()
+        started = False
+        try:
+            with self._reporting():
+                started = self._manager.save(step, args=ocp.args.Composite(**items))
+        finally:
+            if not started:
+                self._own_part.set()
 
-    def check(self) -> None:
-        """Does not wait.
+    def check(self, *, wait: bool = False) -> None:
+        """Waits for this process's part of the last save at most: the others may never come.
 
         Raises:
           CheckpointNotSaved: the last save has failed in the background.
         """
+        if wait:
+            self._own_part.wait(_SAVE_SECONDS)
         with self._reporting():
             if self._failure is not None:
                 raise self._failure
@@ -172,11 +185,13 @@ class TrainingCheckpoints:
         Raises:
           CheckpointNotSaved: it failed.
         """
+        self.check(wait=True)
         with self._reporting():
             self._manager.wait_until_finished()
 
     def _note(self, error: Exception) -> None:
         self._failure = error
+        self._own_part.set()
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -264,7 +279,7 @@ class TrainingCheckpoints:
         folder = self.folder / str(step)
         run = ocp.JsonCheckpointHandler().restore(folder / "run")
         data = ocp.JsonCheckpointHandler(_ITERATOR_FILE).restore(folder / "data")
-        return run, _from_json(data), self.saved_arrays(step)
+        return run, from_json(data), self.saved_arrays(step)
 
     def saved_arrays(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """{path: shape and dtype} of a checkpoint's state, without reading it."""
@@ -300,14 +315,6 @@ class TrainingCheckpoints:
         if damaged:
             multihost.barrier("set damaged checkpoints aside")
             self._manager.reload()
-
-
-def _to_json(state: dict | bytes) -> dict:
-    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else state
-
-
-def _from_json(state: dict) -> dict | bytes:
-    return base64.b64decode(state["base64"]) if set(state) == {"base64"} else state
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
