@@ -123,7 +123,7 @@ def test_killed_in_a_step_and_in_a_save(stage, tmp_path, reference):
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_and_stopped_at_random(tmp_path, seed):
     """SIGKILL and SIGTERM at random moments, mostly amid saves: no bit and no step is lost."""
-    steps, rng, kills = 600, random.Random(seed), 0
+    steps, rng, kills = 1000, random.Random(seed), 0
     settings = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),  # all run the same program
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -141,13 +141,13 @@ def test_killed_and_stopped_at_random(tmp_path, seed):
         process = start(run)
         while process.poll() is None and (latest_step(run) or 0) <= before:
             time.sleep(0.05)  # imports
-        time.sleep(rng.uniform(0, 0.7))
+        time.sleep(rng.uniform(0, 0.2))
         if process.poll() is None:
             process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM)))
             kills += 1
         status = process.wait()
         assert (latest_step(run) or 0) > before, "no progress, or a step was lost"
-    assert kills >= 3
+    assert kills >= 2
     assert not (run / "damaged_checkpoints").exists()
     assert curve(run) == curve(tmp_path / "undisturbed")
     states = []
