@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from omniforcing_jax import AVLatents, ClipGeometry, PipelineConfig, Transformer
+from omniforcing_jax import AVLatents, ClipGeometry, Condition, PipelineConfig, Transformer
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.sampling.teacher import Prompt
 from omniforcing_jax.sampling.two_stage import REFINING, Upsampler, refine
@@ -51,6 +51,7 @@ class Refinement:
         weights: Any,
         vae_params: dict[str, Any],
         *,
+        condition: Condition | None,
         dtype: jnp.dtype,
         implementation: str,
     ) -> AVLatents:
@@ -62,6 +63,7 @@ class Refinement:
           latents: [B, T, C] of the first clip.
           weights: the distilled model's; read here if None.
           vae_params: of the video VAE.
+          condition: what is given, at the size that comes out.
           dtype: in which the networks compute.
           implementation: of attention.
         """
@@ -72,7 +74,16 @@ class Refinement:
             weights = checkpoints.load_params(self.folder, "transformer", dtype=dtype)
         model = Transformer(self.config.transformer, dtype, implementation)
         first = AVLatents(video, latents.audio)
-        return refine(model, weights, prompt, key, first, self.clip)
+        return refine(model, weights, prompt, key, first, self.clip, condition=condition)
+
+
+def at_size(
+    args: argparse.Namespace, clip: ClipGeometry, spatial_compression: int
+) -> argparse.Namespace:
+    """The command line for the first stage's clip: with its height and width."""
+    size = {"height": clip.height, "width": clip.width}
+    pixels = {name: latents * spatial_compression for name, latents in size.items()}
+    return argparse.Namespace(**(vars(args) | pixels))
 
 
 def plan(args: argparse.Namespace, config: PipelineConfig, clip: ClipGeometry) -> Refinement | None:
@@ -89,6 +100,8 @@ def plan(args: argparse.Namespace, config: PipelineConfig, clip: ClipGeometry) -
         if args.refiner is not None:
             raise ValueError("--refiner has no effect without --upsampler")
         return None
+    if args.foley:
+        raise ValueError("--foley keeps the film's picture, so there is nothing to upsample")
     upsampler = Upsampler.find(
         args.upsampler, config.model_version, config.transformer.video_channels
     )

@@ -96,7 +96,8 @@ class ClipRequest:
       prompt, negative: contexts, or sentences for the encoder.
       second: the stage behind `sample`, if any.
       notes: what is otherwise than one might think, a line each.
-      given: what the clip is given; None is nothing.
+      given: what the clip is given; None is nothing. `first_given`: the same at the size that is
+        sampled, where there is a second stage.
     """
 
     sample: SampleConfig
@@ -105,6 +106,7 @@ class ClipRequest:
     encoder: PromptEncoder | None
     notes: list[str]
     given: GivenFiles | None = None
+    first_given: GivenFiles | None = None
     second: Refinement | None = None
 
 
@@ -147,12 +149,12 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
     check_memory("the decoded clip", pixels * 3 * 5)  # as numbers of 4 bytes and of one
     model = Transformer(config.transformer)
     sampling.check_model(model)
-    given = given_files.read(args, sampling.clip, config)
     second = refinement.plan(args, config, sampling.clip)
+    given = first_given = given_files.read(args, sampling.clip, config)
     if second is not None:
-        if given is not None:
-            raise ValueError("--upsampler does not go with pictures, sound or film that are given")
         sampling = dataclasses.replace(sampling, clip=second.first_clip)
+        small = refinement.at_size(args, sampling.clip, config.video_vae.spatial_compression)
+        first_given = given_files.read(small, sampling.clip, config)
     if given is not None:
         sampling = without_guidance_of(sampling, mode_frozen(given.mode))
         notes += given.notes
@@ -165,10 +167,12 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> ClipReq
         negative = args.negative_prompt or ""
         encoder.check([args.prompt, negative])
         negative = negative if needs_negative else None
-        return ClipRequest(sampling, args.prompt, negative, encoder, notes, given, second)
+        return ClipRequest(
+            sampling, args.prompt, negative, encoder, notes, given, first_given, second
+        )
     prompt, negative = _contexts(args, config, needs_negative)
     check_prompts(model, prompt, negative, sampling.guidance)
-    return ClipRequest(sampling, prompt, negative, None, notes, given, second)
+    return ClipRequest(sampling, prompt, negative, None, notes, given, first_given, second)
 
 
 def clip_frames(args: argparse.Namespace, trained: TrainedSettings, notes: list[str]) -> int:
@@ -259,11 +263,14 @@ def run(
     request = encode_sentences(request, console)
     sampling = request.sample
     compilation.use_cache(not args.no_compilation_cache)
-    dtype, given, condition = options.compute_dtype(args), request.given, None
+    dtype, given, condition, refined = options.compute_dtype(args), request.given, None, None
     if given is not None:
         with timed(console, f"encoding what is given ({given.mode})"):
             config = PipelineConfig.from_checkpoint(args.checkpoint)
-            condition = given.condition(args.checkpoint, sampling.clip, config, dtype)
+            condition = request.first_given.condition(args.checkpoint, sampling.clip, config, dtype)
+            if request.second is not None:
+                clip = request.second.clip
+                refined = given.condition(args.checkpoint, clip, config, dtype)
     with timed(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
         pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify)
     passes = sampling.guidance.passes()
@@ -290,6 +297,7 @@ def run(
                 latents,
                 weights,
                 pipeline.params["video_vae"],
+                condition=refined,
                 dtype=dtype,
                 implementation=args.attention,
             )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from checkpoint_converters import ltx2, synthetic, upsampler
 from launch import sample_teacher
@@ -67,11 +68,14 @@ def script(checkpoint, output, *options):
 
 
 def test_program(folders, tmp_path, capsys):
-    """A full model's clip is refined by a distilled one."""
+    """A full model's clip, which begins with a picture, is refined by a distilled one."""
     base, distilled, spatial, _ = folders
     output = tmp_path / "clip.mp4"
     plain = ["--steps=2", "--stg=0", "--modality=1", "--cfg-video=1", "--cfg-audio=1"]
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.full((128, 128, 3), 90, np.uint8)).save(picture)
     options = ["--upsampler", spatial, "--refiner", distilled, *plain, "--rescale=0"]
+    options += ["--image", picture, "--crf=0"]
     assert not script(base, output, *options)
     assert "upsampling, and refining in 3 steps" in capsys.readouterr().err
     frames = media.read_clip(output)[0]
@@ -89,6 +93,9 @@ def test_program_refuses(folders, tmp_path, capsys, monkeypatch):
     assert "is no distilled LTX-2" in error(base, "--upsampler", spatial)
     assert "temporal upsampler, which doubles" in error(distilled, "--upsampler", temporal)
     assert "is no upsampler" in error(distilled, "--upsampler", base)
+    assert "nothing to upsample" in error(
+        distilled, "--upsampler", spatial, "--foley", "--video", tmp_path / "film.mp4"
+    )
     assert "no effect without --upsampler" in error(distilled, "--refiner", distilled)
     message = error(distilled, "--upsampler", spatial, "--height", "96")
     assert "multiples of 2 latents (64 pixels), not 3x4" in message
