@@ -90,7 +90,7 @@ def test_program_refuses(folders, tmp_path, capsys, monkeypatch):
         assert script(checkpoint, tmp_path / "clip.mp4", *options) == 2
         return capsys.readouterr().err
 
-    assert "is no distilled LTX-2" in error(base, "--upsampler", spatial)
+    assert "is no distilled LTX-2" in error(base, "--upsampler", spatial, "--stg=0")
     assert "temporal upsampler, which doubles" in error(distilled, "--upsampler", temporal)
     assert "is no upsampler" in error(distilled, "--upsampler", base)
     assert "nothing to upsample" in error(
