@@ -6,7 +6,7 @@ They are read and checked before any weight is, and encoded once the text has be
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -24,22 +24,26 @@ from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION, 
 from omniforcing_jax.sampling.conditions import check_strength
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+def add_options(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Adds the options that clips and streams have; returns what adds more to their group."""
     add = parser.add_argument_group("what is given").add_argument
     add("--image", metavar="PICTURE", help="the clip begins with this picture")
-    add(
-        "--strength", type=float, default=1.0, help="of --image and --keyframe (default 1: exactly)"
-    )
-    add("--keyframe", nargs=2, action="append", default=[], metavar=("PICTURE", "FRAME"),
-        help="shown at this frame, or nearly; may be repeated")  # fmt: skip
+    add("--strength", type=float, default=1.0, help="of pictures (default 1: exactly)")
     add("--audio", metavar="SOUND", help="picture for this sound, which is kept as it is")
     add("--video", metavar="FILM", help="with --extend or --foley")
     add("--extend", action="store_true", help="go on from the film, picture and sound")
     add("--foley", action="store_true", help="sound for the film, whose picture is kept as it is")
-    add("--reference", metavar="VOICE", help="sound of a voice to speak with")
     add("--crf", type=int, help="H.264 quality that pictures are given, 0: as they are (default: "
         "what the model was trained with)")  # fmt: skip
+    return add
+
+
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `add_options` and what is given to whole clips alone."""
+    add = add_options(parser)
+    add("--keyframe", nargs=2, action="append", default=[], metavar=("PICTURE", "FRAME"),
+        help="shown at this frame, or nearly; may be repeated")  # fmt: skip
+    add("--reference", metavar="VOICE", help="sound of a voice to speak with")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +76,11 @@ class GivenFiles:
     @property
     def shown(self) -> np.ndarray | None:
         """The frames [F, H, W, 3] uint8 that the clip has, as they were given."""
-        if self.mode != "v2a":
-            return None
+        return self.shown_frames if self.mode == "v2a" else None
+
+    @property
+    def shown_frames(self) -> np.ndarray:
+        """The film's frames [F, H, W, 3] uint8."""
         return np.clip((self.frames + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
 
     def condition(
@@ -134,13 +141,6 @@ def read(args: argparse.Namespace, clip: ClipGeometry, config: PipelineConfig) -
         return None
     check_strength(args.strength)
     size = args.height, args.width
-    crf = config.image_crf if args.crf is None else args.crf
-
-    def picture(path: str) -> np.ndarray:
-        pixels = media_files.read_image(path)
-        media_files.check_enlargement(pixels.shape[:2], *size, path)
-        return media_files.fit_pixels(media_files.compress_image(pixels, crf), *size)
-
     seconds = clip.pixel_frames / clip.frame_rate
     notes, frames, sound = [], None, None
     if args.audio:
@@ -152,10 +152,13 @@ def read(args: argparse.Namespace, clip: ClipGeometry, config: PipelineConfig) -
     if args.extend:
         frames = _film_to_extend(args, clip)
         sound = media_files.read_sound(args.video, len(frames) / clip.frame_rate)
-    keyframes = tuple((picture(path), _frame_number(frame, clip)) for path, frame in args.keyframe)
+    keyframes = tuple(
+        (read_picture(path, args, config), _frame_number(frame, clip))
+        for path, frame in args.keyframe
+    )
     return GivenFiles(
         mode=_mode(args),
-        picture=picture(args.image) if args.image else None,
+        picture=read_picture(args.image, args, config) if args.image else None,
         keyframes=keyframes,
         strength=args.strength,
         frames=frames,
@@ -163,6 +166,18 @@ def read(args: argparse.Namespace, clip: ClipGeometry, config: PipelineConfig) -
         voice=media_files.read_sound(args.reference) if args.reference else None,
         notes=tuple(note for note in notes if note),
     )
+
+
+def read_picture(path: str, args: argparse.Namespace, config: PipelineConfig) -> np.ndarray:
+    """A picture as the model was trained with them, [H, W, 3] float32 in [-1, 1].
+
+    Raises:
+      ValueError, FileNotFoundError: it cannot be read, or is too small.
+    """
+    size, crf = (args.height, args.width), config.image_crf if args.crf is None else args.crf
+    pixels = media_files.read_image(path)
+    media_files.check_enlargement(pixels.shape[:2], *size, path)
+    return media_files.fit_pixels(media_files.compress_image(pixels, crf), *size)
 
 
 def _mode(args: argparse.Namespace) -> str:

@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     refinement.add_options(parser)
     add("--seed", type=int, default=0)
     options.add_guidance(parser)
-    given_files.add_options(parser)
+    given_files.add_clip_options(parser)
     options.add_dtype(parser)
     options.add_attention(parser)
     options.add_verify(parser)

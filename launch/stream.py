@@ -14,6 +14,10 @@ unless --keep-encoder is given: then prompts but the first are encoded when they
 prompts are kept on disk.
 
 `--features FILE` are text contexts made beforehand (see `omniforcing_jax.text.features`).
+A picture, a film, a sound, or a face and a voice may be given as well: `--image cat.png`,
+`--video clip.mp4 --extend`, `--video silent.mp4 --foley`, `--audio speech.wav`,
+`--reference face.png voice.wav`.
+
 For a checkpoint with random weights, `--random-features` derives them from the prompt's text.
 """
 
@@ -31,7 +35,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from launch import compilation, options
+from launch import compilation, given_stream, options
+from launch.given_stream import GivenToStream
 from launch.interrupt import Interrupt
 from launch.stream_report import StreamReport
 from omniforcing_jax import (
@@ -73,6 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep-encoder", action="store_true", help="keep it in memory, and encode when due")
     add("--features", nargs="+", metavar="FILE", help="text contexts; later ones as FILE@SECOND")
     options.add_clip_file(parser)
+    given_stream.add_options(parser)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=5.0, help="length of the clip (default 5)")
     length.add_argument("--endless", action="store_true", help="stream until Ctrl-C")
@@ -90,6 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     steps.add_argument("--sigmas", type=float, nargs="+", help="noise levels, ending with 0")
     add("--layout", choices=("prefix", "merged"), help="default: the one of the checkpoint")
     options.add_cache(parser)
+    add("--recache", action="store_true", help="write the cache anew when the prompt changes")
     options.add_decoder(parser)
     options.add_dtype(parser)
     options.add_attention(parser)
@@ -116,6 +123,7 @@ class StreamRequest:
       prompts: sentences or contexts, by the block they start at.
       encoder: of the sentences.
       notes: what is otherwise than one might think, a line each.
+      given: pictures, film and sound.
     """
 
     rollout: RolloutConfig
@@ -123,6 +131,7 @@ class StreamRequest:
     prompts: dict[int, str | Contexts]
     encoder: PromptEncoder | None
     notes: list[str]
+    given: GivenToStream
 
 
 def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamRequest:
@@ -145,10 +154,13 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     cache = config.cache(layout, args.window, args.anchors, args.positions)
     sigmas = args.sigmas or config.sigmas(args.timesteps)
     rollout = config.rollout(args.height, args.width, cache=cache, sigmas=sigmas)
+    rollout = dataclasses.replace(rollout, recache=args.recache)
     length = clip_length(args, config, layout, notes)
     num_blocks = None if length is None else length.blocks
     rollout.cache.blocks_in_positions(num_blocks)
     check_memory("the cache", _cache_bytes(args, config, rollout))
+    given = given_stream.read(args, rollout, num_blocks, config)
+    notes += given.notes
     options.check_source(args)
     prompts = prompts_by_block(turns(args), layout, num_blocks, notes)
     encoder = None
@@ -158,7 +170,7 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     else:
         dims = config.transformer.text_dims
         prompts = {block: _contexts(args, text, dims) for block, text in prompts.items()}
-    return StreamRequest(rollout, length, prompts, encoder, notes)
+    return StreamRequest(rollout, length, prompts, encoder, notes, given)
 
 
 def _cache_bytes(args: argparse.Namespace, config: PipelineConfig, rollout: RolloutConfig) -> int:
@@ -329,10 +341,11 @@ def run(
             writer.put(chunk)
 
     interrupt.ends_after_block = True
+    hidden = request.given.hidden
     with options.plain_warnings(report.console):
         while not interrupt.requested and session.num_blocks != session.max_blocks:
-            if session.num_blocks and session.num_blocks in request.prompts:
-                session.set_prompt(request.prompts[session.num_blocks])
+            if session.num_blocks and session.num_blocks - hidden in request.prompts:
+                session.set_prompt(request.prompts[session.num_blocks - hidden])
             write(session.step())
         write(session.finish())
 
@@ -388,18 +401,22 @@ def stream(
         interrupt.before_exit = clip.release
         request = encode_sentences(request, report)
         report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
-        pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify)
+        given = request.given
+        how = {"verify": args.verify, "encoders": given.encoders}
+        pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
         session = pipeline.session(
             request.rollout,
             request.prompts[0],
             prompts=request.encoder,
             seed=args.seed,
-            max_blocks=request.length and request.length.blocks,
+            max_blocks=request.length and request.length.blocks + given.hidden,
+            given=given.stream,
             text_length=padded_length(request.prompts.values(), args.attention),
             implementation=args.attention,
             decode_mode=args.decode,
             **options.decoder_settings(args),
         )
+        given.start(session)
         report.start = time.perf_counter()
         try:
             report.compiling(session)

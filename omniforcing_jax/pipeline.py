@@ -27,6 +27,7 @@ from omniforcing_jax.sampling.recipes import SamplingRecipe, default_steps, is_a
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trained import UNSAID, TrainedSettings
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
+from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
 from omniforcing_jax.streaming.session import StreamingSession
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, to_uint8
 from omniforcing_jax.text.prompts import PromptEncoder
@@ -263,6 +264,8 @@ class Pipeline:
         look_back: int = 4,
         look_ahead: int = 1,
         blend: int = 1,
+        given: str | None = None,
+        wait: bool = False,
     ) -> StreamingSession:
         """A live session; see `StreamingSession` and `StreamingVideoDecoder` for the options.
 
@@ -275,6 +278,7 @@ class Pipeline:
           implementation: attention backend, see `ops.attention`.
           decode_mode: None is "causal" for a decoder that was trained so, else "window".
           look_back, look_ahead, blend: latent frames, of a "window" decoder only.
+          given, wait: see `StreamingSession`; what is given needs the pipeline's encoders.
 
         Raises:
           ValueError: see `StreamingSession` and `StreamingVideoDecoder`.
@@ -294,6 +298,15 @@ class Pipeline:
         audio_decoder = StreamingAudioDecoder(
             c.audio_vae, c.vocoder, audio_params, dtype=self.dtype
         )
+        layout, encoders = rollout_config.cache.layout, {}
+        if "encoder" in self.params["video_vae"]:
+            encoders["video_encoder"] = StreamingVideoEncoder(
+                c.video_vae, self.params["video_vae"], step=layout.video_frames, dtype=self.dtype
+            )
+        if "encoder" in self.params["audio_vae"]:
+            encoders["audio_encoder"] = StreamingAudioEncoder(
+                c.audio_vae, self.params["audio_vae"], step=layout.audio_frames, dtype=self.dtype
+            )
         return StreamingSession(
             self.transformer(implementation),
             self.params["transformer"],
@@ -305,6 +318,9 @@ class Pipeline:
             seed=seed,
             max_blocks=max_blocks,
             text_length=text_length,
+            given=given,
+            wait=wait,
+            **encoders,
         )
 
 

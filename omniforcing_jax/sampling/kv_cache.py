@@ -228,6 +228,33 @@ def write(
     )
 
 
+def written_anew(cache: RollingCache, num_blocks: jax.Array, patches: int) -> RollingCache:
+    """A cache into which what it holds after `num_blocks` blocks was written again, from block 0.
+
+    Its counter is `num_blocks` then, and its ring begins where that counter says.
+    """
+    c, layout = cache.config, cache.config.layout
+    turn = c.evicted(num_blocks) % c.window
+    video_start = layout.num_video_frames(1 + c.anchors) * patches
+    audio_start = cache.num_sinks + layout.num_audio_frames(1 + c.anchors)
+
+    def turned(kv: KV, start: int, step: int) -> KV:
+        def roll(x: jax.Array) -> jax.Array:
+            ring = jnp.roll(x[:, :, start:], turn * step, axis=2)
+            return jnp.concatenate([x[:, :, :start], ring], axis=2)
+
+        return jax.tree.map(roll, kv)
+
+    video, audio = (video_start, layout.video_frames * patches), (audio_start, layout.audio_frames)
+    kv = Pathways(
+        video=turned(cache.kv.video, *video),
+        audio=turned(cache.kv.audio, *audio),
+        a2v=turned(cache.kv.a2v, *audio),
+        v2a=turned(cache.kv.v2a, *video),
+    )
+    return cache.replace(kv=kv, num_blocks=num_blocks)
+
+
 def history(cache: RollingCache, rope: ClipRope, rope_type: str, patches: int) -> Pathways:
     """What block `cache.num_blocks` (>= 1) attends to: rotated keys, values, and their lengths."""
     c, layout, block = cache.config, cache.config.layout, cache.num_blocks

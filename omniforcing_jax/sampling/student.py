@@ -49,9 +49,12 @@ class RolloutConfig:
       sigmas: noise levels of the denoising steps, decreasing, with the final 0.
       height, width: of the video, in latents (32 pixels each).
       context_noise: noise level at which a finished block writes its keys and values.
+      recache: whether a session writes the keys and values that the cache holds anew when the
+        prompt changes, under the new one; it keeps these blocks' latents for that.
 
     Raises:
-      ValueError: a size or noise level that cannot be; see also `flow.check_sigmas`.
+      ValueError: a size or noise level that cannot be, or `recache` with absolute positions, which
+        blocks written anew could not keep; see also `flow.check_sigmas`.
     """
 
     cache: CacheConfig
@@ -59,6 +62,7 @@ class RolloutConfig:
     height: int
     width: int
     context_noise: float = 0.0
+    recache: bool = False
 
     def __post_init__(self):
         flow.check_sigmas(self.sigmas)
@@ -67,6 +71,8 @@ class RolloutConfig:
             raise ValueError(f"height and width must be positive, not {self.height}x{self.width}")
         if not 0 <= self.context_noise < 1:
             raise ValueError(f"context_noise must be in [0, 1), not {self.context_noise}")
+        if self.recache and self.cache.positions != "relative":
+            raise ValueError("recache needs positions='relative': evicted blocks leave no gap then")
 
     @property
     def patches(self) -> int:
@@ -279,6 +285,32 @@ def block_step(
     with jax.named_scope("write_cache"):
         cache = kv_cache.write(cache, kv, config.patches, first=first)
     return BlockTrace(x0, exit_input, kv), cache
+
+
+def write_block(
+    model: Transformer,
+    params,
+    cache: RollingCache,
+    text: TextKV,
+    rope: ClipRope,
+    noise: AVLatents,
+    config: RolloutConfig,
+    condition: Condition,
+    *,
+    first: bool,
+    text_mask: jax.Array | None = None,
+) -> RollingCache:
+    """Writes the keys and values of a block that is there already, by its refresh pass alone.
+
+    Args:
+      condition: the block's latents as `clean`; those that were generated (mask 1) get the context
+        noise, like in `block_step`, whose other arguments these are.
+    """
+    forward = bind(model, params, cache, rope, config, first=first, text_mask=text_mask)
+    with jax.named_scope("refresh"):
+        kv = refresh(forward, text, condition.clean, noise, config, condition)
+    with jax.named_scope("write_cache"):
+        return kv_cache.write(cache, kv, config.patches, first=first)
 
 
 def denoise(

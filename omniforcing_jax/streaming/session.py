@@ -7,10 +7,12 @@
 Each block is one call of the jitted `student.block_step` on a donated cache, followed by the two
 streaming decoders. Everything random follows from (seed, block index), and everything else from the
 explicit state, so a session replays bit for bit and continues from a snapshot.
+
+Besides text a stream is given pictures, a clip to go on from, references of a face and a voice, and
+all of its sound or of its picture as it arrives (`set_image`, `extend`, `set_reference`,
+`push_audio`, `push_frames`); what has arrived is used at the next block border.
 """
 
-import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -24,84 +26,31 @@ from jax.sharding import SingleDeviceSharding
 from omniforcing_jax.models.transformer.inputs import TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import student
+from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
+from omniforcing_jax.streaming.block_programs import (
+    all_finite,
+    generate_block,
+    jitted_prompt_kv,
+    write_block,
+    written_anew,
+)
+from omniforcing_jax.streaming.chunks import Chunk, Timings
+from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
+from omniforcing_jax.streaming.given import GivenMedia, is_whole
 from omniforcing_jax.streaming.parallel import parallel
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
 from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.types import AVLatents
 
-
-@dataclasses.dataclass(frozen=True)
-class Timings:
-    """Wall seconds of a block's parts.
-
-    `text` is nonzero for the first block of a prompt: its keys and values, and what came before
-    them if the session was given a sentence.
-    """
-
-    text: float
-    generate: float
-    decode_video: float
-    decode_audio: float
-    host: float
-
-    @property
-    def total(self) -> float:
-        """Sum of the parts."""
-        return self.text + self.generate + self.decode_video + self.decode_audio + self.host
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What a block adds to the stream.
-
-    Attributes:
-      block: index of the block, -1 for what `finish` still holds back.
-      first_frame, first_sample: where frames and waveform belong in the stream.
-      frames: [B, n, H, W, 3] uint8; n may be 0 while a decoder looks ahead.
-      waveform: [B, m, 2] float32 in [-1, 1].
-      timings: wall seconds of the block's parts.
-    """
-
-    block: int
-    first_frame: int
-    first_sample: int
-    frames: np.ndarray
-    waveform: np.ndarray
-    timings: Timings
-
-    def until(self, num_frames: int, num_samples: int) -> "Chunk":
-        """What of it lies in the stream's first frames and samples: [B, n, ...] of smaller n."""
-        frames = self.frames[:, : max(num_frames - self.first_frame, 0)]
-        waveform = self.waveform[:, : max(num_samples - self.first_sample, 0)]
-        return dataclasses.replace(self, frames=frames, waveform=waveform)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "config", "batch", "first"), donate_argnames=("cache",)
-)
-def generate_block(
-    model, params, cache, text, rope, key, text_mask=None, *, config, batch, first
-) -> tuple[AVLatents, RollingCache]:
-    """`student.block_step` with its noise drawn from (key, block index): latents and cache."""
-    noise = student.block_noise(key, cache.num_blocks, config, model, batch, first=first)
-    how = {"first": first, "text_mask": text_mask}
-    trace, cache = student.block_step(model, params, cache, text, rope, noise, config, **how)
-    return trace.x0, cache
-
-
 HOW_TO_GO_ON = "restore(snapshot) of an earlier snapshot() goes on from there, else make a new one"
 
 
-@jax.jit
-def all_finite(latents: AVLatents) -> jax.Array:
-    """Whether there are numbers only, [] boolean."""
-    return jnp.isfinite(latents.video).all() & jnp.isfinite(latents.audio).all()
-
-
-jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels"))
+def block_program(condition: Condition | None):
+    """What makes a block: of one that is given as a whole only keys and values are."""
+    return write_block if is_whole(condition) else generate_block
 
 
 class StreamingSession:
@@ -126,6 +75,10 @@ class StreamingSession:
         seed: int = 0,
         max_blocks: int | None = None,
         text_length: int | None = None,
+        given: str | None = None,
+        wait: bool = False,
+        video_encoder: StreamingVideoEncoder | None = None,
+        audio_encoder: StreamingAudioEncoder | None = None,
     ):
         """
         Args:
@@ -140,6 +93,11 @@ class StreamingSession:
           text_length: tokens to which contexts are padded, which are not attended to then: prompts
             of any length up to this one share a program. None takes contexts as they are, and
             compiles the block again for one of another length.
+          given: "audio" or "video" where all of it is given by `push_audio` or `push_frames`; it
+            comes out as it went in.
+          wait: what a block does whose sound or frames have not arrived: it waits for them, or is
+            made with silence, or the last frame. Which of both it was its `Chunk` says.
+          video_encoder, audio_encoder: of what is given; their steps are the layout's blocks.
 
         Raises:
           ValueError: text widths or batch sizes that do not fit, an endless stream with
@@ -166,6 +124,65 @@ class StreamingSession:
             self._batch, config.height * pixels, config.width * pixels
         )
         self._audio_state = audio_decoder.init(self._batch)
+        self._wait = wait
+        self._media = GivenMedia(
+            config,
+            self._batch,
+            (model.config.video_channels, model.config.audio_channels),
+            (config.height * pixels, config.width * pixels),
+            audio_decoder.sample_rate,
+            given,
+            audio_encoder,
+            video_encoder,
+        )
+        self._given = self._media.init()
+        self._skip = (0, 0)  # frames and samples of the references, which are not shown
+        self._held: dict[int, Condition] = {}  # blocks of the cache by index, for `recache`
+        self._recache_due = False
+
+    # Turns
+
+    def push_audio(self, waveform: np.ndarray, rate: int) -> None:
+        """The next samples of the sound that is given; see `GivenMedia.push_audio`."""
+        self._given = self._media.push_audio(self._given, waveform, rate)
+
+    def push_frames(self, frames: np.ndarray) -> None:
+        """The next frames of the picture that is given; see `GivenMedia.push_frames`."""
+        self._given = self._media.push_frames(self._given, frames)
+
+    def set_image(self, pixels: np.ndarray, strength: float = 1.0) -> None:
+        """The next block begins with this picture; see `GivenMedia.set_image`."""
+        first = self.num_blocks == 0 and not self._given.hidden
+        self._given = self._media.set_image(self._given, pixels, strength, first=first)
+
+    def extend(self, frames: np.ndarray, waveform: np.ndarray, rate: int) -> None:
+        """The stream begins with this clip, as the VAEs keep it; see `GivenMedia.extend`.
+
+        Raises:
+          RuntimeError: the stream has begun.
+        """
+        self._check_not_begun("goes on from a clip")
+        self._given = self._media.extend(self._given, frames, waveform, rate)
+
+    def set_reference(self, pixels: np.ndarray, waveform: np.ndarray, rate: int) -> None:
+        """A face and a voice, in front of what is shown; see `GivenMedia.set_reference`.
+
+        They are the stream's first `1 + anchors` blocks, which `num_blocks` and `max_blocks` count.
+
+        Raises:
+          RuntimeError: the stream has begun, or something was given to it.
+        """
+        self._check_not_begun("is given references")
+        self._given = self._media.set_reference(self._given, pixels, waveform, rate)
+        layout, hidden = self.config.cache.layout, self._given.hidden
+        samples = self._audio_decoder.samples_after(layout.num_audio_frames(hidden), True)
+        samples = 0 if self._media.stream == "audio" else samples
+        self._skip = layout.pixel_frames(hidden), samples
+
+    def _check_not_begun(self, does: str) -> None:
+        given = self._given
+        if self.num_blocks or given.video.size or given.audio.size or given.audio_encoder:
+            raise RuntimeError(f"a session {does} before its first block and before other sound")
 
     def set_prompt(self, prompt: str | tuple[jax.Array, jax.Array]) -> None:
         """Changes the prompt from the next block on; what was generated stays in the cache.
@@ -179,6 +196,7 @@ class StreamingSession:
           FloatingPointError: the text encoder made values that are not finite.
         """
         self._set_contexts(self._encoded(prompt))
+        self._recache_due = self.config.recache and self.num_blocks > 0
 
     def _encoded(self, prompt: str | tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         if not isinstance(prompt, str):
@@ -227,8 +245,11 @@ class StreamingSession:
 
         With a number, the last chunk is that of `finish`, if the decoders held anything back.
         """
-        for _ in itertools.count() if num_blocks is None else range(num_blocks):
-            yield self.step()
+        made = 0
+        while num_blocks is None or made < num_blocks:
+            chunk = self.step()
+            made += not chunk.waiting
+            yield chunk
         tail = self.finish()
         if tail.frames.shape[1] or tail.waveform.shape[1]:
             yield tail
@@ -252,6 +273,8 @@ class StreamingSession:
         self._failed = True  # until this step is done
         try:
             chunk = self._next_chunk()
+            while chunk.block < 0 and not chunk.waiting:  # a reference
+                chunk = self._next_chunk()
         except FloatingPointError:  # an earlier state would lead to the same
             raise
         except Exception as error:  # Ctrl-C needs no advice: it ends a program
@@ -260,11 +283,14 @@ class StreamingSession:
         self._failed = False
         return chunk
 
-    def _block_arguments(self, cache: RollingCache, *, first: bool) -> tuple[tuple, dict]:
-        """Of `generate_block`."""
+    def _block_arguments(
+        self, cache: RollingCache, condition: Condition | None, *, first: bool
+    ) -> tuple[tuple, dict]:
+        """Of `generate_block` and `write_block`."""
         text = self._text, self._rope, self._key, self._text_mask
         options = {"config": self.config, "batch": self._batch, "first": first}
-        return (self._model, self._params, cache, *text), options
+        condition = jax.device_put(condition, self._device)
+        return (self._model, self._params, cache, *text, condition), options
 
     def warm_up(self, on_done: Callable[[str], None] = lambda part: None) -> None:
         """Compiles in parallel all that the stream will need, before its first block.
@@ -284,10 +310,12 @@ class StreamingSession:
         # as a block gives them back
         cache = jax.tree.map(self._on_device, self._cache)
         first, later = (self._latent_shapes(block) for block in (0, 1))
+        stream = self._media.stream
 
         def compile_block(cache: RollingCache, shapes: AVLatents, is_first: bool) -> None:
-            arguments, options = self._block_arguments(cache, first=is_first)
-            generate_block.lower(*arguments, **options).compile()
+            for condition in self._media.kinds(self._given, first=is_first):
+                arguments, options = self._block_arguments(cache, condition, first=is_first)
+                block_program(condition).lower(*arguments, **options).compile()
             all_finite.lower(shapes).compile()
 
         def blocks() -> Iterator[AVLatents]:
@@ -301,11 +329,17 @@ class StreamingSession:
             {
                 "first block": lambda: compile_block(self._cache, first, True),
                 "blocks": lambda: compile_block(cache, later, False),
-                "pictures": lambda: self._video_decoder.warm_up(
-                    self._video_state, (self._unpatchify(latents) for latents in blocks())
+                "pictures": lambda: (
+                    stream == "video"
+                    or self._video_decoder.warm_up(
+                        self._video_state, (self._unpatchify(latents) for latents in blocks())
+                    )
                 ),
-                "sound": lambda: self._audio_decoder.warm_up(
-                    self._audio_state, (latents.audio for latents in blocks())
+                "sound": lambda: (
+                    stream == "audio"
+                    or self._audio_decoder.warm_up(
+                        self._audio_state, (latents.audio for latents in blocks())
+                    )
                 ),
             },
             on_done,
@@ -336,16 +370,23 @@ class StreamingSession:
             jax.block_until_ready(values)
             marks.append(time.perf_counter())
 
+        if self._wait and self._media.late(self._given, self.num_blocks):
+            return self._waiting()
         if self._text is None:
             self._text = self._text_kv()
+        if self._recache_due:
+            self._recache()
         mark(self._text)
-        arguments, options = self._block_arguments(self._cache, first=self.num_blocks == 0)
-        latents, self._cache = generate_block(*arguments, **options)
+        given, late = self._media.fill(self._given, self.num_blocks)
+        self._given, condition = self._media.take(given, self.num_blocks)
+        first = self.num_blocks == 0
+        arguments, options = self._block_arguments(self._cache, condition, first=first)
+        latents, self._cache = block_program(condition)(*arguments, **options)
+        self._hold(latents, condition)
         mark(latents)
-        video = self._unpatchify(latents)
-        self._video_state, frames = self._video_decoder.push(self._video_state, video)
+        frames = self._pictures(latents)
         mark(frames)
-        self._audio_state, waveform = self._audio_decoder.push(self._audio_state, latents.audio)
+        waveform = self._sound(latents)
         mark(waveform)
         finite = all_finite(latents), self._video_state.finite
         frames, waveform, finite = jax.device_get((frames, waveform, finite))
@@ -355,7 +396,57 @@ class StreamingSession:
         timings = Timings(text + self._text_seconds, *others)
         self._text_seconds = 0.0
         self.num_blocks += 1
-        return self._chunk(self.num_blocks - 1, frames, waveform, timings)
+        block = max(self.num_blocks - 1 - int(self._given.hidden), -1)
+        return self._chunk(block, frames, waveform, timings, late)
+
+    def _waiting(self) -> Chunk:
+        height, width = self._media.pixels
+        frames = np.zeros((self._batch, 0, height, width, 3), np.uint8)
+        waveform = np.zeros((self._batch, 0, 2), np.float32)
+        none, place = Timings(0.0, 0.0, 0.0, 0.0, 0.0), (self.num_frames, self.num_samples)
+        block = self.num_blocks - int(self._given.hidden)
+        return Chunk(block, *place, frames, waveform, none, waiting=True)
+
+    def _pictures(self, latents: AVLatents) -> np.ndarray | jax.Array:
+        """The next frames, decoded or as they were given."""
+        if self._media.stream == "video":
+            self._given, frames = self._media.shown(self._given, self.num_blocks, self.num_frames)
+            return frames
+        video = self._unpatchify(latents)
+        self._video_state, frames = self._video_decoder.push(self._video_state, video)
+        return frames
+
+    def _sound(self, latents: AVLatents) -> np.ndarray | jax.Array:
+        """The next samples, decoded or as they were given."""
+        if self._media.stream == "audio":
+            return self._played(self.num_blocks, flushed=False)
+        self._audio_state, waveform = self._audio_decoder.push(self._audio_state, latents.audio)
+        return waveform
+
+    def _played(self, block: int, *, flushed: bool) -> np.ndarray:
+        samples = self.num_samples
+        self._given, waveform = self._media.played(self._given, block, samples, flushed=flushed)
+        return waveform
+
+    def _hold(self, latents: AVLatents, condition: Condition | None) -> None:
+        """Keeps what the cache holds, where that may be written anew."""
+        if not self.config.recache:
+            return
+        block, cache = self.num_blocks, self.config.cache
+        condition = condition or self._media.generated(block)
+        self._held[block] = condition.replace(clean=latents)
+        if block - cache.window > cache.anchors:
+            self._held.pop(block - cache.window)
+
+    def _recache(self) -> None:
+        """Writes what the cache holds anew, under the prompt that is now."""
+        start, count = (jax.device_put(np.int32(n), self._device) for n in (0, self.num_blocks))
+        cache = self._cache.replace(num_blocks=start)
+        for block, condition in sorted(self._held.items()):
+            arguments, options = self._block_arguments(cache, condition, first=block == 0)
+            _, cache = write_block(*arguments, **options)
+        self._cache = written_anew(cache, count, self.config.patches)
+        self._recache_due = False
 
     def _check_finite(self, block: int, latents: bool, pictures: bool, waveform: np.ndarray):
         sound = np.isfinite(waveform).all()
@@ -378,14 +469,20 @@ class StreamingSession:
         self._check_whole()
         start = time.perf_counter()
         self._video_state, frames = self._video_decoder.flush(self._video_state)
-        self._audio_state, waveform = self._audio_decoder.flush(self._audio_state)
+        if self._media.stream == "audio":
+            waveform = self._played(self.num_blocks - 1, flushed=True)
+        else:
+            self._audio_state, waveform = self._audio_decoder.flush(self._audio_state)
         frames, waveform, finite = jax.device_get((frames, waveform, self._video_state.finite))
         self._check_finite(self.num_blocks - 1, True, finite, waveform)
         seconds = time.perf_counter() - start
         return self._chunk(-1, frames, waveform, Timings(0.0, 0.0, 0.0, 0.0, seconds))
 
-    def _chunk(self, block, frames, waveform, timings) -> Chunk:
-        chunk = Chunk(block, self.num_frames, self.num_samples, frames, waveform, timings)
+    def _chunk(self, block, frames, waveform, timings, late=0.0) -> Chunk:
+        skip = [min(n, x.shape[1]) for n, x in zip(self._skip, (frames, waveform), strict=True)]
+        self._skip = self._skip[0] - skip[0], self._skip[1] - skip[1]
+        frames, waveform = frames[:, skip[0] :], waveform[:, skip[1] :]
+        chunk = Chunk(block, self.num_frames, self.num_samples, frames, waveform, timings, late)
         self.num_frames += frames.shape[1]
         self.num_samples += waveform.shape[1]
         return chunk
@@ -407,11 +504,15 @@ class StreamingSession:
             "contexts": self.contexts,
             "video_state": self._video_state,
             "audio_state": self._audio_state,
+            "given": self._given,
+            "held": self._held,
         }
         counters = {
             "num_blocks": self.num_blocks,
             "num_frames": self.num_frames,
             "num_samples": self.num_samples,
+            "skip": self._skip,
+            "recache_due": self._recache_due,
         }
         return jax.device_get(state) | counters
 
@@ -434,6 +535,8 @@ class StreamingSession:
         self._key = jax.random.wrap_key_data(jnp.asarray(snapshot["key"]))
         self._video_state = snapshot["video_state"]
         self._audio_state = snapshot["audio_state"]
+        self._given, self._held = snapshot["given"], dict(snapshot["held"])
+        self._skip, self._recache_due = snapshot["skip"], snapshot["recache_due"]
         self.num_blocks = snapshot["num_blocks"]
         self.num_frames = snapshot["num_frames"]
         self.num_samples = snapshot["num_samples"]

@@ -1,0 +1,48 @@
+"""The jitted programs that a session runs for each block."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from omniforcing_jax.sampling import kv_cache, student
+from omniforcing_jax.sampling.kv_cache import RollingCache
+from omniforcing_jax.types import AVLatents
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "config", "batch", "first"), donate_argnames=("cache",)
+)
+def generate_block(
+    model, params, cache, text, rope, key, text_mask=None, condition=None, *, config, batch, first
+) -> tuple[AVLatents, RollingCache]:
+    """`student.block_step` with its noise drawn from (key, block index): latents and cache."""
+    noise = student.block_noise(key, cache.num_blocks, config, model, batch, first=first)
+    how = {"first": first, "text_mask": text_mask, "condition": condition}
+    trace, cache = student.block_step(model, params, cache, text, rope, noise, config, **how)
+    return trace.x0, cache
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "config", "batch", "first"), donate_argnames=("cache",)
+)
+def write_block(
+    model, params, cache, text, rope, key, text_mask, condition, *, config, batch, first
+) -> tuple[AVLatents, RollingCache]:
+    """The same for a block that is there already: `student.write_block`."""
+    noise = student.block_noise(key, cache.num_blocks, config, model, batch, first=first)
+    block = params, cache, text, rope, noise, config, condition
+    cache = student.write_block(model, *block, first=first, text_mask=text_mask)
+    return condition.clean, cache
+
+
+written_anew = jax.jit(kv_cache.written_anew, static_argnums=2, donate_argnums=0)
+
+
+@jax.jit
+def all_finite(latents: AVLatents) -> jax.Array:
+    """Whether there are numbers only, [] boolean."""
+    return jnp.isfinite(latents.video).all() & jnp.isfinite(latents.audio).all()
+
+
+jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels"))

@@ -1,0 +1,240 @@
+"""Streams of which something is given: it comes out as it went in, and they replay with it."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from omniforcing_jax import ClipGeometry, load_pipeline
+from omniforcing_jax.encoding import MediaEncoder
+from omniforcing_jax.geometry import modalities
+from omniforcing_jax.sampling import student
+from omniforcing_jax.sampling.kv_cache import CacheConfig
+from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.types import AVLatents
+from tests.tiny_model import random_latents
+
+RATE = 24000
+PIXELS = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def pipeline(random_checkpoint):
+    return load_pipeline(random_checkpoint("2.0"), dtype=jnp.float32, encoders=True)
+
+
+def contexts(pipeline, seed=0):
+    keys = jax.random.split(jax.random.key(seed))
+    dims = pipeline.config.transformer.text_dims
+    return tuple(jax.random.normal(k, (1, 16, d)) for k, d in zip(keys, dims, strict=True))
+
+
+def session(pipeline, *, recache=False, anchors=1, **options):
+    cache = CacheConfig(pipeline.config.layout("prefix"), window=2, anchors=anchors)
+    config = RolloutConfig(cache, (1.0, 0.7, 0.0), 2, 2, recache=recache)
+    return pipeline.session(config, contexts(pipeline), decode_mode="causal", **options)
+
+
+def sound(seconds, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.uniform(-0.5, 0.5, (1, round(seconds * RATE), 2)).astype(np.float32)
+
+
+def film(count, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (1, count, 2, 2, 3), dtype=np.uint8)
+    return coarse.repeat(PIXELS[0] // 2, axis=2).repeat(PIXELS[1] // 2, axis=3)
+
+
+def picture(seed=0):
+    return film(1, seed)[0, 0].astype(np.float32) / 127.5 - 1
+
+
+def join(chunks):
+    frames = np.concatenate([c.frames for c in chunks], axis=1)
+    return frames, np.concatenate([c.waveform for c in chunks], axis=1)
+
+
+def test_sound_given_is_sound_out(pipeline):
+    """All at once, or piece by piece, or with another future: the same blocks, and the sound."""
+    live = session(pipeline, given="audio")
+    start = live.snapshot()
+    waveform = sound(3.2)
+    live.push_audio(waveform, RATE)
+    chunks = [live.step() for _ in range(4)]
+    border = live.num_samples
+    tail = live.finish()
+    frames, played = join([*chunks, tail])
+    assert border == 3 * RATE and live.num_samples == 3 * RATE + 240  # a mel frame more
+    np.testing.assert_array_equal(played, waveform[:, : played.shape[1]])
+    assert not any(chunk.late or chunk.waiting for chunk in chunks)
+
+    live.restore(start)
+    look_ahead = live._media.audio_encoder.look_ahead(RATE)
+    changed = waveform + sound(3.2, seed=1)
+    begin = 0
+    for block, chunk in enumerate(chunks):
+        end = block * RATE + look_ahead  # no more than the block needs
+        live.push_audio(waveform[:, begin:end], RATE)
+        begin = end
+        if block == 2:
+            state = live.snapshot()
+            live.push_audio(changed[:, end:], RATE)
+        again = live.step()
+        np.testing.assert_array_equal(again.frames, chunk.frames)
+        np.testing.assert_array_equal(again.waveform[:, :23000], chunk.waveform[:, :23000])
+        assert again.late == 0
+        if block == 2:
+            live.restore(state)
+            np.testing.assert_array_equal(live.step().frames, chunk.frames)
+    assert np.std(frames[:, 1:].astype(float)) > 1
+
+
+def test_sound_that_is_late(pipeline):
+    live = session(pipeline, given="audio", wait=True)
+    assert live.step().waiting
+    live.push_audio(sound(1.5), RATE)
+    assert [live.step().waiting for _ in range(3)] == [False, False, True]
+    assert live.num_blocks == 2
+    live._wait = False
+    chunk = live.step()
+    look_ahead = live._media.audio_encoder.look_ahead(RATE) / RATE
+    assert chunk.late == pytest.approx(0.5 + look_ahead)
+    assert not chunk.waveform[:, -RATE // 2 :].any() and chunk.waveform[:, : RATE // 2].any()
+
+
+def test_replays_with_turns(pipeline):
+    live = session(pipeline, given="audio", recache=True)
+    waveform = sound(5.0)
+    live.push_audio(waveform[:, : RATE + 5000], RATE)
+    live.set_image(picture())
+    live.step()
+    live.set_image(picture(1), strength=0.7)  # waits for the next block
+    live.set_prompt(contexts(pipeline, seed=1))
+    snapshot = pickle.loads(pickle.dumps(live.snapshot()))
+
+    def go_on():
+        chunks = [live.step()]
+        live.set_prompt(contexts(pipeline, seed=2))
+        live.push_audio(waveform[:, RATE + 5000 :], RATE)
+        return join([*chunks, *(live.step() for _ in range(3))])
+
+    expected, end = go_on(), live.snapshot()
+    live.restore(snapshot)
+    for a, b in zip(go_on(), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, live.snapshot()["cache"], end["cache"])
+    assert sorted(end["held"]) == [0, 1, 3, 4]
+
+
+def test_a_picture_begins_the_stream(pipeline):
+    """Block 0 of the prefix layout is the picture, as its VAE keeps it."""
+    live = session(pipeline)
+    plain = live.snapshot()
+    live.set_image(picture())
+    found = live.step().frames
+    latent = MediaEncoder.from_pipeline(pipeline).encode_image(picture()).reshape(1, 1, 2, 2, -1)
+    decoder = live._video_decoder
+    _, expected = decoder.push(decoder.init(1, *PIXELS), latent)
+    np.testing.assert_array_equal(found, expected)
+    following = live.step().frames
+    live.restore(plain)
+    assert not np.array_equal(live.step().frames, found)
+    assert not np.array_equal(live.step().frames, following)
+
+
+def test_goes_on_from_a_clip(pipeline):
+    """The clip's own blocks come out as the VAEs keep them, and the decoders go on behind them."""
+    live, clip = session(pipeline), film(30)
+    live.extend(clip, sound(1.25), RATE)
+    assert live._given.video.shape[1] == 4 and live._given.audio.shape[1] == 26
+    first, second = live.step(), live.step()
+    frames = np.concatenate([first.frames, second.frames], axis=1)
+    latents = MediaEncoder.from_pipeline(pipeline).encode_frames(
+        clip[:, :25] / np.float32(127.5) - 1
+    )
+    decoder = live._video_decoder
+    latents = latents.reshape(1, 4, 2, 2, -1)
+    state, start = decoder.push(decoder.init(1, *PIXELS), latents[:, :1])
+    _, rest = decoder.push(state, latents[:, 1:])
+    np.testing.assert_allclose(frames.astype(int), np.concatenate([start, rest], 1), atol=1)
+    third = live.step()
+    assert (third.block, third.first_frame, third.frames.shape[1]) == (2, 25, 24)
+
+
+def test_references_are_not_shown(pipeline):
+    live = session(pipeline)
+    live.set_reference(picture(), sound(1.0), RATE)
+    chunk = live.step()
+    assert (chunk.block, chunk.first_frame, chunk.frames.shape[1]) == (0, 0, 24)
+    assert live.num_blocks == 3  # two of the references
+    chunks = [chunk, live.step(), live.finish()]
+    assert join(chunks)[1].shape[1] == 2 * RATE and live.num_frames == 48
+    voiced = session(pipeline, given="audio")
+    voiced.set_reference(picture(), sound(1.0), RATE)
+    waveform = sound(2.2, seed=1)
+    voiced.push_audio(waveform, RATE)
+    played = join([voiced.step(), voiced.step(), voiced.finish()])[1]
+    np.testing.assert_array_equal(played, waveform[:, : 2 * RATE])
+
+
+def test_a_picture_given_is_shown_as_it_was(pipeline):
+    live, clip = session(pipeline, given="video"), film(50)
+    live.push_frames(clip[:, :20])
+    live.push_frames(clip[:, 20:40])
+    chunks = [live.step() for _ in range(3)]
+    assert [chunk.late for chunk in chunks] == [0, 0, 9 / 24]
+    frames, waveform = join(chunks)
+    np.testing.assert_array_equal(frames[:, :40], clip[:, :40])
+    np.testing.assert_array_equal(frames[:, 40:], clip[:, 39:40].repeat(9, axis=1))
+    assert waveform.shape[1] == live.num_samples > RATE
+
+
+def test_recache_is_the_masked_pass(pipeline):
+    """After a change of prompt the next block sees what one uncached pass under it would show."""
+    live = session(pipeline, recache=True)
+    for _ in range(6):
+        live.step()
+    before = live.snapshot()["cache"]
+    live.set_prompt(contexts(pipeline, seed=1))
+    live._text = live._text_kv()
+    live._recache()
+    model, params, config = live._model, live._params, live.config
+    layout, clip = config.cache.layout, ClipGeometry.from_blocks(config.cache.layout, 5, 2, 2)
+    probe = random_latents(model.config, 3 * 4, 25, seed=3)
+    held = [condition.clean for _, condition in sorted(live._held.items())]
+    assert len(held) == 4  # block 0, the anchor and the window
+    x = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *held, probe)
+    sigma = AVLatents(
+        jnp.zeros((1, clip.video_frames)).at[:, -3:].set(0.6),
+        jnp.zeros((1, clip.audio_frames)).at[:, -25:].set(0.6),
+    )
+    streams = modalities(x, sigma, clip.stream_ropes(model), contexts(pipeline, seed=1))
+    whole = model.clone(causal=clip.mask(layout))
+    (video, audio), _ = whole.apply({"params": params}, *streams)
+    forward = student.bind(model, params, live._cache, live._rope, config, first=False)
+    found, _ = forward(probe, jnp.float32(0.6), live._text)
+    expected = probe.video - 0.6 * video[:, -12:], probe.audio - 0.6 * audio[:, -25:]
+    np.testing.assert_allclose(found.video, expected[0], atol=2e-5)
+    np.testing.assert_allclose(found.audio, expected[1], atol=2e-5)
+    old = student.bind(model, params, before, live._rope, config, first=False)
+    assert np.abs(old(probe, jnp.float32(0.6), live._text)[0].video - found.video).max() > 1e-3
+
+
+def test_bad_input_is_refused(pipeline, random_pipeline):
+    live = session(pipeline)
+    for give, message in (
+        (lambda: live.push_audio(sound(1), RATE), "given='audio'"),
+        (lambda: live.push_frames(film(1)), "given='video'"),
+        (lambda: live.set_image(picture()[:32]), "takes pictures"),
+        (lambda: live.set_image(picture(), 2.0), "strength"),
+        (lambda: live.extend(film(9).astype(np.float32), sound(1), RATE), "uint8 frames"),
+        (lambda: session(random_pipeline("2.0"), given="audio"), "encoders=True"),
+        (lambda: session(pipeline, given="sound"), "given must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            give()
+    live.step()
+    with pytest.raises(RuntimeError, match="before its first block"):
+        live.extend(film(9), sound(1), RATE)
