@@ -40,6 +40,7 @@ from omniforcing_jax.streaming.block_programs import (
 from omniforcing_jax.streaming.chunks import Chunk, Timings
 from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
 from omniforcing_jax.streaming.given import GivenMedia, is_whole
+from omniforcing_jax.streaming.given_turns import GivenTurns
 from omniforcing_jax.streaming.parallel import parallel
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
 from omniforcing_jax.text.prompts import PromptEncoder
@@ -53,7 +54,7 @@ def block_program(condition: Condition | None):
     return write_block if is_whole(condition) else generate_block
 
 
-class StreamingSession:
+class StreamingSession(GivenTurns):
     """One stream of blocks with its cache and decoders.
 
     Attributes:
@@ -125,67 +126,25 @@ class StreamingSession:
         )
         self._audio_state = audio_decoder.init(self._batch)
         self._wait = wait
-        self._media = GivenMedia(
-            config,
-            self._batch,
-            (model.config.video_channels, model.config.audio_channels),
-            (config.height * pixels, config.width * pixels),
-            audio_decoder.sample_rate,
-            given,
-            audio_encoder,
-            video_encoder,
+        self._start_given(
+            GivenMedia(
+                config,
+                self._batch,
+                (model.config.video_channels, model.config.audio_channels),
+                (config.height * pixels, config.width * pixels),
+                audio_decoder.sample_rate,
+                given,
+                audio_encoder,
+                video_encoder,
+            )
         )
-        self._given = self._media.init()
-        self._skip = (0, 0)  # frames and samples of the references, which are not shown
         self._held: dict[int, Condition] = {}  # blocks of the cache by index, for `recache`
         self._recache_due = False
 
-    # Turns
-
-    def push_audio(self, waveform: np.ndarray, rate: int) -> None:
-        """The next samples of the sound that is given; see `GivenMedia.push_audio`."""
-        self._given = self._media.push_audio(self._given, waveform, rate)
-
-    def push_frames(self, frames: np.ndarray) -> None:
-        """The next frames of the picture that is given; see `GivenMedia.push_frames`."""
-        self._given = self._media.push_frames(self._given, frames)
-
-    def set_image(self, pixels: np.ndarray, strength: float = 1.0) -> None:
-        """The next block begins with this picture; see `GivenMedia.set_image`."""
-        first = self.num_blocks == 0 and not self._given.hidden
-        self._given = self._media.set_image(self._given, pixels, strength, first=first)
-
-    def extend(self, frames: np.ndarray, waveform: np.ndarray, rate: int) -> None:
-        """The stream begins with this clip, as the VAEs keep it; see `GivenMedia.extend`.
-
-        Raises:
-          RuntimeError: the stream has begun.
-        """
-        self._check_not_begun("goes on from a clip")
-        self._given = self._media.extend(self._given, frames, waveform, rate)
-
-    def set_reference(self, pixels: np.ndarray, waveform: np.ndarray, rate: int) -> None:
-        """A face and a voice, in front of what is shown; see `GivenMedia.set_reference`.
-
-        They are the stream's first `1 + anchors` blocks, which `num_blocks` and `max_blocks` count.
-
-        Raises:
-          RuntimeError: the stream has begun, or something was given to it.
-        """
-        self._check_not_begun("is given references")
-        self._given = self._media.set_reference(self._given, pixels, waveform, rate)
-        layout, hidden = self.config.cache.layout, self._given.hidden
-        samples = self._audio_decoder.samples_after(layout.num_audio_frames(hidden), True)
-        samples = 0 if self._media.stream == "audio" else samples
-        self._skip = layout.pixel_frames(hidden), samples
-
-    def _check_not_begun(self, does: str) -> None:
-        given = self._given
-        if self.num_blocks or given.video.size or given.audio.size or given.audio_encoder:
-            raise RuntimeError(f"a session {does} before its first block and before other sound")
-
     def set_prompt(self, prompt: str | tuple[jax.Array, jax.Array]) -> None:
         """Changes the prompt from the next block on; what was generated stays in the cache.
+
+        With `RolloutConfig.recache` it is written anew there, under the new prompt.
 
         Args:
           prompt: as in the constructor. A sentence that is not in the cache of `prompts` holds the
