@@ -125,11 +125,17 @@ class GivenFiles:
         return made
 
 
-def read(args: argparse.Namespace, clip: ClipGeometry, config: PipelineConfig) -> GivenFiles | None:
+def read(
+    args: argparse.Namespace,
+    clip: ClipGeometry,
+    config: PipelineConfig,
+    shown: int | None = None,
+) -> GivenFiles | None:
     """Reads and checks what the options of `add_options` give; None if they give nothing.
 
     Args:
       args: also with the clip's `height` and `width` in pixels.
+      shown: frames of the clip that are shown, and have to be given; None is all of them.
 
     Raises:
       ValueError: options that do not go together, or a file that does not fit; says what would.
@@ -141,14 +147,15 @@ def read(args: argparse.Namespace, clip: ClipGeometry, config: PipelineConfig) -
         return None
     check_strength(args.strength)
     size = args.height, args.width
-    seconds = clip.pixel_frames / clip.frame_rate
+    shown = shown or clip.pixel_frames
+    seconds = shown / clip.frame_rate
     notes, frames, sound = [], None, None
     if args.audio:
         sound = media_files.read_sound(args.audio, seconds)
         notes.append(media_files.check_sound_length(sound, seconds, args.audio))
         sound = sound.lasting(seconds)
     if args.foley:
-        frames = media_files.read_video(args.video, clip.frame_rate, *size, clip.pixel_frames)
+        frames = media_files.read_video(args.video, clip.frame_rate, *size, shown)
     if args.extend:
         frames = _film_to_extend(args, clip)
         sound = media_files.read_sound(args.video, len(frames) / clip.frame_rate)

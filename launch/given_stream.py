@@ -35,6 +35,7 @@ class GivenToStream:
       files: picture, film or sound; None where there is none.
       face, voice: [H, W, 3] float32 in [-1, 1] and a sound, or None.
       hidden: blocks that the references are before the stream.
+      seconds: of all blocks of the stream.
       notes: for the user.
     """
 
@@ -42,6 +43,7 @@ class GivenToStream:
     face: np.ndarray | None = None
     voice: Sound | None = None
     hidden: int = 0
+    seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -66,35 +68,38 @@ class GivenToStream:
         if files.mode == "extend":
             session.extend(frames, files.sound.waveform[None], files.sound.sample_rate)
         elif files.sound is not None:
-            rate = files.sound.sample_rate
-            # a block's latents need a little of what comes behind them
-            silence = np.zeros((rate, 2), np.float32)
-            session.push_audio(np.concatenate([files.sound.waveform, silence])[None], rate)
+            # to the last block's end, and what its latents need of the time behind it
+            sound = files.sound.lasting(self.seconds + 1)
+            session.push_audio(sound.waveform[None], sound.sample_rate)
         elif frames is not None:
             session.push_frames(frames)
 
 
 def read(
-    args: argparse.Namespace, rollout: RolloutConfig, blocks: int | None, config: PipelineConfig
+    args: argparse.Namespace,
+    rollout: RolloutConfig,
+    length: tuple[int, int] | None,
+    config: PipelineConfig,
 ) -> GivenToStream:
     """Reads and checks what the options of `add_options` give.
 
     Args:
       args: also with `height` and `width` in pixels.
-      blocks: of the stream; None is without end.
+      length: blocks of the stream, and the frames of them that are shown; None is without end.
 
     Raises:
       ValueError, FileNotFoundError: see `given_files.read`.
     """
     layout = rollout.cache.layout
-    if blocks is None and (args.audio or args.foley):
+    if length is None and (args.audio or args.foley):
         what = "--audio" if args.audio else "--foley"
         raise ValueError(f"{what} gives what has an end, --endless none: give --seconds instead")
     if args.reference and args.video:
         raise ValueError("--video gives the beginning or the picture itself: leave out --reference")
-    clip = ClipGeometry.from_blocks(layout, blocks or _ENDLESS, rollout.height, rollout.width)
+    blocks, shown = length or (_ENDLESS, None)
+    clip = ClipGeometry.from_blocks(layout, blocks, rollout.height, rollout.width)
     plain = argparse.Namespace(**vars(args) | {"reference": None, "keyframe": []})
-    files = given_files.read(plain, clip, config)
+    files = given_files.read(plain, clip, config, shown)
     notes = [] if files is None else list(files.notes)
     face = voice = None
     if args.reference:
@@ -109,4 +114,5 @@ def read(
         mode = "references" if files is None else files.mode
         notes.append(f"{mode}: as well as it was trained for (`conditions` of the three stages)")
     hidden = 1 + rollout.cache.anchors if args.reference else 0
-    return GivenToStream(files, face, voice, hidden, tuple(notes))
+    seconds = layout.pixel_frames(blocks) / layout.frame_rate
+    return GivenToStream(files, face, voice, hidden, seconds, tuple(notes))

@@ -159,7 +159,7 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     num_blocks = None if length is None else length.blocks
     rollout.cache.blocks_in_positions(num_blocks)
     check_memory("the cache", _cache_bytes(args, config, rollout))
-    given = given_stream.read(args, rollout, num_blocks, config)
+    given = given_stream.read(args, rollout, length and length[:2], config)
     notes += given.notes
     options.check_source(args)
     prompts = prompts_by_block(turns(args), layout, num_blocks, notes)

@@ -86,6 +86,6 @@ def test_options_that_do_not_go_together(checkpoint, files, capsys):
         )
         layout = stream.PipelineConfig.from_checkpoint(checkpoint)
         rollout = layout.rollout(64, 64)
-        blocks = None if args.endless else 3
+        length = None if args.endless else (3, 36)
         with pytest.raises(ValueError, match=message):
-            given_stream.read(args, rollout, blocks, layout)
+            given_stream.read(args, rollout, length, layout)
