@@ -31,6 +31,7 @@ class GivenState:
 
     Attributes:
       video: [B, f, P, C] float32 latents of the next blocks; `audio`: [B, t, C].
+      last_frame: [B, 1, H, W, 3] uint8 that was given last, black before the first.
       image: [B, P, C] first latent of the next block, or None; `strength`: how far it is kept.
       audio_encoder, video_encoder: of the sound and the frames that arrive; None before the first.
       resampled: state of the resampling to the stream's rate.
@@ -42,6 +43,7 @@ class GivenState:
     audio: np.ndarray
     waveform: np.ndarray
     frames: np.ndarray
+    last_frame: np.ndarray
     image: np.ndarray | None = None
     strength: float = 1.0
     audio_encoder: AudioEncoderState | None = None
@@ -98,6 +100,7 @@ class GivenMedia:
             np.zeros((batch, 0, self.channels[1]), np.float32),
             np.zeros((batch, 0, 2), np.float32),
             np.zeros((batch, 0, height, width, 3), np.uint8),
+            np.zeros((batch, 1, height, width, 3), np.uint8),
         )
 
     # What a user gives
@@ -150,6 +153,7 @@ class GivenMedia:
             video_encoder=encoded,
             video=np.concatenate([state.video, self._tokens(latents)], axis=1),
             frames=np.concatenate([state.frames, frames], axis=1),
+            last_frame=frames[:, -1:].copy(),
         )
 
     def set_image(
@@ -246,8 +250,7 @@ class GivenMedia:
             silence = np.zeros((self.batch, count, 2), np.float32)
             return self.push_audio(state, silence, rate), count / rate
         shape = (self.batch, count, *self.pixels, 3)
-        last = state.frames[:, -1:] if state.frames.shape[1] else np.zeros((), np.uint8)
-        state = self.push_frames(state, np.broadcast_to(last, shape))
+        state = self.push_frames(state, np.broadcast_to(state.last_frame, shape))
         return state, count / self.rollout.cache.layout.frame_rate
 
     def take(self, state: GivenState, block: int) -> tuple[GivenState, Condition | None]:
