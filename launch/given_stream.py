@@ -110,9 +110,8 @@ def read(
                 "--reference with no anchors is one block of which the voice is 1/25 s: "
                 "--anchors 3 --window 1 keeps three seconds of it"
             )
-    if files is not None or args.reference:
-        mode = "references" if files is None else files.mode
-        notes.append(f"{mode}: as well as it was trained for (`conditions` of the three stages)")
+    warning = files and config.trained.untrained_mode(files.mode)
+    notes += [warning] if warning else []
     hidden = 1 + rollout.cache.anchors if args.reference else 0
     seconds = layout.pixel_frames(blocks) / layout.frame_rate
     return GivenToStream(files, face, voice, hidden, seconds, tuple(notes))

@@ -49,8 +49,7 @@ def test_a_talking_portrait(checkpoint, files, tmp_path, capsys):
     assert frames.shape == (36, 64, 64, 3) and rate == RATE
     spectrum = np.abs(np.fft.rfft(waveform[: int(1.4 * RATE), 0] * np.hanning(int(1.4 * RATE))))
     assert abs(np.argmax(spectrum) / 1.4 - 440) < 2
-    report = capsys.readouterr().err
-    assert "ia2v: as well as it was trained for" in report and "silent" not in report
+    assert "silent" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
