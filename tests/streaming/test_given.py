@@ -32,7 +32,7 @@ def contexts(pipeline, seed=0):
     return tuple(jax.random.normal(k, (1, 16, d)) for k, d in zip(keys, dims, strict=True))
 
 
-def session(pipeline, *, recache=False, anchors=1, **options):
+def session(pipeline, *, recache=True, anchors=1, **options):
     cache = CacheConfig(pipeline.config.layout("prefix"), window=2, anchors=anchors)
     config = RolloutConfig(cache, (1.0, 0.7, 0.0), 2, 2, recache=recache)
     return pipeline.session(config, contexts(pipeline), decode_mode="causal", **options)
@@ -81,7 +81,7 @@ def check_cache(live, contexts, held):
     )
     streams = modalities(x, sigma, clip.stream_ropes(model), contexts)
     whole = model.clone(causal=clip.mask(layout))
-    (video, audio), _ = whole.apply({"params": params}, *streams)
+    (video, audio), _ = jax.jit(whole.apply)({"params": params}, *streams)
     forward = student.bind(model, params, live._cache, live._rope, config, first=False)
     found, _ = forward(probe, jnp.float32(0.6), live._text)
     expected = probe.video - 0.6 * video[:, -12:], probe.audio - 0.6 * audio[:, -25:]
@@ -139,7 +139,7 @@ def test_sound_that_is_late(pipeline):
 
 
 def test_replays_with_turns(pipeline):
-    live = session(pipeline, given="audio", recache=True)
+    live = session(pipeline, given="audio")
     waveform = sound(5.0)
     live.push_audio(waveform[:, : RATE + 5000], RATE)
     live.set_image(picture())
@@ -197,8 +197,9 @@ def test_goes_on_from_a_clip(pipeline):
     assert (third.block, third.first_frame, third.frames.shape[1]) == (2, 25, 24)
 
 
+@pytest.mark.slow
 def test_references_are_not_shown(pipeline):
-    live = session(pipeline, recache=True)
+    live = session(pipeline)
     live.set_reference(picture(), sound(1.0), RATE)
     chunk = live.step()
     assert (chunk.block, chunk.first_frame, chunk.frames.shape[1]) == (0, 0, 24)
@@ -228,7 +229,7 @@ def test_a_picture_given_is_shown_as_it_was(pipeline):
 
 def test_recache_is_the_masked_pass(pipeline):
     """After a change of prompt the next block sees what one uncached pass under it would show."""
-    live = session(pipeline, recache=True)
+    live = session(pipeline)
     for _ in range(6):
         live.step()
     before = live.snapshot()["cache"]
