@@ -10,9 +10,14 @@ import numpy as np
 
 from launch import given_files
 from launch.given_files import GivenFiles
-from omniforcing_jax import ClipGeometry, PipelineConfig, RolloutConfig, StreamingSession
+from omniforcing_jax import (
+    ClipGeometry,
+    PipelineConfig,
+    RolloutConfig,
+    Sound,
+    StreamingSession,
+)
 from omniforcing_jax.io import media_files
-from omniforcing_jax.io.media_files import Sound
 
 _STREAMS = {"a2v": "audio", "ia2v": "audio", "v2a": "video"}  # given as a whole, by mode
 _ENDLESS = 10**5  # blocks, for the checks
