@@ -359,8 +359,7 @@ class StreamingSession(GivenTurns):
         return self._chunk(block, frames, waveform, timings, late)
 
     def _waiting(self) -> Chunk:
-        height, width = self._media.pixels
-        frames = np.zeros((self._batch, 0, height, width, 3), np.uint8)
+        frames = np.zeros((self._batch, 0, *self._media.pixels, 3), np.uint8)
         waveform = np.zeros((self._batch, 0, 2), np.float32)
         none, place = Timings(0.0, 0.0, 0.0, 0.0, 0.0), (self.num_frames, self.num_samples)
         block = self.num_blocks - int(self._given.hidden)
