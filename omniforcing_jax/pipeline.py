@@ -66,7 +66,9 @@ class PipelineConfig:
           FileNotFoundError: no such checkpoint.
           ValueError: another format, or a setting that is not supported.
         """
-        config = cls.from_content(checkpoints.load_config(directory))
+        content = checkpoints.load_config(directory)
+        with checkpoints.parsing(pathlib.Path(directory) / "config.json"):
+            config = cls.from_content(content)
         missing = checkpoints.missing_components(directory, PIPELINE_COMPONENTS)
         return dataclasses.replace(config, missing=missing)
 

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from omniforcing_jax import programs
+from omniforcing_jax.io.checksums import SEAL
 from omniforcing_jax.training.config import experiment, parsing
 from omniforcing_jax.training.config.problems import ConfigError, Problems
 from pocket import pretrain_config
@@ -233,6 +234,45 @@ def check_options(parsers, there, folder, capsys, monkeypatch, examples: int) ->
         try_option(parsers, there, folder, capsys, *case, value)
 
     check()
+
+
+SHAPES = (None, -1, 1e300, "x", [], [[]], {}, {"a": None}, True)
+
+
+def places(content, prefix: tuple = ()) -> Iterator[tuple]:
+    """Where something stands in JSON, three levels deep."""
+    items = content.items() if isinstance(content, dict) else ()
+    for name, value in items:
+        yield (*prefix, name)
+        if len(prefix) < 2:
+            yield from places(value, (*prefix, name))
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "gemma"])
+def test_json_of_the_wrong_shape(option, parsers, there, tmp_path, capsys, monkeypatch):
+    """Something else at every place of a config.json; the weights are as they were."""
+    source = pathlib.Path(there[option])
+    content = json.loads((source / "config.json").read_text())
+    content.pop(SEAL, None)
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(programs.tempfile, "tempdir", str(tmp_path))
+    name = "launch.stream" if option == "checkpoint" else "launch.encode_prompts"
+    required = [action for action in parsers[name]._actions if action.required]
+    words = [word for action in required for word in usual(action, tmp_path, there)]
+    words = [str(folder) if word == str(source) else word for word in words]
+    for number, place in enumerate(places(content)):
+        changed = copy.deepcopy(content)
+        group = changed
+        for key in place[:-1]:
+            group = group[key]
+        group[place[-1]] = SHAPES[number % len(SHAPES)]
+        (folder / "config.json").write_text(json.dumps(changed))
+        check_end(*outcome(name, words + MORE.get(name, "").split(), capsys), (place, number))
 
 
 # -- configs ---------------------------------------------------------------------------------------

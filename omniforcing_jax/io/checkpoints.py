@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from omniforcing_jax import programs
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.io import checksums
 from omniforcing_jax.io.checksums import DamagedFile
@@ -138,12 +139,25 @@ def parse_json(file: pathlib.Path, what: str, read: Callable[[Any], T]) -> T:
       ValueError: it is not JSON, or `read` does not find in it what it looks for.
     """
     text = file.read_bytes()
-    try:
+    with parsing(file, what):
         content = json.loads(text)
         if isinstance(content, dict):
             content = checksums.check_seal(file, content)
         return read(content)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+
+
+@contextlib.contextmanager
+def parsing(file: str | os.PathLike, what: str = "as it should be") -> Iterator[None]:
+    """What nobody expected inside, such as a KeyError, is the fault of this file's content.
+
+    Raises:
+      ValueError: names the file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if programs.explain(error)[0] is not None:
+            raise  # it is meant to be read
         raise ValueError(f"{file} is not {what}: {type(error).__name__}: {error}") from error
 
 

@@ -84,11 +84,11 @@ def check_encoder(
     """
     config = load_gemma_config(gemma)
     content = checkpoints.load_config(checkpoint)
-    if length is None:
-        length = TrainedSettings.read(content).filled().text_length
-    connectors = ConnectorConfig.from_metadata(
-        checkpoints.component_metadata(content, "connectors")
-    )
+    with checkpoints.parsing(pathlib.Path(checkpoint) / "config.json"):
+        if length is None:
+            length = TrainedSettings.read(content).filled().text_length
+        section = checkpoints.component_metadata(content, "connectors")
+        connectors = ConnectorConfig.from_metadata(section)
     if "connectors" not in content["components"]:
         raise ValueError(
             f"{checkpoint} has no connectors (it has {', '.join(content['components'])}); "
@@ -157,7 +157,8 @@ def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
             f"{file}: found family {content.get('family')!r}, format {content.get('format')!r}; "
             f"expected {FAMILY!r}, {checkpoints.FORMAT}. {how} creates it"
         )
-    return GemmaConfig.from_metadata(content["config"])
+    with checkpoints.parsing(file):
+        return GemmaConfig.from_metadata(content["config"])
 
 
 def _check_generation(

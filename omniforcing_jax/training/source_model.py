@@ -61,9 +61,10 @@ class SourceModel:
                 raise ValueError(f"{folder} is a converted checkpoint and has no moving average")
             weights = "params"
             model_version = found["model_version"]
-            section = checkpoints.component_metadata(found, "transformer")
-            transformer = TransformerConfig.from_metadata(section, model_version)
-            trained = TrainedSettings.read(found)
+            with checkpoints.parsing(pathlib.Path(folder) / "config.json"):
+                section = checkpoints.component_metadata(found, "transformer")
+                transformer = TransformerConfig.from_metadata(section, model_version)
+                trained = TrainedSettings.read(found)
             if "connectors" in found["components"]:
                 content, checkpoint = found, folder
         if "connectors" not in content["components"]:
