@@ -35,28 +35,29 @@ COUNT = Range(1, 2**31 - 1)
 SHARE = Range(0, 1)
 
 
-_COUNTS = Range(1, 2**20)
-_PIXELS = Range(1, 2**14)
+_LOW = -(2**31)
+_COUNTS, _MOST = Range(1, 2**20), Range(_LOW, 2**20)
 _SCALE = Range(-1e4, 1e4)
 # Of options by their names, which mean the same in all programs; `Range(-2**31, 2**31)` for others.
+# What is too low for a program the program itself says, as it knows why.
 OPTIONS = {
     "seed": Range(0, 2**32 - 1),
-    **dict.fromkeys(("height", "width"), _PIXELS),
-    **dict.fromkeys(("fps", "frame_rate"), Range(0.01, 1000)),
-    **dict.fromkeys(("seconds", "every"), Range(0, 1e6, above=True)),
-    **dict.fromkeys(("frames", "clips", "repeats", "blocks", "steps", "batch", "points"), _COUNTS),
-    **dict.fromkeys(("batch_size", "microbatches", "samples", "prompts"), _COUNTS),
-    **dict.fromkeys(("clips_per_shard", "prompts_per_shard", "smooth", "window"), _COUNTS),
-    **dict.fromkeys(("anchors", "previews", "show", "look_ahead", "blend"), Range(0, 2**20)),
-    **dict.fromkeys(("stg_block", "step", "sinks", "seam_blocks"), Range(0, 2**31 - 1)),
-    **dict.fromkeys(("text_length", "length", "text_tokens", "tokens"), Range(1, 2**16)),
-    **dict.fromkeys(("layers", "num_heads", "look_back"), Range(1, 4096)),
-    "enlarge": Range(1, 64),
-    **dict.fromkeys(("cfg", "cfg_video", "cfg_audio", "stg", "modality"), _SCALE),
-    **dict.fromkeys(("rescale", "strength"), SHARE),
-    "timesteps": Range(0, 1000, above=True),
-    "sigmas": SHARE,
-    "crf": Range(0, 51),
+    **dict.fromkeys(("height", "width"), Range(_LOW, 2**14)),
+    "fps": Range(-1e3, 1e3),
+    "frame_rate": Range(0.01, 1000),
+    **dict.fromkeys(("seconds", "every"), Range(-1e6, 1e6)),
+    **dict.fromkeys(("frames", "clips", "repeats", "blocks", "steps", "batch", "points"), _MOST),
+    **dict.fromkeys(("batch_size", "samples", "window", "anchors", "previews", "show"), _MOST),
+    **dict.fromkeys(("clips_per_shard", "prompts_per_shard", "look_ahead", "blend"), _MOST),
+    **dict.fromkeys(("prompts", "microbatches"), _COUNTS),
+    "layers": Range(1, 4096),
+    "num_heads": Range(_LOW, 4096),
+    **dict.fromkeys(("text_length", "length"), Range(_LOW, 2**16)),
+    **dict.fromkeys(("text_tokens", "tokens"), Range(1, 2**16)),
+    **dict.fromkeys(("look_back", "enlarge"), Range(_LOW, 4096)),
+    **dict.fromkeys(("sinks", "seam_blocks"), Range(0, 2**20)),
+    **dict.fromkeys(("cfg", "cfg_video", "cfg_audio", "stg", "modality", "rescale"), _SCALE),
+    **dict.fromkeys(("timesteps", "sigmas"), _SCALE),
     "peak_tflops": Range(0, 1e9, above=True),
 }
 
