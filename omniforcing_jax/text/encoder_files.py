@@ -158,7 +158,12 @@ def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
             f"expected {FAMILY!r}, {checkpoints.FORMAT}. {how} creates it"
         )
     with checkpoints.parsing(file):
-        return GemmaConfig.from_metadata(content["config"])
+        config = GemmaConfig.from_metadata(content["config"])
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, "int") and not (type(value) is int and 0 <= value < 2**31):
+            raise ValueError(f"{file}: {field.name} must be a whole number, not {value!r:.60}")
+    return config
 
 
 def _check_generation(
