@@ -146,8 +146,8 @@ class Golden:
             )
         rope = self.clip.rope(model, condition.appended_times())
         return teacher._sample(
-            model, self.params, prompt, None, noise, rope, condition.joined().of_batch(2), initial,
-            config=config, trajectory=True,
+            model, self.params, prompt, None, jax.random.split(jax.random.key(0), 2), noise, rope,
+            condition.joined().of_batch(2), initial, config=config, trajectory=True,
         )  # fmt: skip
 
 
