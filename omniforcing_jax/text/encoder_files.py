@@ -157,6 +157,9 @@ def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
             f"{file}: found family {content.get('family')!r}, format {content.get('format')!r}; "
             f"expected {FAMILY!r}, {checkpoints.FORMAT}. {how} creates it"
         )
+    groups = ("config", "fingerprints", "checksums")
+    if wrong := [name for name in groups if not isinstance(content.get(name, {}), dict)]:
+        raise ValueError(f"{file}: no encoder has such {', '.join(wrong)}; {how} creates it")
     with checkpoints.parsing(file):
         config = GemmaConfig.from_metadata(content["config"])
     for field in dataclasses.fields(config):
