@@ -133,7 +133,7 @@ def _manifest(c: ml_collections.ConfigDict, content: Mapping[str, Any], text_len
         audio_frames=layout.num_audio_frames(c.clip.blocks),
         height=c.clip.height // compression,
         width=c.clip.width // compression,
-        sigmas=c.student.sigmas,
+        sigmas=flow.student_sigmas(c.student.timesteps, flow.schedule(c.student.schedule)).tolist(),
         autoregression=None,
     )
 

@@ -126,8 +126,10 @@ def test_failures_at_work(capsys):
 
 PROGRAM = textwrap.dedent(
     """
-    import sys, time
+    import signal, sys, time
     from omniforcing_jax import programs
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let `command &` ignore it
 
     @programs.entry
     def main():

@@ -121,16 +121,16 @@ class AffineGenerator:
     def clip(self) -> ClipGeometry:
         return WORLD.clip
 
-    def simulate(self, weights, contexts, keys, step_key) -> None:
+    def simulate(self, weights, contexts, keys, step_key, condition) -> None:
         """There are no steps before the only one."""
 
-    def sample(self, weights, contexts, keys, step_key) -> AVLatents:
+    def sample(self, weights, contexts, keys, step_key, condition) -> AVLatents:
         index = jnp.arange(keys.shape[0]) % WORLD.num_prompts
         noise = join(draw_noise(keys, WORLD.clip, TEACHER))
         return WORLD.split(weights["mean"][index] + noise @ weights["factor"].T)
 
     def sample_with_pullback(self, weights, contexts, keys, trace):
-        sample, pullback = jax.vjp(lambda w: self.sample(w, contexts, keys, trace), weights)
+        sample, pullback = jax.vjp(lambda w: self.sample(w, contexts, keys, trace, None), weights)
         return sample, lambda cotangent: pullback(cotangent)[0]
 
 

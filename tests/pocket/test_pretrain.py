@@ -246,6 +246,7 @@ def draw_latents(rng):
     }
 
 
+@pytest.mark.slow
 def test_the_teacher_learns_with_its_connectors():
     loss, frozen, params = teacher_loss()
     start = jax.tree.map(np.asarray, params)

@@ -202,8 +202,7 @@ def test_any_block_can_be_redrawn(sinks, ltx23):
 # -- scan and host loop ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sinks", "ltx23"])
-@pytest.mark.default_xla
+@pytest.mark.parametrize("name", [pytest.param("sinks", marks=pytest.mark.default_xla), "ltx23"])
 def test_scan_is_the_host_loop(name, request):
     s = request.getfixturevalue(name)
     clip = s.scan()
@@ -228,7 +227,6 @@ def test_a_clip_of_one_block(sinks):
     assert clip.audio.shape == (BATCH, 1, 6)
 
 
-@pytest.mark.default_xla
 def test_seeds(sinks):
     first, again, other = sinks.scan(), sinks.scan(), sinks.scan(jax.random.key(4))
     np.testing.assert_array_equal(first.video, again.video)

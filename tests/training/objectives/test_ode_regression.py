@@ -219,6 +219,7 @@ def test_training_lowers_the_loss(objective):
     assert any(np.isfinite(v) for k, v in metrics.items() if k.startswith("band/"))
 
 
+@pytest.mark.slow
 def test_seeds_share_a_program():
     """What is compiled for one seed serves all, and what they draw differs."""
     params = random_params(make().model.config)

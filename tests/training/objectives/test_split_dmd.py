@@ -25,7 +25,8 @@ def test_every_process_gives_half_of_its_devices():
         split_devices([device(n // 4, n, "TPU v6 lite") for n in range(8)])
 
 
-@pytest.mark.parametrize("stage", ["I", pytest.param("III", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["I", "III"])
 def test_three_steps_equal_those_on_one_device(stage):
     """Losses, norms and updates of generator and critic; both stay where they are."""
     result = subprocess.run(
