@@ -31,6 +31,7 @@ from omniforcing_jax import programs
 from omniforcing_jax.io import checkpoints, outputs
 from omniforcing_jax.io.checkpoints import COMPONENTS
 from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, TrainedSettings
+from omniforcing_jax.text.encoder_files import GEMMA_VERSION
 
 PROGRAM = "checkpoint_converters.export"
 
@@ -94,6 +95,8 @@ def export(
         config[ENTRY] = content[ENTRY]
     strings = {"config": json.dumps(config), "model_version": content["model_version"]}
     strings[outputs.MARK] = PROGRAM
+    if GEMMA_VERSION in content:
+        strings[key_map.GEMMA_SOURCE] = json.dumps({GEMMA_VERSION: content[GEMMA_VERSION]})
     write_file(output, table, strings, lambda key: pieces[key].read(), show_progress=show_progress)
     return content
 

@@ -28,10 +28,15 @@ from checkpoint_converters.safetensors_io import (
 from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax import programs
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
-from omniforcing_jax.text.encoder_files import GEMMA4_FAMILY
+from omniforcing_jax.text.encoder_files import GEMMA4_FAMILY, GEMMA_VERSION
 
 PROGRAM = "checkpoint_converters.gemma4"
 METADATA = "gemma_config"  # of LTX-2.5's file: the content of a Hugging Face config.json
+_SIZE = (48, 3840)  # layers and width of Gemma 4 12B
+_NOT_OF_LTX = (
+    "states no gemma_version, so it is not LTX-2.5's own fine-tune of Gemma 4, which its "
+    "connectors were trained with (gemma4-12b-with-proj-ltx-2.5-bf16.safetensors)"
+)
 # what stands before the names: in LTX-2.5's file, as published by Google, the text-only model
 PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
 _PROBE = "layers.0.input_layernorm.weight"
@@ -73,8 +78,9 @@ def convert(
     for file in files:
         found, strings = read_header(file)
         tensors, metadata = tensors | found, metadata | strings
-    text_config = _text_config(source, metadata)
-    chosen, problems = select(tensors, GemmaConfig.from_metadata(text_config), source)
+    whole, text_config = _read_config(source, metadata)
+    config = GemmaConfig.from_metadata(text_config)
+    chosen, problems = select(tensors, config, source)
     if tokenizer is None and TOKENIZER_TENSOR in tensors:
         copied = {"tokenizer.json": read_tensor(tensors[TOKENIZER_TENSOR]).tobytes()}
     else:
@@ -82,6 +88,10 @@ def convert(
         copied, missing = tokenizer_files(pathlib.Path(tokenizer or place), None)
         problems += missing
     content = converting.config_content(PROGRAM, GEMMA4_FAMILY, text_config, files)
+    if version := whole.get(GEMMA_VERSION):
+        content[GEMMA_VERSION] = version
+    elif (config.num_layers, config.hidden_size) == _SIZE:
+        content["notes"] = [_NOT_OF_LTX]
     inputs = (source, tokenizer or source)
     plan = converting.ConversionPlan(
         content, chosen, (TEXT_TOWER,), files=copied, inputs=inputs, weights=files
@@ -89,8 +99,8 @@ def convert(
     return converting.run(plan, problems, output, **options)
 
 
-def _text_config(source: pathlib.Path, metadata: Mapping[str, str]) -> dict:
-    """The text tower's settings, of the file's metadata or of FOLDER/config.json.
+def _read_config(source: pathlib.Path, metadata: Mapping[str, str]) -> tuple[dict, dict]:
+    """All settings, of the file's metadata or of FOLDER/config.json, and those of the text tower.
 
     Raises:
       ConversionError: there are none, or they are of another model.
@@ -98,20 +108,20 @@ def _text_config(source: pathlib.Path, metadata: Mapping[str, str]) -> dict:
     where = source / "config.json" if source.is_dir() else f"{source}: metadata {METADATA}"
     try:
         if source.is_dir():
-            config = json.loads((source / "config.json").read_text())
+            whole = json.loads((source / "config.json").read_text())
         else:
-            config = json.loads(metadata.get(METADATA, "{}"))
-        config = config.get("text_config") or config
-        GemmaConfig.from_metadata(config)
+            whole = json.loads(metadata.get(METADATA, "{}"))
+        config = whole.get("text_config") or whole
+        gemma4 = GemmaConfig.from_metadata(config).gemma4
     except (OSError, ValueError, AttributeError) as error:
         raise ConversionError(
             [f"{where}: not the settings of a Gemma 4 as LTX-2.5 uses it ({error})"]
         ) from error
-    if not GemmaConfig.from_metadata(config).gemma4:
+    if not gemma4:
         raise ConversionError(
             [f"{source}: is a Gemma 3; python -m checkpoint_converters.gemma3 converts it"]
         )
-    return config
+    return whole, config
 
 
 def select(
@@ -156,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _describe(content: dict) -> str:
     config = GemmaConfig.from_metadata(content["config"])
-    return f"Gemma 4, {config.num_layers} layers of width {config.hidden_size}"
+    text = f"Gemma 4, {config.num_layers} layers of width {config.hidden_size}"
+    return "\n".join([text, *content.get("notes", [])])
 
 
 if __name__ == "__main__":

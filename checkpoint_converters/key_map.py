@@ -28,6 +28,7 @@ DIT = "model.diffusion_model."
 GEMMA = "language_model.model."
 TEXT_PROJECTIONS = "text_embedding_projection."
 # the bytes of tokenizer.json in LTX-2.5's text encoder file, which no other file has
+GEMMA_SOURCE = "gemma_source_checkpoint"  # metadata: JSON that names LTX-2.5's Gemma
 TOKENIZER_TENSOR = "tokenizer_json"
 
 

@@ -17,10 +17,11 @@ is converted by checkpoint_converters.gemma4; the diffusion decoder is not imple
 
 import argparse
 import dataclasses
+import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoint_converters import checks, converting, key_map, lora
@@ -30,6 +31,7 @@ from omniforcing_jax import programs
 from omniforcing_jax.io.checkpoints import COMPONENTS
 from omniforcing_jax.sampling import recipes
 from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, LTX2_DISTILLED, TrainedSettings
+from omniforcing_jax.text.encoder_files import GEMMA_VERSION
 
 _TEXT_ENCODER = "layers.0.input_layernorm.weight"  # a key that language models have
 
@@ -89,6 +91,8 @@ def convert(
             components=list(taken),
             trained=trained.to_json(),
         )
+        if version := gemma_version(checkpoint.strings):
+            content[GEMMA_VERSION] = version
         if merged:
             content["loras"] = merged
         if checkpoint.notes:
@@ -98,6 +102,14 @@ def convert(
             content, tensors, taken, inputs=read, weights=checkpoint.files
         )
     return converting.run(plan, problems, output, **options)
+
+
+def gemma_version(strings: Mapping[str, str]) -> str | None:
+    """Which Gemma an LTX-2.5's metadata say it was trained with; None if they do not."""
+    try:
+        return json.loads(strings.get(key_map.GEMMA_SOURCE, "{}")).get(GEMMA_VERSION)
+    except (ValueError, AttributeError):
+        return None
 
 
 def pop_trained(config: dict, path: os.PathLike) -> tuple[TrainedSettings, list[str]]:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -48,6 +49,7 @@ class Checkpoint:
       model_version: e.g. "2.0.0", None if the files do not say.
       files: the files it consists of.
       notes: what a user should know of it.
+      strings: the files' metadata.
     """
 
     path: pathlib.Path
@@ -56,6 +58,7 @@ class Checkpoint:
     model_version: str | None
     files: tuple[pathlib.Path, ...]
     notes: tuple[str, ...] = ()
+    strings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_checkpoint(path: str | PathLike) -> Checkpoint:
@@ -133,13 +136,12 @@ def _shards_without_index(files: list[pathlib.Path]) -> tuple[pathlib.Path, ...]
 
 def _read_headers(path: pathlib.Path, files: tuple[pathlib.Path, ...]) -> Checkpoint:
     """The files that are one checkpoint, with their own keys."""
-    parts, problems, all_strings = [], [], {}
+    parts, problems = [], []
     for file in files:
         try:
             found, strings = read_header(file)
-            all_strings |= strings
-            config = _parse_config(file, strings)
-            parts.append(Checkpoint(file, found, config, strings.get("model_version"), (file,)))
+            config, version = _parse_config(file, strings), strings.get("model_version")
+            parts.append(Checkpoint(file, found, config, version, (file,), strings=strings))
         except ConversionError as error:
             problems += error.problems
     whole, found = combine(path, parts, "is also in another shard")
@@ -151,7 +153,7 @@ def _read_headers(path: pathlib.Path, files: tuple[pathlib.Path, ...]) -> Checkp
             [f"{path}: is a LoRA of {len(layers)} layers, not a model; convert the model it was "
              f"made for with --lora {path}"]
         )  # fmt: skip
-    tensors, notes = dequantize(path, whole.tensors, all_strings)
+    tensors, notes = dequantize(path, whole.tensors, whole.strings)
     return dataclasses.replace(whole, tensors=tensors, notes=tuple(notes))
 
 
@@ -192,8 +194,9 @@ def combine(
     version = next(iter(stated.values()), None)
     files = tuple(file for part in parts for file in part.files)
     notes = tuple(note for part in parts for note in part.notes)
+    strings = {name: text for part in parts for name, text in part.strings.items()}
     config = None if silent else config
-    return Checkpoint(path, tensors, config, version, files, notes), problems
+    return Checkpoint(path, tensors, config, version, files, notes, strings), problems
 
 
 def _parse_config(path: pathlib.Path, metadata: dict[str, str]) -> dict | None:

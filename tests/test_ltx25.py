@@ -1,11 +1,14 @@
 """LTX-2.5 from its files to clips: in parts, with a Gemma 4, sampled by ancestral steps."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoint_converters import gemma4, ltx2, synthetic, synthetic_gemma
+from checkpoint_converters import export, gemma4, ltx2, synthetic, synthetic_gemma
+from checkpoint_converters.safetensors_io import read_header
 from launch import sample_teacher
 from omniforcing_jax.geometry import ClipGeometry, draw_noise, modalities
 from omniforcing_jax.models.transformer.config import tiny
@@ -16,6 +19,7 @@ from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.teacher import SampleConfig, sample, step_noise
 from omniforcing_jax.streaming import media
 from omniforcing_jax.text.encoder_files import check_encoder
+from tests.checkpoint_converters.files import read_file, write_file
 from tests.tiny_model import random_contexts, random_params
 
 PARTS = {
@@ -55,6 +59,34 @@ def test_gemma_of_the_right_generation(ltx25, random_gemma, random_checkpoint):
         check_encoder(random_gemma, checkpoint, length=128)
     with pytest.raises(ValueError, match=r"LTX-2\.3\.0 reads a Gemma 3, this is a Gemma 4"):
         check_encoder(gemma, random_checkpoint("2.3"), length=128)
+
+
+def test_gemma_of_the_right_release(ltx25, tmp_path):
+    """Any Gemma 4 12B has the same sizes; LTX-2.5 and its own fine-tune say that they belong."""
+    checkpoint, encoder = ltx25[0], ltx25[0].parent / "ltx-2.5-text-encoder.safetensors"
+    arrays, strings = read_file(encoder)
+    gemmas = {}
+    for version in ("ltx-a", "ltx-b"):
+        settings = json.loads(strings["gemma_config"]) | {"gemma_version": version}
+        file = write_file(
+            tmp_path / "g.safetensors", arrays, {"gemma_config": json.dumps(settings)}
+        )
+        gemma4.convert(file, tmp_path / version)
+        gemmas[version] = tmp_path / version
+    source = checkpoint.parent / "ltx-2.5-transformer-distilled.safetensors"
+    arrays, strings = read_file(source)
+    strings["gemma_source_checkpoint"] = json.dumps({"gemma_version": "ltx-a"})
+    file = write_file(tmp_path / "t.safetensors", arrays, strings)
+    parts = [file, encoder]
+    content = ltx2.convert(parts, tmp_path / "ltx", components=("transformer", "connectors"))
+    assert content["gemma_version"] == "ltx-a"
+    for gemma in (gemmas["ltx-a"], ltx25[1]):  # the same, and one that does not say
+        check_encoder(gemma, tmp_path / "ltx", length=128)
+    check_encoder(gemmas["ltx-b"], checkpoint, length=128)
+    with pytest.raises(ValueError, match=r"it is Gemma ltx-b, the model was trained with ltx-a"):
+        check_encoder(gemmas["ltx-b"], tmp_path / "ltx", length=128)
+    export.export(tmp_path / "ltx", tmp_path / "back.safetensors", components=["transformer"])
+    assert ltx2.gemma_version(read_header(tmp_path / "back.safetensors")[1]) == "ltx-a"
 
 
 def test_from_a_sentence_to_a_clip(ltx25, tmp_path, capsys):

@@ -26,6 +26,7 @@ from omniforcing_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT_TOWER = "text_tower"
 FAMILY, GEMMA4_FAMILY = "gemma3", "gemma4"
+GEMMA_VERSION = "gemma_version"  # in config.json of a Gemma 4, and of the LTX-2.5 trained with it
 _HOW_TO_CREATE = "python -m checkpoint_converters.gemma3 --input HF_FOLDER --output {folder}"
 
 
@@ -95,7 +96,7 @@ def check_encoder(
             "convert again without leaving them out"
         )
     shapes = checkpoints.param_shapes(checkpoint, "connectors")
-    _check_generation(config, content["model_version"], gemma, checkpoint)
+    _check_generation(config, content, gemma, checkpoint)
     _check_fit(config, connectors, shapes, length, gemma, checkpoint)
     _verify_tokenizer(pathlib.Path(gemma))
     tokenizer = load_tokenizer(gemma)
@@ -171,17 +172,25 @@ def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
 
 def _check_generation(
     config: GemmaConfig,
-    model_version: str,
+    content: Mapping[str, Any],
     gemma: str | os.PathLike,
     checkpoint: str | os.PathLike,
 ) -> None:
-    """Gemma 3 12B and LTX-2.5's Gemma 4 have the same sizes, so these do not tell."""
+    """Gemma 3 12B, Gemma 4 12B and LTX-2.5's own Gemma 4 have the same sizes, which do not tell."""
+    model_version = content["model_version"]
     newer = tuple(int(number) for number in model_version.split(".")[:2]) >= (2, 4)
     if newer != config.gemma4:
         found, needed = ("Gemma 4", "Gemma 3") if config.gemma4 else ("Gemma 3", "Gemma 4")
         raise ValueError(
             f"{gemma} cannot be used with {checkpoint}: LTX-{model_version} reads a {needed}, this "
             f"is a {found} (checkpoint_converters.gemma3 and .gemma4 convert them)"
+        )
+    found = checkpoints.read_json(pathlib.Path(gemma) / "config.json").get(GEMMA_VERSION)
+    needed = content.get(GEMMA_VERSION)
+    if None not in (found, needed) and found != needed:
+        raise ValueError(
+            f"{gemma} cannot be used with {checkpoint}: it is Gemma {found}, the model was trained "
+            f"with {needed}; convert the text encoder of the same release"
         )
 
 

@@ -99,6 +99,13 @@ def test_hidden_states(converted, reference):
     assert np.isfinite(np.asarray(found)).all()
 
 
+def test_a_stock_gemma_is_not_that_of_ltx(arrays, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gemma4, "_SIZE", (6, 32))
+    source = write_file(tmp_path / "encoder.safetensors", arrays, METADATA)
+    assert not gemma4.main(["--input", str(source), "--output", str(tmp_path / "out")])
+    assert "is not LTX-2.5's own fine-tune of Gemma 4" in capsys.readouterr().out
+
+
 def test_tokenizer_comes_with_it(converted):
     (ids,) = load_tokenizer(converted).encode(["A dog"])
     assert ids[0] == load_tokenizer(converted).bos_id and len(ids) > 1
