@@ -184,6 +184,11 @@ class VideoVAEConfig:
           ValueError: settings that are unknown or that this implementation does not have; names
             them and what is supported.
         """
+        if vae.get("_class_name") == "CausalDiffusionVAE":
+            raise ValueError(
+                "vae: is LTX-2.5's diffusion decoder, which is not implemented; use "
+                "ltx-2.5-video-vae-conv-bf16.safetensors"
+            )
         latent_channels = vae.get("latent_channels", 128)
         # The encoder starts as wide as the latents; the reference loader ignores this setting.
         fixed = _FIXED_SETTINGS | {"encoder_base_channels": latent_channels}

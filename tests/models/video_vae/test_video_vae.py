@@ -323,7 +323,11 @@ def test_published_configurations(version):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "CausalDiffusionVAE"}, "_class_name"),
+        ({"_class_name": "OtherVAE"}, "_class_name"),
+        (
+            {"_class_name": "CausalDiffusionVAE", "decoder": {"dims": 2}},
+            r"^vae: is LTX-2\.5's diffusion decoder, .* use ltx-2\.5-video-vae-conv-bf16",
+        ),
         ({"timestep_conditioning": True}, "timestep_conditioning"),
         ({"norm_layer": "group_norm"}, "norm_layer"),
         ({"latent_log_var": "per_channel"}, "latent_log_var"),
