@@ -175,7 +175,7 @@ def _targets(
             text = f"{opened.path}: {layer} matches no layer of the model"
             problems.append(Problem(text, "matches no layer"))
         elif key in targets.values():
-            problems.append(f"{opened.path}: has {key} twice")
+            problems.append(Problem(f"{opened.path}: has {key} twice", "layers twice"))
         elif checks.owner(key) not in components:
             text = (
                 f"{opened.path}: {layer} changes the {checks.owner(key)}, which is not converted; "

@@ -20,7 +20,12 @@ from checkpoint_converters import diffusers_layout, key_map
 from checkpoint_converters.computed import ComputedTensor
 from checkpoint_converters.orbax_io import plan_leaves
 from checkpoint_converters.quantized import dequantize
-from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_header
+from checkpoint_converters.safetensors_io import (
+    ConversionError,
+    Problem,
+    TensorInfo,
+    read_header,
+)
 from omniforcing_jax.io.checkpoints import COMPONENTS
 from omniforcing_jax.models import lora
 
@@ -109,7 +114,7 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError([f"{path}: not an index of shards ({error})"]) from error
     problems = [
-        f"{path.parent / name}: shard named in {path.name} is missing"
+        Problem(f"{path.parent / name}: shard named in {path.name} is missing", "missing shards")
         for name in names
         if not (path.parent / name).is_file()
     ]
@@ -175,7 +180,8 @@ def combine(
     config: dict[str, Any] = {}
     problems = []
     for part in parts:
-        problems += [f"{part.path}: {key} {twice}" for key in part.tensors if key in tensors]
+        problems += [Problem(f"{part.path}: {key} {twice}", "given twice")
+                     for key in part.tensors if key in tensors]  # fmt: skip
         tensors |= part.tensors
         problems += [
             f"{part.path}: config section {name!r} differs from the other files'; convert files of "

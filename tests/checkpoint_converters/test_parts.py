@@ -1,6 +1,7 @@
 """Checkpoints in parts and variants as people have them, and files that are none."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ import torch
 from checkpoint_converters import gemma3, ltx2, reading, synthetic, synthetic_gemma
 from checkpoint_converters.file_kinds import what_else
 from checkpoint_converters.key_map import DIT
-from checkpoint_converters.safetensors_io import ConversionError, read_header
+from checkpoint_converters.safetensors_io import MAX_SHOWN, ConversionError, read_header
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.checkpoints import COMPONENTS
 from tests.checkpoint_converters.files import read_file, rewrite_file, write_file
@@ -82,6 +83,18 @@ def test_parts_alone(whole, tmp_path):
     text = refused(files[1:2], tmp_path / "out")
     assert "no `config` in the metadata" in text and "add a file of the same release" in text
     assert "no `model_version`" in text
+
+
+def test_two_whole_files_and_many_missing_shards_are_short(whole, tmp_path):
+    shutil.copy(whole, tmp_path / "copy.safetensors")
+    lines = refused([whole, tmp_path / "copy.safetensors"], tmp_path / "out").splitlines()
+    assert len(lines) == 1 + MAX_SHOWN
+    assert re.search(r"and \d+ more lines of this kind \(given twice\)", lines[-1])
+    weight_map = {f"{number}.weight": f"{number}.safetensors" for number in range(12)}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    lines = refused(index, tmp_path / "out").splitlines()
+    assert lines[0].startswith("12 problems") and len(lines) == 1 + MAX_SHOWN
 
 
 def shards(whole, folder, count=3):
