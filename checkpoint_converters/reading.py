@@ -81,8 +81,7 @@ def open_checkpoint(path: str | PathLike) -> Checkpoint:
     path = pathlib.Path(path)
     if not path.exists():
         raise ConversionError([f"{path}: no such file or folder"])
-    folders = diffusers_layout.DIFFUSERS_FOLDERS
-    if path.is_dir() and any(_folder_has_weights(path / folder) for folder in folders):
+    if _is_diffusers(path):
         return _open_diffusers(path)
     whole = _read_headers(path, weight_files(path))
     return dataclasses.replace(whole, tensors=canonical_keys(whole.tensors))
@@ -97,13 +96,13 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
             return shards
         candidates = indices or singles
         if len(candidates) != 1:
-            found = ", ".join(c.name for c in candidates)
-            others = ", ".join(sorted(c.name for c in path.iterdir())[:5]) or "nothing"
+            found = _some(candidates or sorted(path.glob("*/*.safetensors")), path)
             raise ConversionError(
-                [f"{path}: holds {found}; pass the one to convert as --input FILE"]
-                if candidates
+                [f"{path}: holds {found}; pass the one, or all parts of one LTX-2.5, as --input "
+                 "FILE …"]
+                if found
                 else [f"{path}: holds no .safetensors file and is not a diffusers folder; it holds "
-                      f"{others}"]
+                      f"{_some(sorted(path.iterdir()), path) or 'nothing'}"]
             )  # fmt: skip
         path = candidates[0]
     if not path.name.endswith(INDEX_SUFFIX):
@@ -121,6 +120,11 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
     if problems:
         raise ConversionError(problems)
     return tuple(path.parent / name for name in names)
+
+
+def _some(paths: list[pathlib.Path], folder: pathlib.Path) -> str:
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return ", ".join(names[:5] + ["…"] * (len(names) > 5))
 
 
 def _shards_without_index(files: list[pathlib.Path]) -> tuple[pathlib.Path, ...]:
@@ -244,6 +248,17 @@ def canonical_keys(
             name = key
         result[name] = info
     return result
+
+
+def _is_diffusers(path: pathlib.Path) -> bool:
+    """Published parts and ComfyUI's models lie in folders of the same names, without a config."""
+    folders = [
+        path / name
+        for name in diffusers_layout.DIFFUSERS_FOLDERS
+        if _folder_has_weights(path / name)
+    ]
+    stated = (path / "model_index.json").is_file()
+    return bool(folders) and (stated or any((f / "config.json").is_file() for f in folders))
 
 
 def _folder_has_weights(folder: pathlib.Path) -> bool:

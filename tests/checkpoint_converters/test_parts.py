@@ -117,7 +117,9 @@ def test_shards_without_an_index(whole, tmp_path):
     (folder / "model-00002-of-00003.safetensors").unlink()
     assert "of 3 shards, 2 is missing" in refused(folder, tmp_path / "x")
     shutil.copy(whole, folder)
-    assert "pass the one to convert as --input FILE" in refused(folder, tmp_path / "x")
+    assert "pass the one, or all parts of one LTX-2.5, as --input FILE" in refused(
+        folder, tmp_path / "x"
+    )
 
 
 def test_a_folder_without_safetensors_says_what_is_there(tmp_path):
@@ -125,6 +127,18 @@ def test_a_folder_without_safetensors_says_what_is_there(tmp_path):
     (tmp_path / "folder" / "model.gguf").touch()
     assert "holds no .safetensors file" in refused(tmp_path / "folder", tmp_path / "out")
     assert "it holds model.gguf" in refused(tmp_path / "folder", tmp_path / "out")
+
+
+def test_a_folder_of_published_parts_is_no_diffusers_folder(whole, tmp_path):
+    """As LTX-2.5 is downloaded, and as ComfyUI keeps its models."""
+    for folder in ("vae", "diffusion_models"):
+        (tmp_path / "models" / folder).mkdir(parents=True)
+        shutil.copy(whole, tmp_path / "models" / folder / "x.safetensors")
+    [_, line] = refused(tmp_path / "models", tmp_path / "out").splitlines()
+    assert line == (
+        f"{tmp_path / 'models'}: holds diffusion_models/x.safetensors, vae/x.safetensors; pass the "
+        "one, or all parts of one LTX-2.5, as --input FILE …"
+    )
 
 
 def test_a_model_and_a_text_encoder_in_each_others_place(whole, tmp_path):
