@@ -40,6 +40,11 @@ def present_components(tensors: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in COMPONENTS if name in found)
 
 
+def is_gemma4(tensors: Iterable[str]) -> bool:
+    """Whether they are those of a Gemma 4, as published or in LTX-2.5's text encoder file."""
+    return any(k == key_map.TOKENIZER_TENSOR or k.endswith(".layer_scalar") for k in tensors)
+
+
 def merge(checkpoints: list[Checkpoint]) -> tuple[Checkpoint, list[str]]:
     """One checkpoint out of several files that each hold some components, and what is wrong."""
     twice = "is in another input as well; drop one"

@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
 # with and without its head
 PREFIXES = (GEMMA, "model.language_model.", "model.", "")
 _PROBES = ("embed_tokens.weight", "norm.weight", "layers.0.input_layernorm.weight")
+_GEMMA_4 = "is a Gemma 4; python -m checkpoint_converters.gemma4 converts it"
 SPIECE = "spiece_model"  # bytes of a tokenizer.model among the tensors
 _IGNORED = (
     SPIECE,
@@ -93,6 +94,8 @@ def convert(
         tensors, files, notes = checkpoint.tensors, checkpoint.files, checkpoint.notes
     except ConversionError as error:
         problems += error.problems
+    if checks.is_gemma4(tensors):
+        raise ConversionError([f"{source}: {_GEMMA_4}"])
     folder = source.parent if source.is_file() else source
     if tensors or source.is_dir():
         try:
@@ -153,6 +156,8 @@ def read_text_config(folder: pathlib.Path) -> dict:
         raise ConversionError([f"{file}: not a JSON object ({error})"]) from error
     if kind == "gemma3" and isinstance(config.get("text_config"), dict):
         config = config["text_config"]
+    elif str(kind).startswith("gemma4"):
+        raise ConversionError([f"{file}: {_GEMMA_4}"])
     elif kind != "gemma3_text":
         raise ConversionError(
             [

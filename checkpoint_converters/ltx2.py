@@ -135,8 +135,10 @@ def open_inputs(
             if not checks.present_components(checkpoint.tensors) and any(
                 key.endswith(_TEXT_ENCODER) for key in checkpoint.tensors
             ):
+                program = "gemma4" if checks.is_gemma4(checkpoint.tensors) else "gemma3"
                 problems.append(
-                    f"{path}: is a text encoder, not LTX-2; checkpoint_converters.gemma3 is for it"
+                    f"{path}: is a text encoder, not LTX-2; checkpoint_converters.{program} is for "
+                    "it"
                 )
             if key_map.TOKENIZER_TENSOR in checkpoint.tensors:
                 # LTX-2.5's text encoder, of which only the projections are LTX-2's

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoint_converters import export, gemma4, ltx2, synthetic, synthetic_gemma
-from checkpoint_converters.safetensors_io import read_header
+from checkpoint_converters import export, gemma3, gemma4, ltx2, synthetic, synthetic_gemma
+from checkpoint_converters.safetensors_io import ConversionError, read_header
 from launch import sample_teacher
 from omniforcing_jax.geometry import ClipGeometry, draw_noise, modalities
 from omniforcing_jax.models.transformer.config import tiny
@@ -59,6 +59,12 @@ def test_gemma_of_the_right_generation(ltx25, random_gemma, random_checkpoint):
         check_encoder(random_gemma, checkpoint, length=128)
     with pytest.raises(ValueError, match=r"LTX-2\.3\.0 reads a Gemma 3, this is a Gemma 4"):
         check_encoder(gemma, random_checkpoint("2.3"), length=128)
+    encoder = gemma.parent / "ltx-2.5-text-encoder.safetensors"
+    with pytest.raises(ConversionError) as error:
+        gemma3.convert(encoder, gemma.parent / "x")
+    assert error.value.problems == [
+        f"{encoder}: is a Gemma 4; python -m checkpoint_converters.gemma4 converts it"
+    ]
 
 
 def test_gemma_of_the_right_release(ltx25, tmp_path):

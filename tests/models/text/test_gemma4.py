@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Gemma4UnifiedTextConfig, Gemma4UnifiedTextModel
 
-from checkpoint_converters import gemma4, synthetic_gemma
+from checkpoint_converters import gemma3, gemma4, ltx2, synthetic_gemma
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax.models.text.gemma import TextTower
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
@@ -97,6 +97,18 @@ def test_hidden_states(converted, reference):
     valid = mask.astype(bool)
     np.testing.assert_allclose(np.asarray(found)[valid], expected[valid], atol=1e-4, rtol=1e-4)
     assert np.isfinite(np.asarray(found)).all()
+
+
+def test_other_converters_point_here(arrays, tmp_path):
+    """A Gemma 4 as Hugging Face has it, given as an LTX-2 or a Gemma 3."""
+    tower = {key: x for key, x in arrays.items() if key.startswith("model.")}
+    write_file(tmp_path / "model.safetensors", tower)
+    with pytest.raises(ConversionError, match=r"not LTX-2; checkpoint_converters\.gemma4 is for"):
+        ltx2.convert(tmp_path, tmp_path / "out")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "gemma4_unified"}')
+    with pytest.raises(ConversionError, match=r"is a Gemma 4; python -m checkpoint_converters"):
+        gemma3.convert(tmp_path, tmp_path / "out")
 
 
 def test_a_stock_gemma_is_not_that_of_ltx(arrays, tmp_path, monkeypatch, capsys):
