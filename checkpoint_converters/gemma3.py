@@ -13,7 +13,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoint_converters import checks, converting
@@ -196,12 +196,16 @@ def tokenizer_files(
     ]
 
 
-def _prefix(tensors: Tensors) -> str | None:
-    return next((p for p in PREFIXES if any(p + probe in tensors for probe in _PROBES)), None)
+def _prefix(tensors: Tensors, prefixes: Sequence[str] = PREFIXES) -> str | None:
+    return next((p for p in prefixes if any(p + probe in tensors for probe in _PROBES)), None)
 
 
 def select(
-    tensors: Tensors, config: GemmaConfig, source: pathlib.Path
+    tensors: Tensors,
+    config: GemmaConfig,
+    source: pathlib.Path,
+    prefixes: Sequence[str] = PREFIXES,
+    ignored: Sequence[str] = _IGNORED,
 ) -> tuple[dict[str, TensorInfo | ComputedTensor], list[str]]:
     """({official key: tensor} of the text tower, everything that is wrong with it).
 
@@ -209,25 +213,30 @@ def select(
       tensors: all tensors of the folder, under its own keys.
       config: what they must fit.
       source: named in problems.
+      prefixes: what may stand before the names.
+      ignored: patterns of keys that are left behind.
     """
-    prefix = _prefix(tensors)
+    prefix = _prefix(tensors, prefixes)
     if prefix is None and (there := checks.present_components(tensors)):
         return {}, [
             f"{source}: is LTX-2 ({', '.join(there)}), not its text encoder; "
             "checkpoint_converters.ltx2 is for it"
         ]
     if prefix is None:
-        listed = ", ".join(repr(p + _PROBES[0]) for p in PREFIXES)
-        return {}, [f"{source}: no text tower of a Gemma 3; looked for {listed}"]
+        listed = ", ".join(repr(p + _PROBES[0]) for p in prefixes)
+        generation = 4 if config.gemma4 else 3
+        return {}, [f"{source}: no text tower of a Gemma {generation}; looked for {listed}"]
     shapes = model_shapes(TEXT_TOWER, config)
-    expected = {prefix + key.removeprefix(GEMMA): shape for key, shape in shapes.items()}
-    problems = checks.compare(tensors, expected)
+    names = {  # the file's: the table's, which has Gemma 4's unequal layers as a sequence
+        prefix + key.removeprefix(GEMMA).replace("sequence.", "layers.", 1): key for key in shapes
+    }
+    problems = checks.compare(tensors, {name: shapes[key] for name, key in names.items()})
     problems += [
-        (key, "is not part of the model that config.json describes")
+        (key, "is not part of the model that its configuration describes")
         for key in tensors
-        if key not in expected and not any(re.fullmatch(pattern, key) for pattern in _IGNORED)
+        if key not in names and not any(re.fullmatch(pattern, key) for pattern in ignored)
     ]
-    chosen = {GEMMA + key.removeprefix(prefix): tensors[key] for key in expected if key in tensors}
+    chosen = {key: tensors[name] for name, key in names.items() if name in tensors}
     return chosen, checks.grouped(problems)
 
 

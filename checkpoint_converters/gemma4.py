@@ -10,22 +10,15 @@ projections, which lie in the same file, are read by checkpoint_converters.ltx2.
 
 import json
 import pathlib
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoint_converters import checks, converting
-from checkpoint_converters.gemma3 import tokenizer_files
-from checkpoint_converters.key_map import GEMMA, TEXT_TOWER, TOKENIZER_TENSOR
-from checkpoint_converters.reading import weight_files
-from checkpoint_converters.safetensors_io import (
-    ConversionError,
-    TensorInfo,
-    read_header,
-    read_tensor,
-)
-from checkpoint_converters.shapes import model_shapes
+from checkpoint_converters import converting
+from checkpoint_converters.gemma3 import select, tokenizer_files
+from checkpoint_converters.key_map import TEXT_TOWER, TOKENIZER_TENSOR
+from checkpoint_converters.reading import open_checkpoint
+from checkpoint_converters.safetensors_io import ConversionError, read_tensor
 from omniforcing_jax import programs
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.text.encoder_files import GEMMA4_FAMILY, GEMMA_VERSION
@@ -39,7 +32,6 @@ _NOT_OF_LTX = (
 )
 # what stands before the names: in LTX-2.5's file, as published by Google, the text-only model
 PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
-_PROBE = "layers.0.input_layernorm.weight"
 _IGNORED = (
     r"(model\.)?(vision_tower|audio_tower|vision_model|vision_embedder)\..*",
     r"(model\.)?(embed_vision|embed_audio|multi_modal_projector|audio_projector)\..*",
@@ -72,15 +64,11 @@ def convert(
       ConversionError: everything that is wrong; nothing was written then.
     """
     source = pathlib.Path(source)
-    tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
-    files = weight_files(source)
-    for file in files:
-        found, strings = read_header(file)
-        tensors, metadata = tensors | found, metadata | strings
-    whole, text_config = _read_config(source, metadata)
+    checkpoint = open_checkpoint(source)
+    tensors, files = checkpoint.tensors, checkpoint.files
+    whole, text_config = _read_config(source, checkpoint.strings)
     config = GemmaConfig.from_metadata(text_config)
-    chosen, problems = select(tensors, config, source)
+    chosen, problems = select(tensors, config, source, PREFIXES, _IGNORED)
     if tokenizer is None and TOKENIZER_TENSOR in tensors:
         copied = {"tokenizer.json": read_tensor(tensors[TOKENIZER_TENSOR]).tobytes()}
     else:
@@ -88,10 +76,13 @@ def convert(
         copied, missing = tokenizer_files(pathlib.Path(tokenizer or place), None)
         problems += missing
     content = converting.config_content(PROGRAM, GEMMA4_FAMILY, text_config, files)
+    notes = list(checkpoint.notes)
     if version := whole.get(GEMMA_VERSION):
         content[GEMMA_VERSION] = version
     elif (config.num_layers, config.hidden_size) == _SIZE:
-        content["notes"] = [_NOT_OF_LTX]
+        notes.append(_NOT_OF_LTX)
+    if notes:
+        content["notes"] = notes
     inputs = (source, tokenizer or source)
     plan = converting.ConversionPlan(
         content, chosen, (TEXT_TOWER,), files=copied, inputs=inputs, weights=files
@@ -122,29 +113,6 @@ def _read_config(source: pathlib.Path, metadata: Mapping[str, str]) -> tuple[dic
             [f"{source}: is a Gemma 3; python -m checkpoint_converters.gemma3 converts it"]
         )
     return whole, config
-
-
-def select(
-    tensors: Mapping[str, TensorInfo], config: GemmaConfig, source: pathlib.Path
-) -> tuple[dict[str, TensorInfo], list[str]]:
-    """({key of the table: tensor} of the text tower, everything that is wrong with it)."""
-    prefix = next((p for p in PREFIXES if p + _PROBE in tensors), None)
-    if prefix is None:
-        listed = ", ".join(repr(p + _PROBE) for p in PREFIXES)
-        return {}, [f"{source}: no text tower of a Gemma 4; looked for {listed}"]
-    names = {  # the file's: the table's
-        prefix + key.removeprefix(GEMMA).replace("sequence.", "layers.", 1): key
-        for key in model_shapes(TEXT_TOWER, config)
-    }
-    shapes = model_shapes(TEXT_TOWER, config)
-    problems = checks.compare(tensors, {name: shapes[key] for name, key in names.items()})
-    problems += [
-        (key, "is not part of the text tower that the configuration describes")
-        for key in tensors
-        if key not in names and not any(re.fullmatch(pattern, key) for pattern in _IGNORED)
-    ]
-    chosen = {key: tensors[name] for name, key in names.items() if name in tensors}
-    return chosen, checks.grouped(problems)
 
 
 @programs.entry

@@ -169,10 +169,15 @@ class GemmaConfig:
                 "use_bidirectional_attention is 'all'; only causal towers are supported"
             )
         problems += [
-            f"rope_type of {kind} is {settings['rope_type']!r}; only "
+            f"rope_type of {kind} is {settings.get('rope_type')!r}; only "
             f"{' and '.join(_ROPE_TYPES_4)} are supported"
             for kind, settings in ropes.items()
             if settings.get("rope_type") not in _ROPE_TYPES_4
+        ]
+        problems += [
+            f"rope_parameters of {kind} have no rope_theta"
+            for kind, settings in ropes.items()
+            if "rope_theta" not in settings
         ]
         problems += _layer_problems(t)
         raise_problems("Gemma 4 text config", problems)

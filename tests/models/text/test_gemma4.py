@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -123,6 +124,23 @@ def test_tokenizer_comes_with_it(converted):
     assert ids[0] == load_tokenizer(converted).bos_id and len(ids) > 1
 
 
+def test_scaled_fp8(arrays, converted, tmp_path):
+    """The linear layers with a scale each; the vision tower may be quantised, too."""
+    scaled = dict(arrays)
+    for key in [k for k in arrays if k.endswith("_proj.weight")]:
+        scaled[key] = np.clip(arrays[key] * 64, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        scaled[key + "_scale"] = np.full((), 1 / 64, np.float32)
+    source = write_file(tmp_path / "fp8.safetensors", scaled, METADATA)
+    content = gemma4.convert(source, tmp_path / "out", dtype="float32")
+    assert content["notes"] == [f"{len(scaled) - len(arrays)} weights were scaled fp8"]
+    config = load_gemma_config(converted)
+    ours, exact = (
+        load_text_tower(folder, config, dtype=jnp.float32)
+        for folder in (tmp_path / "out", converted)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.07, atol=1e-4), ours, exact)
+
+
 def test_what_is_wrong_is_listed(arrays, tmp_path):
     def problems(arrays, metadata=METADATA):
         source = write_file(tmp_path / "bad.safetensors", arrays, metadata)
@@ -150,6 +168,10 @@ def test_what_is_wrong_is_listed(arrays, tmp_path):
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2; only 0"),
         ({"use_bidirectional_attention": "all"}, "only causal towers"),
         ({"layer_types": ["linear_attention"] * 6}, "layer_types has linear_attention"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "default"}}},
+            "rope_parameters of sliding_attention have no rope_theta",
+        ),
         ({"num_key_value_heads": 3}, "cannot share 3 key/value heads"),
     ],
 )
