@@ -7,8 +7,8 @@ and writes OUTPUT/config.json and one Orbax checkpoint per component. Several in
 may be given, each with some of the components; one of them must have the metadata. LoRAs (`--lora`)
 are merged into the weights. docs/files.md lists what files there are. Students that were trained
 here and exported by checkpoint_converters.export come back as what they were. A distilled LTX-2 is
-known by the name of its file, or of the LoRA that made it (`trained` in config.json;
---recipe decides otherwise), for its tensors do not tell.
+known by the name or metadata of its file, or the name of the LoRA that made it (`trained` in
+config.json; --recipe decides otherwise), for its tensors do not tell.
 
 LTX-2.5 is published in parts: give the files of the transformer, the VAEs, the vocoder, and the
 text encoder, whose text projections belong to the connectors. The text encoder itself, a Gemma 4,
@@ -33,6 +33,11 @@ from omniforcing_jax.sampling import recipes
 from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, LTX2_DISTILLED, TrainedSettings
 from omniforcing_jax.text.encoder_files import GEMMA_VERSION
 
+_RECIPES = {  # of LTX-2's own models
+    LTX2_BASE.stage: "\nfull: sampled in many steps with guidance; --recipe distilled otherwise",
+    LTX2_DISTILLED.stage: "\ndistilled: sampled in eight steps without guidance; --recipe full "
+    "otherwise",
+}
 _TEXT_ENCODER = "layers.0.input_layernorm.weight"  # a key that language models have
 
 
@@ -54,8 +59,8 @@ def convert(
       components: subset of `checkpoints.COMPONENTS`; None takes those that the inputs hold.
       model_version: e.g. "2.0.0", for files whose metadata does not say.
       loras: (file, strength) to merge into the weights, in this order.
-      recipe: how an LTX-2 is sampled, one of `RECIPE_NAMES`; None goes by the name of the
-        transformer's file.
+      recipe: how an LTX-2 is sampled, one of `RECIPE_NAMES`; None goes by what the transformer's
+        file and the LoRAs say.
       options: dtype, mesh, overwrite, allow_non_finite, show_progress of `converting.run`.
 
     Returns:
@@ -158,7 +163,7 @@ def open_inputs(
 
 
 def find_recipe(checkpoint: Checkpoint, loras: Sequence[tuple[pathlib.Path, float]]) -> str:
-    """The recipe that the name of the transformer's file or folder tells, or that of a LoRA."""
+    """The recipe told by the transformer's file, folder or metadata, or by a LoRA's name."""
     names = {
         info.file.name
         for key, info in checkpoint.tensors.items()
@@ -166,8 +171,11 @@ def find_recipe(checkpoint: Checkpoint, loras: Sequence[tuple[pathlib.Path, floa
     }
     if checkpoint.path.is_dir():
         names.add(checkpoint.path.absolute().name)
-    names |= {file.name for file, _ in loras}
-    return next(filter(None, map(recipes.recipe_in_name, sorted(names))), recipes.FULL)
+    # a config names settings, not what the weights are
+    names |= {f"{k} {text}" for k, text in checkpoint.strings.items() if not k.endswith("config")}
+    told = [recipes.recipe_in_text(name) for name in names]
+    told += [recipes.recipe_in_lora_name(file.name) for file, _ in loras]
+    return next(filter(None, told), recipes.FULL)
 
 
 def check_components(
@@ -229,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--recipe",
         choices=recipes.RECIPE_NAMES,
-        help="how the model is sampled (default: distilled if the file's name says so)",
+        help="how the model is sampled (default: distilled if the file's name or metadata say so)",
     )
     return converting.main(parser, argv, convert, describe)
 
@@ -238,8 +246,7 @@ def describe(content: dict) -> str:
     """What was converted, and what was not."""
     there = content["components"]
     text = f"LTX-2 {content['model_version']}, {', '.join(there)}"
-    if content[ENTRY]["stage"] == recipes.DISTILLED:
-        text += "\ndistilled: sampled in eight steps without guidance (else pass --recipe full)"
+    text += _RECIPES.get(content[ENTRY]["stage"], "")
     absent = [name for name in COMPONENTS if name not in there]
     lines = [f"not converted: {', '.join(absent)}"] if absent else []
     lines += [f"merged: {entry['name']}, strength {entry['strength']:g}, {entry['layers']} layers"

@@ -5,6 +5,7 @@ noise levels and without guidance. So the recipe is one value, which converted c
 """
 
 import dataclasses
+import re
 
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.guidance import (
@@ -63,6 +64,18 @@ def is_ancestral(stage: str | None, model_version: str) -> bool:
     return stage == DISTILLED and version >= (2, 5)
 
 
-def recipe_in_name(name: str) -> str | None:
-    """The recipe that a file's name tells, such as ltx-2-19b-distilled.safetensors; or None."""
-    return DISTILLED if DISTILLED in name.lower() else None
+def recipe_in_text(text: str) -> str | None:
+    """The recipe told by a file's name, such as ltx-2-19b-distilled.safetensors, or by its metadata.
+
+    Avatar-Forever's students of the distilled LTX-2.3 are sampled as it is. None: it tells nothing.
+    """
+    found = any(word in text.lower() for word in (DISTILLED, "avatarforever"))
+    return DISTILLED if found else None
+
+
+def recipe_in_lora_name(name: str) -> str | None:
+    """That of a model with a LoRA: LTX-2's own, ltx-2-19b-distilled-lora-384, makes it distilled.
+
+    A LoRA that was only made for the distilled model does not.
+    """
+    return DISTILLED if re.search(r"distilled[-_]lora", name.lower()) else None

@@ -1,6 +1,7 @@
 """Recipes of LTX-2's pipelines, and distilled checkpoints from the file to the clip."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from omniforcing_jax.sampling.guidance import LTX20_GUIDANCE, NO_GUIDANCE
 from omniforcing_jax.sampling.recipes import SamplingRecipe, default_steps
 from omniforcing_jax.sampling.trained import LTX2_BASE, LTX2_DISTILLED, TrainedSettings
 from omniforcing_jax.streaming import media
+from tests.checkpoint_converters.files import read_file, write_file
 
 
 def test_steps_and_levels():
@@ -26,8 +28,34 @@ def test_steps_and_levels():
 
 
 def test_names_of_files():
-    assert recipes.recipe_in_name("LTX-2-19B-Distilled-fp8.safetensors") == "distilled"
-    assert recipes.recipe_in_name("ltx-2-19b-dev.safetensors") is None
+    assert recipes.recipe_in_text("LTX-2-19B-Distilled-fp8.safetensors") == "distilled"
+    assert recipes.recipe_in_text("ltx-2-19b-dev.safetensors") is None
+    for name in ("ltx-2.5-22b-distilled-lora-450-bf16", "LTX2_Distilled_LoRA_rank175"):
+        assert recipes.recipe_in_lora_name(name) == "distilled"
+    assert recipes.recipe_in_lora_name("noir-for-distilled") is None
+
+
+def test_what_a_converter_finds(tmp_path, capsys):
+    """Metadata, a LoRA's name; and it says what it chose."""
+    source, lora = tmp_path / "x.safetensors", tmp_path / "noir-for-distilled.safetensors"
+    synthetic.write(source, "tiny", "2.3", components=("transformer",))
+    synthetic.write_lora(lora, "tiny", "2.3")
+    renamed = lora.with_name("x_distilled_lora.safetensors")
+    shutil.copy(lora, renamed)
+    arrays, strings = read_file(source)
+    strings |= {"avatarforever_complete_weights": "true"}
+    write_file(tmp_path / "y.safetensors", arrays, strings)
+    for options, words in (
+        (["x.safetensors"], "full: sampled in many steps with guidance; --recipe distilled"),
+        (["x.safetensors", "--lora", str(lora)], "full: "),
+        (["x.safetensors", "--lora", str(renamed)], "distilled: sampled in eight steps"),
+        (["y.safetensors"], "distilled: sampled in eight steps"),
+    ):
+        file, *rest = options
+        output = str(tmp_path / "out")
+        arguments = ["--input", str(tmp_path / file), "--output", output, "--overwrite"]
+        assert ltx2.main([*arguments, *rest]) == 0
+        assert f"\n{words}" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
