@@ -22,6 +22,7 @@ import numpy as np
 
 from checkpoint_converters.computed import ComputedTensor, Rows, rows_of, some_rows
 from checkpoint_converters.safetensors_io import (
+    USE_INSTEAD,
     ConversionError,
     Problem,
     TensorInfo,
@@ -31,15 +32,12 @@ from checkpoint_converters.safetensors_io import (
 STORED_AS = "BF16"  # unless another dtype is asked for
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _PACKED = ("U8", "I8")
+_EXPONENTS = ("F8_E8M0", "U8")  # dtypes of mxfp8's scales
 _SCALES = ("weight_scale", "scale_weight")
 # tensors beside a quantised `weight` that go with it
 _BESIDE = (*_SCALES, "weight_scale_2", "input_scale", "scale_input", "comfy_quant")
 _FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "nvfp4": "U8",
             "int8_tensorwise": "I8"}  # fmt: skip
-_USE_INSTEAD = (
-    "use the bfloat16 file of the same model, or one in scaled fp8 (a weight_scale beside each "
-    "weight)"
-)
 # (what a key must match, whose layout that is)
 _FOREIGN = (
     (r".*\.(pre_quant_scale|smooth_factor|wscales|wcscales)", "SVDQuant or AWQ"),
@@ -73,7 +71,7 @@ def dequantize(
       ConversionError: a layout that is not converted, or scales that do not fit.
     """
     foreign = [
-        Problem(f"{path}: quantised as {name} does ({key}), which is not converted; {_USE_INSTEAD}")
+        Problem(f"{path}: quantised as {name} does ({key}), which is not converted; {USE_INSTEAD}")
         for pattern, name in _FOREIGN
         if (key := next((key for key in tensors if re.fullmatch(pattern, key)), None))
     ]
@@ -134,7 +132,7 @@ class _Refusals:
     def check(self) -> None:
         lines = [
             f"{self._path}: holds {name} ({len(keys)} of its weights, such as {keys[0]}), which is "
-            f"not converted; {_USE_INSTEAD}"
+            f"not converted; {USE_INSTEAD}"
             for name, keys in self._layouts.items()
         ]
         if lines or self._tensors:
@@ -200,7 +198,10 @@ def _layout(
         _FORMATS.get(stated) != info.dtype_code or (rotated and info.dtype_code != "I8")
     ):
         return f"ComfyUI's {stated}{', rotated (convrot)' if rotated else ''}"
-    has_scale = any(key in tensors for key in _names(module, _SCALES))
+    scale = next((tensors[key] for key in _names(module, _SCALES) if key in tensors), None)
+    has_scale = scale is not None
+    if info.dtype_code in FLOAT8 and has_scale and scale.dtype_code in _EXPONENTS:
+        return "mxfp8 (a power of two for 32 inputs each)"
     if info.dtype_code in FLOAT8:
         return "scaled fp8" if has_scale or scaled or stated else "fp8 without scales"
     if info.dtype_code == "U8":
@@ -225,7 +226,10 @@ def _scaled(
 ) -> ComputedTensor:
     info = next((tensors[key] for key in _names(module, _SCALES) if key in tensors), None)
     if info is None:
-        raise ValueError("has no scale in a file of scaled weights; download it again")
+        raise ValueError(
+            "has no scale in a file of scaled weights, so what it stands for is unknown; use the "
+            "bfloat16 file"
+        )
     scale = _scale_column(info, weight)
 
     def rows_with_scale() -> Rows:

@@ -29,10 +29,14 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -41,6 +45,11 @@ _CHECKSUMS = "sha256"  # key of the metadata
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
+# where weights are quantised in a way that is not read
+USE_INSTEAD = (
+    "use the bfloat16 file of the same model, or one in scaled fp8 (a weight_scale beside each "
+    "weight)"
+)
 MAX_SHOWN = 10  # lines of one kind
 
 
@@ -168,12 +177,17 @@ def _check_header(
     path: pathlib.Path, tensors: dict[str, TensorInfo], start: int, size: int
 ) -> None:
     """The format wants the tensors' bytes side by side, from the header to the end of the file."""
-    problems = []
+    unknown: dict[str, list[str]] = {}
     for name, info in tensors.items():
         if info.dtype_code not in DTYPES:
-            text = f"{path}: {name} has the unsupported dtype {info.dtype_code}"
-            problems.append(Problem(text, f"dtype {info.dtype_code}"))
-        elif (
+            unknown.setdefault(info.dtype_code, []).append(name)
+    problems = [
+        f"{path}: the unsupported dtype {code} ({len(names)} tensors, such as {names[0]}); "
+        f"{USE_INSTEAD}"
+        for code, names in unknown.items()
+    ]
+    for name, info in tensors.items():
+        if info.dtype_code in DTYPES and (
             min(info.shape, default=0) < 0
             or math.prod(info.shape) * info.dtype.itemsize != info.num_bytes
         ):

@@ -202,6 +202,13 @@ def packed(arrays):
         arrays[weight] = arrays[weight].view(np.uint8)
 
 
+def mxfp8(arrays):
+    """As files really have it: the scale is an exponent for every 32 inputs of a row."""
+    for key in [k for k in arrays if k.endswith(".weight_scale")]:
+        out, inputs = arrays[key.removesuffix("_scale")].shape
+        arrays[key] = np.ones((out, inputs // 32), ml_dtypes.float8_e8m0fnu)
+
+
 def gptq(arrays):
     for key in [k for k in arrays if k.endswith(".weight_scale")]:
         arrays[key.replace("weight_scale", "qweight")] = np.zeros((8, 8), np.int32)
@@ -214,6 +221,7 @@ def gptq(arrays):
         (marked({"format": "float8_e4m3fn", "convrot": True}),
          r"holds ComfyUI's float8_e4m3fn, rotated \(convrot\) \(28 of its weights"),
         (marked({"format": "mxfp8"}), r"holds ComfyUI's mxfp8 \(28 of its weights"),
+        (mxfp8, r"holds mxfp8 \(a power of two for 32 inputs each\) \(28 of its weights"),
         (packed, r"holds packed bytes \(uint8\) of an unknown layout"),
         (gptq, "quantised as GPTQ or AWQ does"),
     ],
