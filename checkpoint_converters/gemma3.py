@@ -5,7 +5,7 @@
 Reads a Hugging Face folder (shards or one file) of a Gemma 3 with or without vision, or a single
 file such as ComfyUI's, and writes OUTPUT/config.json, the Orbax checkpoint OUTPUT/text_tower and
 the tokenizer's files. A single file needs no config.json if it has the sizes of the 12B model. The
-tokenizer is that of --tokenizer, or lies beside the weights, or in them (`spiece_model`). Vision
+tokenizer is that of --tokenizer, or lies in the weights (`spiece_model`), or beside them. Vision
 tower, projector and head are left behind: LTX-2 reads hidden states of text only.
 """
 
@@ -96,16 +96,17 @@ def convert(
         problems += error.problems
     if checks.is_gemma4(tensors):
         raise ConversionError([f"{source}: {_GEMMA_4}"])
-    folder = source.parent if source.is_file() else source
     if tensors or source.is_dir():
         try:
-            alone = tensors and not (folder / "config.json").is_file()
-            text_config = known_config(tensors, source) if alone else read_text_config(folder)
+            text_config = _find_config(tensors, source)
         except ConversionError as error:
             problems += error.problems
-    inside = tensors.get(SPIECE) if tokenizer is None else None
-    found, missing = tokenizer_files(pathlib.Path(tokenizer or folder), inside)
-    problems += missing
+    if tokenizer is None and SPIECE in tensors:
+        found = {"tokenizer.model": read_tensor(tensors[SPIECE]).tobytes()}
+    else:
+        folder = source.parent if source.is_file() else source
+        found, missing = tokenizer_files(pathlib.Path(tokenizer or folder))
+        problems += missing
     if tensors and text_config is not None:
         tensors, wrong = select(tensors, GemmaConfig.from_metadata(text_config), source)
         problems += wrong
@@ -117,6 +118,26 @@ def convert(
         content, tensors, (TEXT_TOWER,), files=found, inputs=inputs, weights=tuple(files)
     )
     return converting.run(plan, problems, output, **options)
+
+
+def _find_config(tensors: Tensors, source: pathlib.Path) -> dict:
+    """`text_config` of a folder's config.json, or of what a single file holds.
+
+    Beside a single file of the 12B model's sizes may lie the config.json of something else.
+
+    Raises:
+      ConversionError: there is none, or one that is not supported.
+    """
+    folder = source.parent if source.is_file() else source
+    beside = (folder / "config.json").is_file()
+    if not tensors or (beside and source.is_dir()):
+        return read_text_config(folder)
+    try:
+        return known_config(tensors, source)
+    except ConversionError:
+        if not beside:
+            raise
+    return read_text_config(folder)
 
 
 def known_config(tensors: Tensors, source: pathlib.Path) -> dict:
@@ -173,13 +194,12 @@ def read_text_config(folder: pathlib.Path) -> dict:
 
 
 def tokenizer_files(
-    place: pathlib.Path, inside: TensorInfo | None
-) -> tuple[dict[str, pathlib.Path | bytes], list[str]]:
-    """({name: file to copy, or its content}, problems).
+    place: pathlib.Path,
+) -> tuple[dict[str, pathlib.Path], list[str]]:
+    """({name: file to copy}, problems).
 
     Args:
       place: a tokenizer's file, or the folder it is in.
-      inside: the bytes of a tokenizer.model, taken if there is none.
     """
     if place.is_file():
         if place.suffix in (".json", ".model"):
@@ -188,8 +208,6 @@ def tokenizer_files(
     found = {name: place / name for name in TOKENIZER_FILES if (place / name).is_file()}
     if any(name in TOKENIZERS for name in found):
         return found, []
-    if inside is not None:
-        return {"tokenizer.model": read_tensor(inside).tobytes()}, []
     return found, [
         f"{place}: has neither {' nor '.join(TOKENIZERS)}; if the tokenizer is in another folder, "
         "pass it as --tokenizer"
@@ -254,8 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokenizer",
         type=pathlib.Path,
-        help="tokenizer.json or tokenizer.model, or the folder of one (default: beside the "
-        "weights, or in them)",
+        help="tokenizer.json or tokenizer.model, or the folder of one (default: in the "
+        "weights, or beside them)",
     )
     return converting.main(parser, argv, convert, _describe)
 

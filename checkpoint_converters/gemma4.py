@@ -73,7 +73,7 @@ def convert(
         copied = {"tokenizer.json": read_tensor(tensors[TOKENIZER_TENSOR]).tobytes()}
     else:
         place = source.parent if source.is_file() else source
-        copied, missing = tokenizer_files(pathlib.Path(tokenizer or place), None)
+        copied, missing = tokenizer_files(pathlib.Path(tokenizer or place))
         problems += missing
     content = converting.config_content(PROGRAM, GEMMA4_FAMILY, text_config, files)
     notes = list(checkpoint.notes)

@@ -65,7 +65,7 @@ def is_ancestral(stage: str | None, model_version: str) -> bool:
 
 
 def recipe_in_text(text: str) -> str | None:
-    """The recipe told by a file's name, such as ltx-2-19b-distilled.safetensors, or by its metadata.
+    """The recipe told by a file's name, such as ltx-2-19b-distilled.safetensors, or its metadata.
 
     Avatar-Forever's students of the distilled LTX-2.3 are sampled as it is. None: it tells nothing.
     """

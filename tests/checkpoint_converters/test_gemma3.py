@@ -213,10 +213,11 @@ def test_a_single_file_with_its_tokenizer_inside(source, tmp_path):
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"a sentencepiece model"
     wanted = weights(source)[GEMMA + "norm.weight"]
     np.testing.assert_array_equal(tower(tmp_path / "out")["final_norm"]["scale"], wanted)
-    # what lies beside it, or is given, goes before what is inside
+    # what lies beside it may be another model's; what is given goes before what is inside
     shutil.copy(source / "tokenizer.json", tmp_path / "one")
     gemma3.convert(file, tmp_path / "beside")
-    assert not (tmp_path / "beside" / "tokenizer.model").exists()
+    assert (tmp_path / "beside" / "tokenizer.model").read_bytes() == b"a sentencepiece model"
+    assert not (tmp_path / "beside" / "tokenizer.json").exists()
     (tmp_path / "other.model").write_bytes(b"another")
     gemma3.convert(file, tmp_path / "given", tokenizer=tmp_path / "other.model")
     assert (tmp_path / "given" / "tokenizer.model").read_bytes() == b"another"
@@ -232,6 +233,18 @@ def test_a_single_file_without_tokenizer_or_config(source, tmp_path):
     text = refused(single_file(source, tmp_path / "one"), tmp_path / "out")
     assert "one: has neither tokenizer.json nor tokenizer.model" in text
     assert "has no config.json beside it, and not the sizes of google/gemma-3-12b-it" in text
+
+
+def test_a_single_file_of_the_12b_model_beside_the_config_of_another(source, tmp_path, monkeypatch):
+    config = json.loads((source / "config.json").read_text())["text_config"]
+    monkeypatch.setattr(gemma3, "GEMMA_12B", config)
+    file = single_file(source, tmp_path / "one")
+    (tmp_path / "one" / "config.json").write_text('{"model_type": "t5"}')
+    content = gemma3.convert(file, tmp_path / "out", tokenizer=source)
+    assert content["config"] == config
+    monkeypatch.undo()  # of any other size it is needed
+    text = refused(file, tmp_path / "x", tokenizer=source)
+    assert "model_type is 't5'; supported are 'gemma3'" in text
 
 
 def test_scaled_fp8(source, tmp_path):
