@@ -39,6 +39,7 @@ _RECIPES = {  # of LTX-2's own models
     "otherwise",
 }
 _TEXT_ENCODER = "layers.0.input_layernorm.weight"  # a key that language models have
+_UPSAMPLER = "post_upsample_res_blocks.0.conv1.weight"  # one that latent upsamplers have
 
 
 def convert(
@@ -144,6 +145,10 @@ def open_inputs(
                 problems.append(
                     f"{path}: is a text encoder, not LTX-2; checkpoint_converters.{program} is for "
                     "it"
+                )
+            if _UPSAMPLER in checkpoint.tensors:
+                problems.append(
+                    f"{path}: is a latent upsampler; checkpoint_converters.upsampler is for it"
                 )
             if key_map.TOKENIZER_TENSOR in checkpoint.tensors:
                 # LTX-2.5's text encoder, of which only the projections are LTX-2's

@@ -8,6 +8,7 @@ Reads the official file of a spatial (x2, x1.5) or temporal (x2) upsampler, or d
 the latents of one LTX-2 version.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -52,7 +53,8 @@ def convert(
     source = pathlib.Path(source)
     checkpoint = open_checkpoint(source)
     version = checkpoint.model_version or model_version
-    problems = checks.version_problems(checkpoint) if version is None else []
+    checkpoint = dataclasses.replace(checkpoint, model_version=version)
+    problems = checks.version_problems(checkpoint)
     metadata = checkpoint.config or _diffusers_metadata(source)
     try:
         config = UpsamplerConfig.from_metadata(metadata)

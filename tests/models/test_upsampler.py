@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoint_converters import upsampler
+from checkpoint_converters import ltx2, upsampler
 from checkpoint_converters.reading import load_component
 from checkpoint_converters.safetensors_io import ConversionError, read_header
 from checkpoint_converters.shapes import model_shapes
@@ -113,6 +113,15 @@ def test_diffusers_folder(golden_dir, tmp_path):
     found = upsampler.convert(folder, tmp_path / "a", model_version="2.3.0")
     expected = upsampler.convert(source, tmp_path / "b")
     assert found["fingerprints"] == expected["fingerprints"]
+    with pytest.raises(ConversionError, match=r"unknown model_version '9\.9' \(known: 2\.0"):
+        upsampler.convert(folder, tmp_path / "x", model_version="9.9")
+    with pytest.raises(ConversionError, match=r"no `model_version` in the file's metadata"):
+        upsampler.convert(folder, tmp_path / "x")
+    with pytest.raises(ConversionError) as error:
+        ltx2.convert(source, tmp_path / "x")
+    assert error.value.problems == [
+        f"{source}: is a latent upsampler; checkpoint_converters.upsampler is for it"
+    ]
     assert found["model_version"] == expected["model_version"]
     read = [
         UpsamplerConfig.from_metadata(checkpoints.component_metadata(content, "spatial_upsampler"))
