@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from checkpoint_converters import ltx2, synthetic, upsampler
-from launch import sample_teacher
+from launch import refinement, sample_teacher
 from omniforcing_jax.geometry import ClipGeometry, draw_noise
+from omniforcing_jax.io import checkpoints
 from omniforcing_jax.sampling import flow, two_stage
 from omniforcing_jax.sampling.teacher import Prompt, sample
 from omniforcing_jax.sampling.two_stage import SECOND_STAGE_KEY, Upsampler, refine
@@ -23,10 +24,11 @@ CLIP = ClipGeometry(video_frames=2, audio_frames=9, height=4, width=4)
 
 @pytest.fixture(scope="module")
 def folders(random_checkpoint, tmp_path_factory):
-    """The random checkpoint as a full and as a distilled model, and upsamplers for it."""
+    """The random checkpoint, a distilled model of other weights, and upsamplers for them."""
     base, folder = random_checkpoint("2.0"), tmp_path_factory.mktemp("two_stage")
     distilled = folder / "distilled"
-    ltx2.convert(base.parent / "tiny.safetensors", distilled, recipe="distilled")
+    synthetic.write(folder / "other.safetensors", "tiny", "2.0", seed=1)
+    ltx2.convert(folder / "other.safetensors", distilled, recipe="distilled")
     for kind in ("spatial", "temporal"):
         source = folder / f"{kind}.safetensors"
         synthetic.write_upsampler(source, "tiny", "2.0", kind)
@@ -67,8 +69,15 @@ def script(checkpoint, output, *options):
     return sample_teacher.main([*arguments, "--output", str(output), *map(str, options)])
 
 
-def test_program(folders, tmp_path, capsys):
+def test_program(folders, tmp_path, capsys, monkeypatch):
     """A full model's clip, which begins with a picture, is refined by a distilled one."""
+    calls = []
+
+    def spy(model, params, prompt, key, first, clip, *, condition):
+        calls.append((params, condition))
+        return refine(model, params, prompt, key, first, clip, condition=condition)
+
+    monkeypatch.setattr(refinement, "refine", spy)
     base, distilled, spatial, _ = folders
     output = tmp_path / "clip.mp4"
     plain = ["--steps=2", "--stg=0", "--modality=1", "--cfg-video=1", "--cfg-audio=1"]
@@ -80,6 +89,14 @@ def test_program(folders, tmp_path, capsys):
     assert "upsampling, and refining in 3 steps" in capsys.readouterr().err
     frames = media.read_clip(output)[0]
     assert frames.shape == (9, 128, 128, 3)
+    [(params, condition)] = calls
+    for folder, same in ((distilled, True), (base, False)):
+        expected = checkpoints.load_params(folder, "transformer", dtype=jnp.float32)
+        kernel, wanted = (t["blocks"]["video_attn"]["q"]["kernel"] for t in (params, expected))
+        assert np.array_equal(kernel, wanted) == same
+    assert condition is not None  # the picture, at the size that comes out
+    assert condition.clean.video.shape[1] == CLIP.video_tokens
+    np.testing.assert_array_equal(np.asarray(condition.mask.video)[0], [0, 1])
 
 
 def test_program_refuses(folders, tmp_path, capsys, monkeypatch):
