@@ -324,10 +324,11 @@ print(peak_resident_bytes())
 
 @pytest.mark.slow
 def test_memory_of_a_large_fp8_file(tmp_path):
-    """Layers of the published sizes, 8.9 GB with the other components, where there is room."""
-    size = "full" if shutil.disk_usage(tmp_path).free > 30e9 else "small"
+    """Layers of the published sizes, 8.9 GB with the other components."""
+    if shutil.disk_usage(tmp_path).free < 30e9:
+        pytest.skip("needs 30 GB of disk")
     source = tmp_path / "fp8.safetensors"
-    write = ["--size", size, "--layers", "6", "--dtype", "float8"]
+    write = ["--size", "full", "--layers", "6", "--dtype", "float8"]
     command = [sys.executable, "-m", "checkpoint_converters.synthetic", *write]
     options = dict(check=True, capture_output=True, text=True, cwd=ROOT)
     subprocess.run([*command, "--output", str(source)], **options)
