@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
     parser = programs.Parser("launch.encode_prompts", __doc__)
     add = parser.add_argument
-    add("--gemma", required=True, help="folder written by checkpoint_converters.gemma3")
+    add("--gemma", required=True, help="folder written by checkpoint_converters.gemma3 or .gemma4")
     add("--checkpoint", required=True, help="converted LTX-2 checkpoint, for its text projection")
     add("--prompts", required=True, metavar="FILE", help="captions: .txt, .csv or .jsonl")
     add("--column", help="of the .csv, or key in the .jsonl (default: caption)")

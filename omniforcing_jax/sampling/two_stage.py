@@ -4,7 +4,8 @@
     x0 <- upsampled video, and the sound as it is
     x  <- 0.909 noise + 0.091 x0, then three steps of a distilled model without guidance
 
-The second stage makes sound as well, for the video to look at; the clip keeps that of the first.
+The second stage makes sound as well, for the video to look at; the clip keeps that of the first, as
+in LTX-2's pipeline for the full model. Its distilled pipeline decodes the sound of the second.
 """
 
 import dataclasses

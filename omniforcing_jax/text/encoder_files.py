@@ -27,7 +27,11 @@ from omniforcing_jax.text.tokenizer import Tokenizer, load_tokenizer
 TEXT_TOWER = "text_tower"
 FAMILY, GEMMA4_FAMILY = "gemma3", "gemma4"
 GEMMA_VERSION = "gemma_version"  # in config.json of a Gemma 4, and of the LTX-2.5 trained with it
-_HOW_TO_CREATE = "python -m checkpoint_converters.gemma3 --input HF_FOLDER --output {folder}"
+_CONVERTERS = "checkpoint_converters.gemma3 (or .gemma4, for LTX-2.5)"
+_HOW_TO_CREATE = (
+    "python -m checkpoint_converters.gemma3 --input HF_FOLDER --output {folder} (LTX-2.5's Gemma: "
+    "checkpoint_converters.gemma4)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ def check_encoder(
     """Checks everything about a text encoder that can be checked without reading its weights.
 
     Args:
-      gemma: folder from `checkpoint_converters.gemma3`.
+      gemma: folder from `checkpoint_converters.gemma3` or `.gemma4`.
       checkpoint: folder from `checkpoint_converters.ltx2` or `.omniforcing`.
       length: tokens per prompt; None as the model was trained, else 1024.
 
@@ -107,7 +111,7 @@ def check_encoder(
         )
     check_tower(tower_path(gemma), boxed_tower(config))
     weights = (
-        checkpoints.weights_fingerprint(gemma, TEXT_TOWER, "checkpoint_converters.gemma3"),
+        checkpoints.weights_fingerprint(gemma, TEXT_TOWER, _CONVERTERS),
         checkpoints.weights_fingerprint(
             checkpoint, "connectors", "checkpoint_converters.ltx2 (or .omniforcing, with --base)"
         ),
@@ -156,7 +160,7 @@ def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
     if not known or content.get("format") != checkpoints.FORMAT:
         raise ValueError(
             f"{file}: found family {content.get('family')!r}, format {content.get('format')!r}; "
-            f"expected {FAMILY!r}, {checkpoints.FORMAT}. {how} creates it"
+            f"expected {FAMILY!r} or {GEMMA4_FAMILY!r}, {checkpoints.FORMAT}. {how} creates it"
         )
     groups = ("config", "fingerprints", "checksums")
     if wrong := [name for name in groups if not isinstance(content.get(name, {}), dict)]:
@@ -223,7 +227,7 @@ def _check_fit(
     if problems:
         raise ValueError(
             f"{gemma} cannot be used with {checkpoint}: {'; '.join(problems)}. LTX-2 uses Gemma 3 "
-            "12B and 1024 tokens"
+            "12B, LTX-2.5 its Gemma 4 12B, and 1024 tokens"
         )
 
 

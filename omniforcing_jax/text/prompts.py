@@ -148,7 +148,7 @@ class PromptEncoder:
         """Checks the folders; no weights are read yet.
 
         Args:
-          gemma: folder from `checkpoint_converters.gemma3`.
+          gemma: folder from `checkpoint_converters.gemma3` or `.gemma4`.
           checkpoint: converted LTX-2 or student, for its connectors.
           cache: folder of encoded prompts; None keeps none on disk.
           dtype, quantize, length: see `TextEncoder.load`.

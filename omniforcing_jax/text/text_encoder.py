@@ -95,7 +95,7 @@ class TextEncoder:
         """Reads a converted Gemma and the connectors of a converted LTX-2 or student.
 
         Args:
-          gemma: folder from `checkpoint_converters.gemma3`.
+          gemma: folder from `checkpoint_converters.gemma3` or `.gemma4`.
           checkpoint: folder from `checkpoint_converters.ltx2` or `.omniforcing`.
           dtype: compute dtype; weights are cast to it while loading.
           quantize: "int8" keeps the tower's matrices as int8, one at a time, so that the tower is

@@ -139,7 +139,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Reads the tokenizer in the folder of a text encoder.
 
     Args:
-      folder: with `tokenizer.json`, or else `tokenizer.model`, as released with Gemma 3.
+      folder: with `tokenizer.json`, or else `tokenizer.model`, as released with Gemma.
 
     Raises:
       FileNotFoundError: no such folder, or it has neither file.
@@ -157,13 +157,13 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             raise
         except Exception as error:  # the libraries raise nothing more specific
             raise ValueError(
-                f"{path} cannot be read ({error}); copy {name} from the release of Gemma 3 again"
+                f"{path} cannot be read ({error}); copy {name} from the Gemma's release again"
             ) from error
         _check_ids(path, bos_id, pad_id)
         return Tokenizer(size, bos_id, hashlib.sha256(content).hexdigest(), encode, decode)
     what = "has no tokenizer.json or tokenizer.model" if folder.is_dir() else "does not exist"
     raise FileNotFoundError(
-        f"{folder} {what}; expected the folder of Gemma 3, where the tokenizer lies beside "
+        f"{folder} {what}; expected the folder of a Gemma, where the tokenizer lies beside "
         "config.json"
     )
 
@@ -212,6 +212,6 @@ def _check_ids(path: pathlib.Path, bos_id: int | None, pad_id: int | None) -> No
         )
     if problems:
         raise ValueError(
-            f"{path}: {' and '.join(problems)}; this is not the tokenizer of Gemma 3, which the "
+            f"{path}: {' and '.join(problems)}; this is not the tokenizer of a Gemma, which the "
             "text encoder was trained with"
         )
