@@ -182,7 +182,7 @@ def _check_header(
         if info.dtype_code not in DTYPES:
             unknown.setdefault(info.dtype_code, []).append(name)
     problems = [
-        f"{path}: the unsupported dtype {code} ({len(names)} tensors, such as {names[0]}); "
+        f"{path}: the unsupported dtype {code} ({len(names)} of its tensors, such as {names[0]}); "
         f"{USE_INSTEAD}"
         for code, names in unknown.items()
     ]
