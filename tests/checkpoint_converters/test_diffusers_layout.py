@@ -349,6 +349,7 @@ def test_what_the_official_schema_cannot_say_is_refused(tmp_path):
     )
     with pytest.raises(ConversionError, match="gated_attn and audio_gated_attn differ"):
         ltx2.convert(tmp_path / "model", tmp_path / "out")
+    (tmp_path / "model" / "model_index.json").touch()
     (tmp_path / "model" / "transformer" / "config.json").unlink()
     with pytest.raises(ConversionError, match=r"config\.json: cannot be read"):
         ltx2.convert(tmp_path / "model", tmp_path / "out")
