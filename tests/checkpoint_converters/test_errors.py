@@ -115,7 +115,7 @@ def with_header(path, change, data=bytes(16)):
     ({"shape": "22"}, "bad header"),
     ({"data_offsets": [8, 16, 24]}, "bad header"),
     ({"dtype": ["F32"]}, "unsupported dtype"),
-    ({"dtype": "F4"}, r"dtype F4 \(1 of its tensors, such as b\); use the bfloat16 file of the same"),
+    ({"dtype": "F4"}, r"dtype F4 \(1 of its tensors, such as b\); use the bfloat16 file"),
 ])  # fmt: skip
 def test_offsets_that_overlap_or_leave_gaps(tmp_path, change, text):
     assert set(read_header(with_header(tmp_path / "good", lambda header: None))[0]) == {"a", "b"}
