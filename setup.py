@@ -10,6 +10,7 @@ INSTALL_REQUIRES = [
     "chex>=0.1.92",
     "einops>=0.8",
     "numpy>=2.0",
+    "filelock>=3.12",  # with it JAX limits the size of its cache of compiled programs
     "ml_dtypes>=0.5",  # bfloat16 in NumPy
     # checkpoints: Orbax is the training format, safetensors what LTX-2 is published in
     "orbax-checkpoint>=0.12",

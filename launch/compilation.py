@@ -10,6 +10,8 @@ import jax
 
 from omniforcing_jax.io.paths import user_cache
 
+MAX_BYTES = "jax_compilation_cache_max_size"
+_MAX_BYTES = 10 * 10**9  # what was used longest ago goes first
 MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
@@ -23,7 +25,8 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 def use_cache(enabled: bool = True) -> None:
     """Keeps what is compiled from now on in the user's cache folder, and takes it from there.
 
-    Two variables come first: JAX_COMPILATION_CACHE_DIR names another folder, and
+    That folder grows to 10 GB, or to JAX_COMPILATION_CACHE_MAX_SIZE bytes (-1: without end). Two
+    variables come first: JAX_COMPILATION_CACHE_DIR names another folder, and
     JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
     config = jax.config
@@ -35,12 +38,17 @@ def use_cache(enabled: bool = True) -> None:
         config.update(MIN_SECONDS, 0.0)  # a stream has dozens of small programs
     if config.jax_compilation_cache_dir:
         return
-    folder = default_folder()
     try:
+        folder = default_folder()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no place to write to: programs are compiled as they always were
+        # JAX gives up where one has no time of its last use: it is killed between writing the two
+        for program in folder.glob("*-cache"):
+            program.with_name(f"{program.name.removesuffix('-cache')}-atime").touch()
+    except (OSError, RuntimeError):  # no place to write to: all is compiled as it always was
         return
     config.update("jax_compilation_cache_dir", str(folder))
+    if MAX_BYTES.upper() not in os.environ:
+        config.update(MAX_BYTES, _MAX_BYTES)
 
 
 def default_folder() -> pathlib.Path:

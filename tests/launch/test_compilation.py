@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 from launch import compilation
 
@@ -39,9 +40,24 @@ def test_a_second_process_compiles_nothing(tmp_path, monkeypatch):
     home = tmp_path / "home"
     assert hits(home) == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    assert any(compilation.default_folder().iterdir())
+    (program, *_) = compilation.default_folder().glob("*-cache")
+    used = program.with_name(program.name.replace("-cache", "-atime"))
+    assert len(used.read_bytes()) == 8, "JAX keeps when it was used, for the limit"
+    used.unlink()  # as if it was killed before
     assert hits(home) >= 1
     assert hits(home, "--no-compilation-cache") == 0
+
+
+def test_the_folder_is_limited(tmp_path, monkeypatch):
+    """What was used longest ago goes, also where nobody knows when that was."""
+    home, limit = tmp_path / "home", {"JAX_COMPILATION_CACHE_MAX_SIZE": "100000"}
+    hits(home, **limit)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    (old := compilation.default_folder() / "old-cache").write_bytes(bytes(99_999))
+    for program in compilation.default_folder().glob("jit*-cache"):
+        program.unlink()
+    assert hits(home, **limit) == 0 and not old.exists()
+    assert any(compilation.default_folder().glob("jit*-cache"))
 
 
 def test_variables_come_first(tmp_path):
@@ -54,3 +70,21 @@ def test_variables_come_first(tmp_path):
 def test_no_place_to_write_to_is_no_error(tmp_path):
     (tmp_path / "home").write_text("a file")
     assert hits(tmp_path / "home") == 0
+
+
+def test_no_home_is_no_error(monkeypatch):
+    """Of a user whom the system does not know."""
+
+    class Config:
+        jax_enable_compilation_cache, jax_compilation_cache_dir = True, None
+
+        def update(self, name, value):
+            assert name == compilation.MIN_SECONDS
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", home)
+    monkeypatch.setattr(compilation, "jax", types.SimpleNamespace(config=Config()))
+    compilation.use_cache()
