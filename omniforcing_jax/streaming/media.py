@@ -131,6 +131,14 @@ class _Output:
         return os.write(self._descriptor, data[: select.PIPE_BUF])
 
 
+def _is_open_file(descriptor: int, path: pathlib.Path) -> bool:
+    """Whether a path still leads to the file that was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 class ClipWriter:
     """Appends video and sound to an MP4 that plays while it is being written.
 
@@ -221,23 +229,33 @@ class ClipWriter:
         self._final_path = self._open_path = pathlib.Path(path)
         self._final_path.parent.mkdir(parents=True, exist_ok=True)
         self._reserve()
-        if self._final_path.exists():
+        if self._final_path.exists():  # nobody else makes or replaces it now
+            if not overwrite:
+                self.release()
+                raise FileExistsError(
+                    errno.EEXIST, "exists; choose another name or allow overwriting", str(path)
+                )
             self._open_path = self._final_path.with_suffix(f".part{CLIP_SUFFIX}")
         return str(self._open_path)
 
     def _reserve(self) -> None:
         """Locks the place against a second writer, by a file beside it that goes on closing."""
         lock = self._final_path.with_name(f".{self._final_path.name}.lock")
-        self._lock = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666), lock
+        descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
         except BlockingIOError:
-            os.close(self._lock[0])
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        # another writer may have removed the file before it was locked here
+        if not free or not _is_open_file(descriptor, lock):
+            os.close(descriptor)
             raise FileExistsError(
                 errno.EEXIST, "is being written by another program", str(self._final_path)
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+            )
+        self._lock = descriptor, lock
 
     def release(self) -> None:
         """Lets others write the clip; nothing may be written after it."""

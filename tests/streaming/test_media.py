@@ -204,6 +204,24 @@ def test_a_second_writer_of_a_clip_is_refused(tmp_path, existing):
     assert len(media.read_clip(path)[0]) == 2 * RATE
 
 
+def test_a_writer_that_ends_while_another_locks_is_noticed(tmp_path, monkeypatch):
+    """The lock is of a file that is gone; and the clip is there now."""
+    path, lock = tmp_path / "clip.mp4", tmp_path / ".clip.mp4.lock"
+    flock = media.fcntl.flock
+
+    def late(descriptor, how):
+        lock.unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(media.fcntl, "flock", late)
+    with pytest.raises(FileExistsError, match="is being written by another program"):
+        writer(path)
+    monkeypatch.setattr(media.fcntl, "flock", lambda *how: path.write_bytes(b"") or flock(*how))
+    with pytest.raises(FileExistsError, match="exists; choose another name"):
+        writer(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_writer_that_got_no_data_leaves_no_file(tmp_path):
     writer(tmp_path / "clip.mp4").close()
     with pytest.raises(KeyboardInterrupt) as caught, writer(tmp_path / "clip.mp4"):
