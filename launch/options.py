@@ -78,10 +78,10 @@ def check_clip_output(args: argparse.Namespace, program: str) -> None:
     """Checks --output of a program before anything is read.
 
     Raises:
-      ValueError: no place for a clip, not this program's to replace, or one of its inputs.
-      FileExistsError: it exists, and --overwrite was not given.
+      ValueError: no place for a clip, or a file that exists, unless --overwrite is given and it is
+        this program's and none of its inputs.
     """
-    media.check_output_path(args.output, args.overwrite)
+    media.check_output_path(args.output)
     if args.output != media.STDOUT:
         inputs = [args.checkpoint, args.text_encoder]
         outputs.check(args.output, program=program, overwrite=args.overwrite, inputs=inputs)

@@ -27,7 +27,7 @@ LTX2_CLIP = {
     "width": 768,
     "frames": 121,
 }
-Range = tuple[float, float]
+Interval = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TrainedSettings:
     width: int | None = None
     frames: int | None = None
     guidance: AVGuidance | None = None
-    distilled_cfg: tuple[Range, Range] | None = None
+    distilled_cfg: tuple[Interval, Interval] | None = None
     modes: tuple[str, ...] | None = None
 
     def __post_init__(self):

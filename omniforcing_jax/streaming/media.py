@@ -35,20 +35,18 @@ X264_PRESETS = (
 MAX_DRIFT_SECONDS = 0.5
 
 
-def check_output_path(path: str | os.PathLike, overwrite: bool = False) -> None:
+def check_output_path(path: str | os.PathLike) -> None:
     """Raises now what opening `path` for a clip would raise later. Creates nothing.
 
     Meant for the start of a program, before a model is loaded. Missing parent folders are fine:
-    `ClipWriter` creates them.
+    `ClipWriter` creates them. Whether a file that is there may be replaced `io.outputs` says.
 
     Args:
       path: `*.mp4`, or "-" for standard output.
-      overwrite: whether an existing file may be replaced.
 
     Raises:
       ValueError: not an .mp4 name, a folder, a place that cannot be written to, or "-" while
         standard output is a terminal.
-      FileExistsError: the file exists and `overwrite` is False.
     """
     if str(path) == STDOUT:
         if sys.stdout.isatty():
@@ -67,15 +65,8 @@ def check_output_path(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise ValueError(f"output {path}: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"output {path}: no permission to write in {folder}")
-    if path.exists():
-        if not overwrite:
-            raise FileExistsError(
-                errno.EEXIST,
-                "exists already; choose another name or allow overwriting (--overwrite)",
-                str(path),
-            )
-        if not os.access(path, os.W_OK):
-            raise ValueError(f"output {path} exists and is read-only")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"output {path} exists and is read-only")
 
 
 def _check_settings(width, height, frame_rate, sample_rate, crf, preset, fragment_seconds) -> None:
@@ -222,7 +213,7 @@ class ClipWriter:
         """Checks where the clip goes and returns what the muxer opens."""
         if hasattr(path, "write"):
             return _Pipe(path)
-        check_output_path(path, overwrite)
+        check_output_path(path)
         if str(path) == STDOUT:
             self._stdout = _Output()
             return _Pipe(self._stdout)

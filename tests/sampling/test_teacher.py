@@ -521,7 +521,7 @@ def test_script_refuses(checkpoint, random_gemma, tmp_path, capsys, monkeypatch)
         assert not output.exists()
     output.write_bytes(b"x")
     assert run_script(checkpoint, output, *random) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists; choose another" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "av", None)
     assert run_script(checkpoint, tmp_path / "other.mp4", *random) == 2
     assert "needs PyAV (pip install av)" in capsys.readouterr().err

@@ -352,7 +352,7 @@ def test_output_path_is_checked_up_front(tmp_path, monkeypatch):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "old.mp4").write_text("")
     media.check_output_path(tmp_path / "a" / "b" / "clip.mp4")
-    media.check_output_path(tmp_path / "old.mp4", overwrite=True)
+    media.check_output_path(tmp_path / "old.mp4")
     for name, message in [
         ("clip.avi", "must end in .mp4"),
         ("clip", "must end in .mp4"),
@@ -361,8 +361,6 @@ def test_output_path_is_checked_up_front(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             media.check_output_path(tmp_path / name)
-    with pytest.raises(FileExistsError, match="allow overwriting"):
-        media.check_output_path(tmp_path / "old.mp4")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(ValueError, match="no permission"):
         media.check_output_path(tmp_path / "clip.mp4")
