@@ -8,6 +8,7 @@ where it is used: importing this module does not need it.
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import pathlib
 import select
@@ -142,8 +143,9 @@ class ClipWriter:
 
     Where the bytes go:
       * a new path: straight into it. After an exception the clip so far is left there, closed.
-      * an existing path with `overwrite=True`: into `<name>.part.mp4` beside it, which takes the
-        name on a clean close. After an exception the old file is untouched, the part file stays.
+      * an existing path with `overwrite=True`: into `<name>.part.mp4` beside it (`.part2.mp4`, ...
+        if there is one), which takes the name on a clean close. After an exception the old file is
+        untouched, the part file stays.
       * "-" (standard output; print nothing else there) or any object with `write(bytes)`: written
         front to back without seeking. The object is flushed, not closed.
 
@@ -226,7 +228,9 @@ class ClipWriter:
                 raise FileExistsError(
                     errno.EEXIST, "exists; choose another name or allow overwriting", str(path)
                 )
-            self._open_path = self._final_path.with_suffix(f".part{CLIP_SUFFIX}")
+            numbers = itertools.chain([""], itertools.count(2))
+            parts = (self._final_path.with_suffix(f".part{n}{CLIP_SUFFIX}") for n in numbers)
+            self._open_path = next(part for part in parts if not os.path.lexists(part))
         return str(self._open_path)
 
     def _reserve(self) -> None:
