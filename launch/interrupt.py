@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM of a program that streams."""
 
 import os
+import select
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import NoReturn
@@ -47,7 +47,7 @@ class Interrupt:
         self._status = 128 + signum
         if at_once:
             raise programs.Terminated if signum == signal.SIGTERM else KeyboardInterrupt
-        print("\nending after this block (Ctrl-C again: at once)", file=sys.stderr)
+        programs.say("\nending after this block (Ctrl-C again: at once)")
 
     def _watch(self) -> None:
         """Waits for the second signal, and then for the end."""
@@ -62,10 +62,13 @@ class Interrupt:
             self.leave()
 
     def leave(self) -> NoReturn:
-        """Ends the process at once, whatever its threads are doing."""
-        self.before_exit()
-        os.write(2, b"\ninterrupted\n")
-        os._exit(self._status)
+        """Ends the process at once, whatever its threads do and whoever reads what it says."""
+        try:
+            self.before_exit()
+            if select.select([], [2], [], 0)[1]:  # else writing would wait for its reader
+                os.write(2, b"\ninterrupted\n")
+        finally:
+            os._exit(self._status)
 
     def __exit__(self, *_) -> None:
         self._over.set()

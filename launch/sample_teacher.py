@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     request = check_arguments(args, config)
     for note in request.notes:
-        print(note, file=sys.stderr)
+        programs.say(note)
     played = request.given and request.given.played
     writer = media.ClipWriter(  # before the weights are read: it checks its settings, too
         args.output,

@@ -372,7 +372,7 @@ def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, StreamRequest]:
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     request = check_arguments(args, config)
     for note in request.notes:
-        print(note, file=sys.stderr)
+        programs.say(note)
     media.ClipWriter(io.BytesIO(), **clip_settings(args, config)).close()  # it checks its settings
     return config, request
 

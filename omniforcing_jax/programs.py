@@ -68,13 +68,13 @@ def entry(main: Callable[..., int | None]) -> Callable[..., int]:
             return BROKEN_PIPE
         except KeyboardInterrupt as interrupt:
             stopped = isinstance(interrupt, Terminated)
-            _say(with_notes(interrupt) or ("stopped by SIGTERM" if stopped else "interrupted"))
+            say(with_notes(interrupt) or ("stopped by SIGTERM" if stopped else "interrupted"))
             return TERMINATED if stopped else INTERRUPTED
         except Exception as error:
             status, text = explain(error)
             if status is None:
                 status, text = FAILED, f"{text}; {_write_traceback(error, main)}"
-            _say("\n".join(_shortened(line, 2000) for line in f"error: {text}".split("\n")))
+            say("\n".join(_shortened(line, 2000) for line in f"error: {text}".split("\n")))
             return status
 
     return run
@@ -194,7 +194,7 @@ def _first_line(text: str) -> str:
     return _shortened(text.strip().partition("\n")[0], 400)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Prints to standard error, if there is one."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"{text}\n")

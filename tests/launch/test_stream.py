@@ -277,6 +277,34 @@ def test_a_second_signal_ends_what_python_cannot(tmp_path):
     assert (process.returncode, output) == (143, b"cleared\n") and b"Traceback" not in errors
 
 
+def test_leaving_needs_nobody_who_listens():
+    """What comes before the end may fail, and standard error be closed or a pipe that is full."""
+    code = (
+        "import os, signal\n"
+        "from launch.interrupt import Interrupt\n"
+        "def broken(interrupt):\n"
+        "    interrupt.before_exit = lambda: 1 / 0\n"
+        "def closed(interrupt):\n"
+        "    os.close(2)\n"
+        "def full(interrupt):\n"
+        "    reader, writer = os.pipe()\n"
+        "    os.set_blocking(writer, False)\n"
+        "    try:\n"
+        "        while True: os.write(writer, b'x' * 4096)\n"
+        "    except BlockingIOError: os.set_blocking(writer, True)\n"
+        "    os.dup2(writer, 2)\n"
+        "for harm in (broken, closed, full):\n"
+        "    if not (child := os.fork()):\n"
+        "        signal.alarm(30)\n"
+        "        interrupt = Interrupt()\n"
+        "        harm(interrupt)\n"
+        "        interrupt.leave()\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["130"] * 3, done.stderr
+
+
 def test_ctrl_c_before_the_stream_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stream, "load_pipeline", lambda *a, **k: signal.raise_signal(signal.SIGINT))
     assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", "--random-features")) == 130
