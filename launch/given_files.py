@@ -22,6 +22,9 @@ from omniforcing_jax import (
 from omniforcing_jax.io import media_files
 from omniforcing_jax.models.transformer.rope import VIDEO_TEMPORAL_COMPRESSION, audio_time_bounds
 from omniforcing_jax.sampling.conditions import check_strength
+from omniforcing_jax.scaling.devices import check_memory
+
+_SOUND_BYTES_PER_SECOND = 48_000 * 2 * 4  # of most files, as float32 of two channels
 
 
 def add_options(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
@@ -54,7 +57,7 @@ class GivenFiles:
       mode: of `sampling.conditions.MODES`.
       picture: [H, W, 3] float32 in [-1, 1], the first; `keyframes`: others and their frames.
       strength: of the pictures.
-      frames: [F, H, W, 3] float32 of the film.
+      frames: [F, H, W, 3] of the film, float32 in [-1, 1], or uint8 as they are shown.
       sound: to keep, or that of the film to go on from; `voice`: to speak with.
       notes: for the user.
     """
@@ -81,7 +84,8 @@ class GivenFiles:
     @property
     def shown_frames(self) -> np.ndarray:
         """The film's frames [F, H, W, 3] uint8."""
-        return np.clip((self.frames + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+        shown = self.frames.dtype == np.uint8
+        return self.frames if shown else media_files.to_bytes(self.frames)
 
     def condition(
         self, checkpoint: str | os.PathLike, clip: ClipGeometry, config: PipelineConfig, dtype
@@ -130,15 +134,19 @@ def read(
     clip: ClipGeometry,
     config: PipelineConfig,
     shown: int | None = None,
+    *,
+    as_bytes: bool = False,
 ) -> GivenFiles | None:
     """Reads and checks what the options of `add_options` give; None if they give nothing.
 
     Args:
       args: also with the clip's `height` and `width` in pixels.
       shown: frames of the clip that are shown, and have to be given; None is all of them.
+      as_bytes: whether the film's are read as they are shown, and not as the encoder takes them.
 
     Raises:
-      ValueError: options that do not go together, or a file that does not fit; says what would.
+      ValueError: options that do not go together, or a file that does not fit (into memory, too);
+        says what would.
       FileNotFoundError: a file that is not there.
     """
     if wrong := next(_contradictions(args), None):
@@ -151,13 +159,18 @@ def read(
     seconds = shown / clip.frame_rate
     notes, frames, sound = [], None, None
     if args.audio:
+        # twice, as its pieces are put together
+        check_memory("the sound", 2 * seconds * _SOUND_BYTES_PER_SECOND)
         sound = media_files.read_sound(args.audio, seconds)
         notes.append(media_files.check_sound_length(sound, seconds, args.audio))
         sound = sound.lasting(seconds)
     if args.foley:
-        frames = media_files.read_video(args.video, clip.frame_rate, *size, shown)
+        _check_film_memory(shown, args, as_bytes)
+        frames = media_files.read_video(
+            args.video, clip.frame_rate, *size, shown, as_bytes=as_bytes
+        )
     if args.extend:
-        frames = _film_to_extend(args, clip)
+        frames = _film_to_extend(args, clip, as_bytes)
         sound = media_files.read_sound(args.video, len(frames) / clip.frame_rate)
     keyframes = tuple(
         (read_picture(path, args, config), _frame_number(frame, clip))
@@ -210,7 +223,13 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
         yield "--strength is that of --image and --keyframe, of which there is none"
 
 
-def _film_to_extend(args: argparse.Namespace, clip: ClipGeometry) -> np.ndarray:
+def _check_film_memory(num_frames: float, args: argparse.Namespace, as_bytes: bool) -> None:
+    """Raises ValueError for a film that does not fit, while its frames are put together."""
+    values = num_frames * args.height * args.width * 3
+    check_memory("the film", 2 * values * (1 if as_bytes else 4))
+
+
+def _film_to_extend(args: argparse.Namespace, clip: ClipGeometry, as_bytes: bool) -> np.ndarray:
     """As many whole latents of the film as it has, [8k + 1, H, W, 3]."""
     step = VIDEO_TEMPORAL_COMPRESSION
     about = media_files.describe_clip(args.video)
@@ -225,7 +244,8 @@ def _film_to_extend(args: argparse.Namespace, clip: ClipGeometry) -> np.ndarray:
             f"{args.video} lasts {about.seconds:.2f} s, the clip {clip.pixel_frames / rate:.2f} s: "
             "the clip includes the film and has to be longer (--seconds)"
         )
-    frames = media_files.read_video(args.video, rate, *size)
+    _check_film_memory((about.seconds or 0) * rate, args, as_bytes)
+    frames = media_files.read_video(args.video, rate, *size, as_bytes=as_bytes)
     whole = (len(frames) - 1) // step * step + 1
     if whole >= clip.pixel_frames:
         raise ValueError(

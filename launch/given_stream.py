@@ -104,7 +104,7 @@ def read(
     blocks, shown = length or (_ENDLESS, None)
     clip = ClipGeometry.from_blocks(layout, blocks, rollout.height, rollout.width)
     plain = argparse.Namespace(**vars(args) | {"reference": None, "keyframe": []})
-    files = given_files.read(plain, clip, config, shown)
+    files = given_files.read(plain, clip, config, shown, as_bytes=True)
     notes = [] if files is None else list(files.notes)
     face = voice = None
     if args.reference:

@@ -23,6 +23,7 @@ from omniforcing_jax.streaming.encoders import (
 from omniforcing_jax.types import AVLatents
 
 STREAMS = (None, "audio", "video")
+_FRAMES_AT_A_TIME = 96
 
 
 @struct.dataclass
@@ -148,10 +149,10 @@ class GivenMedia:
         encoded = state.video_encoder
         if encoded is None:
             encoded = encoder.init(self.batch, *self.pixels)
-        encoded, latents = encoder.push(encoded, _signed(frames))
+        encoded, tokens = self._encode(encoded, frames)
         return state.replace(
             video_encoder=encoded,
-            video=np.concatenate([state.video, self._tokens(latents)], axis=1),
+            video=np.concatenate([state.video, tokens], axis=1),
             frames=np.concatenate([state.frames, frames], axis=1),
             last_frame=frames[:, -1:].copy(),
         )
@@ -190,7 +191,7 @@ class GivenMedia:
         self._check_frames(frames)
         step, rates = self.rollout.cache.layout, self.rollout.cache.layout.frame_rate
         whole = (frames.shape[1] - 1) // step.temporal_compression * step.temporal_compression + 1
-        video = self._encoded_frames(_signed(frames[:, :whole]))
+        video = self._encoded_frames(frames[:, :whole])
         seconds = whole / rates
         latents = 1 + int(seconds * step.audio_latents_per_second - 0.25)  # they end by then
         return state.replace(video=video, audio=self._encoded_sound(waveform, rate, latents))
@@ -348,8 +349,19 @@ class GivenMedia:
     def _encoded_frames(self, frames: np.ndarray) -> np.ndarray:
         encoder = self._encoder("video")
         state = encoder.init(frames.shape[0], *self.pixels)
-        state, latents = encoder.push(state, frames)
-        return self._tokens(jnp.concatenate([latents, encoder.flush(state)[1]], axis=1))
+        state, tokens = self._encode(state, frames)
+        return np.concatenate([tokens, self._tokens(encoder.flush(state)[1])], axis=1)
+
+    def _encode(
+        self, state: VideoEncoderState, frames: np.ndarray
+    ) -> tuple[VideoEncoderState, np.ndarray]:
+        """The next frames' latents [B, f, P, C]; only a few frames at a time become float32."""
+        tokens = []
+        for start in range(0, frames.shape[1], _FRAMES_AT_A_TIME):
+            some = frames[:, start : start + _FRAMES_AT_A_TIME]
+            state, latents = self.video_encoder.push(state, _signed(some))
+            tokens.append(self._tokens(latents))
+        return state, np.concatenate(tokens, axis=1)
 
     def _still(self, pixels: np.ndarray, latents: int) -> np.ndarray:
         """[B, f, P, C] latents of a picture that stands still."""
@@ -388,5 +400,7 @@ def is_whole(condition: Condition | None) -> bool:
 
 
 def _signed(frames: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1]."""
+    """uint8 -> float32 in [-1, 1]; what is float32 stays."""
+    if frames.dtype == np.float32:
+        return frames
     return frames.astype(np.float32) / np.float32(127.5) - np.float32(1.0)

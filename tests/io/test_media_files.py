@@ -239,6 +239,8 @@ def test_read_video_fits_and_counts(tmp_path):
     assert frames.shape == (9, 64, 64, 3)
     assert frames.dtype == np.float32
     assert frames[3, 50, 30, 0] == pytest.approx(LEVELS[3] / 127.5 - 1, abs=0.02)
+    shown = media_files.read_video(path, 24, 64, 64, num_frames=9, as_bytes=True)
+    np.testing.assert_array_equal(shown, media_files.to_bytes(frames))
     assert len(media_files.read_video(path, 24, 64, 64)) == len(LEVELS)
     with pytest.raises(
         ValueError, match=r"too short: 1\.17 s, or 28 frames at 24 .* 33 are needed"

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from launch import given_stream, stream
+from omniforcing_jax.io import media_files
+from omniforcing_jax.scaling import devices
 from omniforcing_jax.streaming import media
 
 SIZE = ["--height", "64", "--width", "64", "--decode", "causal", "--sigmas", "1", "0.7", "0"]
@@ -72,6 +74,24 @@ def test_files_are_refused_before_weights_are_read(
     monkeypatch.setattr(stream, "load_pipeline", no_weights)
     assert stream.main(arguments(checkpoint, files, tmp_path / "clip.mp4", *options)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, what",
+    [(["--audio", "speech.wav"], "sound"), (["--video", "speech.wav", "--foley"], "film")],
+)
+def test_what_memory_cannot_hold_is_not_read(
+    checkpoint, files, tmp_path, capsys, monkeypatch, options, what
+):
+    def read(*args, **how):
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(media_files, "read_sound", read)
+    monkeypatch.setattr(media_files, "read_video", read)
+    monkeypatch.setattr(devices, "memory_bytes", lambda: 2**26)
+    options = [*options, "--seconds", "600"]
+    assert stream.main(arguments(checkpoint, files, tmp_path / "clip.mp4", *options)) == 2
+    assert f"the {what} takes 0." in capsys.readouterr().err
 
 
 def test_options_that_do_not_go_together(checkpoint, files, capsys):

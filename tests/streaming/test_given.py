@@ -14,6 +14,7 @@ from omniforcing_jax.geometry import modalities
 from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.streaming import given
 from omniforcing_jax.types import AVLatents
 from tests.tiny_model import random_latents
 
@@ -213,6 +214,17 @@ def test_references_are_not_shown(pipeline):
     voiced.push_audio(waveform, RATE)
     played = join([voiced.step(), voiced.step(), voiced.finish()])[1]
     np.testing.assert_array_equal(played, waveform[:, : 2 * RATE])
+
+
+def test_frames_are_encoded_a_few_at_a_time(pipeline, monkeypatch):
+    latents = []
+    for count in (given._FRAMES_AT_A_TIME, 7):
+        monkeypatch.setattr(given, "_FRAMES_AT_A_TIME", count)
+        live = session(pipeline, given="video")
+        live.push_frames(film(40))
+        latents.append(live._given.video)
+    assert latents[0].shape[1] == 4
+    np.testing.assert_array_equal(*latents)
 
 
 def test_a_picture_given_is_shown_as_it_was(pipeline):
