@@ -407,14 +407,14 @@ class StreamingSession(GivenTurns):
         self._recache_due = False
 
     def _check_finite(self, block: int, latents: bool, pictures: bool, waveform: np.ndarray):
-        sound = np.isfinite(waveform).all()
-        parts = {"latents": latents, "pictures": pictures, "sound": sound}
+        parts = {"latents": latents, "pictures": pictures, "sound": np.isfinite(waveform).all()}
         if bad := [name for name, finite in parts.items() if not finite]:
-            layout = self.config.cache.layout
-            start = layout.pixel_frames(block) / layout.frame_rate if block else 0.0
+            layout, hidden = self.config.cache.layout, self._given.hidden
+            frames, skipped = (layout.pixel_frames(n) if n else 0 for n in (block, hidden))
+            start = f"from {(frames - skipped) / layout.frame_rate:.2f} s on"
+            place = f"block {block - hidden} ({start})" if block >= hidden else "the reference"
             raise FloatingPointError(
-                f"block {block} (from {start:.2f} s on) has {bad[0]} that are not finite: check "
-                "the weights, or compute in float32"
+                f"{place} has {bad[0]} that are not finite: check the weights, or use float32"
             )
 
     def finish(self) -> Chunk:

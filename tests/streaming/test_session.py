@@ -303,6 +303,15 @@ def test_what_is_not_finite_ends_the_stream_and_names_its_block(pipeline, path, 
         live.step()
 
 
+def test_blocks_that_are_not_finite_are_counted_as_chunks_are(pipeline):
+    live = session(pipeline)
+    live._given = live._given.replace(hidden=2)
+    finite = False, True, np.zeros((1, 1, 2), np.float32)
+    for block, place in ((1, "the reference has latents"), (3, r"block 1 \(from 1.00 s on\) has")):
+        with pytest.raises(FloatingPointError, match=f"^{place}"):
+            live._check_finite(block, *finite)
+
+
 def test_a_chunk_is_cut_at_the_end_of_the_clip():
     frames, waveform = np.zeros((1, 24, 2, 2, 3), np.uint8), np.zeros((1, 1000, 2), np.float32)
     chunk = Chunk(1, 25, 1000, frames, waveform, None)
