@@ -224,6 +224,7 @@ $(POCKET)/mismatched/config.json: $(POCKET)/stage1_student/config.json
 	cp -r $(<D) $(@D).partial
 	$(BIN)/python -c "import json; p = '$(@D).partial/config.json'; c = json.load(open(p)); \
 		c['config']['transformer'] |= {'rope_type': 'interleaved', 'av_ca_timestep_scale_multiplier': 1}; \
+		c.pop('checksum', None); \
 		json.dump(c, open(p, 'w'), indent=1)"
 	touch $(@D).partial/config.json
 	mv $(@D).partial $(@D)

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from ml_collections import config_flags
 
 from checkpoint_converters import gemma3, ltx2, reading
 from launch import stream
+from omniforcing_jax.io import checkpoints
 from omniforcing_jax.streaming import media
 from pocket import demo, report, sample
 from pocket.measure import shrink
@@ -212,6 +214,18 @@ def dry_run(*arguments: str) -> str:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_a_changed_config_is_read(tmp_path):
+    """That of `mismatched`: the checksum of the one that it was is not kept."""
+    file = tmp_path / "stage1_student" / "config.json"
+    file.parent.mkdir()
+    checkpoints.write_json(file, {"config": {"transformer": {"rope_type": "split", "n": 1}}})
+    wanted = tmp_path / "mismatched" / "config.json"
+    command = ["make", f"POCKET={tmp_path}", f"BIN={pathlib.Path(sys.executable).parent}"]
+    subprocess.run([*command, "-o", str(file), str(wanted)], cwd=ROOT, check=True)
+    transformer = checkpoints.read_json(wanted)["config"]["transformer"]
+    assert transformer["rope_type"] == "interleaved" and transformer["n"] == 1
 
 
 def commands(printed: str) -> list[list[str]]:
