@@ -17,7 +17,7 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.trained import LTX2_DISTILLED
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.training import assembly
-from omniforcing_jax.training.config import experiment, parsing, settings
+from omniforcing_jax.training.config import experiment, parsing, run_config, settings
 from omniforcing_jax.training.config.problems import ConfigError, Problems
 
 GIB = 2**30
@@ -410,6 +410,24 @@ def test_a_source_from_before_a_setting_existed_had_its_default(full_size, tmp_p
     changes = {"student.tanh_gated_attention": True}
     (problem,) = problems_of("stage3", full_size, generator=str(run), **changes)
     assert "student.tanh_gated_attention (False there, True here)" in problem
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
+def test_a_run_from_before_a_setting_existed_goes_on(full_size, stage):
+    """As f79e63f wrote its config; another value than what it did is a difference."""
+    now = checked(stage, full_size).run_config()
+    before = run_config.plain(now)
+    del before["student"]["schedule"], before["conditions"], before["text_length"]
+    run_config.check_config("run/8", before, now)
+    now["student"]["schedule"] = "distilled"
+    now["conditions"] |= {"t2av": 0.5, "i2av": 0.5}
+    with pytest.raises(ValueError) as error:
+        run_config.check_config("run/8", before, now)
+    message = str(error.value)
+    assert "conditions.i2av: 0.0 then, 0.5 now; conditions.t2av: 1.0 then, 0.5 now; " in message
+    assert "student.schedule: 'ltx2' then, 'distilled' now; use another" in message
+    with pytest.raises(ValueError, match="seed: 'absent' then, 0 now"):
+        run_config.check_config("run/8", {n: x for n, x in before.items() if n != "seed"}, before)
 
 
 def test_what_is_otherwise_than_in_training_is_noted(full_size):

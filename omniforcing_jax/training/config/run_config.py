@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.paths import locate
 from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.sampling.conditions import MODES
 from omniforcing_jax.sampling.trained import TrainedSettings
 
 NAME = "config.json"  # in the run's folder
@@ -103,14 +104,25 @@ MAY_DIFFER = frozenset(
     )
 )
 
+# Settings that some runs are older than, and what these did.
+BEFORE = {
+    "student.schedule": "ltx2",
+    **{f"conditions.{mode}": float(mode == "t2av") for mode in MODES},
+    "guidance": 1.5,  # of pre-training
+}
+
 
 def check_config(path: str | os.PathLike, saved: Mapping, now: Mapping) -> None:
     """Compares the configuration of the checkpoint `path` with the present one.
+
+    A setting that the run is older than was as `BEFORE` says.
 
     Raises:
       ValueError: they differ in a setting that is not in `MAY_DIFFER`; lists all of these.
     """
     old, new = (flatten_dict(config, sep=".") for config in (dict(saved), plain(now)))
+    before = BEFORE | {"text_length": new.get("text_length")}  # the data's, which nobody kept
+    old = {name: before[name] for name in before.keys() & new.keys()} | old
     fields = [
         f"{name}: {old.get(name, 'absent')!r} then, {new.get(name, 'absent')!r} now"
         for name in sorted(old.keys() | new.keys())
