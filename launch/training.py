@@ -28,6 +28,7 @@ from omniforcing_jax.training.batches import DeviceBatches
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
 from omniforcing_jax.training.config.problems import ConfigError
+from omniforcing_jax.training.config.run_config import plain
 from omniforcing_jax.training.loop import FIRST_STEPS_PATIENCE, RUN_FILES, Outcome, train
 from omniforcing_jax.training.training_checkpoints import latest_step
 
@@ -137,7 +138,7 @@ def _train(
             DeviceBatches(e.data, c.batch_size, c.seed, mesh),
             dataclasses.replace(c.loop, allow_config_change=_ALLOW_CHANGE.value, verify=verify),
             workdir,
-            run_config=json.loads(json.dumps(e.run_config())),
+            run_config=plain(e.run_config()),
             hooks=training_hooks(e, stage, frozen if scores is None else frozen.student, workdir),
             flops_per_step=plan.flops_per_step,
             tokens_per_step=plan.tokens_per_step,
@@ -148,7 +149,7 @@ def _train(
 def _status(outcome: Outcome) -> int:
     if outcome.reason in ("preempted", "stopped by SIGTERM"):
         return multihost.STOPPED
-    return 130 if outcome.reason == "stopped by SIGINT" else 0
+    return programs.INTERRUPTED if outcome.reason == "stopped by SIGINT" else 0
 
 
 def _name() -> str:
