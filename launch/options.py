@@ -83,8 +83,28 @@ def check_clip_output(args: argparse.Namespace, program: str) -> None:
     """
     media.check_output_path(args.output)
     if args.output != media.STDOUT:
-        inputs = [args.checkpoint, args.text_encoder]
-        outputs.check(args.output, program=program, overwrite=args.overwrite, inputs=inputs)
+        settings = {"program": program, "overwrite": args.overwrite}
+        outputs.check(args.output, **settings, inputs=_inputs(args))
+
+
+def _inputs(args: argparse.Namespace) -> list[str]:
+    """Every file and folder that a clip's program is told to read."""
+    given = vars(args)
+    features = given.get("features") or []
+    features = [features] if isinstance(features, str) else list(features)
+    if features:
+        features += [spec.rpartition("@")[0] for spec in features]
+        features += [file for _, file in given.get("at") or []]
+    reference = given.get("reference") or []
+    names = ("checkpoint", "text_encoder", "negative_features", "image", "audio", "video",
+             "upsampler", "refiner")  # fmt: skip
+    found = [
+        *(given.get(name) for name in names),
+        *features,
+        *([reference] if isinstance(reference, str) else reference),
+        *(picture for picture, _ in given.get("keyframe") or []),
+    ]
+    return [path for path in found if path]
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:

@@ -3,13 +3,16 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+import benchmarks.stream
+from benchmarks import text
 from checkpoint_converters import export, gemma3, ltx2, omniforcing, synthetic, synthetic_gemma
 from launch import encode_prompts, ode_pairs, plot_masks, plot_run, sample_teacher, stream
 from omniforcing_jax.io import checksums
-from omniforcing_jax.streaming import contact_sheet
-from pocket import assemble, make_world, measure
+from omniforcing_jax.streaming import contact_sheet, media
+from pocket import assemble, demo, make_world, measure, report
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,30 @@ def test_refused_in_a_line_and_nothing_touched(world, capsys, case):
     assert status in (1, 2) and target in said, said
     assert "Traceback" not in said and len(said.strip().splitlines()) <= 2, said
     assert contents(world) == before and not list(world.glob(".*"))
+
+
+INPUTS = ("--image X", "--audio X", "--video X --extend", "--features X")
+OF_STREAMS = ("--reference X voice.wav", "--reference face.png X", "--features a.npz X@3",
+              "--features a.npz --at 3 X")  # fmt: skip
+OF_CLIPS = ("--reference X", "--keyframe X 8", "--features a.npz --negative-features X")
+GIVEN = [(stream, words) for words in (*INPUTS, *OF_STREAMS)]
+GIVEN += [(sample_teacher, words) for words in (*INPUTS, *OF_CLIPS)]
+
+
+@pytest.mark.parametrize(("program", "words"), GIVEN)
+def test_no_clip_replaces_what_it_is_made_of(world, tmp_path, capsys, program, words):
+    """Although the same program wrote it."""
+    clip = tmp_path / "X.mp4"
+    frames, sound = np.zeros((5, 32, 32, 3), np.uint8), np.zeros((5000, 2), np.float32)
+    settings = {"width": 32, "height": 32, "frame_rate": 24, "sample_rate": 24000}
+    with media.ClipWriter(clip, **settings, program=program.PROGRAM) as writer:
+        writer.write(frames, sound)
+    before = clip.read_bytes()
+    words = f"{words} --overwrite --output X".replace("X", str(clip)).split()
+    status = program.main(["--checkpoint", str(world / "ltx2"), *words])
+    assert (status, clip.read_bytes()) == (2, before)
+    said = f"error: {clip}: is the input {clip}; choose another --output\n"
+    assert capsys.readouterr().err == said
 
 
 def test_what_a_program_wrote_it_replaces(world, tmp_path, capsys):
