@@ -28,8 +28,10 @@ export PROMPT
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# A clip of an earlier version does not say who wrote it, and so would not be replaced.
 demo: $(VENV)/.installed-demo  ## the pocket model: from a sentence to 10 s of balls that bounce and ring
 	@mkdir -p $(DEMO)
+	@grep -qs launch.stream $(DEMO)/clip.mp4 || rm -f $(DEMO)/clip.mp4 $(DEMO)/clip.png
 	$(BIN)/python -m checkpoint_converters.ltx2 --output $(DEMO)/checkpoint --overwrite \
 		--input pocket/weights/student.safetensors pocket/weights/shared.safetensors
 	$(BIN)/python -m checkpoint_converters.gemma3 --input pocket/weights/gemma \
@@ -95,8 +97,8 @@ format: $(BIN)/ruff  ## fix what lint finds, where it can be fixed
 bench: $(VENV)/.installed  ## time the streaming loop of the tiny model on this machine
 	$(BIN)/python -m benchmarks.stream --size tiny --height 128 --width 128 --output outputs/bench
 
-clean:  ## remove .venv, caches and the demo; checkpoints and other outputs stay
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
+clean:  ## remove .venv, caches, the demo and make tiny's; other outputs stay
+	rm -rf $(VENV) $(DEMO) $(TINY) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an interrupted install is taken up again by the next run.

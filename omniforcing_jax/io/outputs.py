@@ -17,6 +17,12 @@ from omniforcing_jax.io.paths import is_remote, locate, new_file
 MARK = "written_by"
 _CLAIM = f".{MARK}"
 _DESCRIPTIONS = ("config.json", "manifest.json")
+# Who may have written a converted checkpoint from before there were marks, by its family.
+_EARLIER = {
+    "gemma3": ("checkpoint_converters.gemma3",),
+    "ltx2": ("checkpoint_converters.ltx2",),
+    "omniforcing": ("checkpoint_converters.ltx2", "checkpoint_converters.omniforcing"),
+}
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 Path = str | os.PathLike
@@ -47,7 +53,7 @@ def problems(
     if not overwrite:
         there = "not empty" if output.is_dir() else "exists"
         return [f"{output}: {there}; choose another {option} or pass --overwrite"]
-    if (author := written_by(output)) != program:
+    if (author := written_by(output)) != program and program not in _earlier_authors(output):
         by = f"was written by {author}" if author else f"does not say that {program} wrote it"
         return [
             f"{output}: {by}, and so is not replaced; delete it yourself, or choose another "
@@ -120,6 +126,19 @@ def written_by(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None  # damaged, or something else of that name
     return mark if isinstance(mark, str) else None
+
+
+def _earlier_authors(path: pathlib.Path) -> tuple[str, ...]:
+    """Programs of which one has written a checkpoint whose config.json does not say which."""
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if content["format"] != 1 or MARK in content:
+            return ()
+        if not all(source["bytes"] for source in content["source"]):  # the run that it is of
+            return ("launch.export_run",)
+        return _EARLIER.get(content["family"], ())
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def _json_mark(path: pathlib.Path) -> Any:

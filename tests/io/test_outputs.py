@@ -49,6 +49,34 @@ def test_a_program_knows_what_it_wrote(written):
         assert "was written by launch.example, and so is not replaced" in refused
 
 
+def test_make_finds_the_name_in_a_clip(written):
+    """`make demo` looks for it with grep."""
+    assert PROGRAM.encode() in written["clip"].read_bytes()
+
+
+@pytest.mark.parametrize(("family", "authors"), [
+    ("gemma3", ["gemma3"]), ("ltx2", ["ltx2"]), ("omniforcing", ["ltx2", "omniforcing"]),
+])  # fmt: skip
+def test_a_checkpoint_from_before_marks_is_its_converters(tmp_path, family, authors):
+    """As f79e63f wrote them; what a run was exported to has a source of no bytes."""
+    source = [{"name": "a.safetensors", "bytes": 12}]
+    content = {"format": 1, "family": family, "config": {}, "source": source, "fingerprints": {}}
+    file = write_json(tmp_path / "old" / "config.json", content)
+
+    def accepted(content):
+        write_json(file, content)
+        programs = ("gemma3", "ltx2", "omniforcing", "upsampler")
+        names = [f"checkpoint_converters.{name}" for name in programs] + ["launch.export_run"]
+        return [n for n in names if not outputs.problems(file.parent, n, overwrite=True)]
+
+    assert accepted(content) == [f"checkpoint_converters.{author}" for author in authors]
+    assert outputs.problems(file.parent, f"checkpoint_converters.{authors[0]}")  # not asked to
+    exported = content | {"source": [*source, {"name": "stage3, step 4", "bytes": 0}]}
+    assert accepted(exported) == ["launch.export_run"]
+    assert accepted(content | {outputs.MARK: "launch.other"}) == []
+    assert accepted(content | {"format": 2}) == accepted(content | {"source": 3}) == []
+
+
 def test_everything_else_is_not_its_own(tmp_path):
     foreign = [
         write_json(tmp_path / "model" / "config.json", {"model_type": "gemma3"}).parent,
