@@ -477,6 +477,7 @@ def _shown(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     args = parse_arguments(argv)
+    stream_report.check_folder(args.output)
     run(args, functools.partial(stream_report.publish, folder=args.output))
     return 0
 

@@ -9,8 +9,12 @@ import jax
 import numpy as np
 
 from benchmarks.memory import bytes_in_use
+from omniforcing_jax.io import outputs
+from omniforcing_jax.io.paths import new_file
 from omniforcing_jax.streaming.session import StreamingSession, Timings
 
+PROGRAM = "benchmarks.stream"
+RESULT, ROW = "result.json", "row.md"
 PARTS = ("generate", "decode_video", "decode_audio", "host")
 
 
@@ -143,11 +147,18 @@ def _drift(drift: dict[str, float | None], digits: int) -> str:
     return f"{ratio} ({least} to {most})"
 
 
+def check_folder(folder: pathlib.Path | None) -> None:
+    """Raises ValueError for a folder whose files `publish` may not replace."""
+    if folder is not None:
+        outputs.check(folder / RESULT, folder / ROW, program=PROGRAM, overwrite=True)
+
+
 def publish(result: dict, folder: pathlib.Path | None) -> None:
     """Prints a result and its row, and writes `result.json` and `row.md` into the folder."""
-    text, row = json.dumps(result, indent=2) + "\n", markdown(result)
+    text, row = json.dumps({outputs.MARK: PROGRAM} | result, indent=2) + "\n", markdown(result)
     print(text + row, flush=True)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").write_text(text)
-        (folder / "row.md").write_text(row)
+        with new_file(folder / RESULT) as temporary:
+            temporary.write_text(text)
+        outputs.save_markdown(row, folder / ROW, PROGRAM)

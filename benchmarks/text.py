@@ -33,6 +33,8 @@ import numpy as np
 
 from checkpoint_converters import synthetic, synthetic_gemma
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
+from omniforcing_jax.io.paths import new_file
 from omniforcing_jax.models import quantization
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
 from omniforcing_jax.models.text.gemma import TextTower
@@ -42,12 +44,13 @@ from omniforcing_jax.text.text_encoder import TextEncoder, boxed_connectors, lay
 from omniforcing_jax.text.tokenizer import load_tokenizer
 from omniforcing_jax.types import DTYPES
 
+PROGRAM = "benchmarks.text"
 TRAINED_LENGTH = 1024  # tokens of a prompt, padding included
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
-    parser = programs.Parser("benchmarks.text", __doc__)
+    parser = programs.Parser(PROGRAM, __doc__)
     add = parser.add_argument
     add("--size", choices=tuple(synthetic_gemma.SIZES), default="tiny")
     add("--version", choices=tuple(synthetic.VERSIONS), default="2.0")
@@ -236,12 +239,15 @@ def accuracy(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
+    inputs = [args.gemma, args.checkpoint]
+    outputs.check(args.output, program=PROGRAM, overwrite=True, inputs=inputs)
     on_cpu = jax.default_backend() == "cpu"
     encoder = make_encoder(args, args.dtype, args.quantize)
     speed = prompts_per_second(encoder, args.batch, args.steps)
     encoder.close()
     memory_dtype = jnp.float32 if on_cpu else DTYPES[args.dtype]
     result = {
+        outputs.MARK: PROGRAM,
         "device": jax.devices()[0].device_kind,
         "size": args.size if args.gemma is None else str(args.gemma.name),
         "dtype": args.dtype,
@@ -258,7 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     text = json.dumps(result, indent=1)
     print(text)
     if args.output is not None:
-        args.output.write_text(text + "\n")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(args.output) as temporary:
+            temporary.write_text(text + "\n")
     return 0
 
 

@@ -18,6 +18,8 @@ from rich.console import Console
 
 from launch import stream
 from omniforcing_jax import programs
+from omniforcing_jax.io import outputs
+from pocket import measure
 from pocket.measure import MeasuredClip, measure_file
 from pocket.world.captions import scene_from_caption, with_sound
 
@@ -73,11 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"The prompt is none of this world: {error}", markup=False)
         scene = None
+    clip = args.output / "clip.mp4"
+    picture, inputs = clip.with_suffix(".png"), [args.checkpoint, args.text_encoder]
+    outputs.check(picture, program=measure.PROGRAM, overwrite=True, inputs=inputs)
     options = stream_arguments(args)
     config, plan = stream.prepare(options)
     report = stream.stream(options, config, plan)
-    clip = args.output / "clip.mp4"
-    result = measure_file(clip, config.trained.layout, clip.with_suffix(".png"), scene=scene)
+    result = measure_file(clip, config.trained.layout, picture, scene=scene)
     console.print(
         f"first chunk after {report.seconds_to_first_chunk:.2f} s (compilation included), "
         f"{report.median_fps:.1f} FPS (median block); {describe(result)}"

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from omniforcing_jax import programs
-from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io import checkpoints, outputs
 from omniforcing_jax.streaming.contact_sheet import new_figure
 from omniforcing_jax.training.metrics import JSONL
 
+PROGRAM = "pocket.report"
 # scalar: (heading, format)
 COLUMNS = {
     "abs_offset_ms": ("offset, ms", "{:.0f}"),
@@ -175,7 +176,7 @@ def plot_drift(rows: Rows, path: pathlib.Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     handles, names = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=len(names))
-    figure.savefig(path)
+    outputs.save_picture(figure, path, PROGRAM)
 
 
 def value(curves: dict[str, Any], scalar: str, share: tuple[float, float] | None) -> float | None:
@@ -233,19 +234,21 @@ def report_samples(folders: list[pathlib.Path], plot: pathlib.Path) -> str:
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = programs.Parser("pocket.report", __doc__)
+    parser = programs.Parser(PROGRAM, __doc__)
     parser.add_argument("folders", nargs="+", type=pathlib.Path)
     parser.add_argument("--runs", action="store_true", help="they hold training runs")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="without extension")
     args = parser.parse_args(argv)
     if not args.output.name:
         raise ValueError(f"--output {args.output} is a folder; name the files in it")
+    table, picture = args.output.with_suffix(".md"), args.output.with_suffix(".png")
+    outputs.check(table, None if args.runs else picture, program=PROGRAM, overwrite=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.runs:
         text = report_runs(args.folders)
     else:
-        text = report_samples(args.folders, args.output.with_suffix(".png"))
-    args.output.with_suffix(".md").write_text(text)
+        text = report_samples(args.folders, picture)
+    outputs.save_markdown(text, table, PROGRAM)
     print(text, end="")
     return 0
 

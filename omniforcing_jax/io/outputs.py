@@ -2,7 +2,8 @@
 
 What a program writes carries its name, as `written_by`: in config.json or manifest.json of a
 folder or a file of that name, among the fields of a JSON file, in the metadata of a safetensors
-file, a PNG or an MP4. So --overwrite cannot destroy what the same program would not make again.
+file, a PNG or an MP4, in a comment at the end of a Markdown file. So --overwrite cannot destroy
+what the same program would not make again.
 """
 
 import json
@@ -120,7 +121,7 @@ def written_by(path: Path) -> str | None:
             marks = (_json_mark(path / name) for name in _DESCRIPTIONS if (path / name).is_file())
             return next(filter(None, marks), None)
         readers = {".json": _json_mark, ".safetensors": _safetensors_mark}
-        readers |= {".png": _png_mark, ".mp4": _mp4_mark}
+        readers |= {".png": _png_mark, ".mp4": _mp4_mark, ".md": _markdown_mark}
         read = readers.get(path.suffix.lower())
         mark = read(path) if read else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
@@ -174,6 +175,22 @@ def _mp4_mark(path: pathlib.Path) -> str | None:
             return container.metadata.get("comment")
     except av.error.FFmpegError:
         return None
+
+
+def _comment(program: str) -> str:
+    return f"<!-- {MARK} {program} -->\n"
+
+
+def _markdown_mark(path: pathlib.Path) -> str | None:
+    *_, last = path.read_text(encoding="utf-8").splitlines()
+    start, end = _comment("|").strip().split("|")
+    return last[len(start) : -len(end)] if last.startswith(start) and last.endswith(end) else None
+
+
+def save_markdown(text: str, path: Path, program: str) -> None:
+    """Writes a text with the program's name in a comment at its end."""
+    with new_file(pathlib.Path(path)) as temporary:
+        temporary.write_text(f"{text}\n{_comment(program)}", encoding="utf-8")
 
 
 def save_picture(figure: Any, path: Path, program: str, **settings: Any) -> None:

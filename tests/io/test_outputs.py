@@ -20,6 +20,11 @@ def write_json(path, content):
     return path
 
 
+def save_markdown(path):
+    outputs.save_markdown("| a |\n|---|\n", path, PROGRAM)
+    return path
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """{kind: what a program of that name wrote}."""
@@ -35,6 +40,7 @@ def written(tmp_path_factory):
         "weights": folder / "a.safetensors",
         "json": write_json(folder / "a.json", {outputs.MARK: PROGRAM, "x": 1}),
         "checkpoint": write_json(folder / "c" / "config.json", {outputs.MARK: PROGRAM}).parent,
+        "table": save_markdown(folder / "a.md"),
         "dataset": write_json(folder / "d" / "manifest.json", {outputs.MARK: PROGRAM}).parent,
     }
 
@@ -87,7 +93,7 @@ def test_everything_else_is_not_its_own(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("today")
     foreign.append(tmp_path / "notes")
-    for name in ("a.mp4", "a.png", "a.safetensors", "b.json", "b"):
+    for name in ("a.mp4", "a.png", "a.md", "a.safetensors", "b.json", "b"):
         for content in (b"", b"\x89PNG\r\n\x1a\n", b"\xff" * 100):
             path = tmp_path / f"{len(content)}{name}"
             path.write_bytes(content)

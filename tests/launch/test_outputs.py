@@ -28,7 +28,8 @@ def world(tmp_path_factory, random_checkpoint, random_gemma):
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"config": {"stage": "stage1"}}))
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
-    for name in ("holiday.mp4", "holiday.png", "notes.json", "diary.txt", "model.safetensors"):
+    for name in ("holiday.mp4", "holiday.png", "clip.png", "notes.json", "row.md", "diary.md",
+                 "diary.txt", "model.safetensors"):  # fmt: skip
         (folder / name).write_text("precious")
     (folder / "captions.txt").write_text("a dog\n")
     return folder
@@ -87,6 +88,12 @@ CASES = {
     "curves: the records": (plot_run, "{w}/run --output", "run/metrics.jsonl"),
     "sheet": (contact_sheet, "{w}/holiday.mp4", "holiday.png"),
     "sheet: its clip": (contact_sheet, "--overwrite {w}/holiday.mp4", "holiday.mp4"),
+    "report: notes": (report, "--runs {w}/run --output", "diary"),
+    "report: a picture": (report, "{w}/run --output", "holiday"),
+    "demo: another picture": (demo, "--checkpoint {w}/ltx2 --text-encoder {w}/gemma --prompt x"
+                              " --output", "."),
+    "benchmark of text: notes": (text, "--output", "notes.json"),
+    "benchmark of streams: notes": (benchmarks.stream, "--output", "."),
     "assemble": (assemble, "--folder {w} --overwrite --output", "model.safetensors"),
 }  # fmt: skip
 
