@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax import (
@@ -88,20 +89,27 @@ class GivenFiles:
         return self.frames if shown else media_files.to_bytes(self.frames)
 
     def condition(
-        self, checkpoint: str | os.PathLike, clip: ClipGeometry, config: PipelineConfig, dtype
+        self,
+        checkpoint: str | os.PathLike,
+        clip: ClipGeometry,
+        config: PipelineConfig,
+        dtype: jnp.dtype,
+        *,
+        verify: bool,
     ) -> Condition:
         """Encodes it by the checkpoint's encoders, which are loaded for that and let go.
 
         Args:
           clip: what is sampled.
           dtype: in which the encoders compute.
+          verify: compare their files with the checksums.
         """
         needed = {
             "video": self.picture is not None or self.keyframes or self.frames is not None,
             "audio": self.sound is not None or self.voice is not None,
         }
         streams = [name for name, need in needed.items() if need]
-        encoder = load_encoders(checkpoint, dtype=dtype, streams=streams)
+        encoder = load_encoders(checkpoint, dtype=dtype, streams=streams, verify=verify)
         model = Transformer(config.transformer)
 
         def grid(tokens: jax.Array) -> jax.Array:  # [B, f P, C] -> [B, f, h, w, C]

@@ -54,6 +54,7 @@ class Refinement:
         condition: Condition | None,
         dtype: jnp.dtype,
         implementation: str,
+        verify: bool,
     ) -> AVLatents:
         """Upsamples and refines.
 
@@ -66,12 +67,15 @@ class Refinement:
           condition: what is given, at the size that comes out.
           dtype: in which the networks compute.
           implementation: of attention.
+          verify: compare what is read with its checksums.
         """
-        params = self.upsampler.load(dtype)
+        params = self.upsampler.load(dtype, verify)
         video = self.upsampler(params, vae_params, latents.video, self.first_clip, dtype)
         del params
         if weights is None:
-            weights = checkpoints.load_params(self.folder, "transformer", dtype=dtype)
+            weights = checkpoints.load_params(
+                self.folder, "transformer", dtype=dtype, verify=verify
+            )
         model = Transformer(self.config.transformer, dtype, implementation)
         first = AVLatents(video, latents.audio)
         return refine(model, weights, prompt, key, first, self.clip, condition=condition)

@@ -267,10 +267,11 @@ def run(
     if given is not None:
         with timed(console, f"encoding what is given ({given.mode})"):
             config = PipelineConfig.from_checkpoint(args.checkpoint)
-            condition = request.first_given.condition(args.checkpoint, sampling.clip, config, dtype)
+            how = {"config": config, "dtype": dtype, "verify": args.verify}
+            condition = request.first_given.condition(args.checkpoint, sampling.clip, **how)
             if request.second is not None:
                 clip = request.second.clip
-                refined = given.condition(args.checkpoint, clip, config, dtype)
+                refined = given.condition(args.checkpoint, clip, **how)
     with timed(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
         pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify)
     passes = sampling.guidance.passes()
@@ -300,6 +301,7 @@ def run(
                 condition=refined,
                 dtype=dtype,
                 implementation=args.attention,
+                verify=args.verify,
             )
             clip = request.second.clip
     del weights

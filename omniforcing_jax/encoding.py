@@ -124,6 +124,7 @@ def load_encoders(
     *,
     dtype: jnp.dtype,
     streams: Sequence[str] = ("video", "audio"),
+    verify: bool = True,
 ) -> MediaEncoder:
     """Restores the encoders of a converted checkpoint onto the first device, and nothing else.
 
@@ -131,6 +132,7 @@ def load_encoders(
       directory: folder written by `checkpoint_converters`.
       dtype: of the parameters and of the computation.
       streams: which of "video" and "audio".
+      verify: see `load_pipeline`.
 
     Returns:
       The encoders.
@@ -144,7 +146,9 @@ def load_encoders(
     if lost := [name for name in names if name in config.missing]:
         raise ValueError(f"{directory} has no {' and no '.join(lost)}: convert it with them")
     params = {
-        name: checkpoints.load_params(directory, name, dtype=dtype, without="decoder")
+        name: checkpoints.load_params(
+            directory, name, dtype=dtype, without="decoder", verify=verify
+        )
         for name in names
     }
     return MediaEncoder(config, params, dtype)

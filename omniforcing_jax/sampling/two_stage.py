@@ -90,13 +90,14 @@ class Upsampler:
             )
         return dataclasses.replace(clip, height=int(height), width=int(width))
 
-    def load(self, dtype: jnp.dtype) -> dict[str, Any]:
+    def load(self, dtype: jnp.dtype, verify: bool = True) -> dict[str, Any]:
         """The weights.
 
         Raises:
           FileNotFoundError, ValueError: see `checkpoints.load_params`.
         """
-        return checkpoints.load_params(self.folder, self.config.component, dtype=dtype)
+        component = self.config.component
+        return checkpoints.load_params(self.folder, component, dtype=dtype, verify=verify)
 
     def __call__(
         self,
