@@ -140,7 +140,12 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
         recipe = SamplingRecipe.of_steps(args.steps or flow.SCHEDULE_STEPS, guidance)
         args.timesteps = args.timesteps or trained.timesteps
     args.timesteps = args.timesteps or flow.STUDENT_TIMESTEPS
-    recipe = SamplingRecipe(recipe.sigmas, options.change_guidance(args, recipe.guidance))
+    if recipe.ancestral:
+        notes.append(
+            "sampled without the fresh noise of its own ancestral steps: pairs are of ODEs"
+        )
+    guidance = options.change_guidance(args, recipe.guidance)
+    recipe = dataclasses.replace(recipe, guidance=guidance, ancestral=False)
     sampling = SampleConfig.for_clip(
         frames=args.frames,
         height=args.height,

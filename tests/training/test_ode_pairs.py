@@ -12,6 +12,7 @@ import pytest
 
 from checkpoint_converters import ltx2
 from launch import ode_pairs
+from omniforcing_jax import pipeline
 from omniforcing_jax.data.given_clips import open_given_clips
 from omniforcing_jax.data.ode_pairs import ODEPairsManifest, ODEPairsWriter, Pair, open_ode_pairs
 from omniforcing_jax.data.text_dataset import (
@@ -248,7 +249,7 @@ def test_plan_reads_no_weights(random_checkpoint, text, tmp_path, monkeypatch, c
     assert not (tmp_path / "pairs").exists()
 
 
-def test_a_distilled_model_as_the_generator(random_checkpoint, text, tmp_path, capsys):
+def test_a_distilled_model_as_the_generator(random_checkpoint, text, tmp_path, capsys, monkeypatch):
     """Its own eight levels without guidance; states at those of a student that starts from it."""
     base, generator = random_checkpoint("2.0"), tmp_path / "distilled"
     some = ("transformer", "connectors")
@@ -266,6 +267,10 @@ def test_a_distilled_model_as_the_generator(random_checkpoint, text, tmp_path, c
     report = capsys.readouterr().err
     assert "in 8 steps of cond\n" in report
     assert "sigma 1, 0.9094, 0.725, 0.4219, 0" in report
+    assert "ancestral" not in report
+    monkeypatch.setattr(pipeline, "is_ancestral", lambda *_: True)  # as the distilled 2.5
+    assert ode_pairs.main([*arguments, "--generator", str(generator)]) == 0
+    assert "without the fresh noise of its own ancestral steps" in capsys.readouterr().err
 
 
 BLOCKWISE = ("--autoregressive", "--layout", "prefix", "--cfg-video", "2", "--cfg-audio", "3")
