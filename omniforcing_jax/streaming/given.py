@@ -38,6 +38,7 @@ class GivenState:
       resampled: state of the resampling to the stream's rate.
       waveform: [B, n, 2] float32 samples to be played; `frames`: [B, n, H, W, 3] uint8 to be shown.
       hidden: blocks at the stream's beginning that are references and not shown.
+      begun: whether a block was taken.
     """
 
     video: np.ndarray
@@ -51,6 +52,7 @@ class GivenState:
     video_encoder: VideoEncoderState | None = None
     resampled: np.ndarray | None = None
     hidden: int = 0
+    begun: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +159,10 @@ class GivenMedia:
             last_frame=frames[:, -1:].copy(),
         )
 
-    def set_image(
-        self, state: GivenState, pixels: np.ndarray, strength: float, *, first: bool
-    ) -> GivenState:
+    def set_image(self, state: GivenState, pixels: np.ndarray, strength: float) -> GivenState:
         """The next block begins with this picture [H, W, 3] float32 in [-1, 1] (`fit_pixels`).
 
-        Args:
-          first: whether the stream begins with it; later it is shown for as long as a latent lasts.
+        A stream that has begun shows it for as long as a latent lasts.
 
         Raises:
           ValueError: the picture is given as a whole, another size, or a strength outside [0, 1].
@@ -171,7 +170,7 @@ class GivenMedia:
         if self.stream == "video":
             raise ValueError("the picture of this session is given as a whole by push_frames")
         check_strength(strength)
-        still = self._still(pixels, 1 if first else 2)
+        still = self._still(pixels, 2 if state.begun or state.hidden else 1)
         return state.replace(image=still[:, -1], strength=float(strength))
 
     def extend(
@@ -257,6 +256,7 @@ class GivenMedia:
     def take(self, state: GivenState, block: int) -> tuple[GivenState, Condition | None]:
         """What is given of a block, and what then still waits; None is nothing."""
         layout, patches = self.rollout.cache.layout, self.rollout.patches
+        state = state.replace(begun=True)
         sizes = layout.video_frames_in(block), layout.audio_frames_in(block)
         given = state.video[:, : sizes[0]], state.audio[:, : sizes[1]]
         counts = given[0].shape[1], given[1].shape[1]

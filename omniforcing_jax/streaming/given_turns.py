@@ -1,33 +1,42 @@
 """The part of `StreamingSession` by which pictures, clips, sound and references are given to it."""
 
+import threading
+
 import numpy as np
 
+from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.given import GivenMedia
 
 
 class GivenTurns:
-    """What a session is given is used at the next block border, and is a part of its snapshot."""
+    """What a session is given is used at the next block border, and is a part of its snapshot.
 
-    num_blocks: int
+    It may be given by another thread while a block is made: `_giving` is held wherever what is
+    given is read and replaced.
+    """
+
     _audio_decoder: StreamingAudioDecoder
 
     def _start_given(self, media: GivenMedia) -> None:
+        self._giving = threading.Lock()
         self._media, self._given = media, media.init()
         self._skip = (0, 0)  # frames and samples of the references, which are not shown
 
     def push_audio(self, waveform: np.ndarray, rate: int) -> None:
         """The next samples of the sound that is given; see `GivenMedia.push_audio`."""
-        self._given = self._media.push_audio(self._given, waveform, rate)
+        with self._giving:
+            self._given = self._media.push_audio(self._given, waveform, rate)
 
     def push_frames(self, frames: np.ndarray) -> None:
         """The next frames of the picture that is given; see `GivenMedia.push_frames`."""
-        self._given = self._media.push_frames(self._given, frames)
+        with self._giving:
+            self._given = self._media.push_frames(self._given, frames)
 
     def set_image(self, pixels: np.ndarray, strength: float = 1.0) -> None:
         """The next block begins with this picture; see `GivenMedia.set_image`."""
-        first = self.num_blocks == 0 and not self._given.hidden
-        self._given = self._media.set_image(self._given, pixels, strength, first=first)
+        with self._giving:
+            self._given = self._media.set_image(self._given, pixels, strength)
 
     def extend(self, frames: np.ndarray, waveform: np.ndarray, rate: int) -> None:
         """The stream begins with this clip, as the VAEs keep it; see `GivenMedia.extend`.
@@ -35,8 +44,9 @@ class GivenTurns:
         Raises:
           RuntimeError: the stream has begun.
         """
-        self._check_not_begun("goes on from a clip")
-        self._given = self._media.extend(self._given, frames, waveform, rate)
+        with self._giving:
+            self._check_not_begun("goes on from a clip")
+            self._given = self._media.extend(self._given, frames, waveform, rate)
 
     def set_reference(self, pixels: np.ndarray, waveform: np.ndarray, rate: int) -> None:
         """A face and a voice, in front of what is shown; see `GivenMedia.set_reference`.
@@ -46,15 +56,35 @@ class GivenTurns:
         Raises:
           RuntimeError: the stream has begun, or something was given to it.
         """
-        self._check_not_begun("is given references")
-        self._given = self._media.set_reference(self._given, pixels, waveform, rate)
-        layout, hidden = self._media.rollout.cache.layout, self._given.hidden
-        latents = layout.num_audio_frames(hidden)
-        samples = self._audio_decoder.samples_after(latents, True)
-        samples = 0 if self._media.stream == "audio" else samples
-        self._skip = layout.pixel_frames(hidden), samples
+        with self._giving:
+            self._check_not_begun("is given references")
+            self._given = self._media.set_reference(self._given, pixels, waveform, rate)
+            layout, hidden = self._media.rollout.cache.layout, self._given.hidden
+            latents = layout.num_audio_frames(hidden)
+            samples = self._audio_decoder.samples_after(latents, True)
+            samples = 0 if self._media.stream == "audio" else samples
+            self._skip = layout.pixel_frames(hidden), samples
+
+    def _take_given(self, block: int) -> tuple[Condition | None, float]:
+        """What is given of a block, and seconds of it that had not arrived and were filled."""
+        with self._giving:
+            given, late = self._media.fill(self._given, block)
+            self._given, condition = self._media.take(given, block)
+        return condition, late
+
+    def _show_given(self, block: int, shown: int) -> np.ndarray:
+        """See `GivenMedia.shown`."""
+        with self._giving:
+            self._given, frames = self._media.shown(self._given, block, shown)
+        return frames
+
+    def _play_given(self, block: int, played: int, *, flushed: bool) -> np.ndarray:
+        """See `GivenMedia.played`."""
+        with self._giving:
+            self._given, waveform = self._media.played(self._given, block, played, flushed=flushed)
+        return waveform
 
     def _check_not_begun(self, does: str) -> None:
         given = self._given
-        if self.num_blocks or given.video.size or given.audio.size or given.audio_encoder:
+        if given.begun or given.video.size or given.audio.size or given.audio_encoder:
             raise RuntimeError(f"a session {does} before its first block and before other sound")

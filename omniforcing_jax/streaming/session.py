@@ -336,8 +336,7 @@ class StreamingSession(GivenTurns):
         if self._recache_due:
             self._recache()
         mark(self._text)
-        given, late = self._media.fill(self._given, self.num_blocks)
-        self._given, condition = self._media.take(given, self.num_blocks)
+        condition, late = self._take_given(self.num_blocks)
         first = self.num_blocks == 0
         arguments, options = self._block_arguments(self._cache, condition, first=first)
         latents, self._cache = block_program(condition)(*arguments, **options)
@@ -368,8 +367,7 @@ class StreamingSession(GivenTurns):
     def _pictures(self, latents: AVLatents) -> np.ndarray | jax.Array:
         """The next frames, decoded or as they were given."""
         if self._media.stream == "video":
-            self._given, frames = self._media.shown(self._given, self.num_blocks, self.num_frames)
-            return frames
+            return self._show_given(self.num_blocks, self.num_frames)
         video = self._unpatchify(latents)
         self._video_state, frames = self._video_decoder.push(self._video_state, video)
         return frames
@@ -377,13 +375,8 @@ class StreamingSession(GivenTurns):
     def _sound(self, latents: AVLatents) -> np.ndarray | jax.Array:
         """The next samples, decoded or as they were given."""
         if self._media.stream == "audio":
-            return self._played(self.num_blocks, flushed=False)
+            return self._play_given(self.num_blocks, self.num_samples, flushed=False)
         self._audio_state, waveform = self._audio_decoder.push(self._audio_state, latents.audio)
-        return waveform
-
-    def _played(self, block: int, *, flushed: bool) -> np.ndarray:
-        samples = self.num_samples
-        self._given, waveform = self._media.played(self._given, block, samples, flushed=flushed)
         return waveform
 
     def _hold(self, latents: AVLatents, condition: Condition | None) -> None:
@@ -428,7 +421,7 @@ class StreamingSession(GivenTurns):
         start = time.perf_counter()
         self._video_state, frames = self._video_decoder.flush(self._video_state)
         if self._media.stream == "audio":
-            waveform = self._played(self.num_blocks - 1, flushed=True)
+            waveform = self._play_given(self.num_blocks - 1, self.num_samples, flushed=True)
         else:
             self._audio_state, waveform = self._audio_decoder.flush(self._audio_state)
         frames, waveform, finite = jax.device_get((frames, waveform, self._video_state.finite))
@@ -493,7 +486,9 @@ class StreamingSession(GivenTurns):
         self._key = jax.random.wrap_key_data(jnp.asarray(snapshot["key"]))
         self._video_state = snapshot["video_state"]
         self._audio_state = snapshot["audio_state"]
-        self._given, self._held = snapshot["given"], dict(snapshot["held"])
+        with self._giving:
+            self._given = snapshot["given"]
+        self._held = dict(snapshot["held"])
         self._skip, self._recache_due = snapshot["skip"], snapshot["recache_due"]
         self.num_blocks = snapshot["num_blocks"]
         self.num_frames = snapshot["num_frames"]

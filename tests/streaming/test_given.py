@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,39 @@ def test_sound_that_is_late(pipeline):
     look_ahead = live._media.audio_encoder.look_ahead(RATE) / RATE
     assert chunk.late == pytest.approx(0.5 + look_ahead)
     assert not chunk.waveform[:, -RATE // 2 :].any() and chunk.waveform[:, : RATE // 2].any()
+
+
+def test_a_push_while_a_block_is_made(pipeline, monkeypatch):
+    """What another thread gives in the middle of a step is neither lost nor taken back."""
+    live = session(pipeline, given="audio")
+    waveform = sound(4.0)
+    live.push_audio(waveform[:, :RATE], RATE)
+    media, begun, encoded = type(live._media), threading.Event(), threading.Event()
+    take = media.take
+
+    def push():
+        begun.set()
+        live.push_audio(waveform[:, RATE : 2 * RATE], RATE)
+        encoded.set()
+
+    def interrupted(*arguments):
+        taken = take(*arguments)
+        pusher.start()
+        begun.wait()
+        encoded.wait(0.2)  # it ends in here if nothing holds it up
+        return taken
+
+    pusher = threading.Thread(target=push)
+    monkeypatch.setattr(media, "take", interrupted)
+    live.step()
+    monkeypatch.undo()
+    pusher.join()
+    given = live._given
+    assert given.audio_encoder.first_sample + given.audio_encoder.samples.shape[1] == 2 * RATE
+    assert given.audio.shape[1] == 25 and given.waveform.shape[1] == 2 * RATE
+    live.push_audio(waveform[:, 2 * RATE :], RATE)
+    played = join([live.step(), live.step()])[1]
+    np.testing.assert_array_equal(played, waveform[:, : 2 * RATE])
 
 
 def test_replays_with_turns(pipeline):
