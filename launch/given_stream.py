@@ -18,6 +18,7 @@ from omniforcing_jax import (
     StreamingSession,
 )
 from omniforcing_jax.io import media_files
+from omniforcing_jax.streaming.given import unshown_blocks
 
 _STREAMS = {"a2v": "audio", "ia2v": "audio", "v2a": "video"}  # given as a whole, by mode
 _ENDLESS = 10**5  # blocks, for the checks
@@ -39,7 +40,7 @@ class GivenToStream:
     Attributes:
       files: picture, film or sound; None where there is none.
       face, voice: [H, W, 3] float32 in [-1, 1] and a sound, or None.
-      hidden: blocks that the references are before the stream.
+      unshown: blocks of the references before the first block that is shown.
       seconds: of all blocks of the stream.
       notes: for the user.
     """
@@ -47,7 +48,7 @@ class GivenToStream:
     files: GivenFiles | None = None
     face: np.ndarray | None = None
     voice: Sound | None = None
-    hidden: int = 0
+    unshown: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
@@ -117,6 +118,6 @@ def read(
             )
     warning = files and config.trained.untrained_mode(files.mode)
     notes += [warning] if warning else []
-    hidden = 1 + rollout.cache.anchors if args.reference else 0
+    unshown = unshown_blocks(layout, 1 + rollout.cache.anchors) if args.reference else 0
     seconds = layout.pixel_frames(blocks) / layout.frame_rate
-    return GivenToStream(files, face, voice, hidden, seconds, tuple(notes))
+    return GivenToStream(files, face, voice, unshown, seconds, tuple(notes))

@@ -341,11 +341,11 @@ def run(
             writer.put(chunk)
 
     interrupt.ends_after_block = True
-    hidden = request.given.hidden
+    unshown = request.given.unshown
     with options.plain_warnings(report.console):
         while not interrupt.requested and session.num_blocks != session.max_blocks:
-            if session.num_blocks and session.num_blocks - hidden in request.prompts:
-                session.set_prompt(request.prompts[session.num_blocks - hidden])
+            if session.num_blocks and session.num_blocks - unshown in request.prompts:
+                session.set_prompt(request.prompts[session.num_blocks - unshown])
             write(session.step())
         write(session.finish())
 
@@ -409,7 +409,7 @@ def stream(
             request.prompts[0],
             prompts=request.encoder,
             seed=args.seed,
-            max_blocks=request.length and request.length.blocks + given.hidden,
+            max_blocks=request.length and request.length.blocks + given.unshown,
             given=given.stream,
             text_length=padded_length(request.prompts.values(), args.attention),
             implementation=args.attention,

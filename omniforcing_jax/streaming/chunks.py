@@ -54,3 +54,10 @@ class Chunk:
         frames = self.frames[:, : max(num_frames - self.first_frame, 0)]
         waveform = self.waveform[:, : max(num_samples - self.first_sample, 0)]
         return dataclasses.replace(self, frames=frames, waveform=waveform)
+
+    def behind(self, earlier: "Chunk") -> "Chunk":
+        """With what an earlier chunk showed in front of it."""
+        frames = np.concatenate([earlier.frames, self.frames], axis=1)
+        waveform = np.concatenate([earlier.waveform, self.waveform], axis=1)
+        place = {"first_frame": earlier.first_frame, "first_sample": earlier.first_sample}
+        return dataclasses.replace(self, frames=frames, waveform=waveform, **place)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.sampling.conditions import Condition, check_strength, first_given
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.encoders import (
@@ -37,7 +38,8 @@ class GivenState:
       audio_encoder, video_encoder: of the sound and the frames that arrive; None before the first.
       resampled: state of the resampling to the stream's rate.
       waveform: [B, n, 2] float32 samples to be played; `frames`: [B, n, H, W, 3] uint8 to be shown.
-      hidden: blocks at the stream's beginning that are references and not shown.
+      hidden: blocks at the stream's beginning that are references and not shown, but for the very
+        last frame.
       begun: whether a block was taken.
     """
 
@@ -315,7 +317,7 @@ class GivenMedia:
         if state.hidden:
             latents += 1 - layout.num_audio_frames(state.hidden)
         count = latents * rate // layout.audio_latents_per_second - played
-        if flushed and not state.hidden:  # what the first latent lasts, a mel frame
+        if flushed:  # what the first latent lasts, a mel frame
             count += rate // (4 * layout.audio_latents_per_second)
         count, waveform = max(count, 0), state.waveform
         if flushed and state.resampled is not None:
@@ -390,6 +392,15 @@ class GivenMedia:
         state, encoded = encoder.push(encoder.init(self.batch, rate), waveform)
         encoded = jnp.concatenate([encoded, encoder.flush(state)[1]], axis=1)
         return np.asarray(encoded[:, :latents])
+
+
+def unshown_blocks(layout: BlockLayout, hidden: int) -> int:
+    """Blocks before the first one that is shown, of which `hidden` are references.
+
+    The references' last frame is shown. It is a block of its own, or belongs to the next one, as
+    the first frame of any stream in this layout.
+    """
+    return hidden - (layout.first_video_frames == 1) if hidden else 0
 
 
 def is_whole(condition: Condition | None) -> bool:

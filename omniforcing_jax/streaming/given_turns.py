@@ -5,8 +5,7 @@ import threading
 import numpy as np
 
 from omniforcing_jax.sampling.conditions import Condition
-from omniforcing_jax.streaming.audio import StreamingAudioDecoder
-from omniforcing_jax.streaming.given import GivenMedia
+from omniforcing_jax.streaming.given import GivenMedia, unshown_blocks
 
 
 class GivenTurns:
@@ -16,12 +15,13 @@ class GivenTurns:
     given is read and replaced.
     """
 
-    _audio_decoder: StreamingAudioDecoder
+    max_blocks: int | None
 
     def _start_given(self, media: GivenMedia) -> None:
         self._giving = threading.Lock()
         self._media, self._given = media, media.init()
-        self._skip = (0, 0)  # frames and samples of the references, which are not shown
+        # blocks, frames and samples of the references that are not shown
+        self._unshown, self._skip = 0, (0, 0)
 
     def push_audio(self, waveform: np.ndarray, rate: int) -> None:
         """The next samples of the sound that is given; see `GivenMedia.push_audio`."""
@@ -52,18 +52,28 @@ class GivenTurns:
         """A face and a voice, in front of what is shown; see `GivenMedia.set_reference`.
 
         They are the stream's first `1 + anchors` blocks, which `num_blocks` and `max_blocks` count.
+        The last frame of the face is the first one shown, so that a stream in the `prefix` layout
+        has the frames and samples of any other: its block 0 is the last block of the references.
 
         Raises:
           RuntimeError: the stream has begun, or something was given to it.
+          ValueError: `max_blocks` leaves nothing to be shown; see also `GivenMedia.set_reference`.
         """
         with self._giving:
             self._check_not_begun("is given references")
-            self._given = self._media.set_reference(self._given, pixels, waveform, rate)
-            layout, hidden = self._media.rollout.cache.layout, self._given.hidden
-            latents = layout.num_audio_frames(hidden)
-            samples = self._audio_decoder.samples_after(latents, True)
+            given = self._media.set_reference(self._given, pixels, waveform, rate)
+            layout = self._media.rollout.cache.layout
+            unshown = unshown_blocks(layout, given.hidden)
+            if self.max_blocks is not None and self.max_blocks <= unshown:
+                raise ValueError(
+                    f"the references are {unshown} blocks before the first that is shown, and this "
+                    f"session was made for {self.max_blocks}: give a larger max_blocks"
+                )
+            self._given, self._unshown = given, unshown
+            latents, rate = layout.num_audio_frames(given.hidden) - 1, self._media.sample_rate
+            samples = latents * rate // layout.audio_latents_per_second
             samples = 0 if self._media.stream == "audio" else samples
-            self._skip = layout.pixel_frames(hidden), samples
+            self._skip = layout.pixel_frames(given.hidden) - 1, samples
 
     def _take_given(self, block: int) -> tuple[Condition | None, float]:
         """What is given of a block, and seconds of it that had not arrived and were filled."""
@@ -86,5 +96,6 @@ class GivenTurns:
 
     def _check_not_begun(self, does: str) -> None:
         given = self._given
-        if given.begun or given.video.size or given.audio.size or given.audio_encoder:
-            raise RuntimeError(f"a session {does} before its first block and before other sound")
+        other = given.video.size or given.audio.size or given.audio_encoder
+        if given.begun or other or given.image is not None:
+            raise RuntimeError(f"a session {does} before its first block and before all else")

@@ -233,7 +233,7 @@ class StreamingSession(GivenTurns):
         try:
             chunk = self._next_chunk()
             while chunk.block < 0 and not chunk.waiting:  # a reference
-                chunk = self._next_chunk()
+                chunk = self._next_chunk().behind(chunk)
         except FloatingPointError:  # an earlier state would lead to the same
             raise
         except Exception as error:  # Ctrl-C needs no advice: it ends a program
@@ -354,15 +354,14 @@ class StreamingSession(GivenTurns):
         timings = Timings(text + self._text_seconds, *others)
         self._text_seconds = 0.0
         self.num_blocks += 1
-        block = max(self.num_blocks - 1 - int(self._given.hidden), -1)
+        block = max(self.num_blocks - 1 - self._unshown, -1)
         return self._chunk(block, frames, waveform, timings, late)
 
     def _waiting(self) -> Chunk:
         frames = np.zeros((self._batch, 0, *self._media.pixels, 3), np.uint8)
         waveform = np.zeros((self._batch, 0, 2), np.float32)
         none, place = Timings(0.0, 0.0, 0.0, 0.0, 0.0), (self.num_frames, self.num_samples)
-        block = self.num_blocks - int(self._given.hidden)
-        return Chunk(block, *place, frames, waveform, none, waiting=True)
+        return Chunk(self.num_blocks - self._unshown, *place, frames, waveform, none, waiting=True)
 
     def _pictures(self, latents: AVLatents) -> np.ndarray | jax.Array:
         """The next frames, decoded or as they were given."""
@@ -462,6 +461,7 @@ class StreamingSession(GivenTurns):
             "num_blocks": self.num_blocks,
             "num_frames": self.num_frames,
             "num_samples": self.num_samples,
+            "unshown": self._unshown,
             "skip": self._skip,
             "recache_due": self._recache_due,
         }
@@ -489,7 +489,8 @@ class StreamingSession(GivenTurns):
         with self._giving:
             self._given = snapshot["given"]
         self._held = dict(snapshot["held"])
-        self._skip, self._recache_due = snapshot["skip"], snapshot["recache_due"]
+        self._unshown, self._skip = snapshot["unshown"], snapshot["skip"]
+        self._recache_due = snapshot["recache_due"]
         self.num_blocks = snapshot["num_blocks"]
         self.num_frames = snapshot["num_frames"]
         self.num_samples = snapshot["num_samples"]

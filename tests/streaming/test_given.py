@@ -16,6 +16,7 @@ from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming import given
+from omniforcing_jax.streaming.given import unshown_blocks
 from omniforcing_jax.types import AVLatents
 from tests.tiny_model import random_latents
 
@@ -236,18 +237,37 @@ def test_goes_on_from_a_clip(pipeline):
 def test_references_are_not_shown(pipeline):
     live = session(pipeline)
     live.set_reference(picture(), sound(1.0), RATE)
-    chunk = live.step()
-    assert (chunk.block, chunk.first_frame, chunk.frames.shape[1]) == (0, 0, 24)
-    assert live.num_blocks == 3  # two of the references
+    chunks = [live.step()]
+    assert (chunks[0].block, chunks[0].first_frame, chunks[0].frames.shape[1]) == (0, 0, 1)
+    assert live.num_blocks == 2  # of the references
+    chunks.append(live.step())
+    assert (chunks[1].block, chunks[1].first_frame, chunks[1].frames.shape[1]) == (1, 1, 24)
     check_cache(live, contexts(pipeline), held=3)
-    chunks = [chunk, live.step(), live.finish()]
-    assert join(chunks)[1].shape[1] == 2 * RATE and live.num_frames == 48
+    chunks += [live.step(), live.finish()]
+    frames, waveform = join(chunks)
+    assert (frames.shape[1], waveform.shape[1]) == (49, 2 * RATE + 240)  # as of any stream
     voiced = session(pipeline, given="audio")
     voiced.set_reference(picture(), sound(1.0), RATE)
     waveform = sound(2.2, seed=1)
     voiced.push_audio(waveform, RATE)
-    played = join([voiced.step(), voiced.step(), voiced.finish()])[1]
+    chunks = [voiced.step() for _ in range(3)]
+    frames, played = join(chunks)
+    assert frames.shape[1] == 49  # the frame at second 1 is the 25th, as of any stream
     np.testing.assert_array_equal(played, waveform[:, : 2 * RATE])
+    played = join([*chunks, voiced.finish()])[1]
+    np.testing.assert_array_equal(played, waveform[:, : 2 * RATE + 240])
+
+
+def test_references_need_blocks_to_be_shown(pipeline):
+    """They are refused where `max_blocks` ends within them, and after anything else."""
+    live = session(pipeline, anchors=3, max_blocks=3)
+    with pytest.raises(ValueError, match="3 blocks before the first that is shown"):
+        live.set_reference(picture(), sound(1.0), RATE)
+    assert not live._given.hidden and live._skip == (0, 0)
+    live.set_image(picture())
+    with pytest.raises(RuntimeError, match="before all else"):
+        live.set_reference(picture(), sound(1.0), RATE)
+    assert unshown_blocks(pipeline.config.layout("merged"), 2) == 2
 
 
 def test_frames_are_encoded_a_few_at_a_time(pipeline, monkeypatch):
