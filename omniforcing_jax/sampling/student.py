@@ -89,6 +89,15 @@ class RolloutConfig:
         """Noise levels at which the network is called, in order; the last is the refresh pass."""
         return (*self.sigmas[:-1], self.context_noise)
 
+    def text_levels(self, frozen: bool) -> tuple[float, ...]:
+        """Noise levels for `prompt_kv`: `sigma_levels`, and behind them 0 where it is needed.
+
+        Args:
+          frozen: whether a condition may freeze a stream, which then reads the text at level 0 also
+            where the refresh is noisy.
+        """
+        return (*self.sigma_levels, 0.0) if frozen and self.context_noise else self.sigma_levels
+
     def rope(self, model: Transformer, num_blocks: int | None = None) -> ClipRope:
         """RoPE tables for `num_blocks` blocks, or for a stream without end."""
         blocks = self.cache.blocks_in_positions(num_blocks)
@@ -115,7 +124,7 @@ def prompt_kv(
     audio_context: jax.Array,
     levels: tuple[float, ...],
 ) -> TextKV:
-    """Text keys and values for the noise levels `RolloutConfig.sigma_levels`, once per prompt.
+    """Text keys and values for the noise levels `RolloutConfig.text_levels`, once per prompt.
 
     Args:
       model, params: the transformer and its parameter tree.
@@ -265,7 +274,7 @@ def block_step(
     Args:
       model, params: the student and its parameter tree.
       cache: of all blocks so far, from `new_cache`; its counter says which block this is.
-      text: keys and values from `prompt_kv` for `config.sigma_levels`.
+      text: keys and values from `prompt_kv` for `config.text_levels`.
       rope: from `config.rope`.
       noise: [steps, B, T, C] float32, from `block_noise`.
       config: how blocks are generated; that of `cache`, `text` and `rope`.
@@ -346,16 +355,20 @@ def denoise(
 
 
 def text_level(
-    step: jax.Array, config: RolloutConfig, condition: Condition | None
-) -> AVLatents | jax.Array:
+    step: jax.Array | int, config: RolloutConfig, condition: Condition | None
+) -> AVLatents | jax.Array | int:
     """At which noise level each stream reads the text: one that is frozen is clean.
 
+    Args:
+      step: of denoising; their number stands for the refresh.
+
     Returns:
-      Index of `config.sigma_levels`, [] or for each stream [B or 1]; clean is the refresh's level.
+      Index of `config.text_levels`, [] or for each stream [B or 1].
     """
     if condition is None:
         return step
-    return jax.tree.map(lambda f: jnp.where(f, config.num_steps, step), condition.frozen)
+    clean = len(config.text_levels(frozen=True)) - 1
+    return jax.tree.map(lambda f: jnp.where(f, clean, step), condition.frozen)
 
 
 def text_at(model: Transformer, text: TextKV, level: AVLatents | jax.Array | int) -> TextKV:
@@ -392,7 +405,7 @@ def refresh(
     if config.context_noise > 0:
         last = jax.tree.map(lambda n: n[-1], noise)
         x0 = add_noise(x0, last, config.context_noise, condition)
-    text = text_at(forward.model, text, config.num_steps)
+    text = text_at(forward.model, text, text_level(config.num_steps, config, condition))
     _, kv = forward(x0, jnp.float32(config.context_noise), text, condition, return_kv=True)
     return kv
 
@@ -465,7 +478,7 @@ def rollout(
 
     Args:
       model, params: the student and its parameter tree.
-      text: keys and values from `prompt_kv` for `config.sigma_levels`.
+      text: keys and values from `prompt_kv` for `config.text_levels`.
       rope: from `config.rope`, for `num_blocks` or more.
       key: a key, from which each block's noise follows.
       config: how blocks are generated.

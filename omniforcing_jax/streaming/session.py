@@ -195,9 +195,8 @@ class StreamingSession(GivenTurns):
         contexts = self.contexts
         if missing:
             contexts = [jnp.pad(context, ((0, 0), (0, missing), (0, 0))) for context in contexts]
-        return jitted_prompt_kv(
-            self._model, self._params, *contexts, levels=self.config.sigma_levels
-        )
+        levels = self.config.text_levels(frozen=self._media.stream is not None)
+        return jitted_prompt_kv(self._model, self._params, *contexts, levels=levels)
 
     def stream(self, num_blocks: int | None = None) -> Iterator[Chunk]:
         """Yields the next `num_blocks` chunks, or chunks without end.

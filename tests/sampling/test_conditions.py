@@ -22,6 +22,7 @@ from omniforcing_jax.sampling import student, teacher
 from omniforcing_jax.sampling.conditions import (
     MODES,
     Condition,
+    add_noise,
     find_mode,
     mode_frozen,
     mode_mask,
@@ -510,10 +511,13 @@ def test_a_rollout_of_which_nothing_is_given(stream):
 
 def test_a_given_stream_is_clean_to_the_network(stream):
     """Noise levels of tokens and streams, and text K/V at each stream's own level, of a batch with
-    and without given sound: against a pass that reads the contexts."""
+    and without given sound: against a pass that reads the contexts. Also where the refresh is
+    noisy, of which what is given knows nothing."""
     condition, _ = split_condition(stream.condition("a2v", "t2av"), stream.layout, 2)
-    config = dataclasses.replace(stream.config, sigmas=(1.0, 0.0))
-    text = student.prompt_kv(stream.model, stream.params, *stream.contexts, config.sigma_levels)
+    config = dataclasses.replace(stream.config, sigmas=(1.0, 0.0), context_noise=0.4)
+    assert config.text_levels(frozen=False) == config.sigma_levels == (1.0, 0.4)
+    levels = config.text_levels(frozen=True)
+    text = student.prompt_kv(stream.model, stream.params, *stream.contexts, levels)
     cache = student.new_cache(stream.model, config, ROLLOUT_BATCH)
     noise = student.block_noise(
         jax.random.key(1), 0, config, stream.model, ROLLOUT_BATCH, first=True
@@ -533,6 +537,12 @@ def test_a_given_stream_is_clean_to_the_network(stream):
     np.testing.assert_allclose(trace.x0.video, x.video - by_hand, atol=1e-4)
     np.testing.assert_allclose(trace.x0.audio[1], (x.audio - sound)[1], atol=1e-4)
     np.testing.assert_array_equal(trace.x0.audio[0], x.audio[0])
+    forward = student.bind(stream.model, stream.params, cache, stream.rope, config, first=True)
+    refreshed = jnp.full(ROLLOUT_BATCH, 0.4)
+    own = student.text_kv(stream.model, stream.params, stream.contexts, refreshed, condition)
+    x0 = add_noise(trace.x0, jax.tree.map(lambda n: n[-1], noise), 0.4, condition)
+    expected = jit(lambda x0: forward(x0, refreshed, own, condition, return_kv=True)[1])(x0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), trace.kv, expected)
 
 
 # -- mistakes --------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class UnrolledStudent:
     ) -> UnrolledTrace:
         """A rollout without gradient; arguments as `sample`."""
         step = exit_step(step_key, self.num_steps, self.exit_weights)
-        text = self._text(weights, contexts)
+        text = self._text(weights, contexts, condition)
         first, rest, cache = self._unroll(weights, text, keys, step, condition)
         sigma = jnp.full(keys.shape, jnp.asarray(self.config.sigmas, jnp.float32)[step])
         return UnrolledTrace(first, rest, cache, sigma, condition)
@@ -164,7 +164,7 @@ class UnrolledStudent:
         if not self.detach_history:
 
             def again(weights):
-                texts = exit_text(weights), self._text(weights, contexts)
+                texts = exit_text(weights), self._text(weights, contexts, trace.condition)
                 return self._replay(weights, texts, trace, keys)
 
             return jax.vjp(again, weights)[1](cotangent)[0]
@@ -201,8 +201,9 @@ class UnrolledStudent:
             rest = rest.replace(x0=x0)
         return _joined(first, rest)
 
-    def _text(self, weights, contexts: Contexts) -> TextKV:
-        return prompt_kv(self.model, weights, *contexts, levels=self.config.sigma_levels)
+    def _text(self, weights, contexts: Contexts, condition: Condition | None = None) -> TextKV:
+        levels = self.config.text_levels(frozen=condition is not None)
+        return prompt_kv(self.model, weights, *contexts, levels=levels)
 
     def _rope(self):
         return self.rollout.rope(self.model, self.num_blocks)
