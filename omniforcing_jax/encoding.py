@@ -102,15 +102,7 @@ class MediaEncoder:
         Raises:
           ValueError: the sound is too short for a spectrum, and `num_latents` is None.
         """
-        encoder, rate, waveform = self.audio(), sound.sample_rate, sound.waveform
-        if num_latents is not None:
-            most = encoder.samples_for(num_latents, rate)
-            least = most - encoder.look_ahead(rate)  # what lies beyond may be mirrored
-            silence = most - len(waveform) if len(waveform) < least else 0
-            waveform = np.pad(waveform[:most], ((0, silence), (0, 0)))
-        state, latents = encoder.push(encoder.init(1, rate), waveform[None])
-        latents = jnp.concatenate([latents, encoder.flush(state)[1]], axis=1)
-        return latents[:, :num_latents]
+        return self.audio().encode(sound.waveform[None], sound.sample_rate, num_latents)
 
     def _loaded(self, stream: str) -> Any:
         name = _COMPONENTS[stream]

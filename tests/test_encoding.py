@@ -69,6 +69,14 @@ def test_sound_of_a_clip(golden):
     found = encoder.encode_sound(short, num_latents=26)
     silence = short.lasting(25 / 24).waveform
     np.testing.assert_allclose(found, whole(silence)[:, :26], atol=2e-5, rtol=0)
+    # one latent at 16 kHz is made of no more than half a window, and of silence if it is shorter
+    slow = Sound(waveform[:16000], 16000)
+    found = encoder.encode_sound(slow, num_latents=1)
+    np.testing.assert_allclose(found, encoder.encode_sound(slow, num_latents=26)[:, :1], atol=1e-6)
+    brief = Sound(waveform[:100], 16000)
+    found = encoder.encode_sound(brief, num_latents=1)
+    expected = encoder.encode_sound(brief.lasting(1.0), num_latents=1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_only_the_encoders_are_loaded(random_checkpoint, monkeypatch):

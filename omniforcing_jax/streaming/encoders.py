@@ -164,6 +164,36 @@ class StreamingAudioEncoder:
         state, latents = self._encode(state, self.latents_after(num_samples, rate, True), total)
         return state.replace(flushed=True), latents
 
+    def encode(
+        self, waveform: np.ndarray, sample_rate: int, num_latents: int | None = None
+    ) -> jax.Array:
+        """The latents of a whole sound.
+
+        Args:
+          waveform: [B, n, 2] float32 in [-1, 1].
+          num_latents: how many: the rest of a longer sound is not encoded, and a shorter one is
+            followed by silence. None is all of it.
+
+        Returns:
+          [B, t, C] float32 normalised latents.
+
+        Raises:
+          ValueError: a waveform of another shape, or one too short for a spectrum where
+            `num_latents` is None.
+        """
+        waveform = np.asarray(waveform, np.float32)
+        if num_latents is not None:
+            most, spectrum = self.samples_for(num_latents, sample_rate), self.config.mel
+            # what lies beyond the latents may be mirrored, if there is enough for a spectrum
+            least = most - self.look_ahead(sample_rate)
+            least = max(least, spectrum.n_fft // 2 * sample_rate // spectrum.sample_rate + 1)
+            silence = most - waveform.shape[1] if waveform.shape[1] < least else 0
+            waveform = np.pad(waveform[:, :most], ((0, 0), (0, max(silence, 0)), (0, 0)))
+        state, latents = self.push(self.init(waveform.shape[0], sample_rate), waveform)
+        if num_latents is None or latents.shape[1] < num_latents:
+            latents = jnp.concatenate([latents, self.flush(state)[1]], axis=1)
+        return latents[:, :num_latents]
+
     def _encode(
         self, state: AudioEncoderState, wanted: int, total: int | None
     ) -> tuple[AudioEncoderState, jax.Array]:

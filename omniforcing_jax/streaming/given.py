@@ -7,7 +7,6 @@ decoding their latents. All of it is a value, a part of the session's snapshot.
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -384,14 +383,7 @@ class GivenMedia:
         waveform = np.asarray(waveform, np.float32)
         if waveform.ndim != 3 or waveform.shape[::2] != (self.batch, 2):
             raise ValueError(f"a waveform is [{self.batch}, n, 2], not {list(waveform.shape)}")
-        most = encoder.samples_for(latents, rate)
-        silence = most - waveform.shape[1]
-        # what lies beyond the clip may be mirrored, as where whole clips are encoded
-        silence = silence if silence > encoder.look_ahead(rate) else 0
-        waveform = np.pad(waveform[:, :most], ((0, 0), (0, silence), (0, 0)))
-        state, encoded = encoder.push(encoder.init(self.batch, rate), waveform)
-        encoded = jnp.concatenate([encoded, encoder.flush(state)[1]], axis=1)
-        return np.asarray(encoded[:, :latents])
+        return np.asarray(encoder.encode(waveform, rate, latents))
 
 
 def unshown_blocks(layout: BlockLayout, hidden: int) -> int:
