@@ -101,11 +101,17 @@ def explain(error: Exception) -> tuple[int | None, str]:
     return None, ", ".join(filter(None, [f"{kind.__name__}: {_first_line(str(error))}", *notes]))
 
 
-def full_disk_number(error: BaseException) -> int | None:
-    """The system's number of an error of a full disk, whichever library raised it."""
+def system_number(error: BaseException) -> int | None:
+    """The system's number of an error, whichever library raised it; None if it does not say one."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (match := _NUMBER_IN_TEXT.search(str(error))):
         number = int(match[1])
+    return number
+
+
+def full_disk_number(error: BaseException) -> int | None:
+    """The system's number of an error of a full disk, whichever library raised it."""
+    number = system_number(error)
     if number is None and isinstance(error, RuntimeError):
         found = (n for n, text in zip(_NO_ROOM, _NO_ROOM_TEXTS, strict=True) if text in str(error))
         number = next(found, None)

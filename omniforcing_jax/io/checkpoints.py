@@ -11,11 +11,9 @@ component lies.
 
 import contextlib
 import json
-import logging
 import os
 import pathlib
 import secrets
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -26,7 +24,7 @@ from etils import epath
 
 from omniforcing_jax import programs
 from omniforcing_jax.distributed import multihost
-from omniforcing_jax.io import checksums
+from omniforcing_jax.io import checksums, damage
 from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.paths import locate
 
@@ -289,7 +287,7 @@ def load_params(
     )
     args = ocp.args.PyTreeRestore(item=arrays, restore_args=restore_args, partial_restore=True)
     # without a Checkpointer, which waits for all processes: one may read by itself
-    with reading(path):
+    with damage.reading(path):
         return ocp.PyTreeCheckpointHandler().restore(path, args=args)
 
 
@@ -310,58 +308,17 @@ def verify_components(folder: str | os.PathLike, components: Iterable[str]) -> N
     except OSError as problem:
         error = problem
     if not multihost.all_true(error is None):
-        raise error or DamagedFile(f"{folder}: another process has found a damaged file")
+        text = f"{folder}: another process could not read it, or found it damaged"
+        raise error or DamagedFile(text)
 
 
 def _verify(path: epath.Path, component: str, content: Mapping[str, Any], **share: int) -> None:
     checksums.verify(path, expected=content.get("checksums", {}).get(component), **share)
 
 
-@contextlib.contextmanager
-def reading(path: epath.Path) -> Iterator[None]:
-    """Whatever Orbax and TensorStore raise for damaged weights, and print of it, as one error.
-
-    Raises:
-      DamagedFile: the first thing that they found.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_damage(error):
-            raise
-        _silence_other_arrays()
-        first = error
-        while first.__cause__ is not None:
-            first = first.__cause__
-        text = " ".join(str(first).split())[:300]
-        raise DamagedFile(
-            f"{path} cannot be read ({text}): it is damaged or no complete copy; copy it again, or "
-            "make it again"
-        ) from error
-
-
-def _silence_other_arrays() -> None:
-    """Orbax leaves the reads of all arrays behind, each of which tells of its failure when it goes:
-    in the log of asyncio, or, at the end of Python, as an exception that is ignored."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    before = sys.unraisablehook
-
-    def hook(unraisable):
-        code = getattr(unraisable.object, "cr_code", None)
-        if "orbax" not in getattr(code, "co_filename", ""):
-            before(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def is_damage(error: Exception) -> bool:
-    """Whether Orbax raises such an error for damaged files; running out of memory is none."""
-    return isinstance(error, (ValueError, OSError, KeyError)) or type(error) is Exception
-
-
 def _arrays(path: epath.Path) -> dict[str, Any]:
     """Tree of jax.ShapeDtypeStruct of what is on disk."""
-    with reading(path):
+    with damage.reading(path):
         metadata = ocp.PyTreeCheckpointHandler().metadata(path)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
 

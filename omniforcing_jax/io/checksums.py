@@ -8,10 +8,11 @@ instructions for it; files are hashed on threads. A JSON file carries the checks
 """
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -23,6 +24,8 @@ SEAL = "checksum"  # of a JSON file's content, among its fields
 _PART = ".SHA256SUMS."  # and the number of the process that has hashed it
 _READ_BYTES = 1 << 20
 _NUM_THREADS = min(16, os.cpu_count() or 1)
+# Where there should be a file is none; other errors of the system say nothing of what is there.
+NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _MAX_LISTED = 3  # damaged files that are named
 
 
@@ -32,8 +35,12 @@ class DamagedFile(OSError):
 
 def hash_files(files: Sequence[epath.Path]) -> list[str]:
     """SHA-256 of each file, in hexadecimal digits."""
+    return _each(_hash_file, files)
+
+
+def _each(read: Callable[[epath.Path], Any], files: Iterable[epath.Path]) -> list[Any]:
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return list(pool.map(_hash_file, files))
+        return list(pool.map(read, files))
 
 
 def _hash_file(file: epath.Path) -> str:
@@ -42,6 +49,17 @@ def _hash_file(file: epath.Path) -> str:
         while data := stream.read(_READ_BYTES):
             digest.update(data)
     return digest.hexdigest()
+
+
+def _hash_if_there(file: epath.Path) -> str | None:
+    try:
+        return _hash_file(file)
+    except (*NO_FILE, ValueError):
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # as ValueError: no name, but of a damaged list
+            return None
+        raise
 
 
 def write_part(folder: str | os.PathLike, part: int, count: int = 1, *, within: str = "") -> None:
@@ -88,24 +106,24 @@ def verify(
 
     Raises:
       DamagedFile: names the files that are not as they were written, and those that are missing.
+      OSError: one of them could not be read.
     """
     folder = locate(folder)
     file = folder / FILE
-    if not file.is_file():
+    try:
+        listed = _read_list(file)
+    except NO_FILE:
         if expected is None:
             return
-        raise DamagedFile(f"{file} is missing: {folder} is no complete copy; copy it again")
+        raise DamagedFile(
+            f"{file} is missing: {folder} is no complete copy; copy it again"
+        ) from None
     if expected is not None and _hash_file(file) != expected:
         raise DamagedFile(f"{file} is damaged, or of other weights; copy {folder} again")
-    listed = _read_list(file)
     names = sorted(listed)[index::count]
-    missing = [name for name in names if not (folder / name).is_file()]
-    there = [name for name in names if name not in missing]
-    changed = [
-        name
-        for name, digest in zip(there, _hashes(folder, there), strict=True)
-        if digest != listed[name]
-    ]
+    found = dict(zip(names, _each(_hash_if_there, [folder / name for name in names]), strict=True))
+    missing = [name for name in names if found[name] is None]
+    changed = [name for name in names if found[name] not in (None, listed[name])]
     problems = [f"{_listed(folder, missing)} missing"] * bool(missing)
     problems += [f"{_listed(folder, changed)} damaged (another checksum)"] * bool(changed)
     if problems:

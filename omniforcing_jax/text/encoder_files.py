@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from omniforcing_jax.io import checkpoints, checksums
+from omniforcing_jax.io import checkpoints, checksums, damage
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.text.gemma import init_boxed_params
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
@@ -247,7 +247,7 @@ def boxed_tower(config: GemmaConfig) -> Any:
 
 def check_tower(path: pathlib.Path, boxed: Any) -> None:
     """Raises ValueError unless just the leaves of `boxed` are on disk, in their shapes."""
-    with checkpoints.reading(path):
+    with damage.reading(path):
         tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
     found, expected = _shapes(tree), _shapes(nn.unbox(boxed))
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]

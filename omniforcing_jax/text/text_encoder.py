@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from omniforcing_jax.distributed import partitioning
-from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io import checkpoints, damage
 from omniforcing_jax.models import quantization
 from omniforcing_jax.models.text.connectors import (
     ConnectorConfig,
@@ -293,7 +293,7 @@ def _restore_leaf(handler, path: pathlib.Path, keys, dtype: jnp.dtype, sharding)
     for key in reversed(keys):
         item, restore_args = {key.key: item}, {key.key: restore_args}
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    with checkpoints.reading(path):
+    with damage.reading(path):
         return jax.tree.leaves(handler.restore(path, args=args))[0]
 
 

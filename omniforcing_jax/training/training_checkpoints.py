@@ -33,6 +33,7 @@ from flax.traverse_util import unflatten_dict
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.io import checkpoints, checksums
 from omniforcing_jax.io.checksums import DamagedFile
+from omniforcing_jax.io.damage import attempt, reading
 from omniforcing_jax.io.paths import locate
 from omniforcing_jax.training.checkpoint_handlers import (
     JsonHandler,
@@ -233,6 +234,7 @@ class TrainingCheckpoints:
         Raises:
           ValueError: the configuration or the state's structure differs (lists in what), or no
             checkpoint can be read.
+          OSError: a file could not be read, twice; it may be good, and nothing is set aside.
         """
         steps = multihost.from_main(self.steps())
         if not steps:
@@ -241,17 +243,17 @@ class TrainingCheckpoints:
         template = _abstract(template)
         for step in reversed(steps):
             if verify:
-                _, damaged[step] = _attempt(lambda step=step: self.verify(step, together=True))
+                _, damaged[step] = attempt(lambda step=step: self.verify(step, together=True))
                 if damaged[step]:
                     continue
-            small, damaged[step] = _attempt(lambda step=step: self._read_small(step))
+            small, damaged[step] = attempt(lambda step=step: self._read_small(step))
             if small is None:
                 continue
             run, data, saved = small
             if not allow_config_change:
                 check_config(self.folder / str(step), run["config"], config)
             _check_state(self.folder / str(step), saved, template)
-            state, damaged[step] = _attempt(lambda step=step: self._read_state(step, template))
+            state, damaged[step] = attempt(lambda step=step: self._read_state(step, template))
             if state is None:
                 continue
             del damaged[step]
@@ -283,7 +285,8 @@ class TrainingCheckpoints:
 
     def saved_arrays(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """{path: shape and dtype} of a checkpoint's state, without reading it."""
-        metadata = self._manager.item_metadata(step)["state"]
+        with reading(self.folder / str(step)):
+            metadata = self._manager.item_metadata(step)["state"]
         if metadata is None:
             raise ValueError(f"{self.folder / str(step)} has no metadata of its arrays")
         return _by_path(metadata.tree)
@@ -295,7 +298,7 @@ class TrainingCheckpoints:
             partial_restore=partial,
         )
         folder = self.folder / str(step) / "state"
-        with checkpoints.reading(folder):
+        with reading(folder):
             return StateHandler().restore(folder, args=args)
 
     def read_part(self, step: int, template: Any) -> Any:
@@ -315,20 +318,6 @@ class TrainingCheckpoints:
         if damaged:
             multihost.barrier("set damaged checkpoints aside")
             self._manager.reload()
-
-
-def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
-    """(what was read, "") if all processes could read theirs, or else (None, what was wrong)."""
-    result, error = None, ""
-    try:
-        result = read()
-    except Exception as problem:
-        if not checkpoints.is_damage(problem):
-            raise
-        error = str(problem) or repr(problem)
-    if multihost.all_true(not error):
-        return result, ""
-    return None, error or "another process could not read its part"
 
 
 def latest_step(run: str | os.PathLike) -> int | None:
@@ -352,9 +341,9 @@ def verify_generator(path: str | os.PathLike) -> None:
     with TrainingCheckpoints(path, read_only=True) as run:
         if not (steps := run.steps()):
             return
-        _, damage = _attempt(lambda: run.verify(steps[-1], together=True))
-        if damage:
-            raise DamagedFile(f"the checkpoint of step {steps[-1]} in {path} is damaged: {damage}")
+        _, found = attempt(lambda: run.verify(steps[-1], together=True))
+        if found:
+            raise DamagedFile(f"the checkpoint of step {steps[-1]} in {path} is damaged: {found}")
 
 
 def load_generator(

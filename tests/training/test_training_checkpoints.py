@@ -1,16 +1,19 @@
 """Checkpoints: which are kept, what is refused, other meshes, weights for another stage."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omniforcing_jax.io import checkpoints
+from omniforcing_jax.distributed import multihost
+from omniforcing_jax.io import checkpoints, checksums, damage
 from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.models.transformer.model import Transformer, init_params
 from omniforcing_jax.pipeline import PipelineConfig
@@ -131,6 +134,45 @@ def test_without_verifying_a_flipped_bit_passes(stage, finished, run):
         flip(file)
     restored = restore(run, stage.init_state(), verify=False)
     assert_trees_equal(restored.state, finished[1].state)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_file_that_the_system_cannot_read_is_not_damaged(stage, run, verify):
+    """Whether Python or TensorStore says so; here there are links that lead to themselves."""
+    step = run / "checkpoints" / "15"
+    for file in [*step.glob("state/ocdbt.process_*/d/*"), *step.glob("state/d/*")]:
+        file.unlink()
+        file.symlink_to(file)
+    with pytest.raises(OSError, match=os.strerror(errno.ELOOP)) as caught:
+        restore(run, stage.init_state(), verify=verify)
+    assert caught.value.errno == errno.ELOOP
+    assert step.is_dir() and latest_step(run) == 15
+
+
+def test_a_read_that_fails_once_is_tried_again(stage, run, monkeypatch):
+    errors, hash_file = [OSError(errno.EIO, "Input/output error")], checksums._hash_file
+
+    def fails_once(file):
+        if errors:
+            raise errors.pop()
+        return hash_file(file)
+
+    monkeypatch.setattr(checksums, "_hash_file", fails_once)
+    with warnings.catch_warnings(action="error"):
+        assert restore(run, stage.init_state()).step == 15
+    assert not errors
+
+
+def test_the_others_learn_that_a_process_could_not_read(monkeypatch):
+    told = []
+    monkeypatch.setattr(multihost, "all_true", lambda value: told.append(value) or value)
+    with pytest.raises(OSError, match="unreachable"):
+        damage.attempt(lambda: (_ for _ in ()).throw(OSError(errno.ESTALE, "unreachable")))
+    assert told == [False]
+    monkeypatch.setattr(multihost, "all_true", lambda value: False)
+    with pytest.raises(OSError, match="another process could not read"):
+        damage.attempt(lambda: 1)
 
 
 def test_load_generator_names_a_damaged_file(run, finished):
