@@ -147,10 +147,12 @@ class DMD:
         """The generator, or the critic, moved along its gradients, and the scalars of the update.
 
         Args:
-          loss, sigma: [B] per-sample losses, and the noise levels they were taken at.
+          loss, sigma: [B] per-sample losses, and the noise levels they were taken at; under
+            conditions those of each stream, 0 where it is given as a whole.
         """
         is_generator = name == "generator"
-        metrics = losses.report(name, loss, self.config.loss, sigma)
+        generated = jax.tree.map(lambda s: s > 0, sigma) if isinstance(sigma, AVLatents) else None
+        metrics = losses.report(name, loss, self.config.loss, sigma, generated)
         network, info = update_network(
             network,
             grads,
@@ -239,7 +241,7 @@ class DMD:
         cotangent = jax.tree.map(lambda weight, g: weight * g / g.size, weights, gradient)
         if given is not None:
             cotangent = jax.tree.map(jnp.multiply, cotangent, tokens)
-        return cotangent, (loss, sigma)
+        return cotangent, (loss, _levels(sigma, given))
 
     def score_gradient(
         self,
@@ -340,7 +342,7 @@ class DMD:
             return losses.total(per_sample, self.config.loss), per_sample
 
         grads, per_sample = jax.grad(loss, has_aux=True)(critic)
-        return grads, (per_sample, sigma)
+        return grads, (per_sample, _levels(sigma, given))
 
     def _block_causal_critic(self, critic, contexts, x, noisy, noise, sigma, given):
         sizes = jax.tree.map(lambda x: x.shape[1] * x.shape[2], x)
@@ -372,7 +374,7 @@ class DMD:
             block_loss,
             given,
         )
-        return grads, (jax.tree.map(lambda s: jnp.sum(s, axis=0), shares), sigma)
+        return grads, (jax.tree.map(lambda s: jnp.sum(s, axis=0), shares), _levels(sigma, given))
 
     def _noised(
         self, x: AVLatents, keys: jax.Array, given: Condition | None
@@ -386,6 +388,13 @@ class DMD:
 def _token_weights(given: Condition | None) -> AVLatents:
     """Of the tokens [B, T, 1] in the losses: those that are generated count."""
     return AVLatents(1.0, 1.0) if given is None else given.token_weights()
+
+
+def _levels(sigma: jax.Array, given: Condition | None) -> AVLatents | jax.Array:
+    """Of the samples [B] as `DMD.updated` takes them."""
+    if given is None:
+        return sigma
+    return jax.tree.map(lambda s: jnp.broadcast_to(s, sigma.shape), given.stream_sigma(sigma))
 
 
 def _rows(passes: Sequence[jax.Array]) -> jax.Array:

@@ -74,40 +74,55 @@ def total(per_sample: AVLatents, weights: LossWeights) -> jax.Array:
 
 
 def report(
-    name: str, per_sample: AVLatents, weights: LossWeights, sigma: jax.Array | None = None
+    name: str,
+    per_sample: AVLatents,
+    weights: LossWeights,
+    sigma: AVLatents | jax.Array | None = None,
+    generated: AVLatents | None = None,
 ) -> dict[str, jax.Array]:
     """Scalars for the log: the losses, and their means over bands of sigma.
 
     Args:
       name: prefix: `generator` or `critic`.
       per_sample: [B] losses.
-      sigma: [B] noise level of each sample; None: no bands.
+      sigma: see `bands`; None: no bands.
+      generated: [B] boolean, samples whose stream was not given as a whole. None: all.
 
     Returns:
-      {"name/loss", "name/loss_video", "name/loss_audio", "band/name_video_0.25-0.5", ...}; a band
-      without a sample is NaN.
+      {"name/loss", "name/loss_video", "name/loss_audio", "band/name_video_0.25-0.5", ...}. The loss
+      is what is minimised, the mean over all samples; the others are means over those in which the
+      stream is generated, NaN where there is none.
     """
+    means = jax.tree.map(jnp.mean, per_sample)
+    if generated is not None:
+        means = jax.tree.map(_mean, per_sample, generated)
     metrics = {
         f"{name}/loss": total(per_sample, weights),
-        f"{name}/loss_video": jnp.mean(per_sample.video),
-        f"{name}/loss_audio": jnp.mean(per_sample.audio),
+        f"{name}/loss_video": means.video,
+        f"{name}/loss_audio": means.audio,
     }
     if sigma is not None:
         metrics |= bands(name, per_sample, sigma)
     return metrics
 
 
-def bands(name: str, values: AVLatents, sigma: jax.Array) -> dict[str, jax.Array]:
+def bands(name: str, values: AVLatents, sigma: AVLatents | jax.Array) -> dict[str, jax.Array]:
     """Mean loss per modality and band of sigma; a band without a value is NaN.
 
     Args:
-      values, sigma: [N] losses and the noise levels they were taken at; those at 0 do not count.
+      values: [N] losses.
+      sigma: [N] noise levels they were taken at, of both streams or of each; those at 0 do not
+        count.
     """
+    sigma = sigma if isinstance(sigma, AVLatents) else AVLatents(sigma, sigma)
     metrics = {}
     for low, high in itertools.pairwise(SIGMA_BANDS):
-        inside = (sigma > low) & (sigma <= high)
         for stream in ("video", "audio"):
-            loss = getattr(values, stream)
-            mean = jnp.sum(jnp.where(inside, loss, 0.0)) / jnp.sum(inside)
+            level = getattr(sigma, stream)
+            mean = _mean(getattr(values, stream), (level > low) & (level <= high))
             metrics[f"band/{name}_{stream}_{low:g}-{high:g}"] = mean
     return metrics
+
+
+def _mean(values: jax.Array, where: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(where, values, 0.0)) / jnp.sum(where)

@@ -154,13 +154,14 @@ class ODERegression:
             contexts = self.text.contexts(frozen.connectors, batch)
             task = self.task(batch, sample_keys(key, batch["row"]))
             grads, per_block = gradient_of(weights, contexts, task)
-            return grads, (per_block, task.sigma)
+            return grads, (per_block, *self._counted(task))
 
         values = accumulate(gradient, numbered(batch), self.config.microbatches, params)
-        grads, (per_block, sigma) = values
+        grads, (per_block, sigma, generated) = values
         per_sample = jax.tree.map(lambda x: jnp.sum(x, axis=1), per_block)  # [B]
-        metrics = losses.report("generator", per_sample, self.config.loss)
-        metrics |= losses.bands("generator", self._per_level(per_block), sigma.reshape(-1))
+        metrics = losses.report("generator", per_sample, self.config.loss, generated=generated)
+        sigma = jax.tree.map(jnp.ravel, sigma)
+        metrics |= losses.bands("generator", self._per_level(per_block), sigma)
         network, info = update_network(
             state.generator,
             grads,
@@ -171,6 +172,19 @@ class ODERegression:
         )
         metrics |= {f"generator/{name}": value for name, value in info.items()}
         return state.replace(generator=network, step=state.step + 1), metrics
+
+    def _counted(self, task: RegressionTask) -> tuple[AVLatents | jax.Array, AVLatents | None]:
+        """Noise levels [B, K] of the blocks, 0 where all of one is given, and for each stream the
+        samples [B] in which it is generated; None is all."""
+        if task.condition is None:
+            return task.sigma, None
+        counts = jax.tree.map(
+            lambda mask, blocks: (mask > 0).astype(jnp.float32) @ blocks,
+            task.condition.mask,
+            self._frame_blocks(),
+        )
+        sigma = jax.tree.map(lambda n: jnp.where(n > 0, task.sigma, 0.0), counts)
+        return sigma, jax.tree.map(lambda n: jnp.any(n > 0, axis=1), counts)
 
     def task(self, batch: dict[str, jax.Array], keys: jax.Array) -> RegressionTask:
         """Draws every block's level and gathers, or makes, its noisy tokens and their target."""

@@ -175,6 +175,20 @@ def test_bands():
     assert jnp.isnan(metrics["band/critic_video_0.75-1"])
 
 
+def test_what_is_given_does_not_count():
+    """Means are over the samples whose stream is generated; the loss itself is over all."""
+    values = AVLatents(jnp.array([2.0, 4.0]), jnp.array([0.0, 3.0]))
+    sigma = AVLatents(jnp.array([0.1, 0.6]), jnp.array([0.0, 0.6]))
+    generated = jax.tree.map(lambda s: s > 0, sigma)
+    metrics = losses.report("generator", values, losses.LossWeights(), sigma, generated)
+    assert metrics["generator/loss"] == 3.0 + 1.5
+    assert metrics["generator/loss_video"] == metrics["generator/loss_audio"] == 3.0
+    assert metrics["band/generator_audio_0.5-0.75"] == 3.0
+    assert jnp.isnan(metrics["band/generator_audio_0-0.25"])
+    plain = losses.report("generator", values, losses.LossWeights())
+    assert plain["generator/loss_audio"] == 1.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
