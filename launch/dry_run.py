@@ -135,6 +135,7 @@ def _manifest(c: ml_collections.ConfigDict, content: Mapping[str, Any], text_len
         width=c.clip.width // compression,
         sigmas=flow.student_sigmas(c.student.timesteps, flow.schedule(c.student.schedule)).tolist(),
         autoregression=None,
+        conditions=None,
     )
 
 

@@ -173,7 +173,7 @@ class TrainedSettings:
         if "score" in config:
             scales = (config["score"]["video_cfg"], config["score"]["audio_cfg"])
             values["distilled_cfg"] = [_range(scale) for scale in scales]
-        shares = config.get("conditions", {})
+        shares = config.get("pairs_conditions") or config.get("conditions", {})
         modes = [mode for mode in MODES if shares.get(mode)]
         if modes not in ([], ["t2av"]):
             values["modes"] = modes

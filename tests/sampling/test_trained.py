@@ -61,6 +61,10 @@ def test_modes_of_a_run():
     config.conditions.update({"t2av": 0.5, "a2v": 0.5})
     student = TrainedSettings.of_run(config.to_dict())
     assert student.modes == ("t2av", "a2v")
+    config = stage2.get_config("19b").to_dict()
+    assert TrainedSettings.of_run(config).modes is None
+    pairs = {"pairs_conditions": {"t2av": 0.5, "i2av": 0.5, "a2v": 0.0}}
+    assert TrainedSettings.of_run(config | pairs).modes == ("t2av", "i2av")
     for able in (LTX2_BASE, TrainedSettings(stage="distilled")):
         assert student.untrained_mode("a2v") is able.untrained_mode("i2av") is None
     assert "--config.conditions.i2av of the stages trains one" in student.untrained_mode("i2av")

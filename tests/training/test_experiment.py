@@ -14,7 +14,7 @@ from configs import stage1, stage2, stage3
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.sampling import flow
-from omniforcing_jax.sampling.trained import LTX2_DISTILLED
+from omniforcing_jax.sampling.trained import LTX2_DISTILLED, TrainedSettings
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config import experiment, parsing, run_config, settings
@@ -32,6 +32,7 @@ class Data:
         text = {"model_version": "2.0.0", "video_dim": 3840, "audio_dim": 3840}
         more = {"text_length": 1024, "shared_features": True}
         more |= {"sigmas": flow.student_sigmas(), "schedule": [0.0] * 41, "autoregression": None}
+        more |= {"conditions": None}
         self.manifest = types.SimpleNamespace(**(shape | text | more | changes))
 
 
@@ -133,6 +134,12 @@ def test_conditions(full_size, monkeypatch):
     assert "rollout_blocks must be as many, not 8" in problems
     problems = "\n".join(problems_of("stage2", full_size, **mixture))
     assert "record what was given when they were made (launch.ode_pairs --conditions)" in problems
+    pairs = Data(conditions={"t2av": 0.5, "a2v": 0.5})
+    monkeypatch.setattr(experiment, "_open_data", lambda config: pairs)
+    run = checked("stage2", full_size).run_config()
+    assert TrainedSettings.of_run(run).modes == ("t2av", "a2v")
+    run = checked("stage2", full_size, **{"regression.objective": "flow"}).run_config()
+    assert TrainedSettings.of_run(run).modes is None  # which draws it anew
     monkeypatch.setattr(experiment, "_open_data", lambda config: Data(video_frames=13))
     problems = "\n".join(problems_of("stage1", full_size, **mixture))
     assert "clips are stored with {'video_frames': 13" in problems

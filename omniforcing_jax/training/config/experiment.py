@@ -94,12 +94,17 @@ class Experiment:
 
     def run_config(self) -> dict[str, Any]:
         """The config as JSON, with what the run depends on besides."""
-        return {
-            **to_dict(self.config),
+        c = self.config
+        found = {
+            **to_dict(c),
             "model_version": self.content["model_version"],
             "text_length": self.data.manifest.text_length,
             "student_config": dataclasses.asdict(self.student),
         }
+        reads_pairs = c.stage == "stage2" and c.regression.objective != "flow"
+        if reads_pairs and self.data.manifest.conditions is not None:
+            found["pairs_conditions"] = self.data.manifest.conditions  # they say what was given
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
