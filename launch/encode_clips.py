@@ -127,8 +127,9 @@ def encode_clip(
     m = manifest
     try:
         frames = media_files.read_video(clip.path, m.frame_rate, *m.resolution, m.frames)
-        sound = media_files.read_sound(clip.path)
-        if short := media_files.check_sound_length(sound, m.frames / m.frame_rate, clip.path):
+        seconds = m.frames / m.frame_rate
+        sound = media_files.read_sound(clip.path, seconds + 1)  # the last latent looks ahead
+        if short := media_files.check_sound_length(sound, seconds, clip.path):
             return short
     except (OSError, ValueError) as error:
         return str(error)

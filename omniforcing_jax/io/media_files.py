@@ -353,10 +353,11 @@ def read_sound(path: str | os.PathLike, seconds: float | None = None) -> Sound:
             if resampler is None:
                 resampler, sample_rate = _stereo_resampler(frame)
                 shift = 0 if begin is None else round((time - begin) * sample_rate)
-                pieces.append(np.zeros((max(0, shift), 2), np.float32))
-                cut = max(0, -shift)
-            pieces += [_stereo(piece) for piece in resampler.resample(frame)]
-            count += len(pieces[-1])
+                count, cut = max(0, shift), max(0, -shift)
+                pieces.append(np.zeros((count, 2), np.float32))
+            new = [_stereo(piece) for piece in resampler.resample(frame)]
+            pieces += new
+            count += sum(map(len, new))
             if seconds is not None and count - cut >= seconds * sample_rate:
                 break
         if resampler is not None:

@@ -1,6 +1,8 @@
 """Pictures, clips and sound from files: against the golden files, and what was written."""
 
 import io
+import itertools
+import types
 from fractions import Fraction
 
 import av
@@ -284,6 +286,28 @@ def test_lossless_sound_comes_as_it_is(tmp_path, suffix, codec, fmt, rate, layou
     expected = np.broadcast_to(waveform, (len(waveform), 2))
     np.testing.assert_allclose(sound.waveform, expected, atol=5e-5)
     assert len(media_files.read_sound(path, seconds=0.05).waveform) == round(0.05 * rate)
+
+
+def test_as_much_sound_as_was_asked_for(tmp_path, monkeypatch):
+    """Also where the resampler holds a piece back; the silence before a later track counts."""
+    path = write_sound(tmp_path / "a.wav", tone(16000, 16000, 1), 16000, "pcm_s16le", "mono", "s16")
+    make, calls = media_files._stereo_resampler, itertools.count()
+
+    def hesitant(frame):
+        resampler, rate = make(frame)
+
+        def resample(frame):
+            pieces = resampler.resample(frame)
+            return [] if next(calls) == 1 else pieces
+
+        return types.SimpleNamespace(resample=resample), rate
+
+    monkeypatch.setattr(media_files, "_stereo_resampler", hesitant)
+    assert len(media_files.read_sound(path, seconds=0.5).waveform) == 8000
+    assert next(calls) > 3
+    monkeypatch.undo()
+    late = write_video(tmp_path / "a.mkv", LEVELS, 24, sound_at=0.25)
+    assert len(media_files.read_sound(late, seconds=0.3).waveform) == 4800
 
 
 def test_lossy_surround_and_odd_rates(tmp_path):
