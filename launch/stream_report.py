@@ -74,6 +74,7 @@ class StreamReport:
         self.console.print(
             f"{name}  {times.total:6.2f} s  ({_list_parts(parts)})  {count:3d} frames  "
             f"{speed:6.1f} FPS  x{speed / self.frame_rate:.2f} real time  lead {lead:+.2f} s"
+            + (f"  {chunk.late:.2f} s of what is given were late" if chunk.late else "")
         )
 
     @property

@@ -89,7 +89,14 @@ def clip_x0(
     keep: Pathways | None = None,
     condition: Condition | None = None,
 ) -> AVLatents:
-    """The clean prediction x0 = x - sigma v of a noisy clip; arguments as `clip_velocity`."""
+    """The clean prediction x0 = x - sigma v of a noisy clip; other arguments as `clip_velocity`.
+
+    Args:
+      sigma: [B]; without a condition also [B, frames] of each stream.
+
+    Returns:
+      [B, T, C] float32, with what is given in its place.
+    """
     velocity = clip_velocity(model, params, x, sigma, contexts, clip, keep, condition)
     return velocity_to_x0(x, velocity, sigma, condition)
 
