@@ -231,6 +231,40 @@ def test_goes_on_from_a_clip(pipeline):
     np.testing.assert_allclose(frames.astype(int), np.concatenate([start, rest], 1), atol=1)
     third = live.step()
     assert (third.block, third.first_frame, third.frames.shape[1]) == (2, 25, 24)
+    chunks = [first, second, third, live.finish()]
+    # the clip and what was generated behind it, decoded in one go
+    blocks = [condition.clean for _, condition in sorted(live._held.items())]
+    whole = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *blocks)
+    np.testing.assert_allclose(whole.video[:, :16], latents.reshape(1, 16, -1), atol=1e-5)
+    tokens = whole.video.reshape(1, 7, 2, 2, -1)
+    state, expected = decoder.push(decoder.init(1, *PIXELS), tokens)
+    expected = np.concatenate([expected, decoder.flush(state)[1]], axis=1)
+    frames, waveform = join(chunks)
+    np.testing.assert_allclose(frames.astype(int), expected, atol=1)
+    state, expected = live._audio_decoder.push(live._audio_decoder.init(1), whole.audio)
+    expected = np.concatenate([expected, live._audio_decoder.flush(state)[1]], axis=1)
+    np.testing.assert_allclose(waveform, expected, atol=1e-5)
+    assert waveform.shape[1] == 2 * RATE + 240
+
+
+def test_a_minute_of_given_sound(pipeline):
+    """To the sample and in time with the blocks' latents, however it arrives; without a sampler."""
+    media = session(pipeline, given="audio")._media
+    waveform = sound(60.5)
+    state, taken, played, begin = media.init(), [], [], 0
+    for block in range(61):
+        end = begin + (26500, 21500)[block % 2]
+        state = media.push_audio(state, waveform[:, begin:end], RATE)
+        begin = end
+        state, late = media.fill(state, block)
+        state, condition = media.take(state, block)
+        assert not late
+        taken.append(condition.clean.audio)
+        state, samples = media.played(state, block, sum(map(len, played)), flushed=False)
+        played.append(samples[0])
+    np.testing.assert_array_equal(np.concatenate(played), waveform[0, : 60 * RATE])
+    expected = media.audio_encoder.encode(waveform, RATE, 1501)
+    np.testing.assert_array_equal(np.concatenate(taken, axis=1), expected)
 
 
 @pytest.mark.slow
