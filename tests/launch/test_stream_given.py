@@ -54,6 +54,24 @@ def test_a_talking_portrait(checkpoint, files, tmp_path, capsys):
     assert "silent" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_face_and_a_voice(checkpoint, files, tmp_path, monkeypatch):
+    """They lengthen no clip, and prompts begin when they would without them."""
+    changes, change = [], stream.StreamingSession.set_prompt
+
+    def set_prompt(session, prompt):
+        changes.append((session.num_frames, session.num_blocks))
+        change(session, prompt)
+
+    monkeypatch.setattr(stream.StreamingSession, "set_prompt", set_prompt)
+    clip = tmp_path / "clip.mp4"
+    more = ["--reference", "face.png", "speech.wav", "--anchors", "2", "--at", "1", "a smile"]
+    assert stream.main(arguments(checkpoint, files, clip, *more)) == 0
+    frames, _, waveform, _ = media.read_clip(clip)
+    assert frames.shape == (36, 64, 64, 3) and len(waveform) >= 1.5 * RATE
+    assert changes == [(25, 4)]  # behind the frame at second 1, and two blocks not shown
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
