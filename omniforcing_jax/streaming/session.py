@@ -400,10 +400,9 @@ class StreamingSession(GivenTurns):
     def _check_finite(self, block: int, latents: bool, pictures: bool, waveform: np.ndarray):
         parts = {"latents": latents, "pictures": pictures, "sound": np.isfinite(waveform).all()}
         if bad := [name for name, finite in parts.items() if not finite]:
-            layout, hidden = self.config.cache.layout, self._given.hidden
-            frames, skipped = (layout.pixel_frames(n) if n else 0 for n in (block, hidden))
-            start = f"from {(frames - skipped) / layout.frame_rate:.2f} s on"
-            place = f"block {block - hidden} ({start})" if block >= hidden else "the reference"
+            layout, shown = self.config.cache.layout, block - self._unshown
+            start = layout.pixel_frames(shown) / layout.frame_rate if shown > 0 else 0.0
+            place = f"block {shown} (from {start:.2f} s on)" if shown >= 0 else "the reference"
             raise FloatingPointError(
                 f"{place} has {bad[0]} that are not finite: check the weights, or use float32"
             )

@@ -305,9 +305,9 @@ def test_what_is_not_finite_ends_the_stream_and_names_its_block(pipeline, path, 
 
 def test_blocks_that_are_not_finite_are_counted_as_chunks_are(pipeline):
     live = session(pipeline)
-    live._given = live._given.replace(hidden=2)
+    live._unshown = 2
     finite = False, True, np.zeros((1, 1, 2), np.float32)
-    for block, place in ((1, "the reference has latents"), (3, r"block 1 \(from 1.00 s on\) has")):
+    for block, place in ((1, "the reference has latents"), (4, r"block 2 \(from 1.04 s on\) has")):
         with pytest.raises(FloatingPointError, match=f"^{place}"):
             live._check_finite(block, *finite)
 
