@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.sampling import kv_cache, student
+from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.kv_cache import RollingCache
+from omniforcing_jax.streaming.given import is_whole
 from omniforcing_jax.types import AVLatents
 
 
@@ -43,6 +45,11 @@ written_anew = jax.jit(kv_cache.written_anew, static_argnums=2, donate_argnums=0
 def all_finite(latents: AVLatents) -> jax.Array:
     """Whether there are numbers only, [] boolean."""
     return jnp.isfinite(latents.video).all() & jnp.isfinite(latents.audio).all()
+
+
+def block_program(condition: Condition | None):
+    """What makes a block: of one that is given as a whole only keys and values are."""
+    return write_block if is_whole(condition) else generate_block
 
 
 jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels"))

@@ -293,13 +293,41 @@ class GivenMedia:
             block += 1
         return list(found.values())
 
+    def programs(self, state: GivenState, *, first: bool) -> list[Condition | None]:
+        """`kinds`, and what a picture would need that is given later."""
+        kinds = self.kinds(state, first=first)
+        begins_given = first and state.video.size
+        if self.video_encoder is not None and self.stream != "video" and not begins_given:
+            image = np.zeros((self.batch, self.rollout.patches, self.channels[0]), np.float32)
+            pictured = self.init().replace(image=image)
+            kinds.append(self.take(pictured, 0 if first else 1)[1])
+        return list({(kind is None, is_whole(kind)): kind for kind in kinds}.values())
+
+    def warm_up(self, state: GivenState) -> None:
+        """Compiles the encoders of what may arrive while the stream runs.
+
+        Sound of which nothing has arrived is expected at the stream's own rate.
+        """
+        layout = self.rollout.cache.layout
+        if self.stream == "audio":
+            began = state.audio_encoder
+            rate = self.sample_rate if began is None else began.sample_rate
+            count = self.audio_encoder.samples_for(1 + layout.audio_frames, rate)
+            self.push_audio(self.init(), np.zeros((self.batch, count, 2), np.float32), rate)
+        if self.stream == "video":
+            shape = (self.batch, 1 + layout.video_frames * layout.temporal_compression)
+            self.push_frames(self.init(), np.zeros((*shape, *self.pixels, 3), np.uint8))
+        elif self.video_encoder is not None:
+            self._still(np.zeros((*self.pixels, 3), np.float32), 2)
+
     def generated(self, block: int) -> Condition:
         """A block of which nothing is given."""
         layout = self.rollout.cache.layout
         frames = layout.video_frames_in(block), layout.audio_frames_in(block)
         tokens = frames[0] * self.rollout.patches, frames[1]
         clean = (
-            np.zeros((1, *size), np.float32) for size in zip(tokens, self.channels, strict=True)
+            np.zeros((self.batch, *size), np.float32)
+            for size in zip(tokens, self.channels, strict=True)
         )
         masks = (np.ones((1, count), np.float32) for count in frames)
         frozen = AVLatents(np.zeros(1, bool), np.zeros(1, bool))

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 
 from omniforcing_jax.sampling.conditions import Condition
+from omniforcing_jax.streaming.chunks import Chunk, Timings
 from omniforcing_jax.streaming.given import GivenMedia, unshown_blocks
 
 
@@ -16,6 +17,9 @@ class GivenTurns:
     """
 
     max_blocks: int | None
+    num_blocks: int
+    num_frames: int
+    num_samples: int
 
     def _start_given(self, media: GivenMedia) -> None:
         self._giving = threading.Lock()
@@ -74,6 +78,12 @@ class GivenTurns:
             samples = latents * rate // layout.audio_latents_per_second
             samples = 0 if self._media.stream == "audio" else samples
             self._skip = layout.pixel_frames(given.hidden) - 1, samples
+
+    def _waiting(self) -> Chunk:
+        frames = np.zeros((self._media.batch, 0, *self._media.pixels, 3), np.uint8)
+        waveform = np.zeros((self._media.batch, 0, 2), np.float32)
+        none, place = Timings(0.0, 0.0, 0.0, 0.0, 0.0), (self.num_frames, self.num_samples)
+        return Chunk(self.num_blocks - self._unshown, *place, frames, waveform, none, waiting=True)
 
     def _take_given(self, block: int) -> tuple[Condition | None, float]:
         """What is given of a block, and seconds of it that had not arrived and were filled."""

@@ -32,14 +32,14 @@ from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.block_programs import (
     all_finite,
-    generate_block,
+    block_program,
     jitted_prompt_kv,
     write_block,
     written_anew,
 )
 from omniforcing_jax.streaming.chunks import Chunk, Timings
 from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
-from omniforcing_jax.streaming.given import GivenMedia, is_whole
+from omniforcing_jax.streaming.given import GivenMedia
 from omniforcing_jax.streaming.given_turns import GivenTurns
 from omniforcing_jax.streaming.parallel import parallel
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
@@ -47,11 +47,6 @@ from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.types import AVLatents
 
 HOW_TO_GO_ON = "restore(snapshot) of an earlier snapshot() goes on from there, else make a new one"
-
-
-def block_program(condition: Condition | None):
-    """What makes a block: of one that is given as a whole only keys and values are."""
-    return write_block if is_whole(condition) else generate_block
 
 
 class StreamingSession(GivenTurns):
@@ -253,8 +248,9 @@ class StreamingSession(GivenTurns):
     def warm_up(self, on_done: Callable[[str], None] = lambda part: None) -> None:
         """Compiles in parallel all that the stream will need, before its first block.
 
-        Nothing is compiled in a block then, unless a prompt has another length (see `text_length`).
-        What other sessions have compiled is not compiled again.
+        Nothing is compiled in a block then, unless `recache` meets given sound, a prompt changes length
+        (see `text_length`), or the given sound another rate than the stream's and none of it has
+        arrived yet. What other sessions have compiled is not compiled again.
 
         Args:
           on_done: called with the name of each part that is done.
@@ -271,10 +267,17 @@ class StreamingSession(GivenTurns):
         stream = self._media.stream
 
         def compile_block(cache: RollingCache, shapes: AVLatents, is_first: bool) -> None:
-            for condition in self._media.kinds(self._given, first=is_first):
+            for condition in self._media.programs(self._given, first=is_first):
                 arguments, options = self._block_arguments(cache, condition, first=is_first)
                 block_program(condition).lower(*arguments, **options).compile()
             all_finite.lower(shapes).compile()
+
+        def compile_recache() -> None:
+            for block in (0, 1):
+                condition = self._media.generated(block)
+                arguments, options = self._block_arguments(cache, condition, first=block == 0)
+                write_block.lower(*arguments, **options).compile()
+            written_anew.lower(cache, cache.num_blocks, self.config.patches).compile()
 
         def blocks() -> Iterator[AVLatents]:
             for block in itertools.count() if self.max_blocks is None else range(self.max_blocks):
@@ -283,8 +286,12 @@ class StreamingSession(GivenTurns):
                     lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes
                 )
 
+        parts = {"encoders": lambda: self._media.warm_up(self._given)}
+        if self.config.recache:
+            parts["recache"] = compile_recache
         parallel(
-            {
+            parts
+            | {
                 "first block": lambda: compile_block(self._cache, first, True),
                 "blocks": lambda: compile_block(cache, later, False),
                 "pictures": lambda: (
@@ -355,12 +362,6 @@ class StreamingSession(GivenTurns):
         self.num_blocks += 1
         block = max(self.num_blocks - 1 - self._unshown, -1)
         return self._chunk(block, frames, waveform, timings, late)
-
-    def _waiting(self) -> Chunk:
-        frames = np.zeros((self._batch, 0, *self._media.pixels, 3), np.uint8)
-        waveform = np.zeros((self._batch, 0, 2), np.float32)
-        none, place = Timings(0.0, 0.0, 0.0, 0.0, 0.0), (self.num_frames, self.num_samples)
-        return Chunk(self.num_blocks - self._unshown, *place, frames, waveform, none, waiting=True)
 
     def _pictures(self, latents: AVLatents) -> np.ndarray | jax.Array:
         """The next frames, decoded or as they were given."""

@@ -3,13 +3,16 @@
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omniforcing_jax import load_pipeline
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.parallel import parallel
 
+PARTS = ["blocks", "encoders", "first block", "pictures", "sound"]
 COMPILED = "/jax/core/compile/backend_compile_duration"
 compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -45,7 +48,7 @@ def test_no_block_compiles_anything(random_pipeline, layout, decode_mode):
     session = make_session(pipeline, layout, decode_mode=decode_mode, text_length=24)
     with counting() as before:
         session.warm_up(parts.append)
-    assert len(before) >= 6 and sorted(parts) == ["blocks", "first block", "pictures", "sound"]
+    assert len(before) >= 6 and sorted(parts) == PARTS
     with counting() as found:
         for length in (16, 16, 24, 24, 5, 5):
             if length != session.contexts[0].shape[1]:
@@ -60,6 +63,25 @@ def test_no_block_compiles_anything(random_pipeline, layout, decode_mode):
     assert not found
     with pytest.raises(RuntimeError, match="before its first block"):
         other.warm_up()
+
+
+def test_what_is_given_compiles_nothing(random_checkpoint):
+    """Nor a change of prompt with `recache`, or a picture that comes later."""
+    pipeline = load_pipeline(random_checkpoint("2.0"), dtype=jnp.float32, encoders=True)
+    jax.clear_caches()
+    cache = CacheConfig(pipeline.config.layout("prefix"), window=1)
+    config = RolloutConfig(cache, (1.0, 0.7, 0.0), height=2, width=2, recache=True)
+    session = pipeline.session(config, contexts(pipeline), decode_mode="causal")
+    session.warm_up()
+    with counting() as found:
+        for seed in range(3):
+            session.set_image(np.full((64, 64, 3), 0.1 * seed, np.float32))
+            session.step()
+            session.step()  # without a picture
+            session.set_prompt(contexts(pipeline, seed=seed))
+        session.finish()
+    programs = ("_block", "written_anew", "_encode", "_resample")
+    assert not [program for program in found if any(name in program for name in programs)]
 
 
 def test_it_changes_nothing_and_padding_is_not_attended_to(random_pipeline):
