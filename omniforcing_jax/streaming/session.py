@@ -248,9 +248,9 @@ class StreamingSession(GivenTurns):
     def warm_up(self, on_done: Callable[[str], None] = lambda part: None) -> None:
         """Compiles in parallel all that the stream will need, before its first block.
 
-        Nothing is compiled in a block then, unless `recache` meets given sound, a prompt changes length
-        (see `text_length`), or the given sound another rate than the stream's and none of it has
-        arrived yet. What other sessions have compiled is not compiled again.
+        Nothing is compiled in a block then, unless `recache` meets given sound, a prompt is longer
+        or shorter (see `text_length`), or sound has another rate than the stream and nothing of it
+        has arrived yet. What other sessions have compiled is not compiled again.
 
         Args:
           on_done: called with the name of each part that is done.
