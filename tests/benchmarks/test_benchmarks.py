@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import memory, stream, stream_report, text
 from omniforcing_jax.sampling import student
-from omniforcing_jax.streaming import session
+from omniforcing_jax.streaming import block_programs
 from omniforcing_jax.streaming.session import Chunk, StreamingSession, Timings
 
 OPTIONS = (
@@ -259,7 +259,7 @@ def test_parts_of_a_block_are_what_a_block_does(args, pipeline):
     keys = stream.rotated_keys(model, cache, rope, config=config)
     same, other = (jax.tree.map(jnp.copy, cache) for _ in range(2))
     key = jax.random.key(3)
-    latents, whole = session.generate_block(
+    latents, whole = block_programs.generate_block(
         model, params, cache, text, rope, key, config=config, batch=1, first=False
     )
 

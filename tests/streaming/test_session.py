@@ -19,7 +19,8 @@ from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming import session as session_module
-from omniforcing_jax.streaming.session import Chunk, generate_block
+from omniforcing_jax.streaming.block_programs import generate_block
+from omniforcing_jax.streaming.session import Chunk
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ def test_a_failed_step_says_how_to_go_on(pipeline, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(session_module, "generate_block", out_of_memory)
+        patched.setattr(session_module, "block_program", lambda condition: out_of_memory)
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as caught:
             live.step()
     assert "restore(snapshot)" in caught.value.__notes__[0]
