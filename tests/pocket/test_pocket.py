@@ -197,7 +197,8 @@ def test_runs_are_put_side_by_side(tmp_path, capsys):
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = ["--runs", "--output", str(tmp_path / "table"), str(tmp_path / "seeds")]
     assert report.main([*arguments, str(tmp_path / "seeds" / "1")]) == 0
-    heading, _, both, one = (tmp_path / "table.md").read_text().splitlines()
+    heading, _, both, one, *end = (tmp_path / "table.md").read_text().splitlines()
+    assert "pocket.report" in end[-1]  # whose it is
     assert heading == (
         "| | runs | audio loss | half way | largest gradient norm | updates skipped |"
     )
