@@ -24,7 +24,7 @@ from omniforcing_jax.text.prompt_files import prompt_hash
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipsManifest:
+class ClipsManifest(shards.InShardsOfClips):
     """What a folder of clips holds, and everything that decides it.
 
     Attributes:
@@ -76,16 +76,6 @@ class ClipsManifest:
         for name in ("num_clips", "clips_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-    @property
-    def num_shards(self) -> int:
-        """Number of ArrayRecord files."""
-        return -(-self.num_clips // self.clips_per_shard)
-
-    def shard_range(self, shard: int) -> range:
-        """Numbers of the clips in a shard."""
-        start = shard * self.clips_per_shard
-        return range(start, min(start + self.clips_per_shard, self.num_clips))
 
     @property
     def array_shapes(self) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ from omniforcing_jax.data.ode_pairs import ODE_PAIRS, ODEPairs, open_ode_pairs
 
 
 @dataclasses.dataclass(frozen=True)
-class SampledClips:
+class FinalStates:
     """The last, clean states of stored trajectories; a source for `text_dataset.grain_batches`.
 
     Attributes:
@@ -42,7 +42,7 @@ class SampledClips:
         return found | {name: element[name][-1] for name in ("video", "audio")}
 
 
-def open_given_clips(folder: str | os.PathLike) -> Clips | SampledClips:
+def open_given_clips(folder: str | os.PathLike) -> Clips | FinalStates:
     """Opens a folder of `launch.encode_clips` or of `launch.ode_pairs`.
 
     Raises:
@@ -51,7 +51,7 @@ def open_given_clips(folder: str | os.PathLike) -> Clips | SampledClips:
     """
     kind = shards.stored_kind(folder)
     if kind == ODE_PAIRS.name:
-        return SampledClips(open_ode_pairs(folder))
+        return FinalStates(open_ode_pairs(folder))
     if kind in (CLIPS.name, None):  # None: says what is missing
         return open_clips(folder)
     raise ValueError(

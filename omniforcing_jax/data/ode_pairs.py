@@ -31,7 +31,7 @@ STREAMS = ("video", "audio")
 
 
 @dataclasses.dataclass(frozen=True)
-class ODEPairsManifest:
+class ODEPairsManifest(shards.InShardsOfClips):
     """What a folder of ODE trajectories holds, and everything that decides it.
 
     Attributes:
@@ -98,16 +98,6 @@ class ODEPairsManifest:
     def num_clips(self) -> int:
         """How many trajectories are stored."""
         return self.num_prompts * self.repeats
-
-    @property
-    def num_shards(self) -> int:
-        """Number of ArrayRecord files."""
-        return -(-self.num_clips // self.clips_per_shard)
-
-    def shard_range(self, shard: int) -> range:
-        """Numbers of the clips in a shard."""
-        start = shard * self.clips_per_shard
-        return range(start, min(start + self.clips_per_shard, self.num_clips))
 
     @property
     def array_shapes(self) -> dict[str, tuple[int, int, int]]:

@@ -44,6 +44,23 @@ class Manifest(Protocol):
         ...
 
 
+class InShardsOfClips:
+    """Of manifests with `num_clips` clips, `clips_per_shard` in each shard but the last."""
+
+    num_clips: int
+    clips_per_shard: int
+
+    @property
+    def num_shards(self) -> int:
+        """Number of ArrayRecord files."""
+        return -(-self.num_clips // self.clips_per_shard)
+
+    def shard_range(self, shard: int) -> range:
+        """Numbers of the clips in a shard."""
+        start = shard * self.clips_per_shard
+        return range(start, min(start + self.clips_per_shard, self.num_clips))
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A kind of stored data.
