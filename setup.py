@@ -55,6 +55,7 @@ EXTRAS_REQUIRE = {
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "torch>=2.6",
+        "torchmetrics>=1.4",  # distances between sets of features
         "diffusers>=0.42",
         "transformers>=5.0",
         "ruff>=0.12",

@@ -27,7 +27,7 @@ MAY_IMPORT = {
 # The library's own, top down as docs/architecture.md draws them: each imports its own row and those
 # below.
 ROWS = (
-    {"scaling"},
+    {"scaling", "evaluation"},
     {"training", "data"},
     {"pipeline", "encoding", "streaming"},
     {"sampling", "text"},

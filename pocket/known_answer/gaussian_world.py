@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.evaluation.distances import gaussian_distance, matrix_root
 from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.inputs import Modality, Pathways, TextKV
 from omniforcing_jax.types import AVLatents
-from pocket.measures.frechet import gaussian_distance, matrix_root
 
 DISTANCES = ("mean_video", "mean_audio", "covariance", "cross_covariance", "wasserstein")
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from omniforcing_jax.evaluation import distances
 from pocket.measures.observation import Observation
 from pocket.world.physics import COLOURS, SURFACES
 
@@ -87,30 +88,10 @@ def _spectrum(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
     return 0.5 * np.log(sums + QUIETEST**2)
 
 
-def gaussian_distance(
-    mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
-) -> float:
-    """|m - m'|² + Tr(S + S' - 2 (S S')^½): squared 2-Wasserstein distance of two Gaussians.
-
-    (Olkin and Pukelsheim, 1982.) S S' has the eigenvalues of S^½ S' S^½, which is symmetric.
-    """
-    root = matrix_root(covariance)
-    values = np.linalg.eigvalsh(root @ other_covariance @ root)
-    overlap = np.sqrt(np.maximum(values, 0.0)).sum()
-    spread = np.trace(covariance) + np.trace(other_covariance) - 2 * overlap
-    return float(np.sum((mean - other_mean) ** 2) + max(0.0, spread))
-
-
-def matrix_root(matrix: np.ndarray) -> np.ndarray:
-    """Of a symmetric matrix whose eigenvalues are not negative, but for rounding."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-
-
 def frechet_distance(
     reference: Sequence[dict[str, float]], other: Sequence[dict[str, float]]
 ) -> float:
-    """`gaussian_distance` of features.
+    """Fréchet distance of features, see `evaluation.distances`.
 
     Args:
       reference: features of real clips, by `clip_features`.
@@ -119,11 +100,6 @@ def frechet_distance(
     Raises:
       ValueError: fewer than two clips in a set.
     """
-    if min(len(reference), len(other)) < 2:
-        raise ValueError(
-            f"sets of {len(reference)} and {len(other)} clips have no spread; take 2 or more each"
-        )
     names = sorted(reference[0])
     sets = [np.array([[f[name] for name in names] for f in clips]) for clips in (reference, other)]
-    moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in sets]
-    return gaussian_distance(*moments[0], *moments[1])
+    return distances.frechet_distance(*sets)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omniforcing_jax.evaluation.distances import gaussian_distance
 from omniforcing_jax.geometry import ClipGeometry, draw_noise
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.sampling.whole_clip import clip_velocity
@@ -32,7 +33,6 @@ from pocket.known_answer.solve import (
     sample_config,
     sample_euler,
 )
-from pocket.measures.frechet import gaussian_distance
 
 WORLD = GaussianWorld(tiny(video_channels=2, audio_channels=3), LAYOUT)
 TEACHER, TEACHER_PARAMS = make_teacher(WORLD)
