@@ -1,7 +1,10 @@
-"""Ranges of numbers: what options and settings may be, in one form of words."""
+"""What options and settings may be: ranges of numbers and types of fields, in one form of words."""
 
 import dataclasses
+import functools
 import math
+import types
+import typing
 from typing import Any
 
 
@@ -33,6 +36,8 @@ POSITIVE = Range(0, above=True)
 NOT_NEGATIVE = Range(0)
 COUNT = Range(1, 2**31 - 1)
 SHARE = Range(0, 1)
+# Of a network's description, where its annotation names no other.
+_SIZE, _FACTOR = Range(1, 2**20), Range(0, 1e9, above=True)
 
 
 _LOW = -(2**31)
@@ -76,3 +81,90 @@ def check_fields(config: Any, prefix: str = "", **ranges: Range) -> None:
     ]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def hold_fields(config: Any) -> None:
+    """Holds each field of a new frozen dataclass against its annotation.
+
+    A whole number is at least 1 and a number more than 0, unless it is `Annotated` with another
+    `Range`. As JSON knows neither tuples nor floats without a fraction, lists become tuples and
+    whole numbers floats where the annotation says so.
+
+    Raises:
+      ValueError: lists all fields that are of another type, or outside.
+    """
+    problems = []
+    for name, kind in _annotations(type(config)).items():
+        value = getattr(config, name)
+        try:
+            object.__setattr__(config, name, _held(value, kind))
+        except _Misfit:
+            problems.append(f"{name} must be {_words(kind)}, not {_shown(value)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+class _Misfit(Exception):
+    """A value does not fit its annotation."""
+
+
+@functools.cache
+def _annotations(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _held(value: Any, kind: Any) -> Any:
+    """The value in the form that the annotation names, or `_Misfit`."""
+    kind, within = _number(kind)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        if value is None and type(None) in parts:
+            return None
+        return _held(value, parts[0])
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise _Misfit
+        kinds = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(kinds) != len(value):
+            raise _Misfit
+        return tuple(map(_held, value, kinds))
+    if origin is typing.Literal:
+        fits = isinstance(value, str) and value in parts
+    elif within is not None:
+        fits = type(value) in {int, kind} and value in within
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        raise _Misfit
+    return kind(value) if within is not None else value
+
+
+def _number(kind: Any) -> tuple[Any, Range | None]:
+    """(the annotation without its range, the range of a number)."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return typing.get_args(kind)
+    return kind, {int: _SIZE, float: _FACTOR}.get(kind)
+
+
+def _words(kind: Any) -> str:
+    """What an annotation asks for."""
+    kind, within = _number(kind)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return f"{_words(parts[0])}, or null"
+    if origin is tuple:
+        count = "all" if parts[-1] is ... else len(parts)
+        return f"a list, {count} of it {_words(parts[0])}"
+    if origin is typing.Literal:
+        return f"one of {', '.join(parts)}"
+    if within is not None:
+        return f"a {'whole ' * (kind is int)}number, {within}"
+    return {bool: "true or false", str: "a text"}.get(kind, f"a {kind.__name__}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"

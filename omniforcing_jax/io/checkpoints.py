@@ -154,8 +154,10 @@ def parsing(file: str | os.PathLike, what: str = "as it should be") -> Iterator[
     try:
         yield
     except Exception as error:
-        if programs.explain(error)[0] is not None:
-            raise  # it is meant to be read
+        if programs.explain(error)[0] is not None:  # it is meant to be read
+            if type(error) is not ValueError or str(file) in str(error):
+                raise
+            raise ValueError(f"{file}: {error}") from error
         raise ValueError(f"{file} is not {what}: {type(error).__name__}: {error}") from error
 
 

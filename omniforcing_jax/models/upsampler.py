@@ -19,6 +19,7 @@ from flax import linen as nn
 from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.video_vae.layers import conv3d, depth_to_space
 from omniforcing_jax.models.video_vae.model import latent_statistics
+from omniforcing_jax.ranges import hold_fields
 
 # scale of the rational resampler: (factor of the pixel shuffle, stride of the blur behind it)
 RATIONAL_SCALES = {0.75: (3, 4), 1.5: (3, 2), 2.0: (2, 1), 4.0: (4, 1)}
@@ -51,11 +52,9 @@ class UpsamplerConfig:
     rational: bool = False
 
     def __post_init__(self):
-        if min(self.channels, self.width, self.num_blocks) < 1 or self.width % _GROUPS:
-            raise ValueError(
-                f"upsampler: {self.channels} channels, width {self.width} (a multiple of "
-                f"{_GROUPS}) and {self.num_blocks} blocks must be positive"
-            )
+        hold_fields(self)
+        if self.width % _GROUPS:
+            raise ValueError(f"upsampler: width {self.width} must be a multiple of {_GROUPS}")
         scales = tuple(RATIONAL_SCALES) if self.rational else (2.0,)
         if not self.temporal and self.scale not in scales:
             raise ValueError(
@@ -83,8 +82,8 @@ class UpsamplerConfig:
             width=config.get("mid_channels", 512),
             num_blocks=config.get("num_blocks_per_stage", 4),
             temporal=temporal,
-            scale=float(config.get("spatial_scale", 2.0)),
-            rational=not temporal and bool(config.get("rational_resampler", False)),
+            scale=config.get("spatial_scale", 2.0),
+            rational=not temporal and config.get("rational_resampler", False),
         )
 
     @property

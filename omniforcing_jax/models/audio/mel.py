@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from einops import rearrange
 from jax import lax
 
 from omniforcing_jax.models.metadata import find_problems, raise_problems
+from omniforcing_jax.ranges import NOT_NEGATIVE, hold_fields
 
 LOG_FLOOR = 1e-5
 
@@ -40,8 +41,11 @@ class MelConfig:
     n_fft: int = 1024
     hop: int = 160
     mel_bins: int = 64
-    f_min: float = 0.0
+    f_min: Annotated[float, NOT_NEGATIVE] = 0.0
     f_max: float = 8000.0
+
+    def __post_init__(self):
+        hold_fields(self)
 
     @classmethod
     def from_metadata(cls, preprocessing: Mapping[str, Any]) -> "MelConfig":
@@ -61,8 +65,8 @@ class MelConfig:
             n_fft=n_fft,
             hop=stft.get("hop_length", 160),
             mel_bins=mel.get("n_mel_channels", 64),
-            f_min=float(mel.get("mel_fmin", 0)),
-            f_max=float(mel.get("mel_fmax", 8000)),
+            f_min=mel.get("mel_fmin", 0),
+            f_max=mel.get("mel_fmax", 8000),
         )
 
 

@@ -21,6 +21,7 @@ from jax import lax
 from omniforcing_jax.models.audio.mel import MelConfig, check_log_mel
 from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.norms import rms_norm
+from omniforcing_jax.ranges import hold_fields
 
 NORM_EPS = 1e-6
 
@@ -59,6 +60,7 @@ class AudioVAEConfig:
     mel: MelConfig = dataclasses.field(default_factory=MelConfig)
 
     def __post_init__(self):
+        hold_fields(self)
         if len(self.channel_multipliers) != 3:
             raise ValueError(
                 f"ch_mult has {len(self.channel_multipliers)} levels; LTX-2 audio latents are "
@@ -93,7 +95,7 @@ class AudioVAEConfig:
         raise_problems("audio_vae ddconfig", problems)
         return cls(
             base_channels=ddconfig["ch"],
-            channel_multipliers=tuple(ddconfig["ch_mult"]),
+            channel_multipliers=ddconfig["ch_mult"],
             num_res_blocks=ddconfig["num_res_blocks"],
             latent_channels=ddconfig["z_channels"],
             mel=mel,

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import einops
 import flax.linen as nn
@@ -21,6 +21,7 @@ from omniforcing_jax.models.audio import bigvgan
 from omniforcing_jax.models.audio.mel import check_log_mel
 from omniforcing_jax.models.audio.wave_layers import ConvTranspose, conv1d
 from omniforcing_jax.models.metadata import find_problems, raise_problems
+from omniforcing_jax.ranges import hold_fields
 
 STEREO = 2
 _SLOPE = 0.1
@@ -47,25 +48,17 @@ class HiFiGANConfig:
       final_bias: whether the last convolution has a bias.
     """
 
-    resblock: str = "1"
+    resblock: Literal["1", "AMP1"] = "1"
     initial_channels: int = 1024
     upsample_rates: tuple[int, ...] = (6, 5, 2, 2, 2)
     upsample_kernel_sizes: tuple[int, ...] = (16, 15, 8, 4, 4)
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
-    final_activation: str = "tanh"
+    final_activation: Literal["tanh", "clamp", "none"] = "tanh"
     final_bias: bool = True
 
     def __post_init__(self):
-        if self.resblock not in ("1", "AMP1"):
-            raise ValueError(
-                f"vocoder resblock is {self.resblock!r}; supported are '1' (HiFi-GAN) and 'AMP1' "
-                "(BigVGAN)"
-            )
-        if self.final_activation not in ("tanh", "clamp", "none"):
-            raise ValueError(
-                f"final_activation must be tanh, clamp or none, not {self.final_activation!r}"
-            )
+        hold_fields(self)
         pairs = (
             ("upsample_rates", "upsample_kernel_sizes"),
             ("resblock_kernel_sizes", "resblock_dilation_sizes"),
@@ -139,6 +132,7 @@ class BandwidthExtensionConfig:
     hop: int = 80
 
     def __post_init__(self):
+        hold_fields(self)
         if self.output_rate % self.input_rate:
             raise ValueError(
                 f"bwe output_sampling_rate {self.output_rate} must be a multiple of "
@@ -183,6 +177,7 @@ class VocoderConfig:
     sample_rate: int = 24000
 
     def __post_init__(self):
+        hold_fields(self)
         extension = self.bandwidth_extension
         if extension is None:
             return
@@ -298,12 +293,8 @@ def _generator_from_metadata(settings, where, other_names) -> HiFiGANConfig:
         initial_channels=settings.get("upsample_initial_channel", 1024),
         final_activation=final_activation,
         final_bias=settings.get("use_bias_at_final", True),
-        **{name: _tuples(settings[name]) for name in lists if name in settings},
+        **{name: settings[name] for name in lists if name in settings},
     )
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 class WaveResBlock(nn.Module):

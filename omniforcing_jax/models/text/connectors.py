@@ -12,7 +12,7 @@ layers where stacked), N heads, H head dim, W connector width (the context's wid
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,7 @@ from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.norms import rms_norm
 from omniforcing_jax.models.transformer.layers import Attention, FeedForward
 from omniforcing_jax.models.transformer.rope import Rope, axis_angles, frequencies
+from omniforcing_jax.ranges import hold_fields
 
 _NORM_EPS = 1e-6
 _ROPE_THETA = 10000.0
@@ -56,19 +57,13 @@ class ConnectorConfig:
     num_layers: int = 2
     num_registers: int = 128
     max_position: int = 4096
-    rope_type: str = "split"
-    rope_frequency_dtype: str = "float64"
+    rope_type: Literal["split", "interleaved"] = "split"
+    rope_frequency_dtype: Literal["float64", "float32"] = "float64"
     gated_attention: bool = False
     separate_projections: bool = False
 
     def __post_init__(self):
-        if self.rope_type not in ("split", "interleaved"):
-            raise ValueError(f"rope_type must be split or interleaved, not {self.rope_type!r}")
-        if self.rope_frequency_dtype not in ("float64", "float32"):
-            raise ValueError(
-                "rope_frequency_dtype must be float64 or float32, not "
-                f"{self.rope_frequency_dtype!r}"
-            )
+        hold_fields(self)
         if not self.separate_projections and self.video_dim != self.audio_dim:
             raise ValueError(
                 "a projection shared by both modalities needs connectors of one width, not "
@@ -107,8 +102,8 @@ class ConnectorConfig:
             max_position=t["connector_positional_embedding_max_pos"][0],
             rope_type=t.get("rope_type", "interleaved"),
             rope_frequency_dtype=t.get("frequencies_precision", "float32"),
-            gated_attention=bool(t.get("connector_apply_gated_attention", False)),
-            separate_projections=bool(t.get("caption_proj_before_connector", False)),
+            gated_attention=t.get("connector_apply_gated_attention", False),
+            separate_projections=t.get("caption_proj_before_connector", False),
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from omniforcing_jax.models.metadata import find_problems, raise_problems
+from omniforcing_jax.ranges import hold_fields
 
 _LAYER_TYPES = {"sliding_attention": False, "full_attention": True}
 _ROPE_TYPES = ("default", "linear")
@@ -72,6 +73,7 @@ class GemmaConfig:
     global_rope_fraction: float = 1.0
 
     def __post_init__(self):
+        hold_fields(self)
         if self.global_head_dim is None:
             object.__setattr__(self, "global_head_dim", self.head_dim)
         if self.global_num_kv_heads is None:
@@ -85,8 +87,6 @@ class GemmaConfig:
         for head_dim in {self.head_dim, self.global_head_dim}:
             if head_dim % 2:
                 problems.append(f"RoPE rotates pairs of channels, so head_dim {head_dim} is odd")
-        if self.sliding_window < 1:
-            problems.append(f"sliding_window must be at least 1, not {self.sliding_window}")
         if not self.is_global:
             problems.append("there must be at least one layer")
         raise_problems("Gemma", problems)
@@ -137,13 +137,13 @@ class GemmaConfig:
             num_heads=t.get("num_attention_heads", 8),
             num_kv_heads=t.get("num_key_value_heads", 4),
             head_dim=t.get("head_dim", 256),
-            query_pre_attn_scalar=float(t.get("query_pre_attn_scalar", 256)),
+            query_pre_attn_scalar=t.get("query_pre_attn_scalar", 256),
             sliding_window=t.get("sliding_window", 4096),
-            local_rope_theta=float(local["rope_theta"]),
-            local_rope_factor=float(local.get("factor", 1.0)),
-            global_rope_theta=float(glob["rope_theta"]),
-            global_rope_factor=float(glob.get("factor", 1.0)),
-            norm_eps=float(t.get("rms_norm_eps", 1e-6)),
+            local_rope_theta=local["rope_theta"],
+            local_rope_factor=local.get("factor", 1.0),
+            global_rope_theta=glob["rope_theta"],
+            global_rope_factor=glob.get("factor", 1.0),
+            norm_eps=t.get("rms_norm_eps", 1e-6),
         )
 
     @classmethod
@@ -192,16 +192,16 @@ class GemmaConfig:
             head_dim=t.get("head_dim", 256),
             query_pre_attn_scalar=1.0,
             sliding_window=t.get("sliding_window", 1024),
-            local_rope_theta=float(local["rope_theta"]),
-            local_rope_factor=float(local.get("factor", 1.0)),
-            global_rope_theta=float(glob["rope_theta"]),
-            global_rope_factor=float(glob.get("factor", 1.0)),
-            norm_eps=float(t.get("rms_norm_eps", 1e-6)),
+            local_rope_theta=local["rope_theta"],
+            local_rope_factor=local.get("factor", 1.0),
+            global_rope_theta=glob["rope_theta"],
+            global_rope_factor=glob.get("factor", 1.0),
+            norm_eps=t.get("rms_norm_eps", 1e-6),
             gemma4=True,
             global_head_dim=t.get("global_head_dim", 512),
             global_num_kv_heads=t.get("num_global_key_value_heads") if shared else None,
             global_keys_are_values=shared,
-            global_rope_fraction=float(glob.get("partial_rotary_factor", 1.0)),
+            global_rope_fraction=glob.get("partial_rotary_factor", 1.0),
         )
 
 

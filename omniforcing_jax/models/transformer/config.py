@@ -7,9 +7,10 @@ files, so that nothing about a model has to be guessed.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from omniforcing_jax.models.metadata import find_problems, raise_problems
+from omniforcing_jax.ranges import Range, hold_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ class TransformerConfig:
       tanh_gated_attention: their outputs are scaled by tanh of a scalar that starts at 0 (Table 3).
 
     Raises:
-      ValueError: a choice that does not exist, or sizes that do not fit each other.
+      ValueError: a field of another type, a number out of range, a choice that does not exist, or
+        sizes that do not fit each other.
     """
 
     num_layers: int = 48
@@ -60,8 +62,8 @@ class TransformerConfig:
     caption_channels: int | None = 3840
     video_context_dim: int = 4096
     audio_context_dim: int = 2048
-    rope_type: str = "split"
-    rope_frequency_dtype: str = "float64"
+    rope_type: Literal["split", "interleaved"] = "split"
+    rope_frequency_dtype: Literal["float64", "float32"] = "float64"
     rope_theta: float = 10000.0
     video_max_position: tuple[float, float, float] = (20.0, 2048.0, 2048.0)
     audio_max_position: float = 20.0
@@ -70,30 +72,22 @@ class TransformerConfig:
     norm_eps: float = 1e-6
     gated_attention: bool = False
     text_adaln: bool = False
-    cross_timestep: str = "own"
-    perturbation: str = "zero"
+    cross_timestep: Literal["own", "other", "own_other_gate"] = "own"
+    perturbation: Literal["zero", "value"] = "zero"
     video_ff_bias: bool = True
     keyframe_embedding: bool = False
-    num_audio_sinks: int = 0
-    sink_rope: str = "identity"
+    num_audio_sinks: Annotated[int, Range(0, 2**20)] = 0
+    sink_rope: Literal["identity", "incremental"] = "identity"
     extra_qk_norm: bool = False
     tanh_gated_attention: bool = False
 
     def __post_init__(self):
-        _one_of("rope_type", self.rope_type, ("split", "interleaved"))
-        _one_of("rope_frequency_dtype", self.rope_frequency_dtype, ("float64", "float32"))
-        _one_of("cross_timestep", self.cross_timestep, ("own", "other", "own_other_gate"))
-        _one_of("perturbation", self.perturbation, ("zero", "value"))
-        _one_of("sink_rope", self.sink_rope, ("identity", "incremental"))
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, not {self.num_layers}")
+        hold_fields(self)
         if self.video_head_dim % 2 or self.audio_head_dim % 2:
             raise ValueError(
                 "RoPE rotates pairs of channels, so head dims must be even, not "
                 f"{self.video_head_dim} and {self.audio_head_dim}"
             )
-        if self.num_audio_sinks < 0:
-            raise ValueError(f"num_audio_sinks must be 0 or more, not {self.num_audio_sinks}")
         if self.video_heads != self.audio_heads:
             raise ValueError(
                 "the cross-modal attention gives both streams the same heads, so video_heads "
@@ -139,7 +133,7 @@ class TransformerConfig:
           ValueError: a value that is not supported.
           TypeError: an unknown field.
         """
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        return cls(**fields)
 
     @classmethod
     def from_metadata(
@@ -157,7 +151,7 @@ class TransformerConfig:
         _check_metadata(t)
         heads = t["num_attention_heads"]
         audio_heads = t.get("audio_num_attention_heads", heads)
-        text_adaln = bool(t.get("cross_attention_adaln", False))
+        text_adaln = t.get("cross_attention_adaln", False)
         projected = not t.get("caption_proj_before_connector", False)
         major_minor = _major_minor(model_version)
         if major_minor < (2, 3):
@@ -179,24 +173,22 @@ class TransformerConfig:
             audio_context_dim=t["audio_cross_attention_dim"],
             rope_type=t.get("rope_type", "interleaved"),
             rope_frequency_dtype=t.get("frequencies_precision", "float32"),
-            rope_theta=float(t.get("positional_embedding_theta", 10000.0)),
-            video_max_position=tuple(
-                float(x) for x in t.get("positional_embedding_max_pos", (20, 2048, 2048))
-            ),
-            audio_max_position=float(t.get("audio_positional_embedding_max_pos", (20,))[0]),
-            timestep_scale=float(t.get("timestep_scale_multiplier", 1000)),
-            cross_gate_timestep_scale=float(t.get("av_ca_timestep_scale_multiplier", 1)),
-            norm_eps=float(t.get("norm_eps", 1e-6)),
-            gated_attention=bool(t.get("apply_gated_attention", False)),
+            rope_theta=t.get("positional_embedding_theta", 10000.0),
+            video_max_position=t.get("positional_embedding_max_pos", (20, 2048, 2048)),
+            audio_max_position=t.get("audio_positional_embedding_max_pos", (20,))[0],
+            timestep_scale=t.get("timestep_scale_multiplier", 1000),
+            cross_gate_timestep_scale=t.get("av_ca_timestep_scale_multiplier", 1),
+            norm_eps=t.get("norm_eps", 1e-6),
+            gated_attention=t.get("apply_gated_attention", False),
             text_adaln=text_adaln,
             cross_timestep=t.get("cross_timestep", cross_timestep),
             perturbation=perturbation,
-            video_ff_bias=bool(t.get("ff_bias", True)),
-            keyframe_embedding=bool(t.get("use_keyframes_abs_pos_embedding", False)),
-            num_audio_sinks=int(t.get("num_audio_sink_tokens", 0)),
+            video_ff_bias=t.get("ff_bias", True),
+            keyframe_embedding=t.get("use_keyframes_abs_pos_embedding", False),
+            num_audio_sinks=t.get("num_audio_sink_tokens", 0),
             sink_rope=t.get("sink_rope", "identity"),
-            extra_qk_norm=bool(t.get("extra_qk_norm", False)),
-            tanh_gated_attention=bool(t.get("tanh_gated_attention", False)),
+            extra_qk_norm=t.get("extra_qk_norm", False),
+            tanh_gated_attention=t.get("tanh_gated_attention", False),
         )
 
 
@@ -225,11 +217,6 @@ def _major_minor(model_version: str) -> tuple[int, int]:
         raise ValueError(
             f"model_version is {model_version!r}; it should look like '2.0.0' or '2.3.0'"
         ) from None
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 # Settings that exist in the metadata but have a single value in every published model.

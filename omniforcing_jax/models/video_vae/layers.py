@@ -20,7 +20,6 @@ from omniforcing_jax.models.norms import rms_norm
 # Nested dict with the layout of the parameters, one [B, 2, H, W, C] array per convolution.
 ConvCache = dict[str, Any]
 
-PADDING_MODES = ("zeros", "reflect")
 KERNEL_SIZE = 3
 _CACHED_FRAMES = KERNEL_SIZE - 1
 

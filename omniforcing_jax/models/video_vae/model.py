@@ -11,7 +11,7 @@ Source: the convolutional video VAE of Lightricks LTX-2 ("CausalVideoAutoencoder
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from flax import linen as nn
 
 from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.video_vae.layers import (
-    PADDING_MODES,
     CausalConv3d,
     ConvCache,
     DepthToSpaceUpsample,
@@ -29,6 +28,7 @@ from omniforcing_jax.models.video_vae.layers import (
     pixel_norm_silu,
     unpatchify,
 )
+from omniforcing_jax.ranges import Range, hold_fields
 
 _STRIDES = {
     "res_x": (1, 1, 1),
@@ -77,9 +77,12 @@ class VAEStage:
     """
 
     kind: str
-    num_layers: int = 0
+    num_layers: Annotated[int, Range(0, 2**20)] = 0
     multiplier: int = 1
     residual: bool = False
+
+    def __post_init__(self):
+        hold_fields(self)
 
     @property
     def stride(self) -> tuple[int, int, int]:
@@ -110,7 +113,7 @@ def _parse_stage(field: str, entry: Any, is_encoder: bool) -> VAEStage:
     if not isinstance(number, int) or number < 1:
         problems.append(f"{count} is {number!r}; 1 or more is supported")
     raise_problems(f"{field}, {name}", problems)
-    residual = bool(given.get("residual", False))
+    residual = given.get("residual", False)
     return VAEStage(name.removesuffix("_res"), **{count: number}, residual=residual)
 
 
@@ -134,18 +137,11 @@ class VideoVAEConfig:
     patch_size: int = 4
     decoder_base_channels: int = 128
     causal_decoder: bool = False
-    encoder_padding_mode: str = "zeros"
-    decoder_padding_mode: str = "reflect"
+    encoder_padding_mode: Literal["zeros", "reflect"] = "zeros"
+    decoder_padding_mode: Literal["zeros", "reflect"] = "reflect"
 
     def __post_init__(self):
-        for field in ("latent_channels", "patch_size", "decoder_base_channels"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} must be a positive integer, got {value!r}")
-        for field in ("encoder_padding_mode", "decoder_padding_mode"):
-            mode = getattr(self, field)
-            if mode not in PADDING_MODES:
-                raise ValueError(f"{field}={mode!r} is not supported (supported: {PADDING_MODES})")
+        hold_fields(self)
         for field in ("encoder_blocks", "decoder_blocks"):
             if not getattr(self, field):
                 raise ValueError(f"{field} is missing or empty")
@@ -207,7 +203,7 @@ class VideoVAEConfig:
             latent_channels=latent_channels,
             patch_size=vae.get("patch_size", 4),
             decoder_base_channels=vae.get("decoder_base_channels", 128),
-            causal_decoder=bool(vae.get("causal_decoder", False)),
+            causal_decoder=vae.get("causal_decoder", False),
             # 2.0 files do not name the mode: encoder and decoder then differ.
             encoder_padding_mode=vae.get("spatial_padding_mode", "zeros"),
             decoder_padding_mode=vae.get("spatial_padding_mode", "reflect"),

@@ -359,8 +359,8 @@ def test_config_of_the_published_models(ltx20, ltx23):
         ({"connector_num_learnable_registers": None}, "learnable_registers is missing"),
         ({"connector_num_learnable_registers": 0}, "registers is 0; a positive number"),
         ({"connector_positional_embedding_max_pos": [20, 20]}, "one number is supported"),
-        ({"rope_type": "spiral"}, "rope_type must be split or interleaved"),
-        ({"frequencies_precision": "bf16"}, "float64 or float32"),
+        ({"rope_type": "spiral"}, "rope_type must be one of split, interleaved"),
+        ({"frequencies_precision": "bf16"}, "one of float64, float32"),
         ({"audio_connector_attention_head_dim": 3}, "connectors of one width"),
     ],
 )
