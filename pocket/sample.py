@@ -270,8 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     console = Console(stderr=True)
-    outputs.claim_folder(args.output, "pocket.sample", [args.checkpoint, args.text_encoder])
     seeds = choose_seeds(args.clips, args.balls)
+    outputs.claim_folder(args.output, "pocket.sample", [args.checkpoint, args.text_encoder])
     captions = [clip_caption(seed, WORLD) for seed in seeds]
     if args.sampler in MODEL_FREE:
         sampler, rate, clips = None, WORLD.sample_rate, world_clips(args, seeds)

@@ -8,6 +8,7 @@ read, writes nothing but its output, and does not get to what costs much with a 
 import argparse
 import contextlib
 import copy
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -17,16 +18,21 @@ import sys
 from collections.abc import Iterator
 
 import ml_collections
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omniforcing_jax import programs
+from omniforcing_jax import PipelineConfig, programs
+from omniforcing_jax.io.checkpoints import write_json
 from omniforcing_jax.io.checksums import SEAL
+from omniforcing_jax.sampling.trained import TrainedSettings
+from omniforcing_jax.streaming import media
 from omniforcing_jax.training.config import experiment, parsing
 from omniforcing_jax.training.config.problems import ConfigError, Problems
 from pocket import pretrain_config
 from tests.test_programs import ROOT, program_files
+from tests.training.test_ode_pairs import write_text
 
 # What is no number, and what no computer can hold as one: never taken by an option of numbers.
 NO_NUMBERS = ("inf", "-inf", "nan", "1e400", "-1e400", str(2**70), str(-(2**70)), "", "x", "0x1f")
@@ -58,6 +64,8 @@ EXPENSIVE = {
     "checkpoint_converters.synthetic_gemma": "write",
     "checkpoint_converters.export": "export",
     "checkpoint_converters.gemma3": "convert",
+    "checkpoint_converters.gemma4": "convert",
+    "checkpoint_converters.upsampler": "convert",
     "checkpoint_converters.ltx2": "convert",
     "checkpoint_converters.omniforcing": "convert",
     "launch.aot": "measure run_all write_table",
@@ -65,17 +73,19 @@ EXPENSIVE = {
     "launch.plot_masks": "draw",
     "launch.plot_run": "draw",
     "launch.plot_scaling": "points",
-    "launch.export_run": "load_generator export",
+    "launch.export_run": "latest_step load_generator export",
     "launch.encode_prompts": "TextEncoder describe_prompts",
+    "launch.encode_clips": "load_encoders",
     "launch.ode_pairs": "TrajectorySampler make_manifest",
     "launch.sample_teacher": "load_pipeline",
     "launch.stream": "load_pipeline",
     "benchmarks.stream": "run",
+    "benchmarks.given": "load_pipeline",
     "benchmarks.text": "make_encoder",
     "benchmarks.text_dataset": "write",
     "benchmarks.convert": "convert_here subprocess.run",
     "benchmarks.train": "run",
-    "pocket.demo": "measure_file",
+    "pocket.demo": "stream.stream measure_file",
     "pocket.measure": "measure_file",
     "pocket.make_world": "make",
     "pocket.reconstruct": "make_clip",
@@ -121,29 +131,82 @@ def parsers():
     return {name: parser_of(name) for name in PROGRAMS}
 
 
-# So that an option is looked at, and not only that something else is missing.
+# So that an option is looked at, and not only that something else is missing. Of an option that is
+# given twice the last counts.
+SMALL = "--height 64 --width 64"
 MORE = {
-    "launch.stream": "--random-features --bidirectional --height 64 --width 64",
-    "launch.sample_teacher": "--random-features --stg-block 1 --height 64 --width 64",
+    "launch.stream": f"--random-features --bidirectional {SMALL} --output clip.mp4",
+    "launch.sample_teacher": f"--random-features --stg-block 1 {SMALL} --output clip.mp4",
+    "launch.ode_pairs": f"--stg-block 1 {SMALL} --frames 25",
+    "pocket.sample": "--sampler world",
+    "launch.plan": "--target v6e:8x8",
 }
+# What these read before they get to it takes longer to make than all else here.
+NOT_REACHED = {"launch.encode_clips", "pocket.reconstruct", "pocket.known_answer.plot"}
 
 
 @pytest.fixture(scope="module")
 def there(random_checkpoint, random_gemma, tmp_path_factory) -> dict[str, str]:
-    """{option: what there is for it}."""
-    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    prompts.write_text("a dog barks\n")
+    """{option, or program and option: what there is for it}."""
+    folder, checkpoint = tmp_path_factory.mktemp("there"), random_checkpoint("2.0")
+    (folder / "prompts.txt").write_text("a dog barks\n")
+    config = write_run(folder / "run", checkpoint)
+    student = link_files(checkpoint, folder / "student")
+    content = json.loads((checkpoint / "config.json").read_text())
+    content |= {"trained": TrainedSettings.of_run(config).to_json()}
+    write_json(student / "config.json", {k: v for k, v in content.items() if k != SEAL})
+    clip = folder / "clip.mp4"
+    with media.ClipWriter(clip, width=64, height=64, frame_rate=24, sample_rate=24000) as writer:
+        writer.write(np.zeros((9, 64, 64, 3), np.uint8), np.zeros((9000, 2), np.float32))
     return {
-        "checkpoint": str(random_checkpoint("2.0")),
+        "checkpoint": str(checkpoint),
         "gemma": str(random_gemma),
-        "prompts": str(prompts),
+        "text_encoder": str(random_gemma),
+        "prompts": str(folder / "prompts.txt"),
+        "text": str(write_text(folder / "text", checkpoint)),
+        "run": str(folder / "run"),
+        "runs": str(folder / "run"),
+        "clip": str(clip),
+        "pocket.demo checkpoint": str(student),
     }
 
 
-def usual(action: argparse.Action, folder: pathlib.Path, there: dict[str, str]) -> list[str]:
+def write_run(folder: pathlib.Path, checkpoint: pathlib.Path) -> dict:
+    """Makes what a run of stage II leaves, but for its weights; its settings."""
+    clip = {"layout": "prefix", "height": 64, "width": 64, "frame_rate": 24.0, "blocks": 2}
+    cache = {"window": 1, "anchors": 0, "positions": "relative", "context_noise": 0.0}
+    config = {
+        "stage": "stage2",
+        "checkpoint": str(checkpoint),
+        "model_version": "2.0.0",
+        "clip": clip,
+        "student": {"timesteps": [1000, 725], **cache},
+        "student_config": {},
+    }
+    network = PipelineConfig.from_checkpoint(checkpoint).transformer
+    config["student_config"] = dataclasses.asdict(network)
+    (folder / "checkpoints").mkdir(parents=True)
+    write_json(folder / "config.json", {"format": 1, "config": config})
+    (folder / "metrics.jsonl").write_text('{"step": 1, "generator/loss": 0.5}\n')
+    return config
+
+
+def link_files(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A new folder with all that is in another, but for its config.json."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def usual(
+    name: str, action: argparse.Action, folder: pathlib.Path, there: dict[str, str]
+) -> list[str]:
     """Words that are fine for an option that has to be given."""
-    nothing = there.get(action.dest, str(folder / "nothing"))
-    word = next(iter(action.choices)) if action.choices else nothing
+    found = there.get(action.dest, str(folder / "nothing"))
+    found = there.get(f"{name} {action.dest}", found)
+    word = next(iter(action.choices)) if action.choices else found
     words = [word] * (action.nargs if isinstance(action.nargs, int) else 1)
     return [*action.option_strings[-1:], *words]
 
@@ -179,7 +242,7 @@ def cases(parsers) -> Iterator[tuple[str, argparse.Action]]:
 def try_option(parsers, there, folder, capsys, name, action, value) -> tuple[int | None, str]:
     """Gives the option a value, and what has to be given besides."""
     others = [a for a in parsers[name]._actions if a.required and a is not action]
-    words = [word for other in others for word in usual(other, folder, there)]
+    words = [word for other in others for word in usual(name, other, folder, there)]
     words += MORE.get(name, "").split()
     count = action.nargs if isinstance(action.nargs, int) else 1
     words += [*action.option_strings[-1:], *[value] * count]
@@ -193,6 +256,16 @@ def try_option(parsers, there, folder, capsys, name, action, value) -> tuple[int
     for path in set(folder.iterdir()) - set(before):  # an output that was claimed
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return found
+
+
+@pytest.mark.parametrize("name", sorted({*EXPENSIVE} - NOT_REACHED))
+def test_programs_get_to_what_costs_much(name, parsers, there, tmp_path, capsys, monkeypatch):
+    """With nothing wrong: so what they refuse below is for what is wrong."""
+    monkeypatch.chdir(tmp_path)
+    required = [action for action in parsers[name]._actions if action.required]
+    words = [word for action in required for word in usual(name, action, tmp_path, there)]
+    status, text = outcome(name, [*words, *MORE.get(name, "").split()], capsys)
+    assert status is None, text
 
 
 def test_no_option_takes_what_is_no_number(parsers, there, tmp_path, capsys, monkeypatch):
@@ -255,17 +328,17 @@ def test_json_of_the_wrong_shape(option, parsers, there, tmp_path, capsys, monke
     source = pathlib.Path(there[option])
     content = json.loads((source / "config.json").read_text())
     content.pop(SEAL, None)
-    folder = tmp_path / "changed"
-    folder.mkdir()
-    for file in source.iterdir():
-        if file.name != "config.json":
-            (folder / file.name).symlink_to(file)
+    folder = link_files(source, tmp_path / "changed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(programs.tempfile, "tempdir", str(tmp_path))
     name = "launch.stream" if option == "checkpoint" else "launch.encode_prompts"
     required = [action for action in parsers[name]._actions if action.required]
-    words = [word for action in required for word in usual(action, tmp_path, there)]
+    words = [word for action in required for word in usual(name, action, tmp_path, there)]
     words = [str(folder) if word == str(source) else word for word in words]
+    words += MORE.get(name, "").split()
+    write_json(folder / "config.json", content)
+    assert outcome(name, words, capsys)[0] is None
+    refused = 0
     for number, place in enumerate(places(content)):
         changed = copy.deepcopy(content)
         group = changed
@@ -273,7 +346,10 @@ def test_json_of_the_wrong_shape(option, parsers, there, tmp_path, capsys, monke
             group = group[key]
         group[place[-1]] = SHAPES[number % len(SHAPES)]
         (folder / "config.json").write_text(json.dumps(changed))
-        check_end(*outcome(name, words + MORE.get(name, "").split(), capsys), (place, number))
+        status, text = outcome(name, words, capsys)
+        check_end(status, text, (place, number))
+        refused += status is not None
+    assert refused > 20
 
 
 # -- configs ---------------------------------------------------------------------------------------
@@ -305,6 +381,25 @@ def with_value(config: dict, name: str, value):
     return config
 
 
+def setting(config, name: str):
+    """The value of a setting."""
+    for each in name.split("."):
+        config = config[each]
+    return config
+
+
+def other_kind(value, usual) -> bool:
+    """Whether a value is of another kind than the usual one; None may stand for any."""
+    if value is None or usual is None:
+        return isinstance(value, dict)
+    if isinstance(usual, ml_collections.ConfigDict):
+        return value != {"a": 1} and not isinstance(value, dict)
+    kinds = {str: str, bool: bool, int: int, float: int | float, tuple: tuple | list | int | float}
+    return not isinstance(value, kinds[type(usual)]) or isinstance(value, bool) != isinstance(
+        usual, bool
+    )
+
+
 def stage_tree(stage: str, variant: str) -> ml_collections.ConfigDict:
     return importlib.import_module(f"configs.{stage}").get_config(variant)
 
@@ -321,7 +416,8 @@ def problems_of(tree: dict) -> list[str]:
 
 @pytest.mark.parametrize(("stage", "variant"), VARIANTS)
 def test_every_setting_is_held(stage, variant):
-    """Each value in each setting; numbers that are none are never taken."""
+    """Each value in each setting; what is no number, and another kind of thing, is never taken, and
+    no negative number but where one means something."""
     config = stage_tree(stage, variant)
     tree, wrong = config.to_dict(), []
     assert problems_of(tree) == [] or variant == "19b"  # of 32 clips on one device
@@ -333,7 +429,9 @@ def test_every_setting_is_held(stage, variant):
             nonsense = any(
                 isinstance(x, int | float) and (x != x or abs(x) > 1e301) for x in numbers
             )
-            if nonsense and not found:
+            nonsense |= other_kind(value, setting(config, name))
+            negative = value == -1 and not name.startswith("mesh.")
+            if (nonsense or negative) and not found:
                 wrong.append((name, value))
     assert wrong == []
 
