@@ -3,11 +3,13 @@
     python -m launch.aot --target v5p:4x4x4 --program stage3 --mesh fsdp=32,sequence=2
     python -m launch.aot --target h100:32 --program stage1 --mesh fsdp=32
     python -m launch.aot --all --output docs/scaling.json    # every row of docs/scaling.md
+    python -m launch.aot --target h200:1 --program stream --mesh tensor=1 --thorough --traffic
 
 Nothing is allocated, no device needed: weights, optimizer states and batches are shapes. A TPU
 compiler refuses what does not fit into the chips' memory; for GPUs the peak is compared with what
 they have. Prints, per device, arguments, temporaries and peak; what travels between devices; and a
-roofline estimate of the step's time. TPUs need libtpu, GPUs jax's CUDA plugin (see
+roofline estimate of the step's time; with --traffic, what each part reads and writes in memory,
+and the largest data movements by their place in the model. TPUs need libtpu, GPUs jax's CUDA plugin (see
 `omniforcing_jax.scaling.devices`).
 """
 
@@ -28,7 +30,7 @@ import jax
 from launch import dry_run
 from omniforcing_jax import programs
 from omniforcing_jax.io import checkpoints
-from omniforcing_jax.scaling import aot, devices
+from omniforcing_jax.scaling import aot, devices, traffic
 from omniforcing_jax.scaling.planning import ACHIEVABLE
 from omniforcing_jax.training.config.settings import STAGES
 
@@ -74,6 +76,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--all", action="store_true", help="compile every case of docs/scaling.md")
     add("--output", type=pathlib.Path, help="JSON file to which results are added")
     add("--table", action="store_true", help="write docs/scaling.md's table from the output file")
+    add("--traffic", action="store_true", help="report what the programs move in memory")
     add("--hlo", type=pathlib.Path, help="folder for the compiled programs' text")
     return parser.parse_args(argv)
 
@@ -103,11 +106,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         except jax.errors.JaxRuntimeError as error:
             part, text = {"refused": aot.reason(error)}, ""
         parts[name] = part | {"seconds": round(time.perf_counter() - start, 1)}
+        if args.traffic and text:
+            parts[name]["traffic"] = aot.traffic_report(case, name, text)
         if args.hlo and text:
             args.hlo.mkdir(parents=True, exist_ok=True)
             file = f"{args.program}_{name}_{args.target.replace(':', '_')}.hlo"
             (args.hlo / file).write_text(text)
         print(describe_part(name, parts[name]), file=sys.stderr, flush=True)
+        if "traffic" in parts[name]:
+            print(describe_traffic(parts[name]["traffic"]), file=sys.stderr, flush=True)
     return {
         "target": args.target,
         "program": args.program,
@@ -138,6 +145,23 @@ def describe_part(name: str, part: dict[str, Any]) -> str:
 
 def _gib(part: dict[str, Any]) -> list[float]:
     return [part[key] / devices.GIB for key in ("arguments", "temporaries", "peak")]
+
+
+def describe_traffic(report: dict[str, Any]) -> str:
+    """What a part moves in memory, as lines of text."""
+    lines = ["  in a run, GB:       read  written"]
+    for name, (read, written) in report["bytes"].items():
+        indent = "" if name in traffic.GROUPS else "  "
+        lines.append(f"    {indent + name:14s} {read / 1e9:8.1f} {written / 1e9:8.1f}")
+    lines.append("  most is moved by:")
+    lines += [
+        f"    {size / 1e9:8.2f}  {kind:12s} {place}" for kind, place, size in report["largest"]
+    ]
+    if seconds := report["seconds"]:
+        total = sum(seconds.values())
+        shares = ", ".join(f"{k} {v:.4f} s ({v / total:.0%})" for k, v in seconds.items())
+        lines.append(f"  roofline: {shares}; {total:.3f} s in all")
+    return "\n".join(lines)
 
 
 def describe_step(step: dict[str, float]) -> str:

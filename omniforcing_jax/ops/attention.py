@@ -95,7 +95,8 @@ def attention(
     if mask is not None and implementation != "xla":
         raise ValueError(f"{implementation!r} attention takes no dense mask; use 'xla' or 'auto'")
     q, k, v = (constrain(x, "batch", WHOLE, "attention_heads") for x in (q, k, v))
-    out = _run(q, k, v, kv_end, kv_length, mask, scale, implementation)
+    with jax.named_scope("attention"):
+        out = _run(q, k, v, kv_end, kv_length, mask, scale, implementation)
     return constrain(out, "batch", WHOLE, "attention_heads")
 
 

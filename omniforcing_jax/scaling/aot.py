@@ -23,7 +23,7 @@ from omniforcing_jax.sampling.student import (
     new_cache,
     prompt_kv,
 )
-from omniforcing_jax.scaling import collectives, planning
+from omniforcing_jax.scaling import collectives, planning, traffic
 from omniforcing_jax.scaling.devices import Target, group_speed
 from omniforcing_jax.scaling.flops import block_flops
 from omniforcing_jax.scaling.planning import Work
@@ -225,6 +225,26 @@ def measure(case: Case, name: str, *, thorough: bool = False) -> tuple[dict[str,
     if device is not None:
         part |= {"hbm": device.hbm, "fits": device.holds(part["peak"])}
     return part, text
+
+
+def traffic_report(case: Case, name: str, text: str) -> dict[str, Any]:
+    """What a compiled program moves in a device's memory.
+
+    Returns:
+      {"bytes": {group or kind of movement: (read, written)}, "largest": [(kind, place in the model,
+      bytes written)], "seconds": the roofline by share}. The roofline is of a device that does one
+      thing after the other: the model's products and attention at the peak of its arithmetic, and
+      what all else reads and writes at the speed of its memory; empty where device or work are not
+      known.
+    """
+    program, device = case.programs[name], case.target.device
+    kernels = traffic.read(text, open_loops=program.open_loops)
+    totals, seconds = traffic.totals(kernels), {}
+    if device is not None and program.work is not None:
+        seconds = {"compute": program.work.flops / case.mesh.size / device.flops}
+        for group in ("arithmetic", "moves"):
+            seconds[group] = sum(totals[group]) / device.hbm_speed
+    return {"bytes": totals, "largest": traffic.largest(kernels), "seconds": seconds}
 
 
 def step_times(case: Case, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -21,7 +21,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-_BYTES = {
+BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
     "s64": 8, "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "f8e4m3fn": 1,
     "f8e5m2": 1,
@@ -70,6 +70,21 @@ def read(text: str, *, open_loops: float = 1.0) -> list[Message]:
     Args:
       open_loops: iterations of loops whose condition compares with no constant.
     """
+    found = collections.defaultdict(float)
+    for name, lines, times in run_computations(text, open_loops=open_loops):
+        scattered = name.startswith("all-reduce-scatter")  # what TPUs make of a reduce-scatter
+        for line in lines:
+            if (message := _message(line, scattered)) is not None:
+                found[message] += times
+    return [Message(*message, count) for message, count in found.items()]
+
+
+def run_computations(text: str, *, open_loops: float = 1.0) -> list[tuple[str, list[str], float]]:
+    """The computations of an optimized HLO module that run: name, lines, and how often it runs.
+
+    Bodies of loops and fusions are computations of their own. The entry comes first. `open_loops`
+    as for `read`.
+    """
     computations: dict[str, list[str]] = {}
     current = None
     for line in text.splitlines():
@@ -78,18 +93,16 @@ def read(text: str, *, open_loops: float = 1.0) -> list[Message]:
         elif current is not None:
             current.append(line)
     times = collections.defaultdict(float, {name: 1.0 for name in list(computations)[-1:]})
-    found = collections.defaultdict(float)
+    found = []
     # a computation stands in front of those that call it, the entry last
     for name, lines in reversed(computations.items()):
         if not times[name]:
             continue
-        scattered = name.startswith("all-reduce-scatter")  # what TPUs make of a reduce-scatter
         for line in lines:
             for callee, count in _calls(line, computations, open_loops):
                 times[callee] += count * times[name]
-            if (message := _message(line, scattered)) is not None:
-                found[message] += times[name]
-    return [Message(*message, count) for message, count in found.items()]
+        found.append((name, lines, times[name]))
+    return found
 
 
 def _calls(line: str, computations, open_loops: float) -> list[tuple[str, float]]:
@@ -122,12 +135,12 @@ def _message(line: str, scattered: bool) -> tuple[str, str, float, tuple[int, ..
         plain = re.sub(r"\{[^}]*\}", "", result)  # without layouts, which have brackets too
         nested = plain.startswith("((")
         result = plain.partition(")")[2] if nested else _SHAPE.sub("", plain, count=1)
-    shapes = [(dtype, dims) for dtype, dims in _SHAPE.findall(result) if dtype in _BYTES]
+    shapes = [(dtype, dims) for dtype, dims in _SHAPE.findall(result) if dtype in BYTES]
     if started and kind == "collective-permute":
         shapes = shapes[:1]  # behind it stand counters
     if not shapes:
         return None
-    sizes = [_BYTES[d] * math.prod(int(n) for n in dims.split(",") if n) for d, dims in shapes]
+    sizes = [BYTES[d] * math.prod(int(n) for n in dims.split(",") if n) for d, dims in shapes]
     group = _group(line)
     n = max(len(group), 1)
     share = (n - 1) / n
