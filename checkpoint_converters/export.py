@@ -3,7 +3,9 @@
     python -m checkpoint_converters.export --input ltx2 --output ltx2.safetensors
 
 The result has the keys, shapes and metadata of the official file, for whatever reads that one.
-Tensors are copied one at a time; exporting what was converted gives back the same bytes.
+Tensors are copied one at a time; exporting what was converted gives back the same bytes (of an
+upsampler, too). What the model was trained with and which LoRAs were merged into it stand in the
+metadata, and checkpoint_converters.ltx2 reads them back.
 
 What was tried: the single-file converters of diffusers 0.42 take transformer and VAEs of LTX-2.0,
 and the transformer computes the same there (`test_export_diffusers.py`). They do not rename 2.3's
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from checkpoint_converters import key_map
+from checkpoint_converters import key_map, lora
 from checkpoint_converters.converting import stay_on_host
 from checkpoint_converters.orbax_io import open_leaf
 from checkpoint_converters.output import file_problems, write_file
@@ -29,7 +31,7 @@ from checkpoint_converters.safetensors_io import ConversionError, table_bytes
 from checkpoint_converters.shapes import ANY, expected_shapes
 from omniforcing_jax import programs
 from omniforcing_jax.io import checkpoints, outputs
-from omniforcing_jax.io.checkpoints import COMPONENTS
+from omniforcing_jax.io.checkpoints import COMPONENTS, UPSAMPLER, UPSAMPLERS
 from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, TrainedSettings
 from omniforcing_jax.text.encoder_files import GEMMA_VERSION
 
@@ -68,7 +70,8 @@ def export(
         raise ConversionError([f"{source}: cannot be read ({error})"]) from error
     pieces: dict[str, key_map.Piece] = {}
     problems: list[str] = []
-    for component in components or content["components"]:
+    components = tuple(components or content["components"])
+    for component in components:
         try:
             if verify:
                 checkpoints.verify_components(source, [component])
@@ -83,6 +86,8 @@ def export(
         folder = checkpoints.component_folder(source, component, content)
         leaves = {path: open_leaf(folder, path) for path in flatten_dict(tree, sep="/")}
         found, wrong = _official_pieces(component, leaves, content["config"])
+        if component in UPSAMPLERS:  # alone in their files, without a prefix
+            found = {key.removeprefix(f"{component}."): piece for key, piece in found.items()}
         pieces |= found
         problems += wrong
     table = {key: (piece.leaf.dtype.numpy_dtype, piece.shape) for key, piece in pieces.items()}
@@ -91,8 +96,12 @@ def export(
         raise ConversionError(problems)
     # checkpoint_converters.ltx2 finds there what the model was trained with
     config = dict(content["config"])
-    if TrainedSettings.read(content) != LTX2_BASE:  # LTX-2's own files have no such entry
+    if content["family"] == UPSAMPLER:
+        (config,) = config.values()
+    elif TrainedSettings.read(content) != LTX2_BASE:  # LTX-2's own files have no such entry
         config[ENTRY] = content[ENTRY]
+    if lora.ENTRY in content:
+        config[lora.ENTRY] = content[lora.ENTRY]
     strings = {"config": json.dumps(config), "model_version": content["model_version"]}
     strings[outputs.MARK] = PROGRAM
     if GEMMA_VERSION in content:

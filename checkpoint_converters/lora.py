@@ -33,6 +33,7 @@ Tensor = TensorInfo | ComputedTensor
 # what may stand before the names of layers, outermost first; each once
 _PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "connectors.")
 _FLAT = "lora_unet_"  # then "_" in place of all "."
+ENTRY = "loras"  # of config.json, and of an exported file's config: what was merged
 # metadata of LoRAs that take a reference clip, kept for whoever samples with them
 _REFERENCE = ("reference_downscale_factor", "reference_temporal_scale_factor")
 
@@ -269,6 +270,16 @@ def _record(opened: Lora) -> dict[str, Any]:
         "alpha": sorted(alphas, key=lambda alpha: -1.0 if alpha is None else alpha),
     }
     return record | {name: opened.strings[name] for name in _REFERENCE if name in opened.strings}
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """One line of a record of config.json.
+
+    Raises:
+      KeyError, TypeError, ValueError: it is none.
+    """
+    name, strength, layers = record["name"], record["strength"], record["layers"]
+    return f"merged: {name}, strength {strength:g}, {layers} layers"
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -81,6 +81,8 @@ def convert(
         config = dict(checkpoint.config or {})
         trained, found = pop_trained(config, checkpoint.path)
         problems += found
+        before, found = pop_loras(config, checkpoint.path)
+        problems += found
         if trained == LTX2_BASE:
             distilled = (recipe or find_recipe(checkpoint, loras)) == recipes.DISTILLED
             trained = LTX2_DISTILLED if distilled else LTX2_BASE
@@ -99,8 +101,8 @@ def convert(
         )
         if version := gemma_version(checkpoint.strings):
             content[GEMMA_VERSION] = version
-        if merged:
-            content["loras"] = merged
+        if before + merged:
+            content[lora.ENTRY] = before + merged
         if checkpoint.notes:
             content["notes"] = list(checkpoint.notes)
         read = (*inputs, *(file for file, _ in loras))
@@ -128,6 +130,18 @@ def pop_trained(config: dict, path: os.PathLike) -> tuple[TrainedSettings, list[
         return TrainedSettings.from_json(values), []
     except ValueError as error:
         return TrainedSettings(), [f"{path}: {error}"]
+
+
+def pop_loras(config: dict, path: os.PathLike) -> tuple[list[dict], list[str]]:
+    """Takes out of the metadata which LoRAs checkpoint_converters.export says are in the weights;
+    and its problems."""
+    records = config.pop(lora.ENTRY, [])
+    try:
+        for record in records:
+            lora.describe(record)
+    except (KeyError, TypeError, ValueError) as error:
+        return [], [f"{path}: metadata of merged LoRAs cannot be read ({error!r})"]
+    return list(records), []
 
 
 def open_inputs(
@@ -254,8 +268,7 @@ def describe(content: dict) -> str:
     text += _RECIPES.get(content[ENTRY]["stage"], "")
     absent = [name for name in COMPONENTS if name not in there]
     lines = [f"not converted: {', '.join(absent)}"] if absent else []
-    lines += [f"merged: {entry['name']}, strength {entry['strength']:g}, {entry['layers']} layers"
-              for entry in content.get("loras", [])]  # fmt: skip
+    lines += map(lora.describe, content.get(lora.ENTRY, []))
     return "\n".join([text, *lines, *content.get("notes", [])])
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from checkpoint_converters import key_map
-from omniforcing_jax.io.checkpoints import metadata_section
+from omniforcing_jax.io.checkpoints import UPSAMPLERS, metadata_section
 from omniforcing_jax.models import upsampler
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.audio.vocoder import VocoderConfig, vocoder_module
@@ -38,7 +38,7 @@ _CONFIGS = {
     "video_vae": video_vae.VideoVAEConfig,
     "audio_vae": audio_vae.AudioVAEConfig,
     "vocoder": VocoderConfig,
-}
+} | dict.fromkeys(UPSAMPLERS, upsampler.UpsamplerConfig)
 
 
 def expected_shapes(config: Mapping[str, Any], component: str) -> Shapes:
@@ -47,7 +47,7 @@ def expected_shapes(config: Mapping[str, Any], component: str) -> Shapes:
     Args:
       config: the metadata's `config` object. Absent settings take the defaults of LTX-2's own
         loader.
-      component: one of `checkpoints.COMPONENTS`.
+      component: one of `checkpoints.COMPONENTS` or `checkpoints.UPSAMPLERS`.
 
     Raises:
       ValueError: a setting is missing or not supported; names it.

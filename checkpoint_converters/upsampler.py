@@ -20,9 +20,9 @@ from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
 from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax import programs
+from omniforcing_jax.io.checkpoints import UPSAMPLER
 from omniforcing_jax.models.upsampler import UpsamplerConfig
 
-FAMILY = "upsampler"
 _DIFFUSERS_NAMES = {
     "rational_spatial_scale": "spatial_scale",
     "use_rational_resampler": "rational_resampler",
@@ -64,7 +64,7 @@ def convert(
     component = config.component
     content = converting.config_content(
         "checkpoint_converters.upsampler",
-        FAMILY,
+        UPSAMPLER,
         {component: metadata},
         checkpoint.files,
         model_version=version,

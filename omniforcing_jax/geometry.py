@@ -203,8 +203,13 @@ class StreamRopes(NamedTuple):
     """Where the tokens of one forward pass are: RoPE tables, [1, T, N, H/2] each.
 
     Attributes:
-      first_latent: [F] boolean, the clip's first video latent, which stands for a single frame:
-        LTX-2.5 marks it by its keyframe embedding.
+      first_latent: [F] boolean, the video latent with index 0, which stands for a single frame
+        (the encoder is causal), while every other one stands for eight. LTX-2.5 marks it by its
+        keyframe embedding. In a stream it is the only one of block 0 with layout `prefix`, the
+        first of four with `merged`, and none of any later block: those count on behind block 0,
+        also at positions relative to the window, as block 0 is never evicted. The keys of the
+        cache hold the mark, as the refresh writes them from marked tokens. What is appended to a
+        clip (keyframes, references) is not marked either, as in LTX-2's own code.
     """
 
     video: Rope

@@ -29,7 +29,8 @@ from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.paths import locate
 
 FORMAT = 1
-FAMILIES = ("ltx2", "omniforcing", "upsampler")
+UPSAMPLER = "upsampler"
+FAMILIES = ("ltx2", "omniforcing", UPSAMPLER)
 # entries of config.json that code relies on; the last three may be missing
 _ENTRIES = {
     "model_version": str,

@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoint_converters import lora, ltx2, reading, synthetic
+from checkpoint_converters import export, lora, ltx2, reading, synthetic
 from checkpoint_converters.diffusers_layout import official_from_diffusers
 from checkpoint_converters.key_map import DIT
-from checkpoint_converters.safetensors_io import ConversionError
+from checkpoint_converters.safetensors_io import ConversionError, read_header
 from omniforcing_jax.io import checkpoints
 from tests.checkpoint_converters.files import read_file, rewrite_file, write_file
 
@@ -73,7 +73,7 @@ def test_merged_weights_match_the_reference(golden_dir):
             np.testing.assert_allclose(weight(tensors, key), array, atol=1e-5, err_msg=key)
 
 
-def test_conversion_with_two_loras(model, style, tmp_path):
+def test_conversion_with_two_loras(model, style, tmp_path, capsys):
     """Sums in float32, rounded once; what was merged stands in config.json."""
     other = tmp_path / "other.safetensors"
     synthetic.write_lora(other, "tiny", "2.3", rank=2, seed=1)
@@ -103,6 +103,19 @@ def test_conversion_with_two_loras(model, style, tmp_path):
     ulp = np.abs(wanted) * 2.0**-8
     actual = np.asarray(kernel).T.astype(F32)
     assert (np.abs(actual - wanted) <= ulp).all() and (actual == wanted).mean() > 0.99
+    # what was merged is in an exported file as well, and another one comes on top
+    export.export(tmp_path / "out", tmp_path / "out.safetensors", components=("transformer",))
+    arguments = ["--input", str(tmp_path / "out.safetensors"), "--lora", str(style)]
+    assert ltx2.main([*arguments, "--output", str(tmp_path / "back")]) == 0
+    back = checkpoints.load_config(tmp_path / "back")
+    assert back["loras"] == [first, second, first | {"strength": 1.0}]
+    assert back["config"] == content["config"]
+    assert "merged: style.safetensors, strength 0.5, 48 layers" in capsys.readouterr().out
+    strings = read_header(tmp_path / "out.safetensors")[1]
+    strings["config"] = strings["config"].replace('"strength"', '"weight"')
+    bad = rewrite_file(tmp_path / "out.safetensors", tmp_path / "bad.safetensors", metadata=strings)
+    with pytest.raises(ConversionError, match="metadata of merged LoRAs cannot be read"):
+        ltx2.convert(bad, tmp_path / "x")
     # other weights, so another fingerprint
     ltx2.convert(model, tmp_path / "plain")
     plain = checkpoints.load_config(tmp_path / "plain")

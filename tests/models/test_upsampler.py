@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoint_converters import ltx2, upsampler
+from checkpoint_converters import export, ltx2, upsampler
 from checkpoint_converters.reading import load_component
 from checkpoint_converters.safetensors_io import ConversionError, read_header
 from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.upsampler import UpsamplerConfig, upsample
-from tests.checkpoint_converters.files import rewrite_file
+from tests.checkpoint_converters.files import read_file, rewrite_file
 
 # kind: the golden file of the VAE whose latents it takes, size of the result for 3 x 3 x 4 latents
 KINDS = {
@@ -37,6 +37,12 @@ def test_parity(kind, golden_dir, expected, tmp_path, capsys):
     (component,) = content["components"]
     assert component == kind.split("_")[0] + "_upsampler"
     assert content["model_version"] in capsys.readouterr().out
+    export.export(folder, tmp_path / "back.safetensors")
+    (arrays, strings), (wanted, said) = map(read_file, (tmp_path / "back.safetensors", source))
+    assert json.loads(strings["config"]) == json.loads(said["config"])
+    assert {key: a.tobytes() for key, a in arrays.items()} == {
+        key: a.tobytes() for key, a in wanted.items()
+    }
     config = UpsamplerConfig.from_metadata(checkpoints.component_metadata(content, component))
     params = checkpoints.load_params(folder, component, dtype=jnp.float32)
     golden, size = KINDS[kind]

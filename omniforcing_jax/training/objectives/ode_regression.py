@@ -98,7 +98,8 @@ class ODERegression:
         if by_sample and self.config.regression.level_per_block:
             raise ValueError(
                 "this model modulates by the sample's noise level (LTX-2.3 and later), so its "
-                "blocks cannot have levels of their own in one pass; set level_per_block to False"
+                "blocks cannot have levels of their own in one pass; give "
+                "--config.regression.level_per_block=False"
             )
 
     @property
