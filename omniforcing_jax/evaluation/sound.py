@@ -31,10 +31,10 @@ def measure_sound(
       offset: largest mean of a channel (DC), of full scale.
       loudness: RMS of the windows that are not silent, in dB of full scale; None if all are.
       loudness_drift: of those windows, in dB per minute.
-      brightness_drift: of their spectral centroid, in octaves per minute.
+      centroid_drift: of their spectral centroid, in octaves per minute.
       clicks: steepest bend of the waveform within 5 ms of a border by that of other places of the
         clip (`picture.ratio`); about 1 without clicks, None without borders.
-      repetition: of the spectrum, see `picture.repetition`.
+      sound_repetition: of the spectrum, see `picture.repetition`.
 
     Raises:
       ValueError: shorter than a window, or not finite.
@@ -49,7 +49,7 @@ def measure_sound(
     levels = 10 * np.log10(power[heard])
     spectrum, frequencies = spectrogram(waveform, sample_rate, size)
     centroid = (spectrum[heard] @ frequencies) / np.maximum(spectrum[heard].sum(1), _FLOOR)
-    drifts = {"loudness_drift": levels, "brightness_drift": np.log2(np.maximum(centroid, 1.0))}
+    drifts = {"loudness_drift": levels, "centroid_drift": np.log2(np.maximum(centroid, 1.0))}
     return {
         "silence": float(1 - heard.mean()),
         "clipping": float((np.abs(waveform) >= FULL_SCALE).mean()),
@@ -57,7 +57,7 @@ def measure_sound(
         "loudness": float(10 * np.log10(power[heard].mean())) if heard.any() else None,
         **{n: slope(x, 1 / WINDOW) if len(x) > 1 else None for n, x in drifts.items()},
         "clicks": _clicks(waveform, sample_rate, borders),
-        "repetition": repetition(_bands(spectrum, frequencies), 1 / WINDOW),
+        "sound_repetition": repetition(_bands(spectrum, frequencies), 1 / WINDOW),
     }
 
 

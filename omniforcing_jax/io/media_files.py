@@ -21,6 +21,7 @@ import numpy as np
 MAX_ENLARGEMENT = 4
 # One audio latent lasts 1/25 s; a whole number of samples of it keeps sound and latents aligned.
 SOUND_RATE_STEP = 25
+_LONGEST_PACKET = 2048  # samples, of AAC with spectral band replication
 _OTHER_RATES_BECOME = 48_000
 _EARLY = 0.3  # frames; see `read_frames`
 
@@ -225,6 +226,7 @@ class ClipDescription:
 
     height: int
     width: int
+    frame_rate: float
     seconds: float | None  # None where it does not say
     has_sound: bool
 
@@ -244,7 +246,8 @@ def describe_clip(path: str | os.PathLike) -> ClipDescription:
         seconds = None if container.duration is None else container.duration / 1e6
         if stream.duration is not None:
             seconds = float(stream.duration * stream.time_base)
-        return ClipDescription(stream.height, stream.width, seconds, bool(container.streams.audio))
+        size = stream.height, stream.width
+        return ClipDescription(*size, _own_rate(stream), seconds, bool(container.streams.audio))
 
 
 def read_frames(path: str | os.PathLike, frame_rate: float) -> Iterator[np.ndarray]:
@@ -328,7 +331,8 @@ def read_sound(path: str | os.PathLike, seconds: float | None = None) -> Sound:
     """Reads the sound of a file, or the sound track of a clip.
 
     Mono plays on both sides, and more than two channels are mixed down to two. The sample rate is
-    the file's own, or 48 kHz where that is no multiple of 25 Hz. In a clip it begins with the first
+    the file's own, or 48 kHz where that is no multiple of 25 Hz. It ends where the track says that
+    it ends, and not with the codec's last packet. In a clip it begins with the first
     frame: silence comes before a track that begins later, and what is earlier is cut.
 
     Args:
@@ -347,7 +351,9 @@ def read_sound(path: str | os.PathLike, seconds: float | None = None) -> Sound:
         if not container.streams.audio:
             raise ValueError(f"{path} has no sound: there is no audio track in it")
         begin = _first_frame_time(container, path)
-    pieces, count, sample_rate, resampler = [], 0, 0, None
+        track = container.streams.audio[0]
+        length = None if track.duration is None else float(track.duration * track.time_base)
+    pieces, count, cut, shift, sample_rate, resampler = [], 0, 0, 0, 0, None
     with _opened(path, "sound") as container:
         for frame, time in _decoded(container, "audio", path):
             if resampler is None:
@@ -362,7 +368,12 @@ def read_sound(path: str | os.PathLike, seconds: float | None = None) -> Sound:
                 break
         if resampler is not None:
             pieces += [_stereo(piece) for piece in resampler.resample(None)]
-    waveform = np.concatenate(pieces)[cut:] if pieces else np.zeros((0, 2), np.float32)
+    waveform = np.concatenate(pieces) if pieces else np.zeros((0, 2), np.float32)
+    if length is not None:  # the last packet is filled up with what is no sound
+        excess = len(waveform) - max(0, shift) - round(length * sample_rate)
+        if 0 < excess <= _LONGEST_PACKET:
+            waveform = waveform[:-excess]
+    waveform = waveform[cut:]
     if seconds is not None:
         waveform = waveform[: round(seconds * sample_rate)]
     if not len(waveform):

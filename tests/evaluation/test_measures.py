@@ -108,8 +108,8 @@ def test_sounds():
     assert drift == pytest.approx(good["loudness_drift"] - 60, abs=0.1)
     stepped = WAVEFORM + np.float32(0.1) * (np.arange(len(WAVEFORM)) // SAMPLE_RATE % 2)[:, None]
     assert heard(stepped)["clicks"] > 2.5 * good["clicks"]
-    assert heard(np.concatenate([WAVEFORM[: 2 * SAMPLE_RATE]] * 5))["repetition"] == 1
-    assert good["repetition"] < 0.6
+    assert heard(np.concatenate([WAVEFORM[: 2 * SAMPLE_RATE]] * 5))["sound_repetition"] == 1
+    assert good["sound_repetition"] < 0.6
     with pytest.raises(ValueError, match="finite"):
         heard(WAVEFORM * np.float32(np.nan))
     with pytest.raises(ValueError, match="shorter"):
