@@ -54,9 +54,12 @@ from benchmarks.stream_report import measure_stream
 from checkpoint_converters import synthetic
 from launch import options
 from omniforcing_jax import programs
+from omniforcing_jax.io.checkpoints import TINY_DECODER
+from omniforcing_jax.models import tiny_decoder
 from omniforcing_jax.models.audio import bigvgan, vocoder
 from omniforcing_jax.models.audio.vae import AudioDecoder
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
+from omniforcing_jax.models.tiny_decoder import TinyDecoderConfig
 from omniforcing_jax.models.transformer.inputs import Pathways
 from omniforcing_jax.models.transformer.layers import History
 from omniforcing_jax.models.transformer.model import TextKV, Transformer, init_params
@@ -188,6 +191,14 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
         },
         "vocoder": random_params(nn.unbox(sound["params"]), keys[3], jnp.float32),
     }
+    if args.decode == "tiny":
+        tiny = TinyDecoderConfig(config.video_vae.latent_channels)
+        pipeline = dataclasses.replace(
+            pipeline, config=dataclasses.replace(config, tiny_decoder=tiny)
+        )
+        shapes = jax.eval_shape(functools.partial(tiny_decoder.init_params, tiny), keys[1])
+        params[TINY_DECODER] = random_params(shapes, keys[1], dtype)
+        del params["video_vae"]
     return dataclasses.replace(pipeline, params=jax.block_until_ready(params))
 
 
@@ -383,7 +394,7 @@ def run(args: argparse.Namespace, report: Callable[[dict], None] = lambda result
     seam_blocks = args.seam_blocks
     if seam_blocks is None:
         seam_blocks = 0 if args.size == "full" else 3
-    if seam_blocks:
+    if seam_blocks and args.decode != "tiny":  # which has none
         progress("decoding a clip at once and in chunks")
         result = result | {"seams": measure_seams(pipeline, args, config, seam_blocks)}
         report(result)
@@ -431,10 +442,13 @@ def arithmetic(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, flo
     transformer = flops.block_flops(model, config, late, args.text_tokens)
     latents = layout.video_frames
     if args.decode == "window":
-        latents += args.look_back + args.look_ahead + args.blend - 1
-    decoder = flops.video_decoder_flops(
-        pipeline.config.video_vae, 8 * latents + 1, args.height, args.width
-    )
+        latents += args.look_back + args.look_ahead + args.blend
+    if pipeline.config.tiny_decoder is None:
+        decoder = flops.video_decoder_flops(
+            pipeline.config.video_vae, latents, args.height, args.width, continued=True
+        )
+    else:
+        decoder = tiny_decoder.decoder_flops(pipeline.config.tiny_decoder, latents * config.patches)
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(pipeline.params["transformer"])),
         "cache_bytes": cache_bytes(

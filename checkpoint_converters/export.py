@@ -31,7 +31,7 @@ from checkpoint_converters.safetensors_io import ConversionError, table_bytes
 from checkpoint_converters.shapes import ANY, expected_shapes
 from omniforcing_jax import programs
 from omniforcing_jax.io import checkpoints, outputs
-from omniforcing_jax.io.checkpoints import COMPONENTS, UPSAMPLER, UPSAMPLERS
+from omniforcing_jax.io.checkpoints import COMPONENTS, TINY_DECODER, UPSAMPLER, UPSAMPLERS
 from omniforcing_jax.sampling.trained import ENTRY, LTX2_BASE, TrainedSettings
 from omniforcing_jax.text.encoder_files import GEMMA_VERSION
 
@@ -70,7 +70,8 @@ def export(
         raise ConversionError([f"{source}: cannot be read ({error})"]) from error
     pieces: dict[str, key_map.Piece] = {}
     problems: list[str] = []
-    components = tuple(components or content["components"])
+    there = (name for name in content["components"] if name != TINY_DECODER)
+    components = tuple(components or there)
     for component in components:
         try:
             if verify:
@@ -95,7 +96,7 @@ def export(
     if problems:
         raise ConversionError(problems)
     # checkpoint_converters.ltx2 finds there what the model was trained with
-    config = dict(content["config"])
+    config = {name: part for name, part in content["config"].items() if name != TINY_DECODER}
     if content["family"] == UPSAMPLER:
         (config,) = config.values()
     elif TrainedSettings.read(content) != LTX2_BASE:  # LTX-2's own files have no such entry

@@ -25,6 +25,11 @@ _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _PEEK = 1024
 
 
+def is_pytorch(path: pathlib.Path) -> bool:
+    """Whether it is a file of PyTorch's own, which is a pickle inside."""
+    return path.is_file() and what_else(path) == _PYTORCH
+
+
 def what_else(path: pathlib.Path) -> str | None:
     """What is wrong with a file that is no safetensors file at all, None if it may be one."""
     with path.open("rb") as file:

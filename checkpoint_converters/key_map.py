@@ -278,6 +278,15 @@ KEY_MAP: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
             ("upsampler.blur_down.kernel", "blur", "array"),
         ),
     ),
+    # nor have those of tiny decoders; checkpoint_converters.tiny_decoder puts one in front
+    "tiny_decoder": (
+        "tiny_decoder.",
+        (
+            ("decoder.<i>", "layers_<i>", "conv2d"),
+            ("decoder.<i>.conv", "growth_<i>", "conv2d"),
+            ("decoder.<i>.conv.<j>", "layers_<i>/conv_<j>", "conv2d"),
+        ),
+    ),
     "temporal_upsampler": (
         "temporal_upsampler.",
         (*_UPSAMPLER, ("upsampler.0", "up", "conv3d")),

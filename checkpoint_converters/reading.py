@@ -321,8 +321,13 @@ def load_component(path: str | PathLike, component: str, dtype=None) -> dict:
     """
     if component not in COMPONENTS:
         raise ValueError(f"component is {component!r}, must be one of {COMPONENTS}")
-    tree = {}
-    for leaf in plan_leaves(open_checkpoint(path).tensors, component, dtype and np.dtype(dtype)):
+    return assemble(open_checkpoint(path), component, dtype)
+
+
+def assemble(checkpoint: Checkpoint, component: str, dtype=None) -> dict:
+    """As `load_component`, of an opened checkpoint and of any component of the key table."""
+    path, tree = checkpoint.path, {}
+    for leaf in plan_leaves(checkpoint.tensors, component, dtype and np.dtype(dtype)):
         layers = [source.layer for source in leaf.sources]
         if layers not in ([None], list(range(len(layers)))):
             raise ConversionError([f"{path}: {component} {leaf.path} has only layers {layers}"])

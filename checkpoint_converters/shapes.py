@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from checkpoint_converters import key_map
 from omniforcing_jax.io.checkpoints import UPSAMPLERS, metadata_section
-from omniforcing_jax.models import upsampler
+from omniforcing_jax.models import tiny_decoder, upsampler
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.audio.vocoder import VocoderConfig, vocoder_module
 from omniforcing_jax.models.text import gemma
@@ -119,6 +119,7 @@ _INITS = {
     "video_vae": video_vae.init_params,
     "audio_vae": _init_audio_vae,
     "vocoder": _init_vocoder,
+    "tiny_decoder": tiny_decoder.init_params,
     "spatial_upsampler": upsampler.init_params,
     "temporal_upsampler": upsampler.init_params,
     key_map.TEXT_TOWER: gemma.init_boxed_params,

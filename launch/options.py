@@ -19,6 +19,7 @@ from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming import media
+from omniforcing_jax.streaming.video import MODES
 from omniforcing_jax.text import features as text_features
 from omniforcing_jax.text.features import TextFeatures
 from omniforcing_jax.text.prompts import TextTimes, default_cache
@@ -175,10 +176,10 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 def add_decoder(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the streaming video decoder."""
     add = parser.add_argument
-    add("--decode", choices=("window", "causal"), help="video decoding (default: as trained)")
-    add("--look-back", type=int, default=4, help="latent frames, window mode (default 4)")
-    add("--look-ahead", type=int, default=1, help="latent frames, window mode (default 1)")
-    add("--blend", type=int, default=1, help="latent frames, window mode (default 1)")
+    add("--decode", choices=MODES, help="video decoding (default: as trained)")
+    add("--look-back", type=int, default=0, help="latent frames, window mode (default 0)")
+    add("--look-ahead", type=int, default=2, help="latent frames, window mode (default 2)")
+    add("--blend", type=int, default=0, help="latent frames, window mode (default 0)")
 
 
 def decoder_settings(args: argparse.Namespace) -> dict[str, int]:

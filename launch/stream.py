@@ -195,7 +195,8 @@ def _check_decoder(args: argparse.Namespace, config: PipelineConfig) -> None:
     """Raises what making the session's decoder would raise."""
     mode = args.decode or "causal"  # the mode that every decoder can run in
     params = {"decoder": {}, "per_channel_statistics": {}}
-    StreamingVideoDecoder(config.video_vae, params, mode=mode, **options.decoder_settings(args))
+    how = options.decoder_settings(args) | {"mode": mode, "tiny": config.tiny_decoder}
+    StreamingVideoDecoder(config.video_vae, params, **how)
 
 
 def _check_attention(args: argparse.Namespace, config: PipelineConfig) -> None:
@@ -402,7 +403,7 @@ def stream(
         request = encode_sentences(request, report)
         report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
         given = request.given
-        how = {"verify": args.verify, "encoders": given.encoders}
+        how = {"verify": args.verify, "encoders": given.encoders, "tiny": args.decode == "tiny"}
         pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
         session = pipeline.session(
             request.rollout,

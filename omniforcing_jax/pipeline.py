@@ -12,10 +12,12 @@ import numpy as np
 
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io.checkpoints import TINY_DECODER
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.audio import vocoder
 from omniforcing_jax.models.audio.vae import AudioVAEConfig
 from omniforcing_jax.models.audio.vocoder import VocoderConfig
+from omniforcing_jax.models.tiny_decoder import TinyDecoderConfig
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.video_vae import model as video_vae
@@ -46,6 +48,7 @@ class PipelineConfig:
       model_version: of LTX-2, such as "2.3.0".
       trained: what the model was trained with.
       missing: components that are described but were not converted; see `check_complete`.
+      tiny_decoder: of the checkpoint's tiny decoder, if one was added.
     """
 
     transformer: TransformerConfig
@@ -55,6 +58,7 @@ class PipelineConfig:
     model_version: str
     trained: TrainedSettings = UNSAID
     missing: tuple[str, ...] = ()
+    tiny_decoder: TinyDecoderConfig | None = None
 
     @classmethod
     def from_checkpoint(cls, directory: str | pathlib.Path) -> "PipelineConfig":
@@ -119,6 +123,7 @@ class PipelineConfig:
                 "different models; convert both from the same release"
             )
         _check_versions(model_version, transformer, video_vae)
+        tiny = metadata.get(TINY_DECODER)
         return cls(
             transformer=transformer,
             video_vae=video_vae,
@@ -126,6 +131,7 @@ class PipelineConfig:
             vocoder=VocoderConfig.from_metadata(metadata["vocoder"]),
             model_version=model_version,
             trained=trained,
+            tiny_decoder=tiny and TinyDecoderConfig.from_metadata(tiny),
         )
 
     @property
@@ -240,8 +246,9 @@ class Pipeline:
     Attributes:
       config: what the checkpoint says.
       params: {"transformer", "video_vae", "audio_vae", "vocoder": parameter tree}; the VAEs have
-        an "encoder" only if they were loaded with it.
-      dtype: in which the transformer and the VAEs compute.
+        an "encoder" only if they were loaded with it. With a "tiny_decoder" the video VAE has no
+        "decoder", and is not there at all without an encoder.
+      dtype: in which the transformer, the VAEs and a stream's vocoder compute.
     """
 
     config: PipelineConfig
@@ -263,9 +270,9 @@ class Pipeline:
         text_length: int | None = None,
         implementation: str = "auto",
         decode_mode: str | None = None,
-        look_back: int = 4,
-        look_ahead: int = 1,
-        blend: int = 1,
+        look_back: int = 0,
+        look_ahead: int = 2,
+        blend: int = 0,
         given: str | None = None,
         wait: bool = False,
     ) -> StreamingSession:
@@ -278,7 +285,8 @@ class Pipeline:
           prompts: encodes sentences.
           seed, max_blocks, text_length: see `StreamingSession`.
           implementation: attention backend, see `ops.attention`.
-          decode_mode: None is "causal" for a decoder that was trained so, else "window".
+          decode_mode: one of `streaming.video.MODES`; None is "tiny" if that decoder was loaded,
+            else "causal" for a decoder that was trained so, else "window".
           look_back, look_ahead, blend: latent frames, of a "window" decoder only.
           given, wait: see `StreamingSession`; what is given needs the pipeline's encoders.
 
@@ -286,11 +294,13 @@ class Pipeline:
           ValueError: see `StreamingSession` and `StreamingVideoDecoder`.
         """
         c = self.config
+        tiny = TINY_DECODER in self.params
         trained = "causal" if c.video_vae.causal_decoder else "window"
         video_decoder = StreamingVideoDecoder(
             c.video_vae,
-            self.params["video_vae"],
-            mode=decode_mode or trained,
+            self.params[TINY_DECODER if tiny else "video_vae"],
+            mode=decode_mode or ("tiny" if tiny else trained),
+            tiny=c.tiny_decoder if tiny else None,
             look_back=look_back,
             look_ahead=look_ahead,
             blend=blend,
@@ -301,7 +311,7 @@ class Pipeline:
             c.audio_vae, c.vocoder, audio_params, dtype=self.dtype
         )
         layout, encoders = rollout_config.cache.layout, {}
-        if "encoder" in self.params["video_vae"]:
+        if "encoder" in self.params.get("video_vae", {}):
             encoders["video_encoder"] = StreamingVideoEncoder(
                 c.video_vae, self.params["video_vae"], step=layout.video_frames, dtype=self.dtype
             )
@@ -331,15 +341,16 @@ def load_pipeline(
     *,
     dtype: jnp.dtype,
     encoders: bool = False,
+    tiny: bool = False,
     verify: bool = True,
 ) -> Pipeline:
     """Restores the components that a sampler needs, onto the first device.
 
     Args:
       directory: folder written by `checkpoint_converters`.
-      dtype: of the transformer's and the VAEs' parameters; the vocoder's are float32, in which it
-        always computes.
+      dtype: of the transformer's and the VAEs' parameters; the vocoder's are float32.
       encoders: whether the VAEs' encoders are loaded as well; sampling and decoding need none.
+      tiny: load the tiny decoder in place of the video VAE's.
       verify: compare the files with the checksums that they were written with, if they have any.
 
     Returns:
@@ -352,14 +363,16 @@ def load_pipeline(
     """
     config = PipelineConfig.from_checkpoint(directory)
     config.check_complete()
-    dtypes = {"transformer": dtype, "video_vae": dtype, "audio_vae": dtype, "vocoder": jnp.float32}
+    dtypes = dict.fromkeys(PIPELINE_COMPONENTS, dtype) | {"vocoder": jnp.float32}
+    left_out = dict.fromkeys(dtypes, None if encoders else "encoder")
+    if tiny:
+        dtypes[TINY_DECODER] = dtype
+        left_out |= {"video_vae": "decoder", TINY_DECODER: None}
+        if not encoders:
+            del dtypes["video_vae"]
     params = {
         name: checkpoints.load_params(
-            directory,
-            name,
-            dtype=component_dtype,
-            without=None if encoders else "encoder",
-            verify=verify,
+            directory, name, dtype=component_dtype, without=left_out[name], verify=verify
         )
         for name, component_dtype in dtypes.items()
     }
@@ -380,7 +393,7 @@ def decode_clip(
       params: at least "video_vae", "audio_vae" and "vocoder".
       latents: [1, T, C] normalised latents, as the samplers make them.
       size: (frames, height, width) of the video, in latents.
-      dtype: in which the VAEs compute.
+      dtype: in which the VAEs compute; the vocoder does in float32.
 
     Returns:
       frames [F, H, W, 3] uint8 RGB and waveform [N, 2] float32, at

@@ -41,6 +41,7 @@ _ENTRIES = {
     "folders": dict,
 }
 COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
+TINY_DECODER = "tiny_decoder"  # may be added to the others
 UPSAMPLERS = ("spatial_upsampler", "temporal_upsampler")  # each in a folder of its own
 # The metadata's sections that may describe a component; the last is LTX-2's own.
 _SECTIONS = {
@@ -49,7 +50,7 @@ _SECTIONS = {
     "video_vae": ("vae",),
     "audio_vae": ("audio_vae",),
     "vocoder": ("vocoder",),
-} | {name: (name,) for name in UPSAMPLERS}
+} | {name: (name,) for name in (TINY_DECODER, *UPSAMPLERS)}
 _HOW_TO_CREATE = (
     "python -m checkpoint_converters.ltx2 --input LTX2.safetensors --output {folder} creates it "
     "(checkpoint_converters.omniforcing for a released OmniForcing student)"
@@ -399,7 +400,9 @@ def save_params(
     if jax.process_index() == 0:
         content["folders"] = before.get("folders", {}) | {component: new.name}
         content["components"] = [
-            name for name in COMPONENTS if component_folder(folder, name, content).is_dir()
+            name
+            for name in (*COMPONENTS, TINY_DECODER)
+            if component_folder(folder, name, content).is_dir()
         ]
         # other weights than what was converted, even if they are the same again
         fingerprint = {component: secrets.token_hex(16)}
@@ -413,7 +416,7 @@ def save_params(
 
 
 def _check_component(component: str) -> None:
-    known = COMPONENTS + UPSAMPLERS
+    known = (*COMPONENTS, TINY_DECODER, *UPSAMPLERS)
     if component not in known:
         raise ValueError(f"component is {component!r}, must be one of {', '.join(known)}")
 

@@ -93,20 +93,23 @@ def _decoder_convs(config: VideoVAEConfig) -> Iterator[tuple[int, int, int, int]
     yield width, 3 * config.patch_size**2, time, space
 
 
-def video_decoder_flops(config: VideoVAEConfig, frames: int, height: int, width: int) -> int:
+def video_decoder_flops(
+    config: VideoVAEConfig, latent_frames: int, height: int, width: int, *, continued: bool = False
+) -> int:
     """Floating-point operations (2 per multiply-add) of the convolutions of one decode.
 
     Args:
-      frames: pixel frames of the clip, 8k+1.
+      latent_frames: of the clip, or of a part of it.
       height, width: pixels, multiples of 32.
+      continued: it is a part behind others; the first latent of a clip is one frame only.
 
     Raises:
-      ValueError: if the clip's shape is not one the decoder can produce.
+      ValueError: if the clip's size is not one the decoder can produce.
     """
-    latent_frames = config.latent_frames(frames)
     latent_area = math.prod(config.latent_size(height, width))
     total = 0
     for inputs, outputs, time, space in _decoder_convs(config):
-        positions = (time * (latent_frames - 1) + 1) * latent_area * space**2
+        frames = time * latent_frames if continued else time * (latent_frames - 1) + 1
+        positions = frames * latent_area * space**2
         total += 2 * KERNEL_SIZE**3 * inputs * outputs * positions
     return total

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import memory, stream, stream_report, text
+from benchmarks import decoders, memory, stream, stream_report, text
 from omniforcing_jax.sampling import student
 from omniforcing_jax.streaming import block_programs
 from omniforcing_jax.streaming.session import Chunk, StreamingSession, Timings
@@ -341,3 +341,16 @@ def test_the_float32_reference_multiplies_float32(monkeypatch):
     assert len(text.accuracy(text.parse_arguments([]))) == 3
     highest = [encoder for encoder, program in programs.items() if "HIGHEST" in program]
     assert highest == [("float32", "none")] and len(programs) == 3
+
+
+def test_measures_of_sound():
+    """Noise 40 dB below a signal, one 6 dB louder, and what is too quiet to count."""
+    rng = np.random.default_rng(0)
+    exact = 0.1 * rng.standard_normal((1, 24000, 2), np.float32)
+    exact[:, 12000:] = 0
+    rough = exact + 1e-3 * rng.standard_normal(exact.shape, np.float32)
+    assert decoders.segmental_snr(exact, rough, 24000) == pytest.approx(40, abs=0.2)
+    distance = decoders.spectral_distance(exact, 2 * exact, 24000)
+    assert np.median(distance[:40]) == pytest.approx(20 * np.log10(2), abs=0.01)
+    assert np.all(distance[60:] == 0)
+    assert np.all(decoders.spectral_distance(0 * exact, 1e-6 * rough, 24000) == 0)

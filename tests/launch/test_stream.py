@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_converters import ltx2, omniforcing
+from checkpoint_converters import ltx2, omniforcing, tiny_decoder
+from checkpoint_converters.shapes import model_shapes
 from launch import sample_teacher, stream
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.io import checkpoints
+from omniforcing_jax.models.tiny_decoder import TinyDecoderConfig
 from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
 from omniforcing_jax.sampling.flow import student_sigmas
 from omniforcing_jax.sampling.trained import TrainedSettings
@@ -32,6 +34,7 @@ from omniforcing_jax.text import encoder_files
 from omniforcing_jax.text import features as text_features
 from omniforcing_jax.text.text_encoder import TextEncoder
 from omniforcing_jax.training.source_model import SourceModel
+from tests.checkpoint_converters.files import write_file
 
 SIZE = ["--height", "64", "--width", "64", "--decode", "causal", "--sigmas", "1", "0.7", "0"]
 SIZE += ["--bidirectional"]
@@ -136,7 +139,19 @@ def test_kept_encoder(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
 
 
 def test_released_student(checkpoint, tmp_path):
-    """Weights as OmniForcing releases them: their layout, sinks and steps are the defaults."""
+    """Weights as OmniForcing releases them: their layout, sinks and steps are the defaults.
+
+    The base's tiny decoder comes along, and is what decodes.
+    """
+    base, metadata = tmp_path / "base", checkpoints.load_config(checkpoint)["config"]
+    shutil.copytree(checkpoint, base)
+    tiny = TinyDecoderConfig(metadata["vae"]["latent_channels"], (16, 8, 8, 8))
+    rng = np.random.default_rng(0)
+    weights = {
+        key.removeprefix("tiny_decoder."): rng.standard_normal(shape, np.float32) / 8
+        for key, shape in model_shapes("tiny_decoder", tiny).items()
+    }
+    tiny_decoder.add(write_file(tmp_path / "taeltx_2.safetensors", weights), base)
     source = next(pathlib.Path(checkpoint).parent.glob("*.safetensors"))
     prefix, weights = "model.diffusion_model.", load_file(source)
     student = {
@@ -147,7 +162,7 @@ def test_released_student(checkpoint, tmp_path):
     student["model.audio_sink_tokens"] = torch.randn(1, 16, 32)
     save_file(student, tmp_path / "student.safetensors")
     converted = tmp_path / "student"
-    inputs = ["--input", str(tmp_path / "student.safetensors"), "--base", checkpoint]
+    inputs = ["--input", str(tmp_path / "student.safetensors"), "--base", str(base)]
     assert not omniforcing.main([*inputs, "--output", str(converted), "--num-heads", "4"])
     config = PipelineConfig.from_checkpoint(converted)
     assert config.transformer.rope_type == "interleaved"
@@ -157,9 +172,11 @@ def test_released_student(checkpoint, tmp_path):
     request = stream.check_arguments(stream.parse_arguments(args), config)
     assert request.rollout.num_steps == 3 and config.transformer.num_audio_sinks == 16
     assert request.rollout.cache.layout.name == "prefix"
-    assert stream.main(args) == 0
+    loaded = load_pipeline(converted, dtype=jnp.float32, tiny=True)
+    assert "video_vae" not in loaded.params
+    assert stream.main([*args, "--decode", "tiny"]) == 0
     frames, *_ = media.read_clip(tmp_path / "clip.mp4")
-    assert frames.shape == (24, 64, 64, 3)
+    assert frames.shape == (24, 64, 64, 3) and frames.std() > 1
 
 
 def test_a_bidirectional_model_is_refused_unless_asked_for(checkpoint, tmp_path, capsys):
@@ -395,8 +412,9 @@ def test_a_second_ctrl_c_ends_the_stream_at_once(checkpoint, tmp_path, monkeypat
     "change, message",
     [
         (["--height", "100"], "multiples of 32"),
-        (["--look-back", "0"], "look_back must be an integer >= 1"),
+        (["--look-back", "-1"], "look_back must be an integer >= 0"),
         (["--look-ahead", "-1"], "look_ahead must be an integer >= 0"),
+        (["--decode", "tiny"], "python -m checkpoint_converters.tiny_decoder adds one"),
         (["--blend", "-1"], "blend must be an integer >= 0"),
         (["--attention", "cudnn"], "needs an NVIDIA GPU"),
         (["--fps", "300"], "frame_rate must be from 1 to 240"),

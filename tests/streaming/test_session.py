@@ -69,7 +69,7 @@ def test_clocks_are_exact(pipeline, layout, rate, decode_mode):
     """After every block the stream holds the frames and samples that the arithmetic says."""
     config = make_config(pipeline, layout, rate)
     live = session(pipeline, config, decode_mode=decode_mode)
-    held_back = 0 if decode_mode == "causal" else 2  # look-ahead and blend, in latents
+    held_back = 0 if decode_mode == "causal" else 2  # look-ahead, in latents
     for block in range(5):
         chunk = live.step()
         latents = config.cache.layout.num_video_frames(block + 1)

@@ -1,8 +1,8 @@
 """Signal processing of the LTX-2.3 vocoder: anti-aliased SnakeBeta, causal STFT, x3 resampler.
 
-Everything is float32 and works on [B, T, C] (BigVGAN, arXiv:2206.04658). The checkpoint holds its
-low-pass filters and STFT bases, which were rounded to bfloat16 before training: they are parameters
-here, and the analytic formulas only initialise them.
+Everything computes in float32 and works on [B, T, C] (BigVGAN, arXiv:2206.04658). The checkpoint
+holds its low-pass filters and STFT bases, which were rounded to bfloat16 before training: they are
+parameters here, and the analytic formulas only initialise them.
 """
 
 import math
@@ -137,7 +137,8 @@ class AntialiasedSnake(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, C] -> [B, T, C]."""
+        """x [B, T, C] -> [B, T, C] in x's dtype."""
+        dtype, x = x.dtype, x.astype(jnp.float32)
         snake = SnakeBeta(name="act")
         shape = (1, 1, FILTER_TAPS)
         f = Stored("filter", kaiser_lowpass, shape, name="upsample")().reshape(FILTER_TAPS)
@@ -154,7 +155,8 @@ class AntialiasedSnake(nn.Module):
         u = snake(u).reshape(batch, 2 * length, channels)
         u = _extend(u, 5).reshape(batch, length + 5, 2, channels)
         taps = g.reshape(6, 1, 1, 2, 1)
-        return jnp.sum(sum(taps[d] * u[:, d : d + length] for d in range(6)), axis=2)
+        y = jnp.sum(sum(taps[d] * u[:, d : d + length] for d in range(6)), axis=2)
+        return y.astype(dtype)
 
 
 class CausalLogMel(nn.Module):

@@ -1,4 +1,7 @@
-"""Log-mel spectrogram to stereo waveform: the vocoders of LTX-2, always in float32.
+"""Log-mel spectrogram to stereo waveform: the vocoders of LTX-2.
+
+Their convolutions compute in float32 or bfloat16; what carries a phase does so in float32 in any
+case: snakes, the spectrogram between the stages, resampling, and the waveform itself.
 
 LTX-2.0 has one HiFi-GAN, 24 kHz. LTX-2.3 has a BigVGAN (a HiFi-GAN with anti-aliased snake
 activations) to 16 kHz and a second one that, from the spectrogram of that waveform, predicts the
@@ -303,15 +306,16 @@ class WaveResBlock(nn.Module):
     kernel_size: int
     dilations: tuple[int, ...]
     snake: bool
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         for i, dilation in enumerate(self.dilations):
             y = _activate(x, self.snake, f"acts1_{i}")
-            y = conv1d(channels, self.kernel_size, f"convs1_{i}", dilation)(y)
+            y = conv1d(channels, self.kernel_size, f"convs1_{i}", dilation, dtype=self.dtype)(y)
             y = _activate(y, self.snake, f"acts2_{i}")
-            x = x + conv1d(channels, self.kernel_size, f"convs2_{i}")(y)
+            x = x + conv1d(channels, self.kernel_size, f"convs2_{i}", dtype=self.dtype)(y)
         return x
 
 
@@ -324,6 +328,7 @@ class HiFiGAN(nn.Module):
     """HiFi-GAN, or BigVGAN with anti-aliased snakes, as the config says."""
 
     config: HiFiGANConfig
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, log_mel: jax.Array) -> jax.Array:
@@ -331,7 +336,7 @@ class HiFiGAN(nn.Module):
         config = self.config
         snake = config.resblock == "AMP1"
         x = einops.rearrange(log_mel.astype(jnp.float32), "B T M S -> B T (S M)")
-        x = conv1d(config.initial_channels, _END_KERNEL, "conv_pre")(x)
+        x = conv1d(config.initial_channels, _END_KERNEL, "conv_pre", dtype=self.dtype)(x)
         blocks = list(
             zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True)
         )
@@ -339,14 +344,18 @@ class HiFiGAN(nn.Module):
         for level, (rate, kernel_size) in enumerate(upsamplings):
             if not snake:
                 x = nn.leaky_relu(x, _SLOPE)
-            upsample = ConvTranspose(x.shape[-1] // 2, kernel_size, rate, name=f"ups_{level}")
+            upsample = ConvTranspose(
+                x.shape[-1] // 2, kernel_size, rate, self.dtype, name=f"ups_{level}"
+            )
             x = upsample(x)  # [B, T * rates so far, C]
             parallel = [
-                WaveResBlock(*block, snake, name=f"resblocks_{level * len(blocks) + i}")(x)
+                WaveResBlock(
+                    *block, snake, self.dtype, name=f"resblocks_{level * len(blocks) + i}"
+                )(x)
                 for i, block in enumerate(blocks)  # kernel, dilations
             ]
             x = sum(parallel) / len(blocks)
-        x = _activate(x, snake, "act_post", _LAST_SLOPE)
+        x = _activate(x.astype(jnp.float32), snake, "act_post", _LAST_SLOPE)
         x = conv1d(STEREO, _END_KERNEL, "conv_post", use_bias=config.final_bias)(x)
         if config.final_activation == "tanh":
             return jnp.tanh(x)
@@ -357,11 +366,12 @@ class BandwidthExtendedVocoder(nn.Module):
     """LTX-2.3: log-mel [B, T, M, 2] -> waveform [B, T * hop, 2] at the extension's output rate."""
 
     config: VocoderConfig
+    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         extension = self.config.bandwidth_extension
-        self.vocoder = HiFiGAN(self.config.generator)
-        self.bwe_generator = HiFiGAN(extension.generator)
+        self.vocoder = HiFiGAN(self.config.generator, self.dtype)
+        self.bwe_generator = HiFiGAN(extension.generator, self.dtype)
         self.mel_stft = bigvgan.CausalLogMel(
             extension.input_rate, extension.n_fft, extension.hop, _MEL_BINS
         )
@@ -373,21 +383,29 @@ class BandwidthExtendedVocoder(nn.Module):
         return jnp.clip(residual + skip, -1.0, 1.0)
 
 
-def vocoder_module(config: VocoderConfig) -> HiFiGAN | BandwidthExtendedVocoder:
+def vocoder_module(
+    config: VocoderConfig, dtype: jnp.dtype = jnp.float32
+) -> HiFiGAN | BandwidthExtendedVocoder:
     """The Linen module whose parameter tree is the checkpoint's `vocoder` component."""
     if config.bandwidth_extension is None:
-        return HiFiGAN(config.generator)
-    return BandwidthExtendedVocoder(config)
+        return HiFiGAN(config.generator, dtype)
+    return BandwidthExtendedVocoder(config, dtype)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def vocode(params: Mapping[str, Any], config: VocoderConfig, log_mel: jax.Array) -> jax.Array:
-    """Synthesises the waveform of a clip; computes in float32 whatever the inputs' dtypes are.
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def vocode(
+    params: Mapping[str, Any],
+    config: VocoderConfig,
+    log_mel: jax.Array,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """Synthesises the waveform of a clip.
 
     Args:
       params: tree of the `vocoder` component.
       config: architecture.
       log_mel: [B, T, 64, 2], natural log, 100 frames per second.
+      dtype: of the convolutions, whatever the inputs' dtypes are.
 
     Returns:
       [B, T * config.hop, 2] float32 in [-1, 1] at `config.sample_rate`.
@@ -397,4 +415,4 @@ def vocode(params: Mapping[str, Any], config: VocoderConfig, log_mel: jax.Array)
     """
     check_log_mel(log_mel, config.mel_bins)
     with jax.named_scope("vocoder"):
-        return vocoder_module(config).apply({"params": params}, log_mel)
+        return vocoder_module(config, dtype).apply({"params": params}, log_mel)

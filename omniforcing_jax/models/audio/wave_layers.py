@@ -1,6 +1,7 @@
-"""Convolutions over time, [B, T, C] in float32, of which vocoders are made.
+"""Convolutions over time, [B, T, C], of which vocoders are made.
 
-Their precision is HIGHEST, as TPUs and GPUs otherwise round the operands, which is audible.
+They compute in `dtype`, sum in float32 and give `dtype`. In float32 their precision is HIGHEST, as
+TPUs and GPUs would otherwise round the operands.
 """
 
 import flax.linen as nn
@@ -9,7 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def conv1d(features: int, kernel: int, name: str, dilation: int = 1, use_bias: bool = True):
+def conv1d(
+    features: int,
+    kernel: int,
+    name: str,
+    dilation: int = 1,
+    use_bias: bool = True,
+    dtype: jnp.dtype = jnp.float32,
+):
     """A module that convolves [B, T, C] to [B, T, features]; `kernel` is odd."""
     reach = dilation * (kernel // 2)
     return nn.Conv(
@@ -18,7 +26,7 @@ def conv1d(features: int, kernel: int, name: str, dilation: int = 1, use_bias: b
         kernel_dilation=(dilation,),
         padding=[(reach, reach)],
         use_bias=use_bias,
-        dtype=jnp.float32,
+        dtype=dtype,
         precision=lax.Precision.HIGHEST,
         name=name,
     )
@@ -64,11 +72,12 @@ class ConvTranspose(nn.Module):
     features: int
     kernel_size: int
     rate: int
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        kernel, bias = jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32)
-        return conv_transpose1d(x, kernel, bias, self.rate)
+        operands = (jnp.asarray(value, self.dtype) for value in (x, kernel, bias))
+        return conv_transpose1d(*operands, self.rate)

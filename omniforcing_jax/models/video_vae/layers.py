@@ -4,8 +4,9 @@ Axis letters: B batch, F frames, H height, W width, C channels; activations are 
 
 Every convolution has kernel 3 and pads time by repeating frames: a causal one puts its first frame
 twice in front, a non-causal one its first frame in front and its last frame behind. To go on with
-the next chunk of a stream, a causal layer needs the last two frames of its input: its cache. None
-for a cache means that the clip starts here. A whole clip is decoded causally as one such chunk.
+the next chunk of a stream, a causal layer needs the last two frames of its input, a non-causal one
+the frame before the chunk: its cache. None for a cache means that the clip starts here. A whole
+clip is decoded causally as one such chunk.
 """
 
 from typing import Any
@@ -17,7 +18,8 @@ from flax import linen as nn
 
 from omniforcing_jax.models.norms import rms_norm
 
-# Nested dict with the layout of the parameters, one [B, 2, H, W, C] array per convolution.
+# Nested dict with the layout of the parameters, one array per convolution: [B, 2, H, W, C] of a
+# causal one, [B, 1, H, W, C] of a non-causal one.
 ConvCache = dict[str, Any]
 
 KERNEL_SIZE = 3
@@ -56,13 +58,34 @@ def pad_time(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Adds the two frames a kernel of 3 needs: [B, F, H, W, C] -> [B, F + 2, H, W, C].
 
-    Returns the padded input and the cache for the next chunk (None when not causal).
+    Returns the padded input and the cache for the next chunk. Where that begins is the caller's
+    choice when not causal, so all of x is returned, and the frame before it is the cache.
     """
     if not causal:
-        return jnp.concatenate([x[:, :1], x, x[:, -1:]], axis=1), None
+        past = x[:, :1] if cache is None else cache.astype(x.dtype)
+        return jnp.concatenate([past, x, x[:, -1:]], axis=1), x
     past = jnp.repeat(x[:, :1], _CACHED_FRAMES, axis=1) if cache is None else cache
     padded = jnp.concatenate([past.astype(x.dtype), x], axis=1)
     return padded, padded[:, -_CACHED_FRAMES:]
+
+
+def frames_before(inputs: ConvCache, latent: int, num_latents: int, continued: bool) -> ConvCache:
+    """The cache of a chunk that begins inside another one, which was decoded without `causal`.
+
+    Args:
+      inputs: what `model.decode_chunk` returned for the other one.
+      latent: of the other one, at which the chunk begins, 1 ... num_latents.
+      num_latents: of the other one.
+      continued: whether the other one had a cache; otherwise its first latent is one frame.
+    """
+    first = 0 if continued else 1  # latents that are one frame everywhere
+
+    def frame_before(x: jax.Array) -> jax.Array:
+        per_latent = (x.shape[1] - first) // max(num_latents - first, 1)
+        end = first + (latent - first) * per_latent
+        return x[:, end - 1 : end]
+
+    return jax.tree.map(frame_before, inputs)
 
 
 class CausalConv3d(nn.Module):
@@ -85,7 +108,7 @@ class CausalConv3d(nn.Module):
     def __call__(
         self, x: jax.Array, causal: bool, cache: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """[B, F, H, W, C] -> ([B, F, H, W, features], cache of the last two input frames)."""
+        """[B, F, H, W, C] -> ([B, F, H, W, features], cache as of `pad_time`)."""
         shape = (KERNEL_SIZE, KERNEL_SIZE, KERNEL_SIZE, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))

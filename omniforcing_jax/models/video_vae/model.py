@@ -303,7 +303,7 @@ class VideoDecoder(nn.Module):
         """[B, f, h, w, C], not normalised -> ([B, F, H, W, 3], cache for the next chunk).
 
         With `cache` None the clip starts here and F = 8 (f - 1) + 1; with the cache of the chunk
-        before (causal only) F = 8 f.
+        before F = 8 f.
         """
         config, mode = self.config, self.config.decoder_padding_mode
         past, new = cache or {}, {}
@@ -457,16 +457,19 @@ def decode_chunk(
     causal: bool = True,
     dtype=jnp.float32,
 ) -> tuple[jax.Array, ConvCache]:
-    """Decodes one chunk of a stream. Chunks put together equal the causal decode of the whole clip.
+    """Decodes one chunk of a stream.
+
+    Causal chunks put together equal the causal decode of the whole clip. Without `causal` the chunk
+    is decoded as the end of a clip, of which the cache holds what came before.
 
     Args:
       params, latents, dtype: as for `decode`.
-      cache: what the previous chunk's call returned; None starts a clip.
-      causal: without it the chunk is decoded as a clip of its own.
+      cache: of the convolutions; None starts a clip. Causal: what the previous chunk's call
+        returned. Otherwise: `layers.frames_before` the chunk, of what that call returned.
 
     Returns:
       Pixels [B, 8(f-1)+1, 32h, 32w, 3] of a first chunk, [B, 8f, 32h, 32w, 3] of any other, and the
-      convolutions' cache.
+      convolutions' cache; without `causal` their inputs.
 
     Raises:
       ValueError: as `decode`.

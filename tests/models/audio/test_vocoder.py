@@ -118,6 +118,15 @@ def test_hifigan_matches_reference(hifigan, mel, waveform):
     wanted = to_waveform(expected[waveform])
     assert ours.shape == wanted.shape == (1, expected[mel].shape[2] * config.hop, 2)
     np.testing.assert_allclose(ours, wanted, atol=5e-5, rtol=0)
+    if mel == "j_mel":
+        rough = vocode(params, config, to_log_mel(expected[mel]), jnp.bfloat16)
+        assert rough.dtype == jnp.float32
+        assert 30 < signal_to_noise(wanted, rough) < 60
+
+
+def signal_to_noise(exact, rough):
+    """In dB."""
+    return 10 * np.log10(np.square(exact).mean() / np.square(rough - exact).mean())
 
 
 def test_bigvgan_with_bandwidth_extension_matches_reference(bigvgan_bwe):
