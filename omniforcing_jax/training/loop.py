@@ -33,7 +33,7 @@ from omniforcing_jax.training.metrics import (
     MetricWriter,
     Stopwatch,
     console_line,
-    is_band,
+    may_be_missing,
     memory_use,
     num_compilations,
 )
@@ -68,7 +68,7 @@ class Stage(Protocol):
 
         Returns:
           (state whose counter is `step` + 1, scalars float32 []). A scalar that is not finite stops
-          the run, but for those of an empty band (`metrics.is_band`), which are NaN.
+          the run, but for those that a step may lack (`metrics.may_be_missing`), which are NaN.
         """
 
 
@@ -316,7 +316,7 @@ class _Run:
             scalars = {name: float(value) for name, value in jax.device_get(arrays).items()}
         self._alive(f"step {step}")
         self.checkpoints.check()
-        bad = [n for n, value in scalars.items() if not math.isfinite(value) and not is_band(n)]
+        bad = [n for n, v in scalars.items() if not (math.isfinite(v) or may_be_missing(n))]
         if bad:
             raise self._diverged(step, bad, scalars)
         self.last = scalars

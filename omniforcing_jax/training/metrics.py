@@ -32,6 +32,12 @@ def is_band(name: str) -> bool:
     return "band" in name.split("/")
 
 
+def may_be_missing(name: str) -> bool:
+    """Whether a scalar is a mean over samples of which a step may have none, NaN then: a band, or
+    the loss of a stream that is given as a whole in all of them."""
+    return is_band(name) or name.endswith(("/loss_video", "/loss_audio"))
+
+
 class Averages:
     """Means over the steps in which a scalar was given; its state is JSON, and exact."""
 
