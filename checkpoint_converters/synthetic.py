@@ -89,13 +89,20 @@ SIZES = {
 }  # fmt: skip
 
 
-def metadata(size: str, version: str, num_layers: int | None = None) -> dict:
+def metadata(
+    size: str,
+    version: str,
+    num_layers: int | None = None,
+    *,
+    heads: int | None = None,
+    dims: tuple[int, int] | None = None,
+) -> dict:
     """The `config` object of a checkpoint of the given size ("full" is the published one).
 
     Args:
       size: a key of `SIZES`.
       version: a key of `VERSIONS`.
-      num_layers: transformer layers, if other than the size's.
+      num_layers, heads, dims: of the transformer, if other than the size's.
 
     Raises:
       ValueError: there is no such version of this size.
@@ -107,7 +114,7 @@ def metadata(size: str, version: str, num_layers: int | None = None) -> dict:
     config = published_config("2.3" if newer else "2.0")
     if version == "2.5":
         config["transformer"] |= {"ff_bias": False, "use_keyframes_abs_pos_embedding": True}
-    heads, (video, audio) = s["heads"], s["dims"]
+    heads, (video, audio) = heads or s["heads"], dims or s["dims"]
     transformer = config["transformer"]
     transformer |= {
         "num_layers": num_layers or s["layers"],

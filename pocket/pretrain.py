@@ -37,7 +37,8 @@ from omniforcing_jax.sampling.trained import ENTRY, TrainedSettings
 from omniforcing_jax.text.encoder_files import load_gemma_config
 from omniforcing_jax.text.text_encoder import load_text_tower
 from omniforcing_jax.text.tokenizer import load_tokenizer
-from omniforcing_jax.training.loop import RUN_FILES, LoopConfig, Outcome, train
+from omniforcing_jax.training.loop import RUN_FILES, Hook, LoopConfig, Outcome, train
+from omniforcing_jax.training.mixture import ConditionMixture, GivenInput
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import create_network, create_state
@@ -48,7 +49,7 @@ from pocket.pretraining.autoencoders import ErrorLoss, LatentNoise
 from pocket.pretraining.batches import DrawnBatches, WorldWindows
 from pocket.pretraining.latents import WorldEncoder, draw_row, load_latents, write_latents
 from pocket.pretraining.step import Loss, Pretraining
-from pocket.pretraining.teacher import TeacherLoss, init_teacher
+from pocket.pretraining.teacher import HeldOut, TeacherLoss, init_teacher
 from pocket.world.physics import WorldConfig
 
 VERSION = "2.0"
@@ -75,6 +76,7 @@ class Part:
     components: Callable[[Any], dict[str, Any]]  # parameters -> {component: tree} when finished
     metadata: dict[str, Any]  # of the components: their `config`
     frozen: Any = None  # parameters that the loss reads
+    hooks: tuple[Hook, ...] = ()  # of the training loop
 
 
 def part_file(folder: str, part: str) -> pathlib.Path:
@@ -103,7 +105,7 @@ def make_part(c) -> Part:
     Raises:
       ValueError: a setting that does not fit, or a part that this one needs is missing.
     """
-    metadata = synthetic.metadata(c.size, VERSION)
+    metadata = model_metadata(c)
     pipeline = PipelineConfig.from_metadata(metadata, synthetic.VERSIONS[VERSION])
     windows = WorldWindows(WorldConfig(**c.world))
     build = {
@@ -114,6 +116,15 @@ def make_part(c) -> Part:
         "teacher": _teacher,
     }[c.part]
     return build(c, pipeline, windows, metadata)
+
+
+def model_metadata(c) -> dict:
+    """The `config` object of the checkpoint that the part is of."""
+    if c.part != "teacher":
+        return synthetic.metadata(c.size, VERSION)
+    m = c.model
+    dims = m.video_head_dim, m.audio_head_dim
+    return synthetic.metadata(c.size, VERSION, m.layers, heads=m.heads, dims=dims)
 
 
 def _autoencoder(c, loss, init: Callable, draw: Callable, metadata: dict[str, Any]) -> Part:
@@ -183,7 +194,7 @@ def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Pa
         model=Transformer(pipeline.transformer, unroll=c.unroll),
         connectors=ConnectorConfig.from_metadata(metadata["transformer"]),
         tower=TextTower(tower_config, jnp.float32),
-        clip=clip,
+        given=GivenInput(ConditionMixture(**c.conditions), clip, layout),
         weights=LossWeights(c.loss.video, c.loss.audio),
         shift=c.loss.shift,
         uniform=c.loss.uniform,
@@ -194,7 +205,10 @@ def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Pa
             f"text_length must be a multiple of the {loss.connectors.num_registers} registers, "
             f"not {c.text_length}"
         )
-    latents = _latents(c, pipeline, windows.world, clip, tokenizer)
+    encoded = functools.partial(_latents, c, pipeline, windows.world, clip, tokenizer)
+    latents = encoded("train", c.num_clips)
+    frozen = {"tower": load_text_tower(gemma, tower_config, dtype=jnp.float32)}
+    held_out = HeldOut(loss, frozen, encoded("validation", c.heldout.clips))
     trained = TrainedSettings(
         stage="base",
         text_length=c.text_length,
@@ -212,22 +226,26 @@ def _teacher(c, pipeline: PipelineConfig, windows: WorldWindows, metadata) -> Pa
     return Part(
         loss=loss,
         init=init,
-        frozen={"tower": load_text_tower(gemma, tower_config, dtype=jnp.float32)},
+        frozen=frozen,
+        hooks=(Hook(c.heldout.every, lambda step, state: held_out(state.generator.ema)),),
         draw=functools.partial(draw_row, latents),
         components=lambda params: params,
         metadata=metadata | {ENTRY: trained.to_json()},
     )
 
 
-def _latents(c, pipeline: PipelineConfig, world: WorldConfig, clip: ClipGeometry, tokenizer):
-    """The encoded clips, which are made if they are not there."""
+def _latents(
+    c, pipeline: PipelineConfig, world: WorldConfig, clip: ClipGeometry, tokenizer, split, num_clips
+):
+    """The first encoded clips of a split, which are made if they are not there."""
     vaes = ("video_vae", "audio_vae")
     parts = [load_part(c.folder, part, part) for part in vaes]
     digest = hashlib.sha256(b"".join(part_file(c.folder, part).read_bytes() for part in vaes))
-    folder = pathlib.Path(c.folder) / f"latents_{c.clip.blocks}"
+    suffix = "" if split == "train" else f"_{split}"
+    folder = pathlib.Path(c.folder) / f"latents_{c.clip.blocks}{suffix}"
     encoder = WorldEncoder(pipeline, world, clip, *parts)
-    write_latents(folder, encoder, c.num_clips, digest.hexdigest()[:16])
-    return load_latents(folder, c.num_clips, tokenizer, world, c.text_length)
+    write_latents(folder, encoder, num_clips, digest.hexdigest()[:16], split=split)
+    return load_latents(folder, num_clips, tokenizer, world, c.text_length, split)
 
 
 def optimizer_config(c) -> OptimizerConfig:
@@ -256,8 +274,9 @@ def train_part(c, part: Part, *, allow_config_change: bool = False) -> Outcome:
             tensorboard=c.tensorboard,
             allow_config_change=allow_config_change,
         ),
-        pathlib.Path(c.folder) / c.part,
+        pathlib.Path(c.folder) / c.name,
         run_config=json.loads(c.to_json()),
+        hooks=part.hooks,
     )
     if outcome.reason == "finished":
         write_part(c, part, outcome.state.generator.ema)
@@ -267,24 +286,23 @@ def train_part(c, part: Part, *, allow_config_change: bool = False) -> Outcome:
 def write_part(c, part: Part, params: Any) -> None:
     """Writes the part's file."""
     version = synthetic.VERSIONS[VERSION]
-    write_components(part_file(c.folder, c.part), part.components(params), part.metadata, version)
+    write_components(part_file(c.folder, c.name), part.components(params), part.metadata, version)
 
 
 def run(c, *, allow_config_change: bool = False, export: bool = False) -> int:
     """Trains a part unless it is finished, or writes what it is so far; the exit status."""
     pretrain_config.check(c)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    file = part_file(c.folder, c.part)
+    file = part_file(c.folder, c.name)
     if file.is_file():
         console.print(f"{file} is there already; delete it to train further", markup=False)
         return 0
-    folder = pathlib.Path(c.folder) / c.part
+    folder = pathlib.Path(c.folder) / c.name
     outputs.check_run(folder, ("part", c.part), RUN_FILES, option="folder")
     part = make_part(c)
     optimizer_config(c)
     with programs.at_work():
         if export:
-            folder = pathlib.Path(c.folder) / c.part
             write_part(c, part, load_generator(folder, part.init(), which="ema"))
         else:
             outcome = train_part(c, part, allow_config_change=allow_config_change)

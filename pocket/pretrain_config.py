@@ -2,9 +2,9 @@
 
     python -m pocket.pretrain --config=pocket/pretrain_config.py:PART
 
-A part's run is in FOLDER/PART (started again, it goes on), and what it has made is
-FOLDER/PART.safetensors in LTX-2's key layout. Parts need those before them. Parts, and what to
-expect of them:
+A part's run is in FOLDER/NAME (started again, it goes on), and what it has made is
+FOLDER/NAME.safetensors in LTX-2's key layout; NAME is the part's, unless `name` says otherwise.
+Parts need those before them. Parts, and what to expect of them:
 
   video_vae       Reconstruction of 17 frames from anywhere in a clip. 19 dB, which is the empty
                   world, for the first 50 steps; 25 dB after 550, 28 dB after 1,200.
@@ -15,15 +15,20 @@ expect of them:
   causal_decoder  The video decoder, fine-tuned to run causally; needs video_vae. Optional.
   teacher         Flow matching of both streams with their captions, the connectors included; needs
                   video_vae, audio_vae and the text tower in FOLDER/gemma (a converted
-                  checkpoint_converters.synthetic_gemma). Encodes its clips first.
+                  checkpoint_converters.synthetic_gemma). Encodes its clips first. `conditions`
+                  mixes in other modes than text alone; every `heldout.every` steps the average's
+                  loss on other clips is recorded ("heldout/..." in metrics.jsonl).
 
 pocket.reconstruct judges the autoencoders, pocket.sample the teacher.
 """
+
+import dataclasses
 
 import ml_collections
 from flax.traverse_util import flatten_dict
 
 from omniforcing_jax.ranges import SHARE, Range
+from omniforcing_jax.training.mixture import ConditionMixture
 
 PARTS = ("video_vae", "audio_vae", "vocoder", "causal_decoder", "teacher")
 
@@ -31,7 +36,7 @@ PARTS = ("video_vae", "audio_vae", "vocoder", "causal_decoder", "teacher")
 def all_settings(part: str) -> ml_collections.ConfigDict:
     """Settings that all parts have, and those of this part."""
     c = ml_collections.ConfigDict()
-    c.part = part
+    c.part = c.name = part
     c.size = "pocket"  # of checkpoint_converters.synthetic
     c.folder = "outputs/pocket"
     c.seed = 0
@@ -62,6 +67,8 @@ _RANGES = {
     **dict.fromkeys(("num_steps", "log_every", "checkpoint_every", "num_clips"), _COUNT),
     **dict.fromkeys(("samples", "text_length"), _COUNT),
     "max_balls": Range(1, 3),
+    **dict.fromkeys(("layers", "heads", "video_head_dim", "audio_head_dim"), _SIZE),
+    **dict.fromkeys(("every", "clips"), _COUNT),
     **dict.fromkeys(("uniform", "caption_dropout"), SHARE),
 }
 
@@ -121,6 +128,11 @@ def get_config(part: str) -> ml_collections.ConfigDict:
         c.batch_size, c.num_steps = 4, 10_000
         c.clip = ml_collections.ConfigDict({"blocks": 3, "layout": "prefix", "frame_rate": 24.0})
         c.num_clips, c.text_length = 4096, 48
+        c.model = ml_collections.ConfigDict(
+            {"layers": 6, "heads": 4, "video_head_dim": 32, "audio_head_dim": 16}
+        )
+        c.conditions = ml_collections.ConfigDict(dataclasses.asdict(ConditionMixture()))
+        c.heldout = ml_collections.ConfigDict({"every": 2000, "clips": 64})  # a multiple of 16
         c.guidance = 1.5  # classifier-free, of both streams: what the teacher is to be sampled with
         c.unroll = 6  # layers compiled as one, all here
         c.init = ""  # folder of another teacher run, whose average this one starts from

@@ -68,12 +68,14 @@ def write_latents(
     num_clips: int,
     fingerprint: str,
     say: Callable[[str], None] = print,
+    split: str = "train",
 ) -> None:
-    """Encodes the first clips of the training split; shards that are there already stay.
+    """Encodes the first clips of a split; shards that are there already stay.
 
     Args:
       fingerprint: tells the encoders' weights from others.
       say: is told of every shard.
+      split: of `world.dataset.SPLITS`; one to a folder.
 
     Raises:
       ValueError: the folder holds other clips.
@@ -89,7 +91,7 @@ def write_latents(
     if file.is_file() and json.loads(file.read_text()) != manifest:
         raise ValueError(f"{folder} holds latents of other clips or encoders; delete it")
     file.write_text(json.dumps(manifest))
-    seeds = list(split_seeds("train", num_clips))
+    seeds = list(split_seeds(split, num_clips))
     for shard, start in enumerate(range(0, num_clips, _SHARD)):
         path = folder / f"{shard:05d}.npz"
         chosen = seeds[start : start + _SHARD]
@@ -110,7 +112,12 @@ def _length(path: pathlib.Path) -> int:
 
 
 def load_latents(
-    folder: str | os.PathLike, num_clips: int, tokenizer: Any, world: WorldConfig, length: int
+    folder: str | os.PathLike,
+    num_clips: int,
+    tokenizer: Any,
+    world: WorldConfig,
+    length: int,
+    split: str = "train",
 ) -> dict[str, np.ndarray]:
     """What `write_latents` wrote, with tokens of the captions, which come from the clips' seeds.
 
@@ -119,7 +126,7 @@ def load_latents(
     """
     count = -(-num_clips // _SHARD)
     shards = [np.load(pathlib.Path(folder) / f"{shard:05d}.npz") for shard in range(count)]
-    captions = [clip_caption(seed, world) for seed in split_seeds("train", num_clips)]
+    captions = [clip_caption(seed, world) for seed in split_seeds(split, num_clips)]
     ids, mask = tokenizer.encode_batch(captions, length)
     streams = {
         name: np.concatenate([shard[name] for shard in shards])[:num_clips]

@@ -1,5 +1,6 @@
 """Pre-training: losses, batches, statistics, latents; the program is in test_pretrain_program."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from checkpoint_converters import synthetic, synthetic_gemma
+from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.audio.mel import MelConfig
 from omniforcing_jax.models.audio.vae import AudioVAEConfig
@@ -21,6 +23,8 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.video_vae.model import VAEStage, VideoVAEConfig
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.text.tokenizer import load_tokenizer
+from omniforcing_jax.training.metrics import may_be_missing
+from omniforcing_jax.training.mixture import ConditionMixture, GivenInput
 from omniforcing_jax.training.objectives.losses import LossWeights
 from omniforcing_jax.training.optimizers import EMAConfig, OptimizerConfig, make_optimizer
 from omniforcing_jax.training.state import create_network, create_state
@@ -29,7 +33,7 @@ from pocket.pretraining import autoencoders, latents
 from pocket.pretraining.autoencoders import ErrorLoss, LatentNoise
 from pocket.pretraining.batches import DrawnBatches, WorldWindows
 from pocket.pretraining.step import Pretraining
-from pocket.pretraining.teacher import TeacherLoss, init_teacher
+from pocket.pretraining.teacher import HeldOut, TeacherLoss, init_teacher
 from pocket.world.captions import VOCABULARY
 from pocket.world.dataset import clip_caption, make_clip
 from pocket.world.physics import WorldConfig
@@ -228,9 +232,9 @@ def teacher_loss():
         num_kv_heads=1, head_dim=4, query_pre_attn_scalar=4.0, sliding_window=8,
     )  # fmt: skip
     connectors = ConnectorConfig(8, 2, 4, 2, 4, num_layers=1, num_registers=2, max_position=8)
-    loss = TeacherLoss(
-        Transformer(config), connectors, TextTower(tower), ClipGeometry(2, 3, 2, 2), LossWeights()
-    )
+    layout = BlockLayout.from_name("prefix", frame_rate=24.0)
+    given = GivenInput(ConditionMixture(), ClipGeometry(2, 3, 2, 2), layout)
+    loss = TeacherLoss(Transformer(config), connectors, TextTower(tower), given, LossWeights())
     params = jax.jit(lambda key: nn.unbox(init_boxed_params(tower, key)))(jax.random.key(7))
     return loss, {"tower": params}, init_teacher(loss, tower.num_states, jax.random.key(0))
 
@@ -257,6 +261,34 @@ def test_the_teacher_learns_with_its_connectors():
     assert min(r["teacher/loss"] for r in records[-5:]) < 0.9 * records[0]["teacher/loss"]
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), network.params, start)
     assert moved["connectors"]["projection"]["kernel"] > 0
+
+
+def test_what_is_given_is_clean_and_not_learnt():
+    """In each mode: told to the network as clean, no part of the loss, and no NaN in the loop."""
+    loss, frozen, params = teacher_loss()
+    # a network that says something: heads and modulations start at 0
+    params = jax.tree.map(lambda x: x + 0.1 * np.sin(np.arange(x.size)).reshape(x.shape), params)
+    batch = next(DrawnBatches(draw_latents, 2, 0))
+    held_out = HeldOut(loss, frozen, batch, batch=2)
+    found = held_out(params)
+    assert found == held_out(params) and np.isfinite(list(found.values())).all()
+    plain = [v for n, v in found.items() if n.split("_")[-1].startswith("0.")]
+    assert len(plain) == 8 and found["heldout/mean"] == pytest.approx(np.mean(plain))
+    # other sound: what is made to it changes, and nothing else of it can
+    other = HeldOut(loss, frozen, batch | {"audio": batch["audio"] + 1}, batch=2)(params)
+    assert other["heldout/a2v_video"] != found["heldout/a2v_video"]
+    assert other["heldout/v2a_audio"] != found["heldout/v2a_audio"]
+    assert "heldout/a2v_audio" not in found and "heldout/v2a_video" not in found
+    # all of a batch's clips given: their stream has no loss, which is no divergence
+    mixture = ConditionMixture(t2av=0.0, v2a=1.0)
+    given = dataclasses.replace(loss, given=dataclasses.replace(loss.given, mixture=mixture))
+    (value, scalars), grads = jax.jit(jax.value_and_grad(given, has_aux=True))(
+        params, frozen, batch, jax.random.key(0)
+    )
+    assert value == scalars["teacher/loss_audio"] and np.isnan(scalars["teacher/loss_video"])
+    assert may_be_missing("teacher/loss_video") and not may_be_missing("teacher/loss")
+    head = grads["transformer"]["video_out"]["kernel"], grads["transformer"]["audio_out"]["kernel"]
+    assert np.abs(head[0]).max() == 0 and np.abs(head[1]).max() > 0
 
 
 def test_a_dropped_caption_is_the_empty_one():
