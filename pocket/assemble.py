@@ -10,7 +10,8 @@
 The result is a checkpoint like any other: checkpoint_converters.ltx2 makes what the stages and
 launch.stream take, from one file or from several that hold some of the components each, so that
 teacher and student, which differ in the transformer alone, share a file. With --causal-decoder, the
-video decoder is the one that was fine-tuned to run causally, and the metadata say so.
+video decoder is the one that was fine-tuned to run causally, and the metadata say so. --teacher
+takes another run's than FOLDER/teacher, such as experiments/40/base of pocket.experiments.
 """
 
 import argparse
@@ -51,7 +52,8 @@ def assemble(args: argparse.Namespace) -> None:
     sources = {name: SOURCES[name] for name in args.components}
     if args.causal_decoder and "video_vae" in sources:
         sources["video_vae"] = "causal_decoder"
-    files = {part: folder / f"{part}.safetensors" for part in sources.values()}
+    names = {"teacher": args.teacher}
+    files = {part: folder / f"{names.get(part, part)}.safetensors" for part in sources.values()}
     if found := outputs.overlap(output, files.values()):
         raise ConversionError([found])
     missing = [f"{file} is missing" for file in files.values() if not file.is_file()]
@@ -83,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=pathlib.Path, required=True, help=".safetensors file")
     only = "only these (default: all)"
     add("--components", nargs="+", choices=all_of_them, default=all_of_them, help=only)
+    add("--teacher", default="teacher", metavar="NAME", help="of its run (default: teacher)")
     add("--causal-decoder", action="store_true", help="take the fine-tuned decoder")
     add("--dtype", choices=tuple(DTYPES), default="float32")
     add("--overwrite", action="store_true", help="replace an earlier one")

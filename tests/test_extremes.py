@@ -86,6 +86,7 @@ EXPENSIVE = {
     "benchmarks.convert": "convert_here subprocess.run",
     "benchmarks.train": "run",
     "pocket.demo": "stream.stream measure_file",
+    "pocket.experiments": "pretrain.run compare",
     "pocket.measure": "measure_file",
     "pocket.make_world": "make",
     "pocket.reconstruct": "make_clip",

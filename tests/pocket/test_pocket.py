@@ -17,7 +17,7 @@ from checkpoint_converters import gemma3, ltx2, reading
 from launch import stream
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.streaming import media
-from pocket import demo, report, sample
+from pocket import demo, experiments, pretrain, pretrain_config, report, sample
 from pocket.measure import shrink
 from pocket.measures.scalars import MEANINGS
 from pocket.world.physics import WorldConfig
@@ -207,6 +207,38 @@ def test_runs_are_put_side_by_side(tmp_path, capsys):
     assert both.startswith(f"| seeds | 2 | {0.75 * last:.3f} ±{0.25 * last:.3f} |")
     assert report.main([*arguments, str(tmp_path)]) == 2
     assert "there is no metrics.jsonl in" in capsys.readouterr().err
+
+
+def test_experiments_cost_the_same_and_are_put_side_by_side(tmp_path, monkeypatch, capsys):
+    """Trained one after the other; the table has the best first, and those under way."""
+    ran = []
+
+    def run(c):
+        pretrain_config.check(c)
+        ran.append(c)
+        better = 0.5 * len(ran)
+        names = {f"heldout/{column}": 3.0 - better for column in experiments._COLUMNS}
+        lines = [{"step": c.heldout.every * n, "heldout/x": 0.0} | names for n in range(1, 11)]
+        if c.name.endswith("batch_16"):
+            lines = lines[:4]
+        folder = tmp_path / c.name
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return 143 if c.name.endswith("batch_16") else 0
+
+    monkeypatch.setattr(pretrain, "run", run)
+    arguments = ["--folder", str(tmp_path), "--budget", "40", "--settings"]
+    assert experiments.main([*arguments, "base", "wide", "batch_16", "deep"]) == 143
+    base, wide, batch = ran  # `deep` comes when it is started again
+    assert base.batch_size * base.num_steps == pytest.approx(40e12 / 4.77e9, rel=0.01)
+    assert wide.num_steps < 0.6 * base.num_steps and 4 * batch.num_steps == base.num_steps // 4 * 4
+    assert wide.conditions == base.conditions and 0 < base.conditions.t2av < 1
+    capsys.readouterr()
+    assert experiments.main([*arguments, "base", "--table"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["batch_16", "wide", "base"]
+    assert "| 40% |" in lines[2] and lines[3].count("| 2.000") == len(experiments._COLUMNS)
+    assert (tmp_path / "experiments" / "40.png").is_file()
 
 
 def dry_run(*arguments: str) -> str:

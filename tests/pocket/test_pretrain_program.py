@@ -112,7 +112,11 @@ def test_parts_become_one_checkpoint(tmp_path, capsys):
         jax.tree.map(np.testing.assert_array_equal, *trees)
     assert not ltx2.main(["--input", str(output), "--output", str(tmp_path / "ltx2")])
     assert PipelineConfig.from_checkpoint(tmp_path / "ltx2") == CONVERTED
-    (tmp_path / "teacher.safetensors").unlink()
+    (tmp_path / "teacher.safetensors").rename(tmp_path / "other.safetensors")
+    named = ["--folder", str(tmp_path), "--output", str(tmp_path / "named.safetensors")]
+    assert not assemble.main([*named, "--teacher", "other"])
+    assert (tmp_path / "named.safetensors").read_bytes() == output.read_bytes()
+    capsys.readouterr()
     assert assemble.main(["--folder", str(tmp_path), "--output", str(output)]) == 1
     assert "teacher.safetensors is missing" in capsys.readouterr().err
 
