@@ -117,7 +117,8 @@ def test_parts_become_one_checkpoint(tmp_path, capsys):
     assert not assemble.main([*named, "--teacher", "other"])
     assert (tmp_path / "named.safetensors").read_bytes() == output.read_bytes()
     capsys.readouterr()
-    assert assemble.main(["--folder", str(tmp_path), "--output", str(output)]) == 1
+    named[-1] = str(tmp_path / "none.safetensors")
+    assert assemble.main(named) == 1
     assert "teacher.safetensors is missing" in capsys.readouterr().err
 
 
