@@ -6,43 +6,16 @@ from collections.abc import Iterable, Mapping
 
 from checkpoint_converters import key_map
 from checkpoint_converters.computed import SLICE_BYTES, ComputedTensor, rows_of
+from checkpoint_converters.contents import owner
 from checkpoint_converters.reading import Checkpoint, combine
 from checkpoint_converters.safetensors_io import Problem, TensorInfo, read_middle, read_tensor
 from checkpoint_converters.shapes import ANY, expected_shapes
-from omniforcing_jax.io.checkpoints import COMPONENTS
 
 Tensor = TensorInfo | ComputedTensor
 
 KNOWN_VERSIONS = ("2.0", "2.3", "2.5")
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 _PEEK = 4096
-
-# prefix of the official key: component; the first that fits
-_OWNERS = (
-    (key_map.DIT + "video_embeddings_connector.", "connectors"),
-    (key_map.DIT + "audio_embeddings_connector.", "connectors"),
-    ("text_embedding_projection.", "connectors"),
-    (key_map.DIT, "transformer"),
-    ("vae.", "video_vae"),
-    ("audio_vae.", "audio_vae"),
-    ("vocoder.", "vocoder"),
-)
-
-
-def owner(key: str) -> str | None:
-    """The component an official key belongs to, None if it belongs to none."""
-    return next((name for prefix, name in _OWNERS if key.startswith(prefix)), None)
-
-
-def present_components(tensors: Iterable[str]) -> tuple[str, ...]:
-    """Components of which at least one tensor is there."""
-    found = {owner(key) for key in tensors}
-    return tuple(name for name in COMPONENTS if name in found)
-
-
-def is_gemma4(tensors: Iterable[str]) -> bool:
-    """Whether they are those of a Gemma 4, as published or in LTX-2.5's text encoder file."""
-    return any(k == key_map.TOKENIZER_TENSOR or k.endswith(".layer_scalar") for k in tensors)
 
 
 def merge(checkpoints: list[Checkpoint]) -> tuple[Checkpoint, list[str]]:
@@ -53,9 +26,10 @@ def merge(checkpoints: list[Checkpoint]) -> tuple[Checkpoint, list[str]]:
         names = ", ".join(str(checkpoint.path) for checkpoint in checkpoints)
         problems.append(
             f"{names}: no `config` in the metadata, so the architecture is unknown; add a file of "
-            "the same release that has it to --input, such as the transformer's, or use the "
-            "original file (re-saved ones often lose it); checkpoint_converters.omniforcing is for "
-            "an OmniForcing student"
+            "the same release that has it to --input, such as the transformer's (for a file of a "
+            "whole LTX-2, --model-version takes the published one's), or use the original file "
+            "(re-saved ones often lose it); checkpoint_converters.omniforcing is for an "
+            "OmniForcing student"
         )
     stated = [checkpoint for checkpoint in checkpoints if checkpoint.model_version is not None]
     for checkpoint in stated or [merged]:

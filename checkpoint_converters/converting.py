@@ -125,12 +125,8 @@ def run(
             component: orbax_io.plan_leaves(plan.tensors, component, DTYPE_CHOICES[dtype], mesh)
             for component in plan.components
         }
-    copied = [f for folder in plan.copies.values()
-              for f in pathlib.Path(folder).rglob("*") if f.is_file()]  # fmt: skip
-    copied += [file for file in plan.files.values() if isinstance(file, pathlib.Path)]
     every = [leaf for group in leaves.values() for leaf in group]
-    num_bytes = sum(leaf.num_bytes for leaf in every)
-    num_bytes += sum(file.stat().st_size for file in copied)
+    num_bytes = _copied_bytes(plan) + sum(leaf.num_bytes for leaf in every)
     program = plan.config_json.get(outputs.MARK, "")
     problems = problems + folder_problems(output, overwrite, num_bytes, program, plan.inputs)
     if not problems and verify:
@@ -153,11 +149,7 @@ def run(
                     allow_non_finite=allow_non_finite,
                 )
         if index == 0:
-            for component, folder in plan.copies.items():
-                shutil.copytree(folder, partial / component)
-            for name, file in plan.files.items():
-                content_of = file if isinstance(file, bytes) else file.read_bytes()
-                (partial / name).write_bytes(content_of)
+            _copy(plan, partial)
         barrier("copied")
         for component in leaves:
             checksums.write_part(partial / component, index, count)
@@ -166,6 +158,21 @@ def run(
             content |= {"checksums": _checksums(partial, leaves, plan)}
             write_json(partial / "config.json", content)
     return content
+
+
+def _copied_bytes(plan: ConversionPlan) -> int:
+    files = [f for folder in plan.copies.values()
+             for f in pathlib.Path(folder).rglob("*") if f.is_file()]  # fmt: skip
+    files += [file for file in plan.files.values() if isinstance(file, pathlib.Path)]
+    return sum(file.stat().st_size for file in files)
+
+
+def _copy(plan: ConversionPlan, output: pathlib.Path) -> None:
+    """What is taken as it is: folders of components, and other files."""
+    for component, folder in plan.copies.items():
+        shutil.copytree(folder, output / component)
+    for name, file in plan.files.items():
+        (output / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
 
 
 def _checksums(folder: pathlib.Path, written: Iterable[str], plan: ConversionPlan) -> dict:
@@ -212,6 +219,13 @@ def stay_on_host() -> None:
     """Leaves accelerators, whose memory JAX would take, to others, unless JAX_PLATFORMS says so."""
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
+
+
+def add_input(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds `--input`, whose value is `source`; `text` is its help."""
+    parser.add_argument(
+        "--input", required=True, type=pathlib.Path, dest="source", metavar="INPUT", help=text
+    )
 
 
 def main(

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from checkpoint_converters import checks, converting
+from checkpoint_converters import checks, contents, converting
 from checkpoint_converters.computed import ComputedTensor
 from checkpoint_converters.key_map import GEMMA, TEXT_TOWER
 from checkpoint_converters.reading import open_checkpoint
@@ -93,9 +93,11 @@ def convert(
         checkpoint = open_checkpoint(source)
         tensors, files, notes = checkpoint.tensors, checkpoint.files, checkpoint.notes
     except ConversionError as error:
+        if source.is_file():
+            raise
         problems += error.problems
-    if checks.is_gemma4(tensors):
-        raise ConversionError([f"{source}: {_GEMMA_4}"])
+    if wrong := contents.misplaced(source, tensors, contents.GEMMA3):
+        raise ConversionError(wrong)
     if tensors or source.is_dir():
         try:
             text_config = _find_config(tensors, source)
@@ -235,11 +237,6 @@ def select(
       ignored: patterns of keys that are left behind.
     """
     prefix = _prefix(tensors, prefixes)
-    if prefix is None and (there := checks.present_components(tensors)):
-        return {}, [
-            f"{source}: is LTX-2 ({', '.join(there)}), not its text encoder; "
-            "checkpoint_converters.ltx2 is for it"
-        ]
     if prefix is None:
         listed = ", ".join(repr(p + _PROBES[0]) for p in prefixes)
         generation = 4 if config.gemma4 else 3
@@ -260,14 +257,9 @@ def select(
 
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
-    parser = programs.Parser("checkpoint_converters.gemma3", __doc__)
-    parser.add_argument(
-        "--input",
-        required=True,
-        type=pathlib.Path,
-        dest="source",
-        metavar="INPUT",
-        help="folder with config.json and safetensors, or one .safetensors file",
+    parser = programs.Parser(PROGRAM, __doc__)
+    converting.add_input(
+        parser, "folder with config.json and safetensors, or one .safetensors file"
     )
     parser.add_argument(
         "--tokenizer",
@@ -275,12 +267,14 @@ def main(argv: list[str] | None = None) -> int:
         help="tokenizer.json or tokenizer.model, or the folder of one (default: in the "
         "weights, or beside them)",
     )
-    return converting.main(parser, argv, convert, _describe)
+    return converting.main(parser, argv, convert, describe)
 
 
-def _describe(content: dict) -> str:
+def describe(content: dict) -> str:
+    """What was converted, a Gemma 3 or 4."""
     config = GemmaConfig.from_metadata(content["config"])
-    text = f"Gemma 3, {config.num_layers} layers of width {config.hidden_size}"
+    text = f"Gemma {4 if config.gemma4 else 3}, "
+    text += f"{config.num_layers} layers of width {config.hidden_size}"
     return "\n".join([text, *content.get("notes", [])])
 
 

@@ -3,9 +3,10 @@
     python -m checkpoint_converters.gemma4 --input ltx-2.5-text-encoder.safetensors --output gemma4
 
 Reads the single file in which LTX-2.5 publishes it (configuration, tokenizer and weights in one),
-or a Hugging Face folder of a Gemma 4, and writes OUTPUT/config.json, the Orbax checkpoint
-OUTPUT/text_tower and the tokenizer. Whatever else is in there is left behind; LTX-2.5's text
-projections, which lie in the same file, are read by checkpoint_converters.ltx2.
+a folder with that file alone, or a Hugging Face folder of a Gemma 4, and writes OUTPUT/config.json,
+the Orbax checkpoint OUTPUT/text_tower and the tokenizer. Whatever else is in there is
+left behind; LTX-2.5's text projections, which lie in the same file, are read by
+checkpoint_converters.ltx2.
 """
 
 import json
@@ -14,8 +15,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoint_converters import converting
-from checkpoint_converters.gemma3 import select, tokenizer_files
+from checkpoint_converters import contents, converting
+from checkpoint_converters.gemma3 import describe, select, tokenizer_files
 from checkpoint_converters.key_map import TEXT_TOWER, TOKENIZER_TENSOR
 from checkpoint_converters.reading import open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, read_tensor
@@ -52,9 +53,9 @@ def convert(
     """Converts a Gemma 4.
 
     Args:
-      source: LTX-2.5's text encoder file, or a Hugging Face folder.
+      source: LTX-2.5's text encoder file, its folder, or a Hugging Face folder.
       output: folder to create.
-      tokenizer: folder with tokenizer.json, if it is another one.
+      tokenizer: tokenizer.json, or a folder with one, if it is elsewhere.
       options: dtype, mesh, overwrite, show_progress of `converting.run`.
 
     Returns:
@@ -66,6 +67,8 @@ def convert(
     source = pathlib.Path(source)
     checkpoint = open_checkpoint(source)
     tensors, files = checkpoint.tensors, checkpoint.files
+    if wrong := contents.misplaced(source, tensors, contents.GEMMA4):
+        raise ConversionError(wrong)
     whole, text_config = _read_config(source, checkpoint.strings)
     config = GemmaConfig.from_metadata(text_config)
     chosen, problems = select(tensors, config, source, PREFIXES, _IGNORED)
@@ -91,51 +94,40 @@ def convert(
 
 
 def _read_config(source: pathlib.Path, metadata: Mapping[str, str]) -> tuple[dict, dict]:
-    """All settings, of the file's metadata or of FOLDER/config.json, and those of the text tower.
+    """All settings, of the weights' metadata or of config.json beside them, and those of the tower.
 
     Raises:
       ConversionError: there are none, or they are of another model.
     """
-    where = source / "config.json" if source.is_dir() else f"{source}: metadata {METADATA}"
+    file = (source if source.is_dir() else source.parent) / "config.json"
+    if METADATA not in metadata and not file.is_file():
+        raise ConversionError(
+            [f"{source}: has no {METADATA} in its metadata, and no config.json beside it; give "
+             "LTX-2.5's own text encoder file, or the whole Hugging Face folder of a Gemma 4"]
+        )  # fmt: skip
+    where = f"{source}: metadata {METADATA}" if METADATA in metadata else file
     try:
-        if source.is_dir():
-            whole = json.loads((source / "config.json").read_text())
-        else:
-            whole = json.loads(metadata.get(METADATA, "{}"))
+        whole = json.loads(metadata[METADATA] if METADATA in metadata else file.read_text())
         config = whole.get("text_config") or whole
-        gemma4 = GemmaConfig.from_metadata(config).gemma4
+        if not GemmaConfig.from_metadata(config).gemma4:
+            raise ValueError("it is a Gemma 3's")
     except (OSError, ValueError, AttributeError) as error:
         raise ConversionError(
             [f"{where}: not the settings of a Gemma 4 as LTX-2.5 uses it ({error})"]
         ) from error
-    if not gemma4:
-        raise ConversionError(
-            [f"{source}: is a Gemma 3; python -m checkpoint_converters.gemma3 converts it"]
-        )
     return whole, config
 
 
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     parser = programs.Parser(PROGRAM, __doc__)
+    converting.add_input(parser, "LTX-2.5's text encoder .safetensors, or a Hugging Face folder")
     parser.add_argument(
-        "--input",
-        required=True,
+        "--tokenizer",
         type=pathlib.Path,
-        dest="source",
-        metavar="INPUT",
-        help="LTX-2.5's text encoder .safetensors, or a Hugging Face folder",
+        help="tokenizer.json, or the folder of one (default: in the weights, or beside them)",
     )
-    parser.add_argument(
-        "--tokenizer", type=pathlib.Path, help="folder with tokenizer.json (default: --input)"
-    )
-    return converting.main(parser, argv, convert, _describe)
-
-
-def _describe(content: dict) -> str:
-    config = GemmaConfig.from_metadata(content["config"])
-    text = f"Gemma 4, {config.num_layers} layers of width {config.hidden_size}"
-    return "\n".join([text, *content.get("notes", [])])
+    return converting.main(parser, argv, convert, describe)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoint_converters import checks, reading
+from checkpoint_converters import checks, contents, reading
 from checkpoint_converters.computed import ComputedTensor, Rows, rows_of
 from checkpoint_converters.diffusers_layout import official_from_diffusers
 from checkpoint_converters.key_map import DIT
@@ -83,9 +83,12 @@ def open_lora(path: pathlib.Path, strength: float = 1.0) -> Lora:
       ConversionError: it is no LoRA, or one of a kind that is not merged.
     """
     files = reading.weight_files(path) if path.is_dir() else (path,)
-    if len(files) != 1:
-        raise ConversionError([f"{path}: holds several files; pass one as --lora FILE"])
     tensors, strings = read_header(files[0])
+    if len(files) != 1:
+        raise ConversionError(
+            contents.misplaced(path, tensors, contents.LORA)
+            or [f"{path}: holds several files; pass one as --lora FILE"]
+        )
     layers, stray, others = lora.layers_of(tensors)
     if others:
         listing = ", ".join(f"{name} ({key})" for name, key in others.items())
@@ -94,13 +97,10 @@ def open_lora(path: pathlib.Path, strength: float = 1.0) -> Lora:
              "lora_A and lora_B, or a model with it merged"]
         )  # fmt: skip
     if not layers:
-        model = checks.present_components(reading.canonical_keys(tensors))
-        what = (
-            f"is a model ({', '.join(model)}), not a LoRA; pass it as --input"
-            if model
-            else ("has no pairs of lora_A and lora_B, or lora_down and lora_up; is it a LoRA?")
+        what = "has no pairs of lora_A and lora_B, or lora_down and lora_up; is it a LoRA?"
+        raise ConversionError(
+            contents.misplaced(path, tensors, contents.LORA) or [f"{path}: {what}"]
         )
-        raise ConversionError([f"{path}: {what}"])
     if stray:
         raise ConversionError(
             [Problem(f"{path}: {key} belongs to no pair of LoRA matrices", "no pair")
@@ -177,10 +177,10 @@ def _targets(
             problems.append(Problem(text, "matches no layer"))
         elif key in targets.values():
             problems.append(Problem(f"{opened.path}: has {key} twice", "layers twice"))
-        elif checks.owner(key) not in components:
+        elif contents.owner(key) not in components:
             text = (
-                f"{opened.path}: {layer} changes the {checks.owner(key)}, which is not converted; "
-                "add it to --components"
+                f"{opened.path}: {layer} changes the {contents.owner(key)}, which is not "
+                "converted; add it to --components"
             )
             problems.append(Problem(text, "not among the components"))
         else:

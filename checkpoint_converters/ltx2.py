@@ -4,11 +4,12 @@
 
 Reads the official single file (2.0, 2.3), in bfloat16 or scaled fp8, shards, or a diffusers folder,
 and writes OUTPUT/config.json and one Orbax checkpoint per component. Several inputs of one release
-may be given, each with some of the components; one of them must have the metadata. LoRAs (`--lora`)
-are merged into the weights. docs/files.md lists what files there are. Students that were trained
-here and exported by checkpoint_converters.export come back as what they were. A distilled LTX-2 is
-known by the name or metadata of its file, or the name of the LoRA that made it (`trained` in
-config.json; --recipe decides otherwise), for its tensors do not tell.
+may be given, each with some of the components; one of them must have the metadata (a whole model
+that lost it is taken for the published one of --model-version). LoRAs (`--lora`) are merged into
+the weights. docs/files.md lists what files there are. Students that were trained here and exported
+by checkpoint_converters.export come back as what they were. A distilled LTX-2 is known by the name
+or metadata of its file, or the name of the LoRA that made it (`trained` in config.json; --recipe
+decides otherwise), for its tensors do not tell.
 
 LTX-2.5 is published in parts: give the files of the transformer, the VAEs, the vocoder, and the
 text encoder, whose text projections belong to the connectors. The text encoder itself, a Gemma 4,
@@ -24,7 +25,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from checkpoint_converters import checks, converting, key_map, lora
+from checkpoint_converters import checks, contents, converting, key_map, lora
+from checkpoint_converters.published import published_config
 from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError
 from omniforcing_jax import programs
@@ -38,8 +40,9 @@ _RECIPES = {  # of LTX-2's own models
     LTX2_DISTILLED.stage: "\ndistilled: sampled in eight steps without guidance; --recipe full "
     "otherwise",
 }
-_TEXT_ENCODER = "layers.0.input_layernorm.weight"  # a key that language models have
-_UPSAMPLER = "post_upsample_res_blocks.0.conv1.weight"  # one that latent upsamplers have
+_DURATION_HEAD = (
+    "duration_head was left out, as it is not implemented: the samplers take the clip's length"
+)
 
 
 def convert(
@@ -152,18 +155,9 @@ def open_inputs(
     for path in inputs:
         try:
             checkpoint = open_checkpoint(path)
-            if not checks.present_components(checkpoint.tensors) and any(
-                key.endswith(_TEXT_ENCODER) for key in checkpoint.tensors
-            ):
-                program = "gemma4" if checks.is_gemma4(checkpoint.tensors) else "gemma3"
-                problems.append(
-                    f"{path}: is a text encoder, not LTX-2; checkpoint_converters.{program} is for "
-                    "it"
-                )
-            if _UPSAMPLER in checkpoint.tensors:
-                problems.append(
-                    f"{path}: is a latent upsampler; checkpoint_converters.upsampler is for it"
-                )
+            parts = contents.present_components(checkpoint.tensors)
+            if not parts or (len(inputs) == 1 and parts == ("connectors",)):
+                problems += contents.misplaced(path, checkpoint.tensors, contents.LTX2)
             if key_map.TOKENIZER_TENSOR in checkpoint.tensors:
                 # LTX-2.5's text encoder, of which only the projections are LTX-2's
                 tensors = {
@@ -178,6 +172,14 @@ def open_inputs(
             problems += error.problems
     if problems:
         return None, problems
+    there = {name for part in opened for name in contents.present_components(part.tensors)}
+    short = ".".join((model_version or "").split(".")[:2])
+    whole = there == set(COMPONENTS) and all(part.config is None for part in opened)
+    if whole and short in checks.KNOWN_VERSIONS:
+        note = f"the file does not say what it is: taken for an LTX-2 {short} as published"
+        opened[0] = dataclasses.replace(
+            opened[0], config=published_config(short), notes=(*opened[0].notes, note)
+        )
     return checks.merge(opened)
 
 
@@ -186,7 +188,7 @@ def find_recipe(checkpoint: Checkpoint, loras: Sequence[tuple[pathlib.Path, floa
     names = {
         info.file.name
         for key, info in checkpoint.tensors.items()
-        if checks.owner(key) == "transformer"
+        if contents.owner(key) == "transformer"
     }
     if checkpoint.path.is_dir():
         names.add(checkpoint.path.absolute().name)
@@ -201,12 +203,14 @@ def check_components(
     checkpoint: Checkpoint, components: tuple[str, ...] | None
 ) -> tuple[Checkpoint, tuple[str, ...], list[str]]:
     """(checkpoint without what can be left out, components to convert, their problems)."""
-    there = checks.present_components(checkpoint.tensors)
+    there = contents.present_components(checkpoint.tensors)
     wanted = there if components is None else tuple(components)
     problems = [f"{checkpoint.path}: has no {name}" for name in wanted if name not in there]
     taken = tuple(name for name in wanted if name in there)
     tensors, dropped = checks.without_zeros(checkpoint.tensors, taken)
     notes = (*checkpoint.notes, *dropped)
+    if any(key.startswith("duration_head.") for key in tensors):
+        notes = (*notes, _DURATION_HEAD)
     checkpoint = dataclasses.replace(checkpoint, tensors=tensors, notes=notes)
     if not there:
         problems.append(f"{checkpoint.path}: has no tensors of LTX-2")
@@ -241,7 +245,10 @@ def main(argv: list[str] | None = None) -> int:
         help="convert only these (default: all that the input holds)",
     )
     parser.add_argument(
-        "--model-version", metavar="X.Y.Z", help="for files whose metadata does not say, e.g. 2.0.0"
+        "--model-version",
+        metavar="X.Y.Z",
+        help="for files whose metadata does not say, e.g. 2.0.0; a whole model without metadata "
+        "is taken for the published one of that version, every shape checked",
     )
     parser.add_argument(
         "--lora",

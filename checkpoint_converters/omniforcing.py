@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from checkpoint_converters import checks, converting, ltx2
+from checkpoint_converters import checks, contents, converting, ltx2
 from checkpoint_converters.key_map import DIT
 from checkpoint_converters.reading import open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
@@ -136,7 +136,7 @@ def convert(
         notes = checkpoint.notes
         # other components, if any, have no metadata to check them against: they come from --base
         tensors = {k: t for k, t in checkpoint.tensors.items()
-                   if checks.owner(k) in (None, "transformer")}  # fmt: skip
+                   if contents.owner(k) in (None, "transformer")}  # fmt: skip
         files = checkpoint.files
         config, trained = infer_metadata(tensors, num_heads)
         problems += checks.tensor_problems(tensors, config, ("transformer",))
@@ -211,10 +211,10 @@ def _read_base(base: pathlib.Path) -> _Base:
     checkpoint, problems = ltx2.open_inputs([base])
     if checkpoint is None:
         return _Base({}, problems=problems)
-    there = checks.present_components(checkpoint.tensors)
+    there = contents.present_components(checkpoint.tensors)
     names = tuple(name for name in there if name != "transformer")
     checkpoint, taken, found = ltx2.check_components(checkpoint, names)
-    tensors = {k: t for k, t in checkpoint.tensors.items() if checks.owner(k) in taken}
+    tensors = {k: t for k, t in checkpoint.tensors.items() if contents.owner(k) in taken}
     problems += found + _version_problem(base, checkpoint.model_version)
     return _Base(
         config={name: x for name, x in (checkpoint.config or {}).items() if name != ENTRY},

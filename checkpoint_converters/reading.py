@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from checkpoint_converters import diffusers_layout, key_map
+from checkpoint_converters import contents, diffusers_layout
 from checkpoint_converters.computed import ComputedTensor
 from checkpoint_converters.orbax_io import plan_leaves
 from checkpoint_converters.quantized import dequantize
@@ -27,20 +27,8 @@ from checkpoint_converters.safetensors_io import (
     read_header,
 )
 from omniforcing_jax.io.checkpoints import COMPONENTS
-from omniforcing_jax.models import lora
 
 INDEX_SUFFIX = ".safetensors.index.json"
-# a key of the transformer that every version has, used to find what stands before the names
-_PROBE = "transformer_blocks.0.attn1.to_q.weight"
-_KNOWN_PREFIXES = (
-    "model.diffusion_model.",
-    "model.velocity_model.",
-    "diffusion_model.",
-    "velocity_model.",
-    "model.",
-    "",
-)
-_OTHER_COMPONENTS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +72,7 @@ def open_checkpoint(path: str | PathLike) -> Checkpoint:
     if _is_diffusers(path):
         return _open_diffusers(path)
     whole = _read_headers(path, weight_files(path))
-    return dataclasses.replace(whole, tensors=canonical_keys(whole.tensors))
+    return dataclasses.replace(whole, tensors=contents.canonical_keys(whole.tensors))
 
 
 def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
@@ -95,14 +83,18 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
         if not indices and (shards := _shards_without_index(singles)):
             return shards
         candidates = indices or singles
-        if len(candidates) != 1:
-            found = _some(candidates or sorted(path.glob("*/*.safetensors")), path)
+        candidates = indices or singles or sorted(path.glob("*/*.safetensors"))
+        if not candidates:
+            listing = _some(sorted(path.iterdir()), path) or "nothing"
             raise ConversionError(
-                [f"{path}: holds {found}; pass the one, or all parts of one LTX-2.5, as --input "
-                 "FILE …"]
-                if found
-                else [f"{path}: holds no .safetensors file and is not a diffusers folder; it holds "
-                      f"{_some(sorted(path.iterdir()), path) or 'nothing'}"]
+                [f"{path}: holds no .safetensors file and is not a diffusers folder; it holds "
+                 f"{listing}"]
+            )  # fmt: skip
+        if len(candidates) != 1 or candidates[0].parent != path:
+            listing = _some(candidates, path)
+            raise ConversionError(
+                [f"{path}: holds {listing}; pass the one, or all parts of one LTX-2.5, as --input "
+                 "FILE …", *map(_what_it_is, candidates)]
             )  # fmt: skip
         path = candidates[0]
     if not path.name.endswith(INDEX_SUFFIX):
@@ -120,6 +112,18 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
     if problems:
         raise ConversionError(problems)
     return tuple(path.parent / name for name in names)
+
+
+def _what_it_is(path: pathlib.Path) -> Problem:
+    """A line that says what a file holds, for whoever chooses among several."""
+    if path.name.endswith(INDEX_SUFFIX):
+        return Problem(f"{path}: is an index of shards", "files")
+    try:
+        found = contents.identify(read_header(path)[0])
+    except ConversionError as error:
+        return Problem(error.problems[0], "files")
+    text = f"{path}: holds nothing known" if found is None else found.problem(path)
+    return Problem(text, "files")
 
 
 def _some(paths: list[pathlib.Path], folder: pathlib.Path) -> str:
@@ -156,12 +160,9 @@ def _read_headers(path: pathlib.Path, files: tuple[pathlib.Path, ...]) -> Checkp
     whole, found = combine(path, parts, "is also in another shard")
     if problems + found:
         raise ConversionError(problems + found)
-    layers, stray, others = lora.layers_of(whole.tensors)
-    if 2 * len(layers) > len(stray) + len(others):
-        raise ConversionError(
-            [f"{path}: is a LoRA of {len(layers)} layers, not a model; convert the model it was "
-             f"made for with --lora {path}"]
-        )  # fmt: skip
+    found = contents.identify(whole.tensors)
+    if found is not None and found.kind == contents.LORA:
+        raise ConversionError([found.problem(path)])
     tensors, notes = dequantize(path, whole.tensors, whole.strings)
     return dataclasses.replace(whole, tensors=tensors, notes=tuple(notes))
 
@@ -219,35 +220,6 @@ def _parse_config(path: pathlib.Path, metadata: dict[str, str]) -> dict | None:
     if not isinstance(config, dict):
         raise ConversionError([f"{path}: metadata `config` is not a JSON object"])
     return config
-
-
-def canonical_keys(
-    tensors: dict[str, TensorInfo | ComputedTensor],
-) -> dict[str, TensorInfo | ComputedTensor]:
-    """Renames to the official single-file keys.
-
-    Accepts any of the prefixes in use before the transformer's names (`model.`,
-    `model.velocity_model.`, none, ...) and VAE files whose keys have no prefix.
-    """
-    prefix = next((p for p in _KNOWN_PREFIXES if p + _PROBE in tensors), None)
-    bare = {5: "vae.", 4: "audio_vae."}
-    rank = next(
-        (len(tensors[k].shape) for c in ("encoder", "decoder")
-         if (k := f"{c}.conv_in.conv.weight") in tensors),
-        0,
-    )  # fmt: skip
-    result = {}
-    for key, info in tensors.items():
-        if key.startswith(_OTHER_COMPONENTS):
-            name = key
-        elif rank in bare and re.match(r"(encoder|decoder|per_channel_statistics)\.", key):
-            name = bare[rank] + key
-        elif prefix is not None and key.startswith(prefix):
-            name = key_map.DIT + key.removeprefix(prefix)
-        else:
-            name = key
-        result[name] = info
-    return result
 
 
 def _is_diffusers(path: pathlib.Path) -> bool:

@@ -111,9 +111,7 @@ def metadata(
     newer = version != "2.0"
     if newer and "changes" in s:
         raise ValueError(f"size {size!r} is of version 2.0 only")
-    config = published_config("2.3" if newer else "2.0")
-    if version == "2.5":
-        config["transformer"] |= {"ff_bias": False, "use_keyframes_abs_pos_embedding": True}
+    config = published_config(version)
     heads, (video, audio) = heads or s["heads"], dims or s["dims"]
     transformer = config["transformer"]
     transformer |= {

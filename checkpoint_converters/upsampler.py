@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoint_converters import checks, converting
+from checkpoint_converters import checks, contents, converting
 from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
 from checkpoint_converters.shapes import model_shapes
@@ -52,6 +52,8 @@ def convert(
     """
     source = pathlib.Path(source)
     checkpoint = open_checkpoint(source)
+    if wrong := contents.misplaced(source, checkpoint.tensors, contents.UPSAMPLER):
+        raise ConversionError(wrong)
     version = checkpoint.model_version or model_version
     checkpoint = dataclasses.replace(checkpoint, model_version=version)
     problems = checks.version_problems(checkpoint)
@@ -110,14 +112,7 @@ def select(
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     parser = programs.Parser("checkpoint_converters.upsampler", __doc__)
-    parser.add_argument(
-        "--input",
-        required=True,
-        type=pathlib.Path,
-        dest="source",
-        metavar="INPUT",
-        help=".safetensors file, or diffusers' folder latent_upsampler",
-    )
+    converting.add_input(parser, ".safetensors file, or diffusers' folder latent_upsampler")
     parser.add_argument(
         "--model-version", metavar="X.Y.Z", help="for files whose metadata does not say, e.g. 2.0.0"
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.io import checkpoints
-from omniforcing_jax.io.checkpoints import TINY_DECODER
+from omniforcing_jax.io.checkpoints import TINY_DECODER, UPSAMPLER
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.audio import vocoder
 from omniforcing_jax.models.audio.vae import AudioVAEConfig
@@ -88,6 +88,10 @@ class PipelineConfig:
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> "PipelineConfig":
         """The same from what `config.json` holds."""
+        if content["family"] == UPSAMPLER:
+            raise ValueError(
+                "this checkpoint is a latent upsampler, for --upsampler of launch.sample_teacher"
+            )
         trained = TrainedSettings.read(content)
         return cls.from_metadata(content["config"], content["model_version"], trained)
 

@@ -1,5 +1,6 @@
 """LTX-2.5 from its files to clips: in parts, with a Gemma 4, sampled by ancestral steps."""
 
+import functools
 import json
 
 import jax
@@ -9,17 +10,20 @@ import pytest
 
 from checkpoint_converters import export, gemma3, gemma4, ltx2, synthetic, synthetic_gemma
 from checkpoint_converters.safetensors_io import ConversionError, read_header
-from launch import sample_teacher
+from launch import encode_prompts, export_run, sample_teacher, stream
+from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.geometry import ClipGeometry, draw_noise, modalities
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.pipeline import PipelineConfig
-from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling import flow, student
+from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.teacher import SampleConfig, sample, step_noise
 from omniforcing_jax.streaming import media
 from omniforcing_jax.text.encoder_files import check_encoder
 from tests.checkpoint_converters.files import read_file, write_file
+from tests.launch.test_stages import PROMPTS, three_stages
 from tests.tiny_model import random_contexts, random_params
 
 PARTS = {
@@ -63,7 +67,8 @@ def test_gemma_of_the_right_generation(ltx25, random_gemma, random_checkpoint):
     with pytest.raises(ConversionError) as error:
         gemma3.convert(encoder, gemma.parent / "x")
     assert error.value.problems == [
-        f"{encoder}: is a Gemma 4; python -m checkpoint_converters.gemma4 converts it"
+        f"{encoder}: is a Gemma 4, the text encoder of LTX-2.5; python -m "
+        f"checkpoint_converters.gemma4 --input {encoder} converts it"
     ]
 
 
@@ -106,6 +111,26 @@ def test_from_a_sentence_to_a_clip(ltx25, tmp_path, capsys):
     assert media.read_clip(output)[0].shape == (9, 64, 64, 3)
 
 
+@pytest.mark.slow
+def test_all_stages_and_a_stream(ltx25, tmp_path):
+    """From the files of a full LTX-2.5 and captions to a student that streams."""
+    folder, gemma = ltx25[0].parent, ltx25[1]
+    inputs = [folder / f"{name}.safetensors" for name in (*PARTS, "ltx-2.5-text-encoder")]
+    ltx2.convert(inputs, tmp_path / "full", recipe="full")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    arguments = ["--gemma", str(gemma), "--checkpoint", str(tmp_path / "full")]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--length", "128"]
+    assert not encode_prompts.main([*arguments, "--output", str(tmp_path / "prompts")])
+    one_level = {"regression.level_per_block": False}
+    run = three_stages(tmp_path, tmp_path / "full", **one_level)
+    exported, output = tmp_path / "student", tmp_path / "clip.mp4"
+    assert not export_run.main(["--run", str(run), "--output", str(exported)])
+    arguments = ["--checkpoint", str(exported), "--text-encoder", str(gemma), "--seconds", "3"]
+    arguments += ["--prompt", "a bell", "--prompt-cache", "none", "--dtype", "float32"]
+    assert not stream.main([*arguments, "--output", str(output)])
+    assert media.read_clip(output)[0].shape == (72, 64, 64, 3)
+
+
 @pytest.fixture(scope="module")
 def network():
     config = tiny(keyframe_embedding=True, video_ff_bias=False)
@@ -126,6 +151,26 @@ def test_the_first_latent_is_marked(network):
     (marked, _), _ = model.apply({"params": params}, video, audio)
     (plain, _), _ = model.apply({"params": params}, video.replace(keyframes=None), audio)
     assert np.abs(marked - plain).max() > 1e-4
+
+
+@pytest.mark.parametrize("layout", [BlockLayout.prefix(), BlockLayout.merged()])
+def test_marks_of_a_stream(network, layout):
+    """Only the first latent of block 0, also when blocks are evicted and positions move back."""
+    model, params, _ = network
+    config = student.RolloutConfig(CacheConfig(layout, window=2), (1.0, 0.0), 1, 1)
+    cache, rope = student.new_cache(model, config, 1), config.rope(model)
+
+    @functools.partial(jax.jit, static_argnames="first")
+    def marks(num_blocks, first):
+        forward = student.bind(
+            model, params, cache.replace(num_blocks=num_blocks), rope, config, first=first
+        )
+        return forward.ropes.first_latent
+
+    frames = layout.first_video_frames
+    assert marks(jnp.int32(0), True).tolist() == [True] + [False] * (frames - 1)
+    for block in range(1, 7):
+        assert marks(jnp.int32(block), False).tolist() == [False] * layout.video_frames
 
 
 def test_ancestral_steps(network):

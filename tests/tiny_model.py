@@ -25,6 +25,9 @@ LTX23_CHANGES = {
     "caption_channels": None,
 }
 
+# LTX-2.5's departures from 2.3, besides.
+LTX25_CHANGES = LTX23_CHANGES | {"keyframe_embedding": True, "video_ff_bias": False}
+
 
 def modalities(
     config: TransformerConfig,
@@ -39,6 +42,7 @@ def modalities(
     """Both streams; `sigmas` [B, G], `frames` [F] and `contexts` are (video, audio) pairs."""
     video_frames, audio_frames = (jnp.asarray(f) for f in frames)
     sinks = sinks and config.num_audio_sinks > 0
+    patches = x.video.shape[1] // video_frames.shape[0]
     video_context, audio_context = contexts or (None, None)
     return (
         Modality(
@@ -47,6 +51,7 @@ def modalities(
             rope.video_rope(video_frames),
             rope.video_cross_rope(video_frames),
             video_context,
+            keyframes=jnp.repeat(video_frames == 0, patches)[None],
         ),
         Modality(
             x.audio,

@@ -51,6 +51,7 @@ _SECTIONS = {
     "audio_vae": ("audio_vae",),
     "vocoder": ("vocoder",),
 } | {name: (name,) for name in (TINY_DECODER, *UPSAMPLERS)}
+_FOREIGN = {"model_type", "architectures", "_class_name"}  # entries of others' config.json
 _HOW_TO_CREATE = (
     "python -m checkpoint_converters.ltx2 --input LTX2.safetensors --output {folder} creates it "
     "(checkpoint_converters.omniforcing for a released OmniForcing student)"
@@ -81,8 +82,18 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         what = "holds no config.json" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}; {_HOW_TO_CREATE.format(folder=folder)}")
+        how = _HOW_TO_CREATE.format(folder=folder)
+        if folder.is_file() or any(folder.glob("*.safetensors")):
+            what = "is not converted yet: programs read the folder that a converter writes"
+            how = f"python -m checkpoint_converters.ltx2 --input {folder} --output FOLDER"
+        raise FileNotFoundError(f"{folder} {what}; {how}")
     content = read_json(file)
+    if not content.keys() & {"format", "family"} and content.keys() & _FOREIGN:
+        raise ValueError(
+            f"{folder} is a folder of Hugging Face or diffusers, not a converted one; python -m "
+            f"checkpoint_converters.ltx2 --input {folder} --output FOLDER converts an LTX-2 "
+            "(.gemma3 or .gemma4 a text encoder, .upsampler an upsampler)"
+        )
     if content.get("format") != FORMAT:
         raise ValueError(
             f"{file}: format {content.get('format')!r}, this version reads {FORMAT}; convert the "
@@ -96,6 +107,8 @@ def _check_content(file: epath.Path, content: Mapping[str, Any]) -> None:
     """Raises ValueError for a config.json of something else, or with entries of a wrong kind."""
     if content.get("family") not in FAMILIES:
         kind = f"a {content['family']!r} model" if "family" in content else "something else"
+        if str(content.get("family")).startswith("gemma"):
+            kind = "a text encoder, for --text-encoder"
         config = content.get("config")
         if isinstance(config, dict) and "stage" in config:
             kind = "a training run"

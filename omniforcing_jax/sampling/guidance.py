@@ -65,7 +65,7 @@ class Guidance:
         if any(not 0 <= block < num_layers for block in self.skipped):
             raise ValueError(
                 f"stg_blocks {self.stg_blocks} are for a larger model, this one has the blocks 0 "
-                f"to {num_layers - 1}; name blocks among these or set stg to 0"
+                f"to {num_layers - 1}; name blocks among these (--stg-block), or set stg to 0"
             )
 
     def passes(self) -> tuple[str, ...]:

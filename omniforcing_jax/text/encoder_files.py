@@ -149,6 +149,9 @@ def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
     how = _HOW_TO_CREATE.format(folder=folder)
     if not file.is_file():
         what = "holds no config.json" if file.parent.is_dir() else "does not exist"
+        if file.parent.is_file() or any(file.parent.glob("*.safetensors")):
+            what = "is not converted yet: programs read the folder that a converter writes"
+            how = _HOW_TO_CREATE.format(folder="FOLDER").replace("HF_FOLDER", str(folder))
         raise FileNotFoundError(f"{folder} {what}; {how} creates it")
     content = checkpoints.read_json(file)
     if "model_type" in content:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from checkpoint_converters import key_map, shapes, synthetic
-from checkpoint_converters.checks import owner
+from checkpoint_converters.contents import owner
 from checkpoint_converters.diffusers_layout import official_from_diffusers
 from omniforcing_jax.io.checkpoints import COMPONENTS
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig

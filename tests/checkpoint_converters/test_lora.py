@@ -310,10 +310,10 @@ def test_other_adapters_are_named(model, style, tmp_path, extra, text):
 
 
 def test_a_lora_and_a_model_in_each_others_place(model, style, tmp_path):
-    with pytest.raises(ConversionError, match=r"is a LoRA of 48 layers, not a model; .* --lora"):
+    with pytest.raises(ConversionError, match=r"is a LoRA of 48 layers; .* --lora"):
         ltx2.convert(style, tmp_path / "out")
     [problem] = wrong(model, (model, 1.0))
-    assert "is a model (transformer, connectors), not a LoRA; pass it as --input" in problem
+    assert "is LTX-2 (transformer, connectors); python -m checkpoint_converters.ltx2" in problem
     [problem] = wrong(model, (tmp_path / "absent.safetensors", 1.0))
     assert "no such file" in problem
     other = write_file(tmp_path / "x.safetensors", {"a.weight": np.ones(3, F32)})

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_converters import gemma3, ltx2, reading, synthetic, synthetic_gemma
+from checkpoint_converters import (
+    gemma3,
+    gemma4,
+    lora,
+    ltx2,
+    reading,
+    synthetic,
+    synthetic_gemma,
+    upsampler,
+)
 from checkpoint_converters.file_kinds import what_else
 from checkpoint_converters.key_map import DIT
 from checkpoint_converters.safetensors_io import MAX_SHOWN, ConversionError, read_header
@@ -97,6 +106,21 @@ def test_two_whole_files_and_many_missing_shards_are_short(whole, tmp_path):
     assert lines[0].startswith("12 problems") and len(lines) == 1 + MAX_SHOWN
 
 
+def test_a_whole_model_without_metadata(whole, tmp_path, monkeypatch):
+    """It is what its user says it is, as published, if all shapes agree."""
+    monkeypatch.setattr(ltx2, "published_config", lambda v: synthetic.metadata("tiny", v))
+    bare = rewrite_file(whole, tmp_path / "distilled.safetensors", metadata={})
+    assert "--model-version takes the published one's" in refused(bare, tmp_path / "out")
+    assert "must be" in refused(bare, tmp_path / "out", model_version="2.0.0")
+    content = ltx2.convert(bare, tmp_path / "out", model_version="2.3.0")
+    assert content["config"] == reading.read_metadata(whole)["config"]
+    assert content["notes"] == [
+        "the file does not say what it is: taken for an LTX-2 2.3 as published"
+    ]
+    [part] = split(whole, tmp_path)[2:3]
+    assert "no `config` in the metadata" in refused(part, tmp_path / "x", model_version="2.3.0")
+
+
 def shards(whole, folder, count=3):
     arrays, strings = read_file(whole)
     for number in range(count):
@@ -130,28 +154,56 @@ def test_a_folder_without_safetensors_says_what_is_there(tmp_path):
 
 
 def test_a_folder_of_published_parts_is_no_diffusers_folder(whole, tmp_path):
-    """As LTX-2.5 is downloaded, and as ComfyUI keeps its models."""
-    for folder in ("vae", "diffusion_models"):
+    """As LTX-2.5 is downloaded, and as ComfyUI keeps its models: each file is named."""
+    contents = "LTX-2 (transformer, connectors, video_vae, audio_vae, vocoder)"
+    expected = []
+    for folder in ("diffusion_models", "vae"):
         (tmp_path / "models" / folder).mkdir(parents=True)
-        shutil.copy(whole, tmp_path / "models" / folder / "x.safetensors")
-    [_, line] = refused(tmp_path / "models", tmp_path / "out").splitlines()
-    assert line == (
+        file = tmp_path / "models" / folder / "x.safetensors"
+        shutil.copy(whole, file)
+        expected.append(
+            f"{file}: is {contents}; python -m checkpoint_converters.ltx2 --input {file} converts "
+            "it"
+        )
+    lines = refused(tmp_path / "models", tmp_path / "out").splitlines()[1:]
+    assert lines == [
         f"{tmp_path / 'models'}: holds diffusion_models/x.safetensors, vae/x.safetensors; pass the "
-        "one, or all parts of one LTX-2.5, as --input FILE …"
-    )
-
-
-def test_a_model_and_a_text_encoder_in_each_others_place(whole, tmp_path):
-    synthetic_gemma.write(tmp_path / "gemma", "tiny")
-    folder = tmp_path / "gemma"
-    assert refused(folder, tmp_path / "out").splitlines()[1:] == [
-        f"{folder}: is a text encoder, not LTX-2; checkpoint_converters.gemma3 is for it"
+        "one, or all parts of one LTX-2.5, as --input FILE …",
+        *expected,
     ]
-    tokenizer = tmp_path / "gemma" / "tokenizer.json"
-    with pytest.raises(ConversionError) as error:
-        gemma3.convert(whole, tmp_path / "out", tokenizer=tokenizer)
-    [problem] = error.value.problems
-    assert "is LTX-2 (transformer, connectors, video_vae, audio_vae, vocoder), not its" in problem
+
+
+def test_each_kind_of_file_in_the_place_of_every_other(whole, tmp_path):
+    """The converter says what the file is, and which program takes it."""
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("lora", "upsampler", "gemma4")}
+    synthetic.write_lora(files["lora"], "tiny", "2.3")
+    synthetic.write_upsampler(files["upsampler"], "tiny", "2.3")
+    synthetic_gemma.main(["--gemma4", "--output", str(files["gemma4"])])
+    synthetic_gemma.write(tmp_path / "gemma", "tiny")
+    files |= {"ltx2": whole, "gemma3": tmp_path / "gemma"}
+    says = {
+        "ltx2": "is LTX-2 (transformer, connectors, video_vae, audio_vae, vocoder); python -m "
+        "checkpoint_converters.ltx2 --input {} converts it",
+        "lora": "is a LoRA of 48 layers; python -m checkpoint_converters.ltx2 --input MODEL --lora "
+        "{} merges it into the model it was made for",
+        "gemma3": "is a Gemma 3, the text encoder of LTX-2.0 and 2.3; python -m "
+        "checkpoint_converters.gemma3 --input {} converts it",
+        "gemma4": "is a Gemma 4, the text encoder of LTX-2.5; python -m "
+        "checkpoint_converters.gemma4 --input {} converts it",
+        "upsampler": "is a latent upsampler; python -m checkpoint_converters.upsampler --input {} "
+        "converts it, for --upsampler of launch.sample_teacher",
+    }
+    programs = {"ltx2": ltx2, "gemma3": gemma3, "gemma4": gemma4, "upsampler": upsampler}
+    for name, file in files.items():
+        for program, module in programs.items():
+            if name == program or (name, program) == ("gemma4", "ltx2"):  # has its projections
+                continue
+            with pytest.raises(ConversionError) as error:
+                module.convert(file, tmp_path / "out")
+            assert error.value.problems == [f"{file}: {says[name].format(file)}"], (name, program)
+        if name != "lora":
+            [problem] = lora.merge({}, [(file, 1.0)], ())[2]
+            assert problem == f"{file}: {says[name].format(file)}" or file.is_dir()
 
 
 # -- tensors that are not LTX-2's ------------------------------------------------------------------
@@ -170,11 +222,19 @@ def channel_condition(value):
 
 
 def test_unknown_tensors_that_are_zero_are_left_out(whole, tmp_path):
-    source = rewrite_file(whole, tmp_path / "student.safetensors", channel_condition(0))
+    """And LTX-2.5's duration head, which is known and not implemented."""
+
+    def add(arrays):
+        channel_condition(0)(arrays)
+        arrays["duration_head.pooler.weight"] = np.ones((4, 4), ml_dtypes.bfloat16)
+
+    source = rewrite_file(whole, tmp_path / "student.safetensors", add)
     content = ltx2.convert(source, tmp_path / "out", components=("transformer",))
     assert content["notes"] == [
         f"{DIT}video_channel_condition_{name} is unknown and zero throughout, so it was left out"
         for name in ("proj.weight", "gate.weight", "gate.bias")
+    ] + [
+        "duration_head was left out, as it is not implemented: the samplers take the clip's length"
     ]
     same(tmp_path / "out", whole, "transformer")
 

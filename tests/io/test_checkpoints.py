@@ -97,7 +97,7 @@ def test_folders_of_another_kind(checkpoint, tmp_path):
     run = {"format": 1, "config": {"stage": "stage1"}}
     for content, text in (
         (run, "describes a training run, not a converted LTX-2"),
-        (good | {"family": "gemma3"}, "describes a 'gemma3' model, not a converted LTX-2"),
+        (good | {"family": "gemma3"}, "describes a text encoder, for --text-encoder, not a"),
         ({"format": 1}, "describes something else, not a converted LTX-2"),
         ({"format": 1, "config": 7}, "describes something else, not a converted LTX-2"),
         (good | {"components": "vocoder"}, "components must be a list, not 'vocoder'"),

@@ -80,9 +80,17 @@ def records(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_three_stages(world, tmp_path):
-    """Each starts from the one before, trains, saves; the last one samples a clip."""
-    folder, checkpoint = world
+def three_stages(folder, checkpoint, **second_settings):
+    """Each starts from the one before, trains, saves; the last one samples a clip.
+
+    Args:
+      folder: with the encoded `prompts`; the runs go there.
+      checkpoint: the teacher.
+      second_settings: of stage II.
+
+    Returns:
+      Folder of the last run.
+    """
     common = {"checkpoint": checkpoint, "data": folder / "prompts"}
 
     def trained(stage: int, **settings):
@@ -102,7 +110,9 @@ def test_three_stages(world, tmp_path):
         ["--text", str(folder / "prompts"), "--checkpoint", str(checkpoint),
          "--generator", str(first), "--layout", "prefix", "--output", str(folder / "pairs")]
     )  # fmt: skip
-    second, _ = trained(2, **common | {"data": folder / "pairs", "generator": first})
+    second, _ = trained(
+        2, **common | {"data": folder / "pairs", "generator": first} | second_settings
+    )
 
     third, _ = trained(
         3, **common, generator=second, rollout_blocks=2, sample_every=3, sample_clips=1
@@ -111,7 +121,11 @@ def test_three_stages(world, tmp_path):
     assert 0 < sample["sample/audio_entropy_lowest"] <= sample["sample/audio_entropy"] <= 1
     assert (third / "samples" / "000003_0.mp4").stat().st_size > 1000
     assert (third / "samples" / "000003_0.png").stat().st_size > 1000
+    return third
 
+
+def test_three_stages(world, tmp_path):
+    third = three_stages(*world)
     # what comes of it: an official file, and a plot
     output = tmp_path / "student"
     assert not export_run.main(["--run", str(third), "--output", str(output)])

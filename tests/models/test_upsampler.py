@@ -126,7 +126,8 @@ def test_diffusers_folder(golden_dir, tmp_path):
     with pytest.raises(ConversionError) as error:
         ltx2.convert(source, tmp_path / "x")
     assert error.value.problems == [
-        f"{source}: is a latent upsampler; checkpoint_converters.upsampler is for it"
+        f"{source}: is a latent upsampler; python -m checkpoint_converters.upsampler --input "
+        f"{source} converts it, for --upsampler of launch.sample_teacher"
     ]
     assert found["model_version"] == expected["model_version"]
     read = [

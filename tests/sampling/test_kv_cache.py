@@ -16,7 +16,7 @@ from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.types import AVLatents
 from tests.tiny_model import (
-    LTX23_CHANGES,
+    LTX25_CHANGES,
     QUICK_COMPILE,
     modalities,
     random_contexts,
@@ -180,9 +180,9 @@ class Clip:
 @pytest.mark.parametrize(
     "layout, changes, sigmas",
     [(*case, [0.9, 0.3, 0.7, 0.5]) for case in CASES.values()]
-    # LTX-2.3's text takes one noise level a sample, so blocks of several cannot share a pass
-    + [(BlockLayout.merged(), LTX23_CHANGES, [0.6] * 4)],
-    ids=[*CASES, "merged, LTX-2.3"],
+    # LTX-2.3's and 2.5's text takes one noise level a sample: blocks of several cannot share a pass
+    + [(BlockLayout.merged(), LTX25_CHANGES, [0.6] * 4)],
+    ids=[*CASES, "merged, LTX-2.5"],
 )
 def test_block_by_block_is_the_masked_forward(layout, changes, sigmas):
     """Every block writes the K/V of its own noise level: one pass gives all the answers."""

@@ -17,7 +17,7 @@ from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig, block_noise, prompt_kv
 from omniforcing_jax.types import AVLatents
 from tests.tiny_model import (
-    LTX23_CHANGES,
+    LTX25_CHANGES,
     QUICK_COMPILE,
     modalities,
     random_contexts,
@@ -80,9 +80,10 @@ def sinks():
 
 
 @pytest.fixture(scope="module")
-def ltx23():
-    """Modulated text attention, so text K/V per noise level, and a noisy refresh pass."""
-    return Setup(BlockLayout.merged(), context_noise=0.1, **LTX23_CHANGES)
+def ltx25():
+    """Modulated text attention, so text K/V per noise level, a noisy refresh pass, and LTX-2.5's
+    mark on the first latent."""
+    return Setup(BlockLayout.merged(), context_noise=0.1, **LTX25_CHANGES)
 
 
 # -- one block ------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def block_by_hand(s: Setup, block, history=None):
     return x0, velocity(context, level)[1]
 
 
-@pytest.mark.parametrize("name", ["sinks", "ltx23"])
+@pytest.mark.parametrize("name", ["sinks", "ltx25"])
 @pytest.mark.default_xla
 def test_block_step_by_hand(name, request):
     """Noise, sigmas, refresh, and text K/V (per noise level in LTX-2.3) instead of contexts."""
@@ -142,7 +143,7 @@ def test_block_step_by_hand(name, request):
         written = jax.tree.map(lambda x, n=length: x[:, :, :n], getattr(cache.kv, path))
         assert_close(written, getattr(kv, path))
 
-    if name == "ltx23":  # the scan test below goes on from here
+    if name == "ltx25":  # the scan test below goes on from here
         return
     history = student.kv_cache.history(cache, s.rope, s.model.config.rope_type, patches)
     x1, later = next(blocks)
@@ -155,16 +156,16 @@ def test_block_step_by_hand(name, request):
 
 
 @pytest.mark.default_xla
-def test_text_kv_depends_on_the_level_only_where_it_is_modulated(sinks, ltx23):
+def test_text_kv_depends_on_the_level_only_where_it_is_modulated(sinks, ltx25):
     c = sinks.model.config
     assert sinks.text.video.k.shape == (c.num_layers, BATCH, 3, c.video_heads, c.video_head_dim)
-    levels = len(ltx23.config.sigma_levels)
-    assert ltx23.config.sigma_levels == (1.0, 0.6, 0.1)
-    assert ltx23.text.audio.v.shape[:2] == (levels, c.num_layers)
-    k = np.asarray(ltx23.text.video.k)
+    levels = len(ltx25.config.sigma_levels)
+    assert ltx25.config.sigma_levels == (1.0, 0.6, 0.1)
+    assert ltx25.text.audio.v.shape[:2] == (levels, c.num_layers)
+    k = np.asarray(ltx25.text.video.k)
     assert all(np.abs(k[i] - k[j]).max() > 1e-2 for i, j in ((0, 1), (1, 2)))
     with pytest.raises(ValueError, match="needs sigma"):
-        ltx23.model.apply({"params": ltx23.params}, *ltx23.contexts, method="text_kv")
+        ltx25.model.apply({"params": ltx25.params}, *ltx25.contexts, method="text_kv")
 
 
 def assert_close(actual, expected, atol=2e-5):
@@ -177,7 +178,7 @@ def assert_close(actual, expected, atol=2e-5):
 
 
 @pytest.mark.default_xla
-def test_any_block_can_be_redrawn(sinks, ltx23):
+def test_any_block_can_be_redrawn(sinks, ltx25):
     """Noise follows from key and block index, whether the index is static or traced."""
     traced = jit(
         lambda block: block_noise(KEY, block, sinks.config, sinks.model, BATCH, first=False)
@@ -190,7 +191,7 @@ def test_any_block_can_be_redrawn(sinks, ltx23):
     layout = sinks.config.cache.layout
     assert draws[0].video.shape == (2, BATCH, layout.video_frames * 2, 4)
     assert sinks.noise(0).audio.shape == (2, BATCH, layout.first_audio_frames, 6)
-    assert ltx23.noise(1).audio.shape[0] == 3  # two steps and the noisy refresh
+    assert ltx25.noise(1).audio.shape[0] == 3  # two steps and the noisy refresh
     # Independent over blocks, steps, samples, modalities and keys.
     rows = [x.reshape(-1)[:100] for n in draws for x in (n.video[0], n.video[1], n.audio[0])]
     rows += [draws[0].video[0, 1], sinks.noise(5, jax.random.key(4)).video]
@@ -202,7 +203,7 @@ def test_any_block_can_be_redrawn(sinks, ltx23):
 # -- scan and host loop ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param("sinks", marks=pytest.mark.default_xla), "ltx23"])
+@pytest.mark.parametrize("name", [pytest.param("sinks", marks=pytest.mark.default_xla), "ltx25"])
 def test_scan_is_the_host_loop(name, request):
     s = request.getfixturevalue(name)
     clip = s.scan()
@@ -311,17 +312,17 @@ def test_gradients_stop_at_the_cache(sinks):
         ({"context_noise": -0.1}, "context_noise"),
     ],
 )
-def test_bad_configs(ltx23, changes, message):
+def test_bad_configs(ltx25, changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(ltx23.config, **changes)
+        dataclasses.replace(ltx25.config, **changes)
 
 
 @pytest.mark.default_xla
-def test_absolute_positions_need_a_length(ltx23):
-    cache = dataclasses.replace(ltx23.config.cache, positions="absolute")
-    config = dataclasses.replace(ltx23.config, cache=cache)
+def test_absolute_positions_need_a_length(ltx25):
+    cache = dataclasses.replace(ltx25.config.cache, positions="absolute")
+    config = dataclasses.replace(ltx25.config, cache=cache)
     with pytest.raises(ValueError, match="relative"):
-        config.rope(ltx23.model)
-    assert config.rope(ltx23.model, 9).video_time.cos.shape[0] == 4 + 8 * 3
-    endless = ltx23.config.rope(ltx23.model)
+        config.rope(ltx25.model)
+    assert config.rope(ltx25.model, 9).video_time.cos.shape[0] == 4 + 8 * 3
+    endless = ltx25.config.rope(ltx25.model)
     assert endless.audio.cos.shape[0] == 26 + (2 + 1) * 25

@@ -104,7 +104,7 @@ def test_other_converters_point_here(arrays, tmp_path):
     """A Gemma 4 as Hugging Face has it, given as an LTX-2 or a Gemma 3."""
     tower = {key: x for key, x in arrays.items() if key.startswith("model.")}
     write_file(tmp_path / "model.safetensors", tower)
-    with pytest.raises(ConversionError, match=r"not LTX-2; checkpoint_converters\.gemma4 is for"):
+    with pytest.raises(ConversionError, match=r"is a Gemma 4, .*checkpoint_converters\.gemma4"):
         ltx2.convert(tmp_path, tmp_path / "out")
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "config.json").write_text('{"model_type": "gemma4_unified"}')
@@ -113,9 +113,12 @@ def test_other_converters_point_here(arrays, tmp_path):
 
 
 def test_a_stock_gemma_is_not_that_of_ltx(arrays, tmp_path, monkeypatch, capsys):
+    """Given as the folder that holds nothing else, as well."""
     monkeypatch.setattr(gemma4, "_SIZE", (6, 32))
-    source = write_file(tmp_path / "encoder.safetensors", arrays, METADATA)
-    assert not gemma4.main(["--input", str(source), "--output", str(tmp_path / "out")])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_file(folder / "encoder.safetensors", arrays, METADATA)
+    assert not gemma4.main(["--input", str(folder), "--output", str(tmp_path / "out")])
     assert "is not LTX-2.5's own fine-tune of Gemma 4" in capsys.readouterr().out
 
 
@@ -155,9 +158,9 @@ def test_what_is_wrong_is_listed(arrays, tmp_path):
     text = problems(some)
     assert "model.layers.2.self_attn.k_proj.weight: missing" in text
     assert "model.layers.2.self_attn.v_proj.weight: is not part" in text
-    assert "not the settings of a Gemma 4" in problems(arrays, {})
+    assert "has no gemma_config in its metadata, and no config.json" in problems(arrays, {})
     gemma3 = {"gemma_config": json.dumps(synthetic_gemma.text_config("tiny"))}
-    assert "is a Gemma 3; python -m checkpoint_converters.gemma3" in problems(arrays, gemma3)
+    assert "not the settings of a Gemma 4 as LTX-2.5 uses it" in problems(arrays, gemma3)
     assert not (tmp_path / "out").exists()
 
 
