@@ -33,15 +33,19 @@ _OWNERS = (
 )
 _WITHOUT_DIT = tuple(prefix for prefix, _ in _OWNERS if not prefix.startswith(key_map.DIT))
 _TEXT_ENCODER = "layers.0.input_layernorm.weight"  # a key that language models have
+_TINY_DECODER = {"decoder.1.weight", "decoder.22.weight"}  # keys of TAEHV's
 _UPSAMPLER = "post_upsample_res_blocks.0.conv1.weight"  # one that latent upsamplers have
 
 LTX2, GEMMA3, GEMMA4, UPSAMPLER, LORA = "ltx2", "gemma3", "gemma4", "upsampler", "lora"
+TINY_DECODER = "tiny decoder"
 _USE = {
     kind: f"python -m checkpoint_converters.{kind} --input {{path}} converts it"
     for kind in (LTX2, GEMMA3, GEMMA4)
 } | {
     UPSAMPLER: "python -m checkpoint_converters.upsampler --input {path} converts it, for "
     "--upsampler of launch.sample_teacher",
+    TINY_DECODER: "python -m checkpoint_converters.tiny_decoder --input {path} --checkpoint FOLDER "
+    "adds it to a converted LTX-2",
     LORA: "python -m checkpoint_converters.ltx2 --input MODEL --lora {path} merges it into the "
     "model it was made for",
 }
@@ -67,6 +71,8 @@ def identify(tensors: Mapping[str, Tensor]) -> Contents | None:
     layers, stray, others = lora.layers_of(tensors)
     if 2 * len(layers) > len(stray) + len(others):
         return Contents(LORA, f"a LoRA of {len(layers)} layers")
+    if tensors.keys() >= _TINY_DECODER:
+        return Contents(TINY_DECODER, "a tiny video decoder")
     if _UPSAMPLER in tensors:
         return Contents(UPSAMPLER, "a latent upsampler")
     if any(key.endswith(_TEXT_ENCODER) for key in tensors):

@@ -15,7 +15,7 @@ import pickle
 import sys
 import tempfile
 
-from checkpoint_converters import checks
+from checkpoint_converters import checks, contents
 from checkpoint_converters.converting import stay_on_host
 from checkpoint_converters.file_kinds import is_pytorch
 from checkpoint_converters.reading import Checkpoint, assemble, open_checkpoint
@@ -63,6 +63,8 @@ def add(
         if is_pytorch(source):
             source = _as_safetensors(source, pathlib.Path(folder) / f"{source.stem}.safetensors")
         opened = open_checkpoint(source)
+        if wrong := contents.misplaced(source, opened.tensors, contents.TINY_DECODER):
+            raise ConversionError(wrong)
         tensors = {
             _PREFIX + key: info
             for key, info in opened.tensors.items()

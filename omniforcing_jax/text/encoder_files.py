@@ -161,9 +161,12 @@ def load_gemma_config(folder: str | os.PathLike) -> GemmaConfig:
         )
     known = content.get("family") in (FAMILY, GEMMA4_FAMILY)
     if not known or content.get("format") != checkpoints.FORMAT:
+        option = "--upsampler" if content.get("family") == checkpoints.UPSAMPLER else "--checkpoint"
+        what = f", which is for {option}" if content.get("family") in checkpoints.FAMILIES else ""
         raise ValueError(
-            f"{file}: found family {content.get('family')!r}, format {content.get('format')!r}; "
-            f"expected {FAMILY!r} or {GEMMA4_FAMILY!r}, {checkpoints.FORMAT}. {how} creates it"
+            f"{file}: found family {content.get('family')!r}{what}, format "
+            f"{content.get('format')!r}; expected {FAMILY!r} or {GEMMA4_FAMILY!r}, "
+            f"{checkpoints.FORMAT}. {_HOW_TO_CREATE.format(folder='FOLDER')} creates it"
         )
     groups = ("config", "fingerprints", "checksums")
     if wrong := [name for name in groups if not isinstance(content.get(name, {}), dict)]:

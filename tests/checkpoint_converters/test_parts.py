@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from checkpoint_converters import (
+    contents,
     gemma3,
     gemma4,
     lora,
@@ -155,15 +156,14 @@ def test_a_folder_without_safetensors_says_what_is_there(tmp_path):
 
 def test_a_folder_of_published_parts_is_no_diffusers_folder(whole, tmp_path):
     """As LTX-2.5 is downloaded, and as ComfyUI keeps its models: each file is named."""
-    contents = "LTX-2 (transformer, connectors, video_vae, audio_vae, vocoder)"
+    what = "LTX-2 (transformer, connectors, video_vae, audio_vae, vocoder)"
     expected = []
     for folder in ("diffusion_models", "vae"):
         (tmp_path / "models" / folder).mkdir(parents=True)
         file = tmp_path / "models" / folder / "x.safetensors"
         shutil.copy(whole, file)
         expected.append(
-            f"{file}: is {contents}; python -m checkpoint_converters.ltx2 --input {file} converts "
-            "it"
+            f"{file}: is {what}; python -m checkpoint_converters.ltx2 --input {file} converts it"
         )
     lines = refused(tmp_path / "models", tmp_path / "out").splitlines()[1:]
     assert lines == [
@@ -203,7 +203,9 @@ def test_each_kind_of_file_in_the_place_of_every_other(whole, tmp_path):
             assert error.value.problems == [f"{file}: {says[name].format(file)}"], (name, program)
         if name != "lora":
             [problem] = lora.merge({}, [(file, 1.0)], ())[2]
-            assert problem == f"{file}: {says[name].format(file)}" or file.is_dir()
+            assert problem == f"{file}: {says[name].format(file)}"
+    tiny = contents.identify(dict.fromkeys(("decoder.1.weight", "decoder.22.weight")))
+    assert tiny.problem("x").startswith("x: is a tiny video decoder; python -m")
 
 
 # -- tensors that are not LTX-2's ------------------------------------------------------------------

@@ -95,7 +95,11 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
         (gemma, {"length": 100}, "a multiple of the 128 registers, not 100"),
         (gemma, {"quantize": "int3"}, "quantize must be one of none, int8"),
         (gemma.parent / "hf", {}, "is a Hugging Face folder; convert it: python -m"),
-        (checkpoint, {}, "found family 'ltx2', format 1; expected 'gemma3' or 'gemma4', 1"),
+        (
+            checkpoint,
+            {},
+            "found family 'ltx2', which is for --checkpoint, format 1; expected 'gemma3' or",
+        ),
         (changed("words", vocab_size=300), {}, "the tokenizer makes ids up to"),
     ]
     for folder, options, message in cases:
