@@ -6,11 +6,13 @@ The files of LTX-2's trainer (`diffusion_model.X.lora_A.weight`), of diffusers (
 loader does not do. Sums are formed in float32 and rounded once, after the last LoRA.
 """
 
+import argparse
+import functools
 import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ import numpy as np
 from checkpoint_converters import checks, contents, reading
 from checkpoint_converters.computed import ComputedTensor, Rows, rows_of
 from checkpoint_converters.diffusers_layout import official_from_diffusers
-from checkpoint_converters.key_map import DIT
+from checkpoint_converters.key_map import DIT, find_place
 from checkpoint_converters.safetensors_io import (
     ConversionError,
     Problem,
@@ -26,12 +28,14 @@ from checkpoint_converters.safetensors_io import (
     read_header,
     read_tensor,
 )
+from checkpoint_converters.shapes import expected_shapes
 from omniforcing_jax.models import lora
 
 Tensor = TensorInfo | ComputedTensor
 
 # what may stand before the names of layers, outermost first; each once
 _PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "connectors.")
+_ONLY_THE_TRANSFORMER = "which is done once and for all, by checkpoint_converters.ltx2 --lora"
 _FLAT = "lora_unet_"  # then "_" in place of all "."
 ENTRY = "loras"  # of config.json, and of an exported file's config: what was merged
 # metadata of LoRAs that take a reference clip, kept for whoever samples with them
@@ -74,6 +78,21 @@ def parse(text: str) -> tuple[pathlib.Path, float]:
     if not math.isfinite(strength) or strength == 0:
         raise ValueError(f"--lora {text!r}: the strength must be a finite number other than zero")
     return pathlib.Path(file), strength
+
+
+def add_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds `--lora`, whose value is `loras`, a list of (file, strength); `text` is its help."""
+
+    def kind(text: str) -> tuple[pathlib.Path, float]:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    parser.add_argument(
+        "--lora", nargs="+", action="extend", default=[], type=kind, dest="loras",
+        metavar="FILE[:STRENGTH]", help=text,
+    )  # fmt: skip
 
 
 def open_lora(path: pathlib.Path, strength: float = 1.0) -> Lora:
@@ -161,8 +180,64 @@ def merge(
     return merged, records, problems
 
 
+def updates(
+    loras: Sequence[tuple[pathlib.Path, float]], config: Mapping[str, Any]
+) -> tuple[list[lora.KernelUpdate], list[str]]:
+    """What LoRAs add to the transformer of a converted checkpoint; only their headers are read.
+
+    Args:
+      loras: (file, strength), merged in this order.
+      config: the metadata's `config` object, of the checkpoint.
+
+    Returns:
+      For `load_pipeline`; and a line on each file.
+
+    Raises:
+      ConversionError: everything that is wrong.
+    """
+    shapes = {key: shape for part in ("transformer", "connectors")
+              for key, shape in expected_shapes(config, part).items()}  # fmt: skip
+    found, lines, problems = [], [], []
+    for path, strength in loras:
+        try:
+            opened = open_lora(path, strength)
+        except ConversionError as error:
+            problems += error.problems
+            continue
+        targets, wrong = _targets(opened, shapes, ("transformer",), _ONLY_THE_TRANSFORMER)
+        for layer, key in targets.items():
+            try:
+                down, up, scale = _pair(opened, layer, shapes[key])
+            except ValueError as error:
+                wrong.append(Problem(f"{opened.path}: {layer} {error}", "LoRA matrices"))
+                continue
+            place = find_place(key)
+            read = functools.partial(_read_pair, down, up, _broken(opened, layer))
+            found.append(lora.KernelUpdate(place.path, place.layer, scale, read))
+        problems += wrong
+        record = {"name": opened.path.name, "strength": strength, "layers": len(opened.layers)}
+        lines.append(describe(record))
+    if problems:
+        raise ConversionError(problems)
+    return found, lines
+
+
+def _read_pair(down: TensorInfo, up: TensorInfo, broken: str) -> tuple[np.ndarray, np.ndarray]:
+    matrices = tuple(read_tensor(info).astype(np.float32) for info in (down, up))
+    if not all(np.isfinite(matrix).all() for matrix in matrices):
+        raise ConversionError([broken])
+    return matrices
+
+
+def _broken(opened: Lora, layer: str) -> str:
+    return f"{opened.path}: {layer} is not finite; use another copy of the file"
+
+
 def _targets(
-    opened: Lora, tensors: Mapping[str, Tensor], components: Sequence[str]
+    opened: Lora,
+    tensors: Iterable[str],
+    components: Sequence[str],
+    otherwise: str = "which is not converted; add it to --components",
 ) -> tuple[dict[str, str], list[str]]:
     """({layer of the file: official key of the weight}, layers that match nothing)."""
     flat = {}
@@ -178,10 +253,7 @@ def _targets(
         elif key in targets.values():
             problems.append(Problem(f"{opened.path}: has {key} twice", "layers twice"))
         elif contents.owner(key) not in components:
-            text = (
-                f"{opened.path}: {layer} changes the {contents.owner(key)}, which is not "
-                "converted; add it to --components"
-            )
+            text = f"{opened.path}: {layer} changes the {contents.owner(key)}, {otherwise}"
             problems.append(Problem(text, "not among the components"))
         else:
             targets[layer] = key
@@ -207,20 +279,8 @@ def _merged(base: Tensor, opened: Lora, layer: str) -> ComputedTensor:
     Raises:
       ValueError: shapes, dtypes or the alpha do not fit.
     """
-    keys = opened.layers[layer]
-    down, up = opened.tensors[keys.down], opened.tensors[keys.up]
-    rank = down.shape[0] if down.shape else 0
-    fits = rank > 0 and len(base.shape) == 2
-    if not fits or (down.shape, up.shape) != ((rank, base.shape[1]), (base.shape[0], rank)):
-        raise ValueError(
-            f"has matrices of shape {down.shape} and {up.shape}, which do not fit a weight of "
-            f"shape {base.shape}"
-        )
-    for info in (down, up):
-        if info.dtype_code not in checks.WEIGHT_DTYPES:
-            raise ValueError(f"has dtype {info.dtype_code}; use one in bfloat16 or float32")
-    scale = lora.factor(opened.strength, rank, _alpha(opened, keys))
-    broken = [f"{opened.path}: {layer} is not finite; use another copy of the file"]
+    down, up, scale = _pair(opened, layer, base.shape)
+    broken = [_broken(opened, layer)]
 
     def open_rows() -> Rows:
         rows, up_rows = rows_of(base), rows_of(up)
@@ -239,6 +299,27 @@ def _merged(base: Tensor, opened: Lora, layer: str) -> ComputedTensor:
     parts = (*(base.parts if computed else (base,)), down, up)
     recipe = [*(base.recipe if computed else []), "lora", scale]
     return ComputedTensor(base.shape, base.dtype_code, parts, recipe, open_rows)
+
+
+def _pair(opened: Lora, layer: str, shape: tuple[int, ...]) -> tuple[TensorInfo, TensorInfo, float]:
+    """(down, up, factor) of a layer whose weight has this shape, [out, in].
+
+    Raises:
+      ValueError: shapes, dtypes or the alpha do not fit.
+    """
+    keys = opened.layers[layer]
+    down, up = opened.tensors[keys.down], opened.tensors[keys.up]
+    rank = down.shape[0] if down.shape else 0
+    fits = rank > 0 and len(shape) == 2
+    if not fits or (down.shape, up.shape) != ((rank, shape[1]), (shape[0], rank)):
+        raise ValueError(
+            f"has matrices of shape {down.shape} and {up.shape}, which do not fit a weight of "
+            f"shape {shape}"
+        )
+    for info in (down, up):
+        if info.dtype_code not in checks.WEIGHT_DTYPES:
+            raise ValueError(f"has dtype {info.dtype_code}; use one in bfloat16 or float32")
+    return down, up, lora.factor(opened.strength, rank, _alpha(opened, keys))
 
 
 def _alpha(opened: Lora, keys: lora.LayerKeys) -> float | None:

@@ -16,7 +16,6 @@ text encoder, whose text projections belong to the connectors. The text encoder 
 is converted by checkpoint_converters.gemma4; the diffusion decoder is not implemented.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -219,13 +218,6 @@ def check_components(
     return checkpoint, taken, problems
 
 
-def _lora(text: str) -> tuple[pathlib.Path, float]:
-    try:
-        return lora.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     parser = programs.Parser("checkpoint_converters.ltx2", __doc__)
@@ -250,15 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         help="for files whose metadata does not say, e.g. 2.0.0; a whole model without metadata "
         "is taken for the published one of that version, every shape checked",
     )
-    parser.add_argument(
-        "--lora",
-        nargs="+",
-        action="extend",
-        default=[],
-        type=_lora,
-        dest="loras",
-        metavar="FILE[:STRENGTH]",
-        help="LoRA to merge into the weights (strength 1 if none is given); may be repeated",
+    lora.add_option(
+        parser, "LoRA to merge into the weights (strength 1 if none is given); may be repeated"
     )
     parser.add_argument(
         "--recipe",

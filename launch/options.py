@@ -101,6 +101,7 @@ def _inputs(args: argparse.Namespace) -> list[str]:
              "upsampler", "refiner")  # fmt: skip
     found = [
         *(given.get(name) for name in names),
+        *(file for file, _ in given.get("loras") or []),
         *features,
         *([reference] if isinstance(reference, str) else reference),
         *(picture for picture, _ in given.get("keyframe") or []),

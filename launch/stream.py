@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from checkpoint_converters import lora
 from launch import compilation, given_stream, options
 from launch.given_stream import GivenToStream
 from launch.interrupt import Interrupt
@@ -49,6 +50,8 @@ from omniforcing_jax import (
     load_pipeline,
     programs,
 )
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.models.lora import KernelUpdate
 from omniforcing_jax.ops.attention import attention
 from omniforcing_jax.sampling.kv_cache import cache_bytes
 from omniforcing_jax.scaling.devices import check_memory
@@ -69,6 +72,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--bidirectional", action="store_true",
         help="stream a model that was not trained to be streamed: without a history it has seen",
     )  # fmt: skip
+    lora.add_option(
+        parser, "LoRA to add to the transformer's weights in memory (strength 1); may be repeated"
+    )
     add("--prompt", nargs="+", metavar="TEXT", help="what to show; later ones as TEXT@SECOND")
     add(
         "--at", nargs=2, action="append", metavar=("SECOND", "TEXT"),
@@ -124,6 +130,7 @@ class StreamRequest:
       encoder: of the sentences.
       notes: what is otherwise than one might think, a line each.
       given: pictures, film and sound.
+      loras: what is added to the transformer's weights.
     """
 
     rollout: RolloutConfig
@@ -132,6 +139,7 @@ class StreamRequest:
     encoder: PromptEncoder | None
     notes: list[str]
     given: GivenToStream
+    loras: list[KernelUpdate] = dataclasses.field(default_factory=list)
 
 
 def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamRequest:
@@ -372,6 +380,10 @@ def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, StreamRequest]:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     request = check_arguments(args, config)
+    if args.loras:
+        metadata = checkpoints.load_config(args.checkpoint)["config"]
+        updates, lines = lora.updates(args.loras, metadata)
+        request = dataclasses.replace(request, loras=updates, notes=[*request.notes, *lines])
     for note in request.notes:
         programs.say(note)
     media.ClipWriter(io.BytesIO(), **clip_settings(args, config)).close()  # it checks its settings
@@ -403,7 +415,8 @@ def stream(
         request = encode_sentences(request, report)
         report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
         given = request.given
-        how = {"verify": args.verify, "encoders": given.encoders, "tiny": args.decode == "tiny"}
+        how = {"verify": args.verify, "encoders": given.encoders, "loras": request.loras}
+        how["tiny"] = args.decode == "tiny"
         pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
         session = pipeline.session(
             request.rollout,

@@ -13,6 +13,7 @@ import numpy as np
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.checkpoints import TINY_DECODER, UPSAMPLER
+from omniforcing_jax.models import lora
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.audio import vocoder
 from omniforcing_jax.models.audio.vae import AudioVAEConfig
@@ -347,6 +348,7 @@ def load_pipeline(
     encoders: bool = False,
     tiny: bool = False,
     verify: bool = True,
+    loras: Sequence[lora.KernelUpdate] = (),
 ) -> Pipeline:
     """Restores the components that a sampler needs, onto the first device.
 
@@ -356,6 +358,7 @@ def load_pipeline(
       encoders: whether the VAEs' encoders are loaded as well; sampling and decoding need none.
       tiny: load the tiny decoder in place of the video VAE's.
       verify: compare the files with the checksums that they were written with, if they have any.
+      loras: what LoRAs add to the transformer, see `checkpoint_converters.lora.updates`.
 
     Returns:
       Configuration and parameters, from which sessions start.
@@ -380,6 +383,7 @@ def load_pipeline(
         )
         for name, component_dtype in dtypes.items()
     }
+    params["transformer"] = lora.merge(params["transformer"], loras)
     return Pipeline(config, params, dtype)
 
 

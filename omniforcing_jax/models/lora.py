@@ -2,13 +2,19 @@
 
 A weight w [out, in] becomes w + strength * alpha / rank * up @ down, with down [rank, in] and up
 [out, rank]; without an alpha, it is the rank. Here are the arithmetic, on NumPy or JAX arrays
-alike, and the names under which files hold the matrices. Which layer of a model a name means is
-told by whoever knows the model's files; nothing is read here.
+alike, the names under which files hold the matrices, and the sum in a tree of parameters. Which
+layer of a model a name means is told by whoever knows the model's files; nothing is read here.
 """
 
+import functools
 import re
-from collections.abc import Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 Array = TypeVar("Array")
 
@@ -92,3 +98,47 @@ def update(down: Array, up: Array, scale: float) -> Array:
       [out, in], or those rows of it. Our own kernels are [in, out], the transpose.
     """
     return (up * scale) @ down
+
+
+class KernelUpdate(NamedTuple):
+    """What a LoRA adds to one kernel [in, out] of a tree of parameters.
+
+    Attributes:
+      path: "/"-separated, of the leaf.
+      layer: index along its leading axis; None for a leaf that is not stacked.
+      scale: see `factor`.
+      read: the matrices, down [rank, in] and up [out, rank], float32; called once, when it is due.
+    """
+
+    path: str
+    layer: int | None
+    scale: float
+    read: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+def merge(params: dict[str, Any], updates: Sequence[KernelUpdate]) -> dict[str, Any]:
+    """Parameters with LoRAs in them: summed in float32, rounded once to each leaf's own dtype.
+
+    Args:
+      params: nested dict of arrays; the leaves that change are donated.
+      updates: of any number of LoRAs, added in this order.
+    """
+    leaves = flatten_dict(params, sep="/")
+    kernels: dict[tuple[str, int | None], list[KernelUpdate]] = {}
+    for found in updates:
+        kernels.setdefault((found.path, found.layer), []).append(found)
+    for (path, layer), group in kernels.items():
+        added = sum(
+            update(*map(jnp.asarray, found.read()), jnp.float32(found.scale)) for found in group
+        )
+        index = jnp.int32(0 if layer is None else layer)
+        leaves[path] = _add(leaves[path], index, added, stacked=layer is not None)
+    return unflatten_dict(leaves, sep="/")
+
+
+@functools.partial(jax.jit, static_argnames="stacked", donate_argnums=0)
+def _add(leaf: jax.Array, layer: jax.Array, added: jax.Array, *, stacked: bool) -> jax.Array:
+    """leaf [L, in, out] or [in, out] with added [out, in] in one kernel."""
+    kernel = leaf[layer] if stacked else leaf
+    total = (kernel.astype(jnp.float32) + added.T).astype(leaf.dtype)
+    return leaf.at[layer].set(total) if stacked else total

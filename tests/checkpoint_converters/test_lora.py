@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from checkpoint_converters.diffusers_layout import official_from_diffusers
 from checkpoint_converters.key_map import DIT
 from checkpoint_converters.safetensors_io import ConversionError, read_header
 from omniforcing_jax.io import checkpoints
+from omniforcing_jax.models.lora import merge
 from tests.checkpoint_converters.files import read_file, rewrite_file, write_file
 
 LAYER = "transformer_blocks.0.attn1.to_q"
@@ -103,6 +105,19 @@ def test_conversion_with_two_loras(model, style, tmp_path, capsys):
     ulp = np.abs(wanted) * 2.0**-8
     actual = np.asarray(kernel).T.astype(F32)
     assert (np.abs(actual - wanted) <= ulp).all() and (actual == wanted).mean() > 0.99
+    # added to weights in memory, as launch.stream does, they are the same
+    loras = [(style, 0.5), (other, 1.0)]
+    updates, lines = lora.updates(loras, content["config"])
+    assert lines == [lora.describe(first), lora.describe(second)]
+    ltx2.convert(model, tmp_path / "plain")
+    params = checkpoints.load_params(tmp_path / "plain", "transformer")
+    jax.tree.map(
+        lambda ours, converted: np.testing.assert_array_max_ulp(
+            np.asarray(ours, F32), np.asarray(converted, F32), maxulp=1 << 16
+        ),
+        merge(params, updates),
+        checkpoints.load_params(tmp_path / "out", "transformer"),
+    )
     # what was merged is in an exported file as well, and another one comes on top
     export.export(tmp_path / "out", tmp_path / "out.safetensors", components=("transformer",))
     arguments = ["--input", str(tmp_path / "out.safetensors"), "--lora", str(style)]
@@ -117,7 +132,6 @@ def test_conversion_with_two_loras(model, style, tmp_path, capsys):
     with pytest.raises(ConversionError, match="metadata of merged LoRAs cannot be read"):
         ltx2.convert(bad, tmp_path / "x")
     # other weights, so another fingerprint
-    ltx2.convert(model, tmp_path / "plain")
     plain = checkpoints.load_config(tmp_path / "plain")
     assert "loras" not in plain
     assert content["fingerprints"]["transformer"] != plain["fingerprints"]["transformer"]
@@ -319,6 +333,28 @@ def test_a_lora_and_a_model_in_each_others_place(model, style, tmp_path):
     other = write_file(tmp_path / "x.safetensors", {"a.weight": np.ones(3, F32)})
     [problem] = wrong(model, (other, 1.0))
     assert "no pairs of lora_A and lora_B" in problem
+
+
+def test_what_cannot_be_added_in_memory(model, style, tmp_path):
+    """Said before weights are read, all of it."""
+    config = reading.read_metadata(model)["config"]
+
+    def change(arrays):
+        for n in "AB":
+            wrong = arrays.pop(f"diffusion_model.{LAYER}.lora_{n}.weight")
+            arrays[f"diffusion_model.{LAYER}_x.lora_{n}.weight"] = wrong
+            name = "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q"
+            arrays[f"diffusion_model.{name}.lora_{n}.weight"] = wrong
+        name = f"diffusion_model.{LAYER.replace('to_q', 'to_k')}.lora_A.weight"
+        arrays[name] = arrays[name][:, :-1]
+
+    bad = rewrite_file(style, tmp_path / "bad.safetensors", change)
+    with pytest.raises(ConversionError) as error:
+        lora.updates([(bad, 1.0), (model, 1.0)], config)
+    text = "\n".join(error.value.problems)
+    assert f"{LAYER}_x matches no layer of the model" in text
+    assert "changes the connectors, which is done once and for all, by" in text
+    assert "to_k has matrices of shape" in text and "is LTX-2 (transformer, connectors)" in text
 
 
 def test_values_that_are_not_finite(model, style, tmp_path):

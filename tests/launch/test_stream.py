@@ -442,6 +442,7 @@ def test_a_second_ctrl_c_ends_the_stream_at_once(checkpoint, tmp_path, monkeypat
         (["--text-encoder", "GEMMA", "--prompt", "x", "y@-1"], "a second from 0 on, not -1"),
         (["--text-encoder", "GEMMA", "--prompt", "x", "y@1", "z@0.9"], "same second as 'y'"),
         (["--text-encoder", "GEMMA", "--prompt", "x", "y@9"], "starts after the end of the clip"),
+        (["--lora", "GEMMA/../hf"], "is a Gemma 3, the text encoder of LTX-2.0 and 2.3; python"),
         (["--keep-encoder"], "--keep-encoder has no effect without --text-encoder"),
     ],
 )
