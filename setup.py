@@ -35,6 +35,13 @@ TRAIN = [
     *PLOTS,
     *("grain>=0.2.18", "array-record>=0.8", "tensorflow-datasets>=4.9.10", "tensorboardX>=2.6"),
 ]
+# Live streams: HTTP and WebSockets, and figures for Prometheus.
+SERVE = [
+    "starlette>=0.40",
+    "uvicorn>=0.30",
+    "websockets>=14",
+    "prometheus-client>=0.20",
+]
 # The world of balls in pocket/: filters and matching of its measures.
 POCKET = [*PLOTS, "scipy>=1.13"]
 
@@ -45,12 +52,16 @@ EXTRAS_REQUIRE = {
     "train": TRAIN,
     # the demo; training the pocket model takes "train" as well
     "pocket": POCKET,
+    # live streams in a browser
+    "serve": SERVE,
     # runs and checkpoints on gs://
     "storage": ["gcsfs", "google-cloud-storage"],
     # torch, diffusers and transformers are the references that the tests compare with
     "test": [
         *TRAIN,
         *POCKET,
+        *SERVE,
+        "httpx>=0.27",  # starlette's test client
         "hypothesis>=6.100",  # extremes of options and settings
         "pytest>=8.0",
         "pytest-xdist>=3.6",
@@ -78,7 +89,10 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"checkpoint_converters": ["metadata/*.json"]},
+    package_data={
+        "checkpoint_converters": ["metadata/*.json"],
+        "omniforcing_jax": ["serving/page/*"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

@@ -9,8 +9,8 @@ Nothing is allocated, no device needed: weights, optimizer states and batches ar
 compiler refuses what does not fit into the chips' memory; for GPUs the peak is compared with what
 they have. Prints, per device, arguments, temporaries and peak; what travels between devices; and a
 roofline estimate of the step's time; with --traffic, what each part reads and writes in memory,
-and the largest data movements by their place in the model. TPUs need libtpu, GPUs jax's CUDA plugin (see
-`omniforcing_jax.scaling.devices`).
+and the largest data movements by their place in the model. TPUs need libtpu, GPUs jax's CUDA plugin
+(see `omniforcing_jax.scaling.devices`).
 """
 
 import argparse

@@ -29,6 +29,7 @@ MAY_IMPORT = {
 ROWS = (
     {"scaling", "evaluation"},
     {"training", "data"},
+    {"serving"},
     {"pipeline", "encoding", "streaming"},
     {"sampling", "text"},
     {"geometry"},

@@ -1,0 +1,222 @@
+"""Serves live streams: open the page, type, and see and hear.
+
+    python -m launch.serve --checkpoint checkpoints/omniforcing --text-encoder checkpoints/gemma3
+
+Then open http://localhost:8000. Programs talk to the same address, see docs/protocol.md. Everything
+is compiled before the first client is let in. It answers this machine only, unless --host names
+another address; then clients need a token, which is printed, or given with --token.
+
+SIGTERM and Ctrl-C finish the block that is being made, and tell the clients.
+"""
+
+import argparse
+import logging
+import secrets
+import socket
+import sys
+import time
+
+import jax
+from rich.console import Console
+
+from launch import compilation, options
+from omniforcing_jax import (
+    Pipeline,
+    PipelineConfig,
+    PromptEncoder,
+    RolloutConfig,
+    load_pipeline,
+    programs,
+)
+from omniforcing_jax.sampling.kv_cache import cache_bytes
+from omniforcing_jax.scaling.devices import check_memory
+from omniforcing_jax.serving.runtime import Limits, Runtime
+
+try:
+    import uvicorn
+
+    from omniforcing_jax.serving.web import Service, StreamRequest, make_app
+except ImportError as error:
+    raise SystemExit(f"{error}; serving needs it: pip install -e '.[serve]'") from None
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+SHUTDOWN_SECONDS = 10
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this program."""
+    parser = programs.Parser("launch.serve", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="folder written by checkpoint_converters")
+    options.add_text_source(parser)
+    options.add_size(parser)
+    add("--enlarge", type=int, default=1, metavar="N", help="send every pixel as N x N (default 1)")
+    add("--timesteps", type=float, nargs="+", help="of the student (default: as trained)")
+    add("--layout", choices=("prefix", "merged"), help="default: the one of the checkpoint")
+    options.add_cache(parser)
+    add("--recache", action="store_true", help="write the cache anew when a prompt changes")
+    options.add_decoder(parser)
+    options.add_dtype(parser)
+    options.add_attention(parser)
+    options.add_verify(parser)
+    compilation.add_option(parser)
+    server = parser.add_argument_group("the server")
+    limits = Limits()
+    server.add_argument("--host", default="127.0.0.1", help="address (default: this machine only)")
+    server.add_argument("--port", type=int, default=8000, help="default 8000")
+    server.add_argument("--hosts", nargs="+", default=[], metavar="NAME",
+                        help="names by which browsers reach it, besides --host")  # fmt: skip
+    server.add_argument("--token", help="that clients need (default: none on this machine only)")
+    for name, text in (
+        ("sessions", "streams side by side"),
+        ("waiting", "clients in the queue"),
+        ("lead", "seconds that are made ahead of playback"),
+        ("longest", "seconds of a stream"),
+        ("idle", "seconds after which a silent client loses its place"),
+    ):
+        usual = getattr(limits, name)
+        server.add_argument(
+            f"--{name}", type=type(usual), default=usual, help=f"{text} (default {usual:g})"
+        )
+    return parser.parse_args(argv)
+
+
+def check_arguments(
+    args: argparse.Namespace,
+) -> tuple[PipelineConfig, RolloutConfig, PromptEncoder, Limits]:
+    """Checks everything before any weight is read.
+
+    Raises:
+      ValueError, OSError: what is wrong, and what would be right.
+    """
+    limits = Limits(**{name: getattr(args, name) for name in
+                       ("sessions", "waiting", "lead", "longest", "idle")})  # fmt: skip
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port must be from 0 to {2**16 - 1}, not {args.port}")
+    if args.enlarge < 1:
+        raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
+    if not args.text_encoder:
+        raise ValueError("clients send sentences: give --text-encoder FOLDER (a converted Gemma)")
+    config = PipelineConfig.from_checkpoint(args.checkpoint)
+    config.check_complete()
+    if not config.trained.causal:
+        raise ValueError(
+            f"{args.checkpoint} is bidirectional and was not trained to be streamed: give a student"
+        )
+    for note in options.list_deviations(options.use_trained(args, config.trained)):
+        programs.say(note)
+    layout = config.layout(args.layout, args.fps)
+    cache = config.cache(layout, args.window, args.anchors, args.positions)
+    sigmas = config.sigmas(args.timesteps)
+    rollout = config.rollout(args.height, args.width, cache=cache, sigmas=sigmas)
+    rollout.cache.blocks_in_positions(None)  # streams have no end that is known
+    size = cache_bytes(cache, config.transformer, batch=1, patches=rollout.patches,
+                       dtype=options.compute_dtype(args))  # fmt: skip
+    check_memory(f"the caches of {limits.sessions} sessions", limits.sessions * size)
+    return config, rollout, options.make_encoder(args, keep=True), limits
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The address, before anything else is done.
+
+    Raises:
+      OSError: it is in use, or is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        reason = f"cannot listen at {host}, port {port}: {error.strerror}; choose another --port"
+        raise OSError(error.errno, reason) from error
+    return bound
+
+
+def streams(args: argparse.Namespace, pipeline: Pipeline, rollout: RolloutConfig, length: int):
+    """What opens a stream for a request; prompts up to `length` tokens share their programs."""
+
+    def open_stream(request: StreamRequest):
+        return pipeline.session(
+            rollout,
+            request.contexts,
+            seed=request.seed,
+            text_length=length,
+            implementation=args.attention,
+            decode_mode=args.decode,
+            given="audio" if request.sound else None,
+            wait=request.sound,
+            **options.decoder_settings(args),
+        )
+
+    return open_stream
+
+
+def warm_up(open_stream, encoder: PromptEncoder, console: Console) -> None:
+    """Compiles all that streams with and without pushed sound will need."""
+    start = time.perf_counter()
+    with console.status("compiling ...") as status:
+        contexts = encoder.contexts("a calm sea")
+        for sound in (False, True):
+            done = []
+
+            def show(part: str, done: list[str] = done) -> None:
+                done.append(part)
+                status.update(f"compiling: {', '.join(done)} done")
+
+            stream = open_stream(StreamRequest(contexts, 0, sound))
+            stream.warm_up(show)
+    console.print(f"compiling  {time.perf_counter() - start:6.2f} s")
+
+
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parse_arguments(argv)
+    config, rollout, encoder, limits = check_arguments(args)
+    bound = bind(args.host, args.port)
+    open_to_all = args.host not in LOOPBACK
+    token = args.token or (secrets.token_urlsafe(16) if open_to_all else None)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    compilation.use_cache(not args.no_compilation_cache)
+    dtype = options.compute_dtype(args)
+    console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
+    how = {"verify": args.verify, "encoders": True, "tiny": args.decode == "tiny"}
+    pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
+    open_stream = streams(args, pipeline, rollout, encoder.length)
+    with options.plain_warnings(console):
+        warm_up(open_stream, encoder, console)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
+    logging.getLogger("omniforcing_jax.serving").setLevel(logging.INFO)
+    with Runtime(open_stream, args.fps, limits) as runtime:
+        service = Service(
+            runtime,
+            encoder.contexts,
+            args.width,
+            args.height,
+            args.fps,
+            config.vocoder.sample_rate,
+            enlarge=args.enlarge,
+            image_crf=config.image_crf,
+            hosts=(*LOOPBACK[:2], "[::1]", args.host, *args.hosts),
+            token=token,
+        )
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(service),
+                log_level="warning",
+                ws_max_size=16 << 20,
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            )
+        )
+        port, suffix = bound.getsockname()[1], f"/?token={token}" if token else ""
+        name = "localhost" if args.host in LOOPBACK else args.host
+        console.print(f"ready      http://{name}:{port}{suffix}")
+        server.run(sockets=[bound])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Who is stepped when, with streams that take a fixed time and a clock that is set by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from omniforcing_jax.serving.runtime import (
+    Begun,
+    Ended,
+    Full,
+    Limits,
+    Made,
+    Refused,
+    Runtime,
+    Waiting,
+)
+from omniforcing_jax.streaming.chunks import Chunk, Timings
+
+FRAME_RATE = 24
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeStream:
+    """Makes a second of video in `cost` seconds of the clock, and logs who was stepped."""
+
+    def __init__(self, request, clock, log):
+        self.name, self.cost = request
+        self.clock, self.log = clock, log
+        self.prompt, self.block, self.waiting = "first", 0, False
+
+    def step(self) -> Chunk:
+        if self.prompt == "break":
+            raise FloatingPointError("block 3 has latents that are not finite")
+        self.clock.now += self.cost
+        self.log.append((self.name, self.block, self.prompt))
+        frames = np.zeros((1, 0 if self.waiting else FRAME_RATE, 2, 2, 3), np.uint8)
+        waveform = np.zeros((1, 0, 2), np.float32)
+        self.block += not self.waiting
+        timings = Timings(0, 0, 0, 0, 0)
+        return Chunk(self.block, 0, 0, frames, waveform, timings, waiting=self.waiting)
+
+
+@dataclasses.dataclass
+class World:
+    runtime: Runtime
+    clock: Clock
+    log: list
+
+    def client(self, name, cost=0.1):
+        events = []
+        return self.runtime.join((name, cost), events.append), events
+
+    def run(self, seconds: float, *seats) -> None:
+        """Lets the time pass; the clients take what is made."""
+        end = self.clock.now + seconds
+        while self.clock.now < end:
+            wait = self.runtime.advance()
+            for seat in seats:
+                seat.taken(seat._made)
+            if wait != 0:
+                self.clock.now = min(end, self.clock.now + (wait or 1.0))
+
+
+@pytest.fixture
+def world():
+    def make(**limits):
+        clock, log = Clock(), []
+        runtime = Runtime(
+            lambda request: FakeStream(request, clock, log), FRAME_RATE, Limits(**limits), clock
+        )
+        return World(runtime, clock, log)
+
+    return make
+
+
+def made(events):
+    return [event for event in events if isinstance(event, Made)]
+
+
+def test_generation_keeps_its_lead(world):
+    w = world(lead=1.5)
+    seat, events = w.client("a")
+    w.run(20, seat)
+    assert isinstance(events[0], Begun)
+    blocks = made(events)
+    assert 20 <= len(blocks) <= 23  # a second each, the lead ahead
+    assert all(event.late == 0 for event in blocks)
+    assert all(event.lead <= 1.5 + 1 for event in blocks)
+    assert min(event.lead for event in blocks[3:]) > 1
+
+
+def test_a_turn_is_applied_at_the_next_border_and_in_order(world):
+    w = world()
+    seat, events = w.client("a")
+    w.run(5, seat)
+    seat.turn(lambda stream: setattr(stream, "prompt", "second"))
+    seat.turn(lambda stream: setattr(stream, "prompt", stream.prompt + "!"))
+
+    def refuse(stream):
+        raise ValueError("the text has 2000 tokens")
+
+    seat.turn(refuse)
+    before = len(w.log)
+    w.run(3, seat)
+    assert {prompt for _, _, prompt in w.log[before:]} == {"second!"}
+    assert [event.problem for event in events if isinstance(event, Refused)] == [
+        "the text has 2000 tokens"
+    ]
+
+
+def test_sessions_share_the_device_by_their_leads(world):
+    """A slow one does not slow the other down as long as both can be served."""
+    w = world(sessions=2)
+    (a, heard_a), (b, heard_b) = w.client("a", 0.1), w.client("b", 0.7)
+    w.run(30, a, b)
+    for events in (heard_a, heard_b):
+        assert len(made(events)) >= 29
+        assert sum(event.late for event in made(events)) == 0
+
+
+def test_too_slow_is_said(world):
+    w = world()
+    seat, events = w.client("a", cost=1.5)
+    w.run(30, seat)
+    late = [event.late for event in made(events)]
+    assert late[3:] == pytest.approx([0.5] * len(late[3:]))
+    assert w.runtime.figures().late_blocks == len([x for x in late if x])
+
+
+def test_places_and_the_queue(world):
+    w = world(sessions=1, waiting=2)
+    seats = [w.client(name) for name in "abc"]
+    w.run(1, seats[0][0])
+    with pytest.raises(Full, match="2 wait"):
+        w.client("d")
+    assert [events[0].position for _, events in seats[1:]] == [1, 2]
+    seats[0][0].leave()
+    w.run(1, seats[1][0])
+    assert isinstance(seats[0][1][-1], Ended)
+    assert any(isinstance(event, Begun) for event in seats[1][1])
+    assert seats[2][1][-1] == Waiting(1)
+    figures = w.runtime.figures()
+    assert (figures.sessions, figures.waiting, figures.refused) == (1, 1, 1)
+
+
+def test_clients_that_stall_pause_or_vanish(world):
+    w = world(sessions=3, idle=10, lead=1.5)
+    (_, s), (paused, p), (honest, h) = (w.client(name) for name in ("s", "p", "h"))
+    w.run(0.5, honest)
+    paused.pause()
+    w.run(5, honest)
+    assert len(made(s)) <= 4  # no more than the buffers hold
+    before = len(made(p))
+    paused.resume()
+    w.run(3, honest, paused)
+    assert len(made(p)) >= before + 3
+    assert all(event.late == 0 for event in made(p))
+    w.run(10, honest, paused)
+    assert isinstance(s[-1], Ended)
+    assert "nothing was heard" in s[-1].reason
+    assert len(made(h)) >= 17
+    assert all(event.late == 0 for event in made(h))
+
+
+def test_sound_that_has_not_arrived_holds_nobody_else_up(world):
+    w = world(sessions=2)
+    (a, _), (b, heard_b) = w.client("a", 0.01), w.client("b", 0.1)
+    w.run(0.5, a, b)
+    a.turn(lambda stream: setattr(stream, "waiting", True))
+    w.run(10, a, b)
+    assert len(made(heard_b)) >= 10
+    assert all(event.late == 0 for event in made(heard_b))
+
+
+def test_one_that_fails_ends_alone(world):
+    w = world(sessions=2)
+    (a, heard_a), (b, heard_b) = w.client("a"), w.client("b")
+    w.run(3, a, b)
+    a.turn(lambda stream: setattr(stream, "prompt", "break"))
+    w.run(5, a, b)
+    assert isinstance(heard_a[-1].error, FloatingPointError)
+    assert len(made(heard_b)) >= 8
+
+    def broken(event):
+        raise OSError("the socket is gone")
+
+    w.runtime.join(("c", 0.1), broken)
+    w.run(2, b)
+    assert w.runtime.figures().sessions == 1
+
+
+def test_a_stream_ends_at_its_limit_and_all_at_the_end(world):
+    w = world(longest=4)
+    seat, events = w.client("a")
+    w.run(10, seat)
+    assert "4 s" in events[-1].reason
+    with pytest.raises(ValueError, match="lead must be"):
+        Limits(lead=-1)
+
+
+def test_the_thread():
+    """The same on real time: a block at once, a turn, and an orderly end."""
+    import threading
+    import time
+
+    class Stream(FakeStream):
+        def step(self):
+            time.sleep(0.005)
+            return super().step()
+
+    begun, ended, events = threading.Event(), threading.Event(), []
+
+    def on_event(event):
+        events.append(event)
+        begun.set() if isinstance(event, Made) else None
+        ended.set() if isinstance(event, Ended) else None
+
+    log = []
+    with Runtime(lambda request: Stream(request, Clock(), log), FRAME_RATE) as runtime:
+        seat = runtime.join(("a", 0), on_event)
+        assert begun.wait(10)
+        seat.turn(lambda stream: setattr(stream, "prompt", "second"))
+        seat.taken(100)
+    assert ended.is_set()
+    assert "shut down" in events[-1].reason
+    with pytest.raises(Full, match="shut down"):
+        runtime.join(("b", 0), on_event)
