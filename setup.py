@@ -61,7 +61,7 @@ EXTRAS_REQUIRE = {
         *TRAIN,
         *POCKET,
         *SERVE,
-        "httpx>=0.27",  # starlette's test client
+        "playwright>=1.45",  # the page, in the Chromium of the system
         "hypothesis>=6.100",  # extremes of options and settings
         "pytest>=8.0",
         "pytest-xdist>=3.6",

@@ -44,7 +44,9 @@ MESSAGES_PER_SECOND = 100
 SOUND_AHEAD = 30.0  # seconds of pushed sound beyond what is made
 REFUSED = 1008  # WebSocket's status for a breach of policy
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; media-src 'self' blob:; img-src 'self' blob:",
+    "Content-Security-Policy": (
+        "default-src 'self'; media-src 'self' blob:; img-src 'self' blob: data:"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }

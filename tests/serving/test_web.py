@@ -1,0 +1,331 @@
+"""The server over real sockets, with streams that need no model."""
+
+import asyncio
+import contextlib
+import io
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image as Picture
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from omniforcing_jax.serving import client, protocol, uploads, web
+from omniforcing_jax.serving.runtime import Limits, Runtime
+from omniforcing_jax.serving.web import Service, make_app
+from omniforcing_jax.streaming.chunks import Chunk, Timings
+from omniforcing_jax.streaming.media import read_clip
+
+WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE = 64, 48, 24, 16_000
+COLOURS = {"red": (250, 20, 20), "blue": (20, 20, 250), "green": (20, 250, 20)}
+
+
+class ColourStream:
+    """Shows the colour that the prompt names, or the picture that is given."""
+
+    def __init__(self, request):
+        self.shown, self.block, self.sound = COLOURS[request.contexts], 0, request.sound
+        self.heard = []
+
+    def set_prompt(self, contexts):
+        self.shown = COLOURS[contexts]
+
+    def set_image(self, pixels, strength):
+        if strength < 0.5:
+            raise ValueError("the strength is too low for this stream")
+        self.shown = ((pixels.mean((0, 1)) + 1) * 127.5).tolist()
+
+    def push_audio(self, waveform, rate):
+        self.heard.append((waveform.shape, rate))
+
+    def step(self) -> Chunk:
+        waiting = self.sound and len(self.heard) <= self.block
+        count = 0 if waiting else 1
+        frames = np.zeros((1, FRAME_RATE * count, HEIGHT, WIDTH, 3), np.uint8)
+        frames[:] = self.shown
+        waveform = np.zeros((1, SAMPLE_RATE * count, 2), np.float32)
+        place = self.block * FRAME_RATE, self.block * SAMPLE_RATE
+        self.block += count
+        return Chunk(
+            self.block, *place, frames, waveform, Timings(0, 0, 0, 0, 0), waiting=bool(waiting)
+        )
+
+
+def encode(text: str) -> str:
+    if text not in COLOURS:
+        raise ValueError(f"{text!r} is no colour")
+    return text
+
+
+@contextlib.contextmanager
+def serving(token=None, hosts=("localhost", "127.0.0.1"), **limits):
+    """Runs a server; yields its port."""
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    bound.listen()
+    with Runtime(ColourStream, FRAME_RATE, Limits(**{"lead": 2.0} | limits)) as runtime:
+        service = Service(runtime, encode, WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE,
+                          token=token, hosts=hosts)  # fmt: skip
+        config = uvicorn.Config(make_app(service), log_level="error", ws_max_size=32 << 20)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            yield bound.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def port():
+    with serving(sessions=2, waiting=1) as port:
+        yield port
+
+
+def colours(path) -> list[str]:
+    """What a clip shows, once for every stretch."""
+    frames = read_clip(path)[0].mean((1, 2))
+    names = [min(COLOURS, key=lambda n: np.abs(frame - COLOURS[n]).sum()) for frame in frames]
+    return [n for i, n in enumerate(names) if i == 0 or names[i - 1] != n]
+
+
+def test_a_clip_is_recorded_and_steered(port, tmp_path):
+    path, file = tmp_path / "clip.mp4", io.BytesIO()
+    Picture.new("RGB", (200, 100), COLOURS["green"]).save(file, "PNG")
+
+    async def run():
+        async with client.open_session(f"ws://127.0.0.1:{port}") as session:
+            assert (session.hello.width, session.hello.frame_rate) == (WIDTH, FRAME_RATE)
+            await session.send(protocol.Start("red", seed=7))
+            received, problems = [], []
+            async for message in session:
+                if isinstance(message, protocol.Block) and message.end == 2:
+                    await session.send(protocol.Prompt("blue"))
+                    await session.send(protocol.Prompt("purple"))
+                    await session.send(protocol.Image(), file.getvalue())
+                    await session.send(protocol.Image(0.1), file.getvalue())
+                    await session.send(protocol.Image(), b"no picture")
+                if isinstance(message, protocol.Block) and message.end == 8:
+                    await session.send(protocol.Stop())
+                problems += [message.message] if isinstance(message, protocol.Problem) else []
+                received.append(message)
+        return received, problems
+
+    received, problems = asyncio.run(run())
+    texts = [message for message in received if not isinstance(message, bytes)]
+    assert texts[0] == protocol.Begun(7)
+    assert texts[-1] == protocol.Ended("stopped", False)
+    (media,) = [message for message in texts if isinstance(message, protocol.Media)]
+    assert media.mime.startswith('video/mp4; codecs="avc1.')
+    path.write_bytes(b"".join(message for message in received if isinstance(message, bytes)))
+    shown = colours(path)
+    assert shown[0] == "red"
+    assert shown[-1] == "green"
+    assert any("no colour" in problem for problem in problems)
+    assert any("strength is too low" in problem for problem in problems)
+    assert any("refused" in problem for problem in problems)
+
+
+def test_the_client_program(port, tmp_path, capsys):
+    path = tmp_path / "clip.mp4"
+    arguments = [f"ws://127.0.0.1:{port}", "--prompt", "red", "--at", "1", "blue"]
+    assert not client.main([*arguments, "--seconds", "4", "--output", str(path)])
+    assert colours(path) == ["red", "blue"]
+    assert "0 late" in capsys.readouterr().out
+    assert client.main([*arguments[:2], "purple", "--output", str(path)]) == 1
+    assert "'purple' is no colour" in capsys.readouterr().err
+    assert client.main(["ws://127.0.0.1:1", *arguments[1:3], "--output", str(path)]) == 1
+
+
+def post(port, body: bytes, **headers):
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/clip", body, headers)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_a_whole_clip(port):
+    status, data = post(port, json.dumps({"prompt": "blue", "seconds": 2.5}).encode())
+    assert status == 200
+    frames, _, waveform, _ = read_clip(io.BytesIO(data))
+    assert len(frames) == 60
+    assert len(waveform) == pytest.approx(2.5 * SAMPLE_RATE, abs=2048)
+    for body, problem in (
+        (b"[]", "must be a JSON object"),
+        (b'{"prompt": "red", "seconds": 1e9}', "at most"),
+        (b'{"prompt": "red", "seconds": NaN}', "seconds"),
+        (b'{"prompt": ""}', "empty"),
+        (b'{"prompt": 3}', "'prompt'"),
+        (b"x" * 100_000, "too long"),
+    ):
+        status, data = post(port, body)
+        assert status in (400, 413)
+        assert problem in json.loads(data)["problem"]
+
+
+MALFORMED = [
+    ["no JSON"],
+    ['{"type": "fly"}'],
+    ["[1]"],
+    [b"\x00"],
+    ['{"type": "start"}'],
+    ['{"type": "start", "prompt": 3}'],
+    ['{"type": "start", "prompt": "red", "seed": -1}'],
+    ['{"type": "start", "prompt": "red", "seed": 1e99}'],
+    ['{"type": "start", "prompt": "red", "more": 1}'],
+    ['{"type": "start", "prompt": ""}'],
+    [f'{{"type": "start", "prompt": "{"x" * 5000}"}}'],
+    ["[" * 50_000],
+    ["x" * 100_000],
+    ['{"type": "start", "prompt": "red"}', b"\x00\x01"],
+    ['{"type": "start", "prompt": "red"}', '{"type": "start", "prompt": "red"}'],
+    ['{"type": "start", "prompt": "red"}', '{"type": "image", "strength": NaN}'],
+    ['{"type": "start", "prompt": "red"}', '{"type": "image"}', '{"type": "stop"}'],
+    ['{"type": "start", "prompt": "red"}', '{"type": "audio", "rate": 0}'],
+    ['{"type": "start", "prompt": "red"}', '{"type": "audio", "rate": 16000}', b"\x00"],
+    ['{"type": "start", "prompt": "red"}', *['{"type": "resume"}'] * 200],
+]
+
+
+@pytest.mark.parametrize("messages", MALFORMED, ids=range(len(MALFORMED)))
+def test_garbage_ends_one_session(port, messages):
+    """With a reason; what others have is not touched, and the place is free again."""
+
+    async def run():
+        async with connect(f"ws://127.0.0.1:{port}/session", max_size=None) as connection:
+            await connection.recv()
+            with contextlib.suppress(ConnectionClosed):
+                for message in messages:
+                    await connection.send(message)
+            texts = []
+            with contextlib.suppress(ConnectionClosed):
+                async with asyncio.timeout(20):
+                    while True:
+                        texts.append(await connection.recv())
+            return [json.loads(text) for text in texts if isinstance(text, str)]
+
+    last = asyncio.run(run())[-1]
+    assert last["type"] == "ended"
+    assert last["failed"]
+
+
+def test_who_is_let_in(tmp_path):
+    async def connects(port, path="/session", **headers):
+        try:
+            async with connect(
+                f"ws://127.0.0.1:{port}{path}", additional_headers=headers
+            ) as connection:
+                await connection.recv()
+            return True
+        except InvalidStatus:
+            return False
+
+    with serving(token="secret") as port:
+        assert not asyncio.run(connects(port))
+        assert not asyncio.run(connects(port, "/session?token=wrong"))
+        assert asyncio.run(connects(port, "/session?token=secret"))
+        assert asyncio.run(connects(port, Authorization="Bearer secret"))
+        foreign = {"Origin": "http://elsewhere.example"}
+        assert not asyncio.run(connects(port, "/session?token=secret", **foreign))
+        own = {"Origin": f"http://127.0.0.1:{port}"}
+        assert asyncio.run(connects(port, "/session?token=secret", **own))
+        assert post(port, b'{"prompt": "red"}')[0] == 403
+        arguments = [
+            f"ws://127.0.0.1:{port}",
+            "--prompt",
+            "red",
+            "--output",
+            str(tmp_path / "a.mp4"),
+        ]
+        assert client.main(arguments) == 2
+        # a name that leads here but is not ours (DNS rebinding)
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/healthz")
+        request.add_header("Host", "evil.example")
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(request)
+
+
+def test_a_full_house_and_its_figures(port):
+    async def run():
+        async with contextlib.AsyncExitStack() as stack:
+            sessions = []
+            for _ in range(3):
+                opening = client.open_session(f"ws://127.0.0.1:{port}")
+                sessions.append(await stack.enter_async_context(opening))
+                await sessions[-1].send(protocol.Start("red"))
+                await asyncio.sleep(0.2)
+            async for message in sessions[2]:
+                assert message == protocol.Waiting(1)
+                break
+            opening = client.open_session(f"ws://127.0.0.1:{port}")
+            refused = await stack.enter_async_context(opening)
+            await refused.send(protocol.Start("red"))
+            async for message in refused:
+                assert isinstance(message, protocol.Ended)
+                assert "1 wait" in message.reason
+            address = f"http://127.0.0.1:{port}/metrics"
+            return await asyncio.to_thread(lambda: urllib.request.urlopen(address).read().decode())
+
+    figures = asyncio.run(run())
+    assert "omniforcing_sessions 2.0" in figures
+    assert "omniforcing_waiting 1.0" in figures
+
+
+def test_sound_is_pushed_and_waited_for(port):
+    async def run():
+        async with client.open_session(f"ws://127.0.0.1:{port}") as session:
+            await session.send(protocol.Start("red", sound=True))
+            ends, problems = [], []
+            second = np.zeros(16_000, "<i2").tobytes()
+            async for message in session:
+                if isinstance(message, protocol.Begun):
+                    await asyncio.sleep(0.3)  # nothing is made meanwhile
+                    assert not ends
+                    for _ in range(40):
+                        await session.send(protocol.Audio(16_000), second)
+                if isinstance(message, protocol.Block):
+                    ends.append(message.end)
+                problems += [message] if isinstance(message, protocol.Problem) else []
+                if len(ends) >= 3 and problems:
+                    return ends, problems
+
+    ends, problems = asyncio.run(run())
+    assert ends[:3] == [1, 2, 3]
+    assert "kept ahead" in problems[0].message
+
+
+def test_the_page_asks_nobody_else(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as response:
+        text = response.read().decode()
+        assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+    assert "<textarea" in text
+    for name in ("app.js", "style.css", "microphone.js"):
+        content = (web.PAGE / name).read_text()
+        assert "http://" not in content.replace("http://www.w3.org", "")
+        assert "https://" not in content
+    for path in ("../web.py", "%2e%2e/web.py", "..%2fweb.py", "/etc/passwd"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}")
+
+
+def test_hostile_pictures():
+    def decode(data):
+        return asyncio.run(uploads.decode_image(data))
+
+    file = io.BytesIO()
+    Picture.new("L", (20, 10), 200).save(file, "PNG")
+    assert decode(file.getvalue()).shape == (10, 20, 3)
+    bomb = io.BytesIO()
+    Picture.new("1", (40_000, 40_000)).save(bomb, "PNG")  # a few kB become gigabytes
+    for data in (b"\x89PNG\r\n\x1a\n", bomb.getvalue()):
+        with pytest.raises(ValueError, match="refused"):
+            decode(data)
