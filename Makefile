@@ -23,7 +23,7 @@ PROMPT = a big yellow ball bounces on the floor
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pocket pocket-report pocket-ablations tiny test test-slow aot lint format bench clean
+.PHONY: help demo serve pocket pocket-report pocket-ablations tiny test test-slow aot lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,15 @@ demo: $(VENV)/.installed-demo  ## the pocket model: from a sentence to 10 s of b
 	@echo "                       impacts seen (above) and tones heard (below)"
 	@echo "Colours are red, yellow, green, cyan, blue and pink, sizes small, medium and large; one or"
 	@echo "two balls: make demo PROMPT=\"a small green ball and a huge blue one hop in a dark room\""
+
+serve: $(VENV)/.installed-serve  ## the pocket model live, in the browser: http://localhost:8000
+	@mkdir -p $(DEMO)
+	$(BIN)/python -m checkpoint_converters.ltx2 --output $(DEMO)/checkpoint --overwrite \
+		--input pocket/weights/student.safetensors pocket/weights/shared.safetensors
+	$(BIN)/python -m checkpoint_converters.gemma3 --input pocket/weights/gemma \
+		--output $(DEMO)/gemma --overwrite
+	$(BIN)/python -m launch.serve --checkpoint $(DEMO)/checkpoint --text-encoder $(DEMO)/gemma \
+		--enlarge 8
 
 tiny: $(VENV)/.installed-train  ## all three stages with random weights, then stream from the student
 	@mkdir -p $(TINY)
@@ -128,6 +137,10 @@ $(VENV)/.installed-train: setup.py $(VENV)/.installed
 
 $(VENV)/.installed-demo: setup.py $(VENV)/.installed
 	@$(PIP) install --use-pep517 --editable '.[pocket]'
+	@touch $@
+
+$(VENV)/.installed-serve: setup.py $(VENV)/.installed
+	@$(PIP) install --use-pep517 --editable '.[serve]'
 	@touch $@
 
 $(VENV)/.installed-pocket: setup.py $(VENV)/.installed-train $(VENV)/.installed-demo
