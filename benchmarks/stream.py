@@ -61,12 +61,12 @@ from omniforcing_jax.models.audio.vae import AudioDecoder
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
 from omniforcing_jax.models.tiny_decoder import TinyDecoderConfig
 from omniforcing_jax.models.transformer.inputs import Pathways
-from omniforcing_jax.models.transformer.layers import History
+from omniforcing_jax.models.transformer.layers import Slots
 from omniforcing_jax.models.transformer.model import TextKV, Transformer, init_params
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.pipeline import Pipeline, PipelineConfig
-from omniforcing_jax.sampling import flow, kv_cache, student
+from omniforcing_jax.sampling import flow, kv_cache, student, weights
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_bytes
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.scaling import flops
@@ -171,7 +171,7 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
         transformer = dataclasses.replace(config.transformer, num_audio_sinks=args.sinks)
         config = dataclasses.replace(config, transformer=transformer)
     pipeline = Pipeline(config, {}, dtype)
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys, model = jax.random.split(jax.random.key(0), 4), pipeline.transformer(args.attention)
     latents = jnp.zeros((1, 2, config.audio_vae.latent_bins, config.audio_vae.latent_channels))
     mel = jnp.zeros((1, 8, config.vocoder.mel_bins, vocoder.STEREO))
     vae = jax.eval_shape(functools.partial(video_vae.init_params, config.video_vae), keys[1])
@@ -180,7 +180,7 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
     sound = jax.eval_shape(vocoder.vocoder_module(config.vocoder).init, keys[3], mel)
     width = config.transformer.audio_channels
     params = {
-        "transformer": random_transformer(pipeline.transformer(args.attention), keys[0]),
+        "transformer": weights.per_layer(random_transformer(model, keys[0])),
         "video_vae": random_params(vae, keys[1], dtype),  # without its encoder, as loaded
         "audio_vae": {
             "decoder": random_params(nn.unbox(audio["params"]), keys[2], dtype),
@@ -275,11 +275,11 @@ def connector_seconds(args: argparse.Namespace, repeats: int = 5) -> float:
 
 @functools.partial(jax.jit, static_argnames=("model", "config"))
 def rotated_keys(
-    model: Transformer, cache: RollingCache, rope: ClipRope, *, config: RolloutConfig
-) -> Pathways:
+    model: Transformer, params, cache: RollingCache, rope: ClipRope, *, config: RolloutConfig
+) -> tuple[Pathways, ...]:
     """The history's keys at their positions, which all passes of a block share."""
-    history = student.bind(model, None, cache, rope, config, first=False).history
-    return jax.tree.map(lambda h: h.kv.k, history, is_leaf=lambda h: isinstance(h, History))
+    history = student.bind(model, params, cache, rope, config, first=False).history
+    return jax.tree.map(lambda h: h.rotated, history, is_leaf=lambda h: isinstance(h, Slots))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("cache",))
@@ -287,7 +287,7 @@ def refresh_block(
     model: Transformer,
     params,
     cache: RollingCache,
-    keys: Pathways,
+    keys: tuple[Pathways, ...],
     text: TextKV,
     rope: ClipRope,
     x0: AVLatents,
@@ -297,12 +297,12 @@ def refresh_block(
 ) -> RollingCache:
     """The end of a block that has `rotated_keys` at hand: refresh pass, and write of its K/V."""
 
-    def with_keys(history, k):
-        return history.replace(kv=history.kv.replace(k=k))
-
     forward = student.bind(model, params, cache, rope, config, first=False)
     history = jax.tree.map(
-        with_keys, forward.history, keys, is_leaf=lambda h: isinstance(h, History)
+        lambda slots, k: slots.replace(rotated=k),
+        forward.history,
+        keys,
+        is_leaf=lambda h: isinstance(h, Slots),
     )
     forward = dataclasses.replace(forward, history=history)
     kv = student.refresh(forward, text, x0, noise, config)
@@ -315,7 +315,7 @@ def block_parts(
     """Median wall seconds of `rotated_keys` and of `refresh_block`, on a full cache."""
     model, params = pipeline.transformer(args.attention), pipeline.params["transformer"]
     held = config.cache.capacity + 1
-    cache = student.new_cache(model, config, 1).replace(num_blocks=jnp.int32(held))
+    cache = student.new_cache(model, config, 1, params).replace(num_blocks=jnp.int32(held))
     rope = config.rope(model, None if args.positions == "relative" else held + repeats + 1)
     text = text_kv(pipeline, args, config, "refresh")
     noise = student.block_noise(jax.random.key(0), held, config, model, 1, first=False)
@@ -323,7 +323,7 @@ def block_parts(
     seconds = []
     for _ in range(repeats + 1):  # the first one compiles
         marks = [time.perf_counter()]
-        keys = jax.block_until_ready(rotated_keys(model, cache, rope, config=config))
+        keys = jax.block_until_ready(rotated_keys(model, params, cache, rope, config=config))
         marks.append(time.perf_counter())
         cache = refresh_block(model, params, cache, keys, text, rope, x0, noise, config=config)
         jax.block_until_ready(cache)
@@ -438,7 +438,8 @@ def steady_state(pipeline: Pipeline, args, config: RolloutConfig) -> dict:
 def arithmetic(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, float]:
     """Sizes of the model and its cache, and operations for a block while the cache is full."""
     model, layout = pipeline.config.transformer, config.cache.layout
-    late = config.cache.capacity + 1
+    late, patches = config.cache.capacity + 1, config.patches
+    cache_shape = {"batch": 1, "patches": patches, "dtype": pipeline.dtype, "per_layer": True}
     transformer = flops.block_flops(model, config, late, args.text_tokens)
     latents = layout.video_frames
     if args.decode == "window":
@@ -451,9 +452,7 @@ def arithmetic(pipeline: Pipeline, args, config: RolloutConfig) -> dict[str, flo
         decoder = tiny_decoder.decoder_flops(pipeline.config.tiny_decoder, latents * config.patches)
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(pipeline.params["transformer"])),
-        "cache_bytes": cache_bytes(
-            config.cache, model, batch=1, patches=config.patches, dtype=pipeline.dtype
-        ),
+        "cache_bytes": cache_bytes(config.cache, model, **cache_shape),
         "flops_per_second_of_video": (transformer + decoder) / layout.block_seconds,
         "transformer_flops_per_block": transformer,
         "decode_flops_per_block": decoder,

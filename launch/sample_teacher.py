@@ -273,7 +273,7 @@ def run(
                 clip = request.second.clip
                 refined = given.condition(args.checkpoint, clip, **how)
     with timed(console, f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}"):
-        pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify)
+        pipeline = load_pipeline(args.checkpoint, dtype=dtype, verify=args.verify, per_layer=False)
     passes = sampling.guidance.passes()
     with timed(console, f"sampling {len(sampling.sigmas) - 1} steps of {', '.join(passes)}"):
         weights = pipeline.params.pop("transformer")  # once sampled, the room is the decoder's

@@ -184,7 +184,8 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
 def _cache_bytes(args: argparse.Namespace, config: PipelineConfig, rollout: RolloutConfig) -> int:
     dtype, patches = options.compute_dtype(args), rollout.patches
     model = config.transformer
-    return cache_bytes(rollout.cache, model, batch=1, patches=patches, dtype=dtype)
+    how = {"batch": 1, "patches": patches, "dtype": dtype, "per_layer": True}
+    return cache_bytes(rollout.cache, model, **how)
 
 
 def deviations(args: argparse.Namespace, config: PipelineConfig) -> list[str]:

@@ -23,7 +23,7 @@ from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.video_vae import model as video_vae
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig, check_latents
-from omniforcing_jax.sampling import flow
+from omniforcing_jax.sampling import flow, weights
 from omniforcing_jax.sampling.guidance import default_guidance
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.recipes import SamplingRecipe, default_steps, is_ancestral
@@ -349,6 +349,7 @@ def load_pipeline(
     tiny: bool = False,
     verify: bool = True,
     loras: Sequence[lora.KernelUpdate] = (),
+    per_layer: bool = True,
 ) -> Pipeline:
     """Restores the components that a sampler needs, onto the first device.
 
@@ -359,6 +360,8 @@ def load_pipeline(
       tiny: load the tiny decoder in place of the video VAE's.
       verify: compare the files with the checksums that they were written with, if they have any.
       loras: what LoRAs add to the transformer, see `checkpoint_converters.lora.updates`.
+      per_layer: prepare the transformer's weights for streaming, see `sampling.weights`. Whole
+        clips are sampled from stacked ones as well, whose programs compile sooner.
 
     Returns:
       Configuration and parameters, from which sessions start.
@@ -384,6 +387,8 @@ def load_pipeline(
         for name, component_dtype in dtypes.items()
     }
     params["transformer"] = lora.merge(params["transformer"], loras)
+    if per_layer:
+        params["transformer"] = weights.per_layer(params["transformer"])
     return Pipeline(config, params, dtype)
 
 

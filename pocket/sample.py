@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         sampler, rate, clips = None, WORLD.sample_rate, world_clips(args, seeds)
         layout = BlockLayout.from_name(args.layout or "prefix", frame_rate=WORLD.frame_rate)
     else:
-        pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32)
+        pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32, per_layer=False)
         sampler = (with_other_sound if args.other_sound else make_sampler)(args, pipeline)
         rate = pipeline.config.vocoder.sample_rate
         layout = pipeline.config.layout(args.layout, WORLD.frame_rate)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from omniforcing_jax.distributed.partitioning import WHOLE, constrain
 from omniforcing_jax.ops import splash
@@ -96,7 +97,9 @@ def attention(
         raise ValueError(f"{implementation!r} attention takes no dense mask; use 'xla' or 'auto'")
     q, k, v = (constrain(x, "batch", WHOLE, "attention_heads") for x in (q, k, v))
     with jax.named_scope("attention"):
+        q, k, v = (_as_for_cudnn(x, implementation) for x in (q, k, v))
         out = _run(q, k, v, kv_end, kv_length, mask, scale, implementation)
+        out = _as_for_cudnn(out, implementation)
     return constrain(out, "batch", WHOLE, "attention_heads")
 
 
@@ -134,6 +137,15 @@ def platform() -> str:
     if device.platform == "gpu" and jax.default_backend() != "gpu":
         return "absent gpu"  # one can ask cuDNN what it supports only where it is installed
     return device.platform
+
+
+def _as_for_cudnn(x: jax.Array, implementation: str) -> jax.Array:
+    """Lays out [B, T, N, H] as cuDNN does, where `chunked` stands in for it on one GPU that is not
+    here: the program around it is compiled as it will be there."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if implementation != "chunked" or platform() != "absent gpu" or mesh.size > 1:
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _choose(q, k, kv_end, mask) -> str:

@@ -9,9 +9,15 @@ A ring slot is a whole block, so a write never straddles the ring's end, and unt
 the valid slots are a prefix of the buffer: attention needs a length, never a mask. Which block a
 slot holds follows from the number of blocks written, which is the only counter.
 
-Keys are stored unrotated. `history` rotates them once per block for all its forward passes, at
-positions that are absolute or relative to the window: there, evicting e blocks moves everything but
-the anchors back by e blocks on both clocks, so positions stay within the range seen in training.
+A sampler whose weights lie per layer has buffers per layer, too, and one more slot in the ring: the
+block that is made is written into its slot in every pass, so that attention reads one buffer, in
+place (`slots`). Elsewhere the layers' buffers are stacked, and a block's keys and values join those
+of the history (`history`).
+
+Keys are stored unrotated. `history` and `slots` rotate them once per block for all its forward
+passes, at positions that are absolute or relative to the window: there, evicting e blocks moves
+everything but the anchors back by e blocks on both clocks, so positions stay within the range seen
+in training.
 
 One type serves the self-attention of both streams and both directions between them: `video` and
 `v2a` hold video tokens, `audio` and `a2v` audio tokens.
@@ -19,6 +25,7 @@ One type serves the self-attention of both streams and both directions between t
 
 import dataclasses
 import math
+from typing import Any
 
 import flax
 import jax
@@ -29,9 +36,9 @@ from jax.sharding import PartitionSpec as P
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.distributed.partitioning import BATCH_AXES, HEAD_AXES
 from omniforcing_jax.models.transformer.config import TransformerConfig
-from omniforcing_jax.models.transformer.layers import KV, History
+from omniforcing_jax.models.transformer.layers import KV, History, Slots
 from omniforcing_jax.models.transformer.model import Pathways
-from omniforcing_jax.models.transformer.rope import ClipRope
+from omniforcing_jax.models.transformer.rope import ClipRope, Rope
 
 POSITIONS = ("absolute", "relative")
 
@@ -104,15 +111,18 @@ class CacheConfig:
         """Block index by which the block being generated is positioned."""
         return block - self.evicted(block) if self.positions == "relative" else jnp.asarray(block)
 
-    def slot_positions(self, block: jax.Array | int) -> jax.Array:
-        """Position, in blocks, of each slot 1..n+window while block `block` is generated.
+    def slot_positions(self, block: jax.Array | int, ring: int | None = None) -> jax.Array:
+        """Position, in blocks, of each slot behind block 0's while block `block` is generated.
 
         Empty slots get a position inside the tables; they are never attended to.
+
+        Args:
+          ring: slots of the ring, `window` by default.
         """
-        first = 1 + self.anchors
-        ring = jnp.arange(self.window)
-        # The youngest block in ring slot r is the largest b < block with (b - first) % window == r.
-        held = block - 1 - (block - 1 - first - ring) % self.window
+        first, size = 1 + self.anchors, ring or self.window
+        ring = jnp.arange(size)
+        # The youngest block in ring slot r is the largest b < block with (b - first) % size == r.
+        held = block - 1 - (block - 1 - first - ring) % size
         if self.positions == "relative":
             held = held - self.evicted(block)
         held = jnp.maximum(held, first + 0 * ring)
@@ -124,16 +134,34 @@ class RollingCache:
     """Keys and values of the blocks written so far.
 
     Attributes:
-      kv: [L, B, slots, N, H] per pathway.
+      kv: [L, B, slots, N, H] per pathway; or, for weights per layer, a tuple of the layers', each
+        [B, slots, N, H].
       num_blocks: [] int32, blocks written.
       config: shape of the cache.
       num_sinks: sink tokens of the model; they are the first audio slots.
     """
 
-    kv: Pathways
+    kv: Pathways | tuple[Pathways, ...]
     num_blocks: jax.Array
     config: CacheConfig = flax.struct.field(pytree_node=False)
     num_sinks: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def ring(self) -> int:
+        """Slots of the ring, in blocks."""
+        return self.config.window + isinstance(self.kv, tuple)
+
+    def slot(self, block: jax.Array | int) -> jax.Array:
+        """The slot of block `block` >= 1, counted behind that of block 0."""
+        anchors = self.config.anchors
+        ringed = anchors + (block - 1 - anchors) % self.ring
+        return jnp.where(block - 1 < anchors, block - 1, ringed)
+
+    def starts(self, slots: jax.Array | int, patches: int) -> tuple[jax.Array, jax.Array]:
+        """Where so many slots behind block 0 end: first video and audio token behind them."""
+        layout = self.config.layout
+        video = (layout.first_video_frames + slots * layout.video_frames) * patches
+        return video, self.num_sinks + layout.first_audio_frames + slots * layout.audio_frames
 
 
 def init_cache(
@@ -143,50 +171,56 @@ def init_cache(
     batch: int,
     patches: int,
     dtype: jnp.dtype = jnp.float32,
+    per_layer: bool = False,
 ) -> RollingCache:
-    """An empty cache for `patches` tokens per video latent."""
-    video = config.layout.num_video_frames(config.capacity) * patches
-    audio = config.layout.num_audio_frames(config.capacity) + model.num_audio_sinks
+    """An empty cache for `patches` tokens per video latent.
+
+    Args:
+      per_layer: buffers of their own for each layer, with a slot for the block that is made.
+    """
+    blocks = config.capacity + per_layer
+    video = config.layout.num_video_frames(blocks) * patches
+    audio = config.layout.num_audio_frames(blocks) + model.num_audio_sinks
+    leading = (batch,) if per_layer else (model.num_layers, batch)
 
     def kv(slots, heads, head_dim):
-        shape = (model.num_layers, batch, slots, heads, head_dim)
+        shape = (*leading, slots, heads, head_dim)
         return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    return RollingCache(
-        kv=Pathways(
+    def pathways():
+        return Pathways(
             video=kv(video, model.video_heads, model.video_head_dim),
             audio=kv(audio, model.audio_heads, model.audio_head_dim),
             a2v=kv(audio, model.audio_heads, model.audio_head_dim),
             v2a=kv(video, model.audio_heads, model.audio_head_dim),
-        ),
+        )
+
+    return RollingCache(
+        kv=tuple(pathways() for _ in range(model.num_layers)) if per_layer else pathways(),
         num_blocks=jnp.zeros((), jnp.int32),
         config=config,
         num_sinks=model.num_audio_sinks,
     )
 
 
-def cache_bytes(
-    config: CacheConfig, model: TransformerConfig, *, batch: int, patches: int, dtype: jnp.dtype
-) -> int:
-    """Size of the cache in bytes, without allocating it."""
-    cache = jax.eval_shape(
-        lambda: init_cache(config, model, batch=batch, patches=patches, dtype=dtype)
-    )
+def cache_bytes(config: CacheConfig, model: TransformerConfig, **how: Any) -> int:
+    """Size of the cache in bytes, without allocating it; `how` as for `init_cache`."""
+    cache = jax.eval_shape(lambda: init_cache(config, model, **how))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.kv))
 
 
 def cache_sharding(cache: RollingCache, mesh: Mesh) -> RollingCache:
-    """Shardings of a rolling cache [L, B, S, N, H]: the batch, and the heads as in attention."""
+    """Shardings of a rolling cache [..., B, S, N, H]: the batch, and the heads as in attention."""
 
     def place(leaf):
-        if leaf.ndim != 5:
+        if leaf.ndim < 4:
             return NamedSharding(mesh, P())
         batch_axes = tuple(a for a in BATCH_AXES if mesh.shape[a] > 1)
         batch_size = math.prod(mesh.shape[a] for a in batch_axes)
-        batch = batch_axes if batch_axes and leaf.shape[1] % batch_size == 0 else None
+        batch = batch_axes if batch_axes and leaf.shape[-4] % batch_size == 0 else None
         ways = math.prod(mesh.shape[a] for a in HEAD_AXES)
-        heads = HEAD_AXES if leaf.shape[3] % ways == 0 else None
-        return NamedSharding(mesh, P(None, batch, None, heads, None))
+        heads = HEAD_AXES if leaf.shape[-2] % ways == 0 else None
+        return NamedSharding(mesh, P(*(None,) * (leaf.ndim - 4), batch, None, heads, None))
 
     return jax.tree.map(place, cache)
 
@@ -197,35 +231,48 @@ def write(
     """Stores the next block's keys and values (of the refresh pass) in its slot.
 
     Args:
-      new: Pathways of KV [L, B, S, N, H], keys not rotated.
+      new: Pathways of KV [L, B, S, N, H], keys not rotated; or, per layer, a tuple of Pathways of
+        KV [B, S, N, H], or of the `Slots` that hold them already.
       first: whether this is block 0, whose shape differs. It must be the first write.
       detach: let no gradient through to what made them.
     """
-    c, layout, block = cache.config, cache.config.layout, cache.num_blocks
-    if first:
-        video_start = audio_start = 0
-    else:
-        slot = block - 1
-        slot = jnp.where(slot < c.anchors, slot, c.anchors + (slot - c.anchors) % c.window)
-        video_start = (layout.first_video_frames + slot * layout.video_frames) * patches
-        audio_start = cache.num_sinks + layout.first_audio_frames + slot * layout.audio_frames
+    block = cache.num_blocks
+    video, audio = (0, 0) if first else cache.starts(cache.slot(block), patches)
 
-    def put(old: KV, kv: KV, start) -> KV:
+    def put(old: KV, kv: KV | Slots, start) -> KV:
         def update(buffer, x):
             x = (jax.lax.stop_gradient(x) if detach else x).astype(buffer.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=-3)
 
-        return jax.tree.map(update, old, kv)
+        return kv.kv if isinstance(kv, Slots) else jax.tree.map(update, old, kv)
 
-    return cache.replace(
-        kv=Pathways(
-            video=put(cache.kv.video, new.video, video_start),
-            audio=put(cache.kv.audio, new.audio, audio_start),
-            a2v=put(cache.kv.a2v, new.a2v, audio_start),
-            v2a=put(cache.kv.v2a, new.v2a, video_start),
-        ),
-        num_blocks=block + 1,
-    )
+    starts = Pathways(video=video, audio=audio, a2v=audio, v2a=video)
+    kv = jax.tree.map(put, cache.kv, new, _like(cache.kv, starts), is_leaf=_is_kv)
+    return cache.replace(kv=kv, num_blocks=block + 1)
+
+
+def empty_block(cache: RollingCache, patches: int, *, first: bool) -> Any:
+    """Zeros of the shapes of a block's keys and values, as `write` takes them."""
+    layout, block = cache.config.layout, 0 if first else 1
+    video = layout.video_frames_in(block) * patches
+    audio = layout.audio_frames_in(block) + (cache.num_sinks if first else 0)
+    tokens = Pathways(video=video, audio=audio, a2v=audio, v2a=video)
+
+    def zeros(kv: KV, length: int) -> KV:
+        return jax.tree.map(
+            lambda x: jnp.zeros((*x.shape[:-3], length, *x.shape[-2:]), x.dtype), kv
+        )
+
+    return jax.tree.map(zeros, cache.kv, _like(cache.kv, tokens), is_leaf=_is_kv)
+
+
+def _like(kv: Pathways | tuple, pathways: Pathways) -> Pathways | tuple:
+    """The same for every layer, where `kv` is per layer."""
+    return (pathways,) * len(kv) if isinstance(kv, tuple) else pathways
+
+
+def _is_kv(x: Any) -> bool:
+    return isinstance(x, KV)
 
 
 def written_anew(cache: RollingCache, num_blocks: jax.Array, patches: int) -> RollingCache:
@@ -234,48 +281,87 @@ def written_anew(cache: RollingCache, num_blocks: jax.Array, patches: int) -> Ro
     Its counter is `num_blocks` then, and its ring begins where that counter says.
     """
     c, layout = cache.config, cache.config.layout
-    turn = c.evicted(num_blocks) % c.window
-    video_start = layout.num_video_frames(1 + c.anchors) * patches
-    audio_start = cache.num_sinks + layout.num_audio_frames(1 + c.anchors)
+    turn = c.evicted(num_blocks) % cache.ring
+    video_start, audio_start = cache.starts(c.anchors, patches)
+    video, audio = (video_start, layout.video_frames * patches), (audio_start, layout.audio_frames)
+    places = Pathways(
+        video=Place(*video), audio=Place(*audio), a2v=Place(*audio), v2a=Place(*video)
+    )
 
-    def turned(kv: KV, start: int, step: int) -> KV:
+    def turned(kv: KV, place: Place) -> KV:
         def roll(x: jax.Array) -> jax.Array:
-            ring = jnp.roll(x[:, :, start:], turn * step, axis=2)
-            return jnp.concatenate([x[:, :, :start], ring], axis=2)
+            ring = jnp.roll(x[..., place.start :, :, :], turn * place.step, axis=-3)
+            return jnp.concatenate([x[..., : place.start, :, :], ring], axis=-3)
 
         return jax.tree.map(roll, kv)
 
-    video, audio = (video_start, layout.video_frames * patches), (audio_start, layout.audio_frames)
-    kv = Pathways(
-        video=turned(cache.kv.video, *video),
-        audio=turned(cache.kv.audio, *audio),
-        a2v=turned(cache.kv.a2v, *audio),
-        v2a=turned(cache.kv.v2a, *video),
-    )
+    kv = jax.tree.map(turned, cache.kv, _like(cache.kv, places), is_leaf=_is_kv)
     return cache.replace(kv=kv, num_blocks=num_blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the ring of a buffer begins, and the tokens of a block in it."""
+
+    start: int
+    step: int
 
 
 def history(cache: RollingCache, rope: ClipRope, rope_type: str, patches: int) -> Pathways:
     """What block `cache.num_blocks` (>= 1) attends to: rotated keys, values, and their lengths."""
-    c, layout, block = cache.config, cache.config.layout, cache.num_blocks
-    positions = c.slot_positions(block)
-    video_frames = _frames(positions, layout.first_video_frames, layout.video_frames)
-    audio_frames = _frames(positions, layout.first_audio_frames, layout.audio_frames)
-    slots = jnp.minimum(block - 1, c.anchors + c.window)
-    video_length = (layout.first_video_frames + slots * layout.video_frames) * patches
-    audio_length = cache.num_sinks + layout.first_audio_frames + slots * layout.audio_frames
-    sinks = cache.num_sinks > 0
+    c = cache.config
+    held = jnp.minimum(cache.num_blocks - 1, c.anchors + c.window)
+    video_length, audio_length = cache.starts(held, patches)
+    lengths = Pathways(video_length, audio_length, audio_length, video_length)
     num_layers = cache.kv.video.k.shape[0]
 
-    def rotated(kv: KV, table, length) -> History:
+    def rotated(kv: KV, table: Rope, length) -> History:
         k = table.rotate(kv.k, rope_type)
         return History(KV(k, kv.v), jnp.broadcast_to(length, (num_layers,)))
 
+    return jax.tree.map(rotated, cache.kv, _slot_ropes(cache, rope), lengths, is_leaf=_is_kv)
+
+
+def slots(
+    cache: RollingCache, rope: ClipRope, rope_type: str, patches: int, *, full: bool
+) -> tuple[Pathways, ...]:
+    """A cache per layer as block `cache.num_blocks` (>= 1) reads and writes it: `Slots` each.
+
+    Args:
+      full: whether all slots are filled once the block is in its own; nothing needs a mask then.
+    """
+    starts = cache.starts(cache.slot(cache.num_blocks), patches)
+    video, audio = starts
+    starts = Pathways(video=video, audio=audio, a2v=audio, v2a=video)
+    lengths = Pathways(None, None, None, None)
+    if not full:
+        held = jnp.minimum(cache.num_blocks, cache.config.anchors + cache.ring)
+        video, audio = cache.starts(held, patches)
+        lengths = Pathways(video=video, audio=audio, a2v=audio, v2a=video)
+    tables = _slot_ropes(cache, rope)
+
+    def of_layer(kv: Pathways) -> Pathways:
+        def of(name: str) -> Slots:
+            own = getattr(kv, name)
+            rotated = getattr(tables, name).rotate(own.k, rope_type)
+            return Slots(own, rotated, getattr(starts, name), getattr(lengths, name))
+
+        return Pathways(**{name: of(name) for name in ("video", "audio", "a2v", "v2a")})
+
+    return tuple(of_layer(kv) for kv in cache.kv)
+
+
+def _slot_ropes(cache: RollingCache, rope: ClipRope) -> Pathways:
+    """Tables [1, S, N, H/2] of all slots of each pathway."""
+    layout, sinks = cache.config.layout, cache.num_sinks > 0
+    positions = cache.config.slot_positions(cache.num_blocks, cache.ring)
+    video_frames = _frames(positions, layout.first_video_frames, layout.video_frames)
+    audio_frames = _frames(positions, layout.first_audio_frames, layout.audio_frames)
     return Pathways(
-        video=rotated(cache.kv.video, rope.video_rope(video_frames), video_length),
-        audio=rotated(cache.kv.audio, rope.audio_rope(audio_frames, sinks), audio_length),
-        a2v=rotated(cache.kv.a2v, rope.audio_cross_rope(audio_frames, sinks), audio_length),
-        v2a=rotated(cache.kv.v2a, rope.video_cross_rope(video_frames), video_length),
+        video=rope.video_rope(video_frames),
+        audio=rope.audio_rope(audio_frames, sinks),
+        a2v=rope.audio_cross_rope(audio_frames, sinks),
+        v2a=rope.video_cross_rope(video_frames),
     )
 
 

@@ -1,10 +1,12 @@
 """Generating blocks one after the other: the one `block_step` that everything streaming calls.
 
     for each block:   x <- noise
-                      for sigma, next in the few sigmas:         (denoise)
+                      for sigma, next in the few sigmas:         (denoising)
                           x0 <- x - sigma * velocity(x, sigma | history, prompt)
                           x  <- (1 - next) * x0 + next * fresh noise
                       velocity(x0, 0 | history, prompt) writes the block's keys and values (refresh)
+
+All passes are turns of one loop, so that the network is compiled once.
 
 `rollout` scans it over the blocks of a clip in one jitted program; `StreamingSession` calls
 the same step from the host, one block at a time. What of a block is given (a `Condition` of its
@@ -13,13 +15,13 @@ latents) stays as it is in every step and enters the history like what was gener
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.geometry import (
-    ClipGeometry,
     StreamRopes,
     join_blocks,
     modalities,
@@ -29,92 +31,17 @@ from omniforcing_jax.geometry import (
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
-from omniforcing_jax.sampling import flow, kv_cache
+from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling.conditions import (
     Condition,
     add_noise,
     split_condition,
     velocity_to_x0,
 )
-from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache
+from omniforcing_jax.sampling.kv_cache import RollingCache
+from omniforcing_jax.sampling.rollout_config import RolloutConfig
+from omniforcing_jax.sampling.weights import is_per_layer
 from omniforcing_jax.types import AVLatents, Contexts
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutConfig:
-    """How a student generates blocks.
-
-    Attributes:
-      cache: layout, window, anchors and positions.
-      sigmas: noise levels of the denoising steps, decreasing, with the final 0.
-      height, width: of the video, in latents (32 pixels each).
-      context_noise: noise level at which a finished block writes its keys and values.
-      recache: whether a session writes the keys and values that the cache holds anew when the
-        prompt changes, under the new one; it keeps these blocks' latents for that.
-
-    Raises:
-      ValueError: a size or noise level that cannot be, or `recache` with absolute positions, which
-        blocks written anew could not keep; see also `flow.check_sigmas`.
-    """
-
-    cache: CacheConfig
-    sigmas: tuple[float, ...]
-    height: int
-    width: int
-    context_noise: float = 0.0
-    recache: bool = False
-
-    def __post_init__(self):
-        flow.check_sigmas(self.sigmas)
-        object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))  # hashable
-        if self.height < 1 or self.width < 1:
-            raise ValueError(f"height and width must be positive, not {self.height}x{self.width}")
-        if not 0 <= self.context_noise < 1:
-            raise ValueError(f"context_noise must be in [0, 1), not {self.context_noise}")
-        if self.recache and self.cache.positions != "relative":
-            raise ValueError("recache needs positions='relative': evicted blocks leave no gap then")
-
-    @property
-    def patches(self) -> int:
-        """P, tokens per video latent frame."""
-        return self.height * self.width
-
-    @property
-    def num_steps(self) -> int:
-        """Denoising steps per block."""
-        return len(self.sigmas) - 1
-
-    @property
-    def sigma_levels(self) -> tuple[float, ...]:
-        """Noise levels at which the network is called, in order; the last is the refresh pass."""
-        return (*self.sigmas[:-1], self.context_noise)
-
-    def text_levels(self, frozen: bool) -> tuple[float, ...]:
-        """Noise levels for `prompt_kv`: `sigma_levels`, and behind them 0 where it is needed.
-
-        Args:
-          frozen: whether a condition may freeze a stream, which then reads the text at level 0 also
-            where the refresh is noisy.
-        """
-        return (*self.sigma_levels, 0.0) if frozen and self.context_noise else self.sigma_levels
-
-    def rope(self, model: Transformer, num_blocks: int | None = None) -> ClipRope:
-        """RoPE tables for `num_blocks` blocks, or for a stream without end."""
-        blocks = self.cache.blocks_in_positions(num_blocks)
-        clip = ClipGeometry.from_blocks(self.cache.layout, blocks, self.height, self.width)
-        return clip.rope(model)
-
-    def check_rope(self, rope: ClipRope, num_blocks: int | None) -> None:
-        """Raises ValueError when the tables are too short for `num_blocks` blocks."""
-        layout, blocks = self.cache.layout, self.cache.blocks_in_positions(num_blocks)
-        have = rope.video_time.cos.shape[0], rope.audio.cos.shape[0]
-        need = layout.num_video_frames(blocks), layout.num_audio_frames(blocks)
-        if have[0] < need[0] or have[1] < need[1]:
-            raise ValueError(
-                f"the RoPE tables cover {have[0]} video and {have[1]} audio latents, but "
-                f"{num_blocks} blocks need {need[0]} and {need[1]}; make them with "
-                f"rope(model, {num_blocks})"
-            )
 
 
 def prompt_kv(
@@ -206,7 +133,7 @@ class BlockForward:
 
     model: Transformer
     params: dict
-    history: Pathways | None
+    history: Pathways | tuple[Pathways, ...] | None
     ropes: StreamRopes
     keep: Pathways | None = None
     text_mask: jax.Array | None = None
@@ -247,7 +174,7 @@ class BlockTrace:
       x0: the block's clean latents [B, T, C] float32.
       exit_input: [B, T, C] the noisy input of the forward pass that predicted `x0`.
       kv: keys and values [L, B, S, N, H] that the refresh wrote, keys not rotated; None where the
-        cache will hold them as long as they are needed.
+        cache will hold them as long as they are needed, and with weights per layer.
     """
 
     x0: AVLatents
@@ -265,6 +192,7 @@ def block_step(
     config: RolloutConfig,
     *,
     first: bool,
+    full: bool = False,
     exit_step: jax.Array | None = None,
     condition: Condition | None = None,
     text_mask: jax.Array | None = None,
@@ -279,6 +207,8 @@ def block_step(
       noise: [steps, B, T, C] float32, from `block_noise`.
       config: how blocks are generated; that of `cache`, `text` and `rope`.
       first: whether this is block 0 (another shape, no history, the sinks).
+      full: whether this block is behind `cache.config.capacity` others; with weights per layer
+        its attention needs no mask then.
       exit_step: [] int32 the denoising step whose prediction is the block; None is the last one.
       condition: what of the block is given; None is nothing.
       text_mask: [B, S] boolean, True = attend; None attends to all of the text.
@@ -286,14 +216,15 @@ def block_step(
     Returns:
       The block (`x0` [B, T, C] float32) and how it came about, and the cache with the block in it.
     """
-    forward = bind(model, params, cache, rope, config, first=first, text_mask=text_mask)
-    with jax.named_scope("denoise"):
-        x0, exit_input = denoise(forward, text, noise, config, exit_step, condition)
-    with jax.named_scope("refresh"):
-        kv = refresh(forward, text, x0, noise, config, condition)
+    how = {"first": first, "full": full, "text_mask": text_mask}
+    forward = bind(model, params, cache, rope, config, **how)
+    kv = forward.history
+    if first or not is_per_layer(params):
+        kv = kv_cache.empty_block(cache, config.patches, first=first)
+    x0, exit_input, kv = passes(forward, text, noise, kv, config, exit_step, condition)
     with jax.named_scope("write_cache"):
         cache = kv_cache.write(cache, kv, config.patches, first=first)
-    return BlockTrace(x0, exit_input, kv), cache
+    return BlockTrace(x0, exit_input, None if is_per_layer(params) else kv), cache
 
 
 def write_block(
@@ -322,36 +253,49 @@ def write_block(
         return kv_cache.write(cache, kv, config.patches, first=first)
 
 
-def denoise(
+def passes(
     forward: BlockForward,
     text: TextKV,
     noise: AVLatents,
+    kv: Any,
     config: RolloutConfig,
     exit_step: jax.Array | None = None,
     condition: Condition | None = None,
-) -> tuple[AVLatents, AVLatents]:
-    """The few denoising steps: predict x0, add fresh noise of the next level, repeat.
+) -> tuple[AVLatents, AVLatents, Any]:
+    """Denoising (predict x0, add fresh noise of the next level, repeat), then the refresh.
+
+    Args:
+      kv: what a pass writes: a history of `Slots`, or zeros of the shapes of keys and values.
 
     Returns:
-      The last prediction of x0 [B, T, C], and the input [B, T, C] it was made from.
+      The last prediction of x0 [B, T, C], the input [B, T, C] it was made from, and keys and values
+      of the refresh, as `kv`.
     """
-    sigmas = jnp.asarray(config.sigmas, jnp.float32)
-    last = config.num_steps - 1 if exit_step is None else exit_step
+    levels, steps = jnp.asarray(config.sigma_levels, jnp.float32), config.num_steps
+    last = steps - 1 if exit_step is None else exit_step
+    draws = noise.video.shape[0]
+    in_slots = forward.history is not None and is_per_layer(forward.params)
 
-    def step(i, carry):
-        x, _, _ = carry
-        text_i = text_at(forward.model, text, text_level(i, config, condition))
-        x0, _ = forward(x, sigmas[i], text_i, condition)
-        # After the last step sigma is 0: whatever noise stands there is multiplied by zero.
-        fresh = jax.tree.map(lambda n: n[jnp.minimum(i + 1, config.num_steps - 1)], noise)
-        x_next = add_noise(x0, fresh, sigmas[i + 1], condition)
-        return x_next, x0, x
+    def one_pass(i, carry):
+        x, x0, exit_input, kv = carry
+        refreshing = i > last
+        level = jnp.where(refreshing, steps, i)
+        text_i = text_at(forward.model, text, text_level(level, config, condition))
+        here = dataclasses.replace(forward, history=kv) if in_slots else forward
+        prediction, kv = here(x, levels[level], text_i, condition, return_kv=True)
+        keep = functools.partial(jax.tree.map, lambda old, new: jnp.where(refreshing, old, new))
+        x0, exit_input = keep(x0, prediction), keep(exit_input, x)
+        # Where the next level is 0, whatever noise stands there is multiplied by zero.
+        following = jnp.where(i >= last, steps, i + 1)
+        fresh = jax.tree.map(lambda n: n[jnp.minimum(following, draws - 1)], noise)
+        return add_noise(x0, fresh, levels[following], condition), x0, exit_input, kv
 
     x = jax.tree.map(lambda n: n[0], noise)
     if condition is not None:
         x = condition.start(x)
-    _, x0, exit_input = jax.lax.fori_loop(0, last + 1, step, (x, x, x))
-    return x0, exit_input
+    with jax.named_scope("passes"):
+        _, x0, exit_input, kv = jax.lax.fori_loop(0, last + 2, one_pass, (x, x, x, kv))
+    return x0, exit_input, kv
 
 
 def text_level(
@@ -385,12 +329,16 @@ def text_at(model: Transformer, text: TextKV, level: AVLatents | jax.Array | int
     def of_samples(level: jax.Array):
         if level.shape[0] == 1:
             return lambda t: t[level[0]]
-        return lambda t: jax.vmap(lambda t, i: t[i], in_axes=(2, 0), out_axes=1)(t, level)
+        # the batch is the fourth axis from behind, with or without one of layers
+        return lambda t: jax.vmap(lambda t, i: t[i], in_axes=(-4, 0), out_axes=-4)(t, level)
 
-    return TextKV(
-        jax.tree.map(of_samples(level.video), text.video),
-        jax.tree.map(of_samples(level.audio), text.audio),
-    )
+    def at_level(text: TextKV) -> TextKV:
+        return TextKV(
+            jax.tree.map(of_samples(level.video), text.video),
+            jax.tree.map(of_samples(level.audio), text.audio),
+        )
+
+    return jax.tree.map(at_level, text, is_leaf=lambda t: isinstance(t, TextKV))
 
 
 def refresh(
@@ -418,12 +366,14 @@ def bind(
     config: RolloutConfig,
     *,
     first: bool,
+    full: bool = False,
     keep: Pathways | None = None,
     text_mask: jax.Array | None = None,
 ) -> BlockForward:
     """Reads the cache and places the next block: all its forward passes share the result.
 
     Args:
+      full: see `block_step`.
       keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
       text_mask: [B, S] boolean, True = attend; None attends to all of the text.
     """
@@ -439,26 +389,33 @@ def bind(
         audio_frames = layout.first_audio_frames + position * layout.audio_frames
         audio_frames = audio_frames + jnp.arange(layout.audio_frames)
         with jax.named_scope("rotate_history"):
-            history = kv_cache.history(cache, rope, model.config.rope_type, patches)
+            if is_per_layer(params):
+                where = rope, model.config.rope_type, patches
+                history = kv_cache.slots(cache, *where, full=full)
+            else:
+                history = kv_cache.history(cache, rope, model.config.rope_type, patches)
     sinks = first and model.config.num_audio_sinks > 0
     ropes = stream_ropes(rope, video_frames, audio_frames, sinks=sinks)
     return BlockForward(model, params, history, ropes, keep, text_mask)
 
 
-def new_cache(model: Transformer, config: RolloutConfig, batch: int) -> RollingCache:
+def new_cache(
+    model: Transformer, config: RolloutConfig, batch: int, params: Any = None
+) -> RollingCache:
     """An empty cache for a rollout.
 
     Args:
       model: the transformer; keys and values have its dtype.
       config: cache and sizes.
       batch: B, samples.
+      params: the weights that it is used with; needed where they lie per layer.
 
     Returns:
-      Keys and values [L, B, S, N, H] for each attention, of zeros, and no blocks.
+      Keys and values [L, B, S, N, H] for each attention, or of each layer, of zeros, and no blocks.
     """
-    return kv_cache.init_cache(
-        config.cache, model.config, batch=batch, patches=config.patches, dtype=model.dtype
-    )
+    how = {"batch": batch, "patches": config.patches, "dtype": model.dtype}
+    per_layer = params is not None and is_per_layer(params)
+    return kv_cache.init_cache(config.cache, model.config, **how, per_layer=per_layer)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "num_blocks", "batch"))
@@ -506,7 +463,7 @@ def rollout(
         )
         return cache, trace.x0
 
-    cache, x0 = step(new_cache(model, config, batch), 0, given, True)
+    cache, x0 = step(new_cache(model, config, batch, params), 0, given, True)
     if num_blocks == 1:
         return x0
     blocks = jnp.arange(1, num_blocks)

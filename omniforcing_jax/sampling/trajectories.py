@@ -188,7 +188,7 @@ def _roll_out(model, params, contexts, noise, rope, condition, *, config, guidan
     """`contexts` [B * P, S, text_dim] of P passes, `noise` [B, T, C] of the whole clip."""
     batch, passes = noise.video.shape[0], guidance.passes()
     clean = jnp.float32(0.0)
-    cache = new_cache(model, config, batch * len(passes))
+    cache = new_cache(model, config, batch * len(passes), params)
 
     def rows(tree):  # [B, ...] -> [B * P, ...]
         return jax.tree.map(lambda x: interleave_rows([x] * len(passes)), tree)

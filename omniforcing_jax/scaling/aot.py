@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.sampling import kv_cache
+from omniforcing_jax.sampling import kv_cache, weights
 from omniforcing_jax.sampling.student import (
     RolloutConfig,
     block_noise,
@@ -154,8 +156,9 @@ def stream_case(
     shape = {axis: len(devices) if n == -1 else n for axis, n in mesh_shape.items()}
     mesh = partitioning.make_mesh(**shape, devices=devices)
     model = Transformer(config, jnp.bfloat16)
-    params = assembly.abstract_params(model, mesh, jnp.bfloat16)
-    cache = _placed(jax.eval_shape(lambda: new_cache(model, rollout, 1)), mesh)
+    params = _per_layer(assembly.abstract_params(model, mesh, jnp.bfloat16), mesh)
+    empty = jax.eval_shape(functools.partial(new_cache, model, rollout, 1), params)
+    cache = _placed(empty, mesh)
     contexts = [jax.ShapeDtypeStruct((1, text_tokens, d), jnp.bfloat16) for d in config.text_dims]
     encode = functools.partial(prompt_kv, model, levels=rollout.sigma_levels)
     text = _placed(jax.eval_shape(encode, params, *contexts), mesh)
@@ -165,7 +168,8 @@ def stream_case(
     rope = rollout.rope(model)
 
     def step(params, cache, text, noise):
-        return block_step(model, params, cache, text, rope, noise, rollout, first=False)
+        where = cache, text, rope, noise, rollout
+        return block_step(model, params, *where, first=False, full=True)
 
     def lower():
         with jax.set_mesh(mesh):
@@ -178,6 +182,21 @@ def stream_case(
     read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.kv, text)))
     read = (2 * planning.count(params) + read) / mesh.shape["tensor"]
     return Case(target, mesh, {"block_step": program}, read)
+
+
+def _per_layer(params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes and places of `weights.per_layer`."""
+    join = mesh.size == 1
+    blocks = jax.eval_shape(lambda p: weights.per_layer(p, join=join), params)["blocks"]
+
+    def place(path, x):
+        stacked = params["blocks"]
+        for key in path[1:]:
+            stacked = stacked.get(key.key, {})  # joined ones have no place of their own
+        spec = P(*stacked.sharding.spec[1:]) if stacked else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return {**params, "blocks": jax.tree.map_with_path(place, blocks)}
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -8,19 +8,35 @@ import jax.numpy as jnp
 from omniforcing_jax.sampling import kv_cache, student
 from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.kv_cache import RollingCache
+from omniforcing_jax.sampling.rollout_config import RolloutConfig
+from omniforcing_jax.sampling.weights import is_per_layer
 from omniforcing_jax.streaming.given import is_whole
 from omniforcing_jax.types import AVLatents
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "config", "batch", "first"), donate_argnames=("cache",)
+    jax.jit,
+    static_argnames=("model", "config", "batch", "first", "full"),
+    donate_argnames=("cache",),
 )
 def generate_block(
-    model, params, cache, text, rope, key, text_mask=None, condition=None, *, config, batch, first
+    model,
+    params,
+    cache,
+    text,
+    rope,
+    key,
+    text_mask=None,
+    condition=None,
+    *,
+    config,
+    batch,
+    first,
+    full=False,
 ) -> tuple[AVLatents, RollingCache]:
     """`student.block_step` with its noise drawn from (key, block index): latents and cache."""
     noise = student.block_noise(key, cache.num_blocks, config, model, batch, first=first)
-    how = {"first": first, "text_mask": text_mask, "condition": condition}
+    how = {"first": first, "full": full, "text_mask": text_mask, "condition": condition}
     trace, cache = student.block_step(model, params, cache, text, rope, noise, config, **how)
     return trace.x0, cache
 
@@ -50,6 +66,11 @@ def all_finite(latents: AVLatents) -> jax.Array:
 def block_program(condition: Condition | None):
     """What makes a block: of one that is given as a whole only keys and values are."""
     return write_block if is_whole(condition) else generate_block
+
+
+def fills_cache(params, config: RolloutConfig, num_blocks: int | None) -> bool:
+    """Whether so many blocks (None: without end) fill all slots of a cache per layer."""
+    return is_per_layer(params) and (num_blocks is None or num_blocks > config.cache.capacity)
 
 
 jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels"))

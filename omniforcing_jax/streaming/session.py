@@ -33,13 +33,14 @@ from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.block_programs import (
     all_finite,
     block_program,
+    fills_cache,
     jitted_prompt_kv,
     write_block,
     written_anew,
 )
 from omniforcing_jax.streaming.chunks import Chunk, Timings
 from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
-from omniforcing_jax.streaming.given import GivenMedia
+from omniforcing_jax.streaming.given import GivenMedia, is_whole
 from omniforcing_jax.streaming.given_turns import GivenTurns
 from omniforcing_jax.streaming.parallel import parallel
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
@@ -99,22 +100,20 @@ class StreamingSession(GivenTurns):
           ValueError: text widths or batch sizes that do not fit, an endless stream with
             absolute positions, or a sentence without `prompts`.
         """
-        self.config = config
+        self.config, self.max_blocks = config, max_blocks
         self._failed = False
-        self.max_blocks = max_blocks
         self._model, self._params, self._text_length = model, params, text_length
         self._video_decoder, self._audio_decoder = video_decoder, audio_decoder
         self._rope = config.rope(model, max_blocks)
         self._key = jax.random.key(seed)
         sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
         self._device = sharding if isinstance(sharding, SingleDeviceSharding) else None
-        self._prompts = prompts
-        self._text_seconds = 0.0  # spent on sentences since the last block
+        self._prompts, self._text_seconds = prompts, 0.0  # spent on sentences since the last block
         contexts = self._encoded(prompt)
         self._batch = contexts[0].shape[0]
         self._set_contexts(contexts)
         self.num_blocks = self.num_frames = self.num_samples = 0
-        self._cache = student.new_cache(model, config, self._batch)
+        self._cache = student.new_cache(model, config, self._batch, params)
         pixels = video_decoder.config.spatial_compression
         self._video_state = video_decoder.init(
             self._batch, config.height * pixels, config.width * pixels
@@ -237,11 +236,13 @@ class StreamingSession(GivenTurns):
         return chunk
 
     def _block_arguments(
-        self, cache: RollingCache, condition: Condition | None, *, first: bool
+        self, cache: RollingCache, condition: Condition | None, *, first: bool, full: bool = False
     ) -> tuple[tuple, dict]:
-        """Of `generate_block` and `write_block`."""
+        """Of `generate_block`, and of `write_block`, which has no program for a full cache."""
         text = self._text, self._rope, self._key, self._text_mask
         options = {"config": self.config, "batch": self._batch, "first": first}
+        if full and not is_whole(condition):
+            options["full"] = True
         condition = jax.device_put(condition, self._device)
         return (self._model, self._params, cache, *text, condition), options
 
@@ -266,9 +267,9 @@ class StreamingSession(GivenTurns):
         first, later = (self._latent_shapes(block) for block in (0, 1))
         stream = self._media.stream
 
-        def compile_block(cache: RollingCache, shapes: AVLatents, is_first: bool) -> None:
-            for condition in self._media.programs(self._given, first=is_first):
-                arguments, options = self._block_arguments(cache, condition, first=is_first)
+        def compile_block(cache: RollingCache, shapes: AVLatents, **how: bool) -> None:
+            for condition in self._media.programs(self._given, first=how["first"]):
+                arguments, options = self._block_arguments(cache, condition, **how)
                 block_program(condition).lower(*arguments, **options).compile()
             all_finite.lower(shapes).compile()
 
@@ -289,11 +290,13 @@ class StreamingSession(GivenTurns):
         parts = {"encoders": lambda: self._media.warm_up(self._given)}
         if self.config.recache:
             parts["recache"] = compile_recache
+        if fills_cache(self._params, self.config, self.max_blocks):
+            parts["full cache"] = lambda: compile_block(cache, later, first=False, full=True)
         parallel(
             parts
             | {
-                "first block": lambda: compile_block(self._cache, first, True),
-                "blocks": lambda: compile_block(cache, later, False),
+                "first block": lambda: compile_block(self._cache, first, first=True),
+                "blocks": lambda: compile_block(cache, later, first=False),
                 "pictures": lambda: (
                     stream == "video"
                     or self._video_decoder.warm_up(
@@ -343,8 +346,9 @@ class StreamingSession(GivenTurns):
             self._recache()
         mark(self._text)
         condition, late = self._take_given(self.num_blocks)
+        how = {"full": fills_cache(self._params, self.config, self.num_blocks + 1)}
         first = self.num_blocks == 0
-        arguments, options = self._block_arguments(self._cache, condition, first=first)
+        arguments, options = self._block_arguments(self._cache, condition, first=first, **how)
         latents, self._cache = block_program(condition)(*arguments, **options)
         self._hold(latents, condition)
         mark(latents)

@@ -15,6 +15,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig, block_noise, prompt_kv
+from omniforcing_jax.sampling.weights import is_per_layer, per_layer
 from omniforcing_jax.types import AVLatents
 from tests.tiny_model import (
     LTX25_CHANGES,
@@ -29,7 +30,7 @@ NUM_BLOCKS = 7  # a window of two blocks has let go of four by then
 KEY = jax.random.key(3)
 
 jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
-block_step = jit(student.block_step, static_argnames=("model", "config", "first"))
+block_step = jit(student.block_step, static_argnames=("model", "config", "first", "full"))
 
 
 class Setup:
@@ -52,13 +53,20 @@ class Setup:
     def noise(self, block, key=KEY):
         return block_noise(key, block, self.config, self.model, BATCH, first=block == 0)
 
-    def host_loop(self, num_blocks):
+    def host_loop(self, num_blocks, params=None):
         """The blocks one by one, as a streaming session makes them."""
-        cache = student.new_cache(self.model, self.config, BATCH)
+        text = self.text
+        if params is None:
+            params = self.params
+        else:
+            encode = jit(prompt_kv, static_argnames=("model", "levels"))
+            text = encode(self.model, params, *self.contexts, levels=self.config.sigma_levels)
+        cache = student.new_cache(self.model, self.config, BATCH, params)
         for block in range(num_blocks):
+            full = is_per_layer(params) and block >= self.config.cache.capacity
             trace, cache = block_step(
-                self.model, self.params, cache, self.text, self.rope, self.noise(block),
-                config=self.config, first=block == 0,
+                self.model, params, cache, text, self.rope, self.noise(block),
+                config=self.config, first=block == 0, full=full,
             )  # fmt: skip
             yield trace.x0, cache
 
@@ -153,6 +161,23 @@ def test_block_step_by_hand(name, request):
         lambda x: x[:, :, video : video + layout.video_frames * patches], later.kv.video
     )
     assert_close(written, kv.video)
+
+
+@pytest.mark.parametrize("name", ["sinks", "ltx25"])
+def test_weights_per_layer_make_the_same_blocks(name, request):
+    """Before the ring is full, when it is, and when blocks are evicted; anchors apart."""
+    s = request.getfixturevalue(name)
+    copy = jax.tree.map(jnp.array, s.params)
+    params = per_layer(copy)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copy["blocks"]))
+    assert (
+        "qkv" in params["blocks"][1]["video_attn"] and "q" not in params["blocks"][1]["audio_attn"]
+    )
+    blocks = zip(s.host_loop(NUM_BLOCKS), s.host_loop(NUM_BLOCKS, params), strict=True)
+    for block, ((expected, _), (found, cache)) in enumerate(blocks):
+        close = functools.partial(np.testing.assert_allclose, atol=2e-4, err_msg=str(block))
+        jax.tree.map(close, found, expected)
+        assert cache.num_blocks == block + 1 and isinstance(cache.kv, tuple)
 
 
 @pytest.mark.default_xla

@@ -12,7 +12,7 @@ from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.parallel import parallel
 
-PARTS = ["blocks", "encoders", "first block", "pictures", "sound"]
+PARTS = ["blocks", "encoders", "first block", "full cache", "pictures", "sound"]
 COMPILED = "/jax/core/compile/backend_compile_duration"
 compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(

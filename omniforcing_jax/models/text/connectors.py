@@ -240,7 +240,7 @@ class ConnectorLayer(nn.Module):
     def __call__(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, None]:
         """x [B, T, W] -> [B, T, W]."""
         y = rms_norm(x, _NORM_EPS).astype(self.dtype)
-        x = x + self.attn(y, self.attn.keys_values(y), rope=rope)  # keys [B, T, N, H]
+        x = x + self.attn(y, *self.attn.queries_keys_values(y), rope=rope)[0]  # [B, T, W]
         x = x + self.ff(rms_norm(x, _NORM_EPS).astype(self.dtype))
         return x, None
 

@@ -112,14 +112,14 @@ class Block(nn.Module):
 
         Args:
           carry: hidden states v [B, T, D] and a [B, T, C]; None for a stream that is absent.
-          history: `History` for each attention, [B, S, N, H]; None without earlier blocks.
+          history: `History` or `Slots` for each attention; None without earlier blocks.
           text: text keys and values [B, S, N, H]; None computes them from the contexts.
           keep: [B] for each attention; zero skips it for that sample.
           video, audio: what modulates and rotates the streams.
 
         Returns:
-          The new hidden states, and this layer's new keys and values (`Pathways` of `KV`, keys not
-          rotated) with `return_kv`, else None.
+          The new hidden states, and with `return_kv` this layer's new keys and values (`Pathways`
+          of `KV`, keys not rotated, or of the `Slots` that hold them), else None.
         """
         v, a = carry
         history, keep = history or Pathways(), keep or Pathways()
@@ -165,17 +165,18 @@ class Block(nn.Module):
         rows = modulation_rows(table, stream.modulation, self.dtype)
         with jax.named_scope(f"{name}_self_attention"):
             h = self._modulated(x, *rows[:2])
-            kv = attn.keys_values(h)  # [B, T, N, H]
-            y = attn(h, kv, rope=stream.rope, history=history, kv_end=kv_end, keep=keep)
+            q, kv = attn.queries_keys_values(h)  # [B, T, N, H]
+            where = {"rope": stream.rope, "history": history, "kv_end": kv_end}
+            y, new = attn(h, q, kv, **where, keep=keep)
             x = self._add(x, y, rows[2])
         with jax.named_scope(f"{name}_text_attention"):
             if self.config.text_adaln:
                 h = self._modulated(x, *rows[6:8])
-                x = self._add(x, text_attn(h, text_kv, mask=stream.context_mask), rows[8])
             else:
                 h = rms_norm(x, self.config.norm_eps).astype(self.dtype)
-                x = x + text_attn(h, text_kv, mask=stream.context_mask)
-        return x, rows[3:6], kv
+            y, _ = text_attn(h, text_attn.queries(h), text_kv, mask=stream.context_mask)
+            x = self._add(x, y, rows[8]) if self.config.text_adaln else x + y
+        return x, rows[3:6], new
 
     def _cross_modal(self, v, a, video, audio, history, ends, keep):
         """Attention of each stream to the other; both read what they were before this step.
@@ -191,10 +192,11 @@ class Block(nn.Module):
         (a_gate,) = modulation_rows(self.audio_cross_table[4:], audio.cross_gate, dtype)
         v_norm, a_norm = rms_norm(v, eps), rms_norm(a, eps)
         with jax.named_scope("a2v_attention"):
-            a2v_kv = self.a2v_attn.keys_values(modulate(a_norm, *a_rows[:2]).astype(dtype))
-            to_video = self.a2v_attn(
-                modulate(v_norm, *v_rows[:2]).astype(dtype),
-                a2v_kv,
+            x = modulate(v_norm, *v_rows[:2]).astype(dtype)
+            to_video, a2v = self.a2v_attn(
+                x,
+                self.a2v_attn.queries(x),
+                self.a2v_attn.keys_values(modulate(a_norm, *a_rows[:2]).astype(dtype)),
                 rope=video.cross_rope,
                 k_rope=audio.cross_rope,
                 history=history.a2v,
@@ -202,17 +204,18 @@ class Block(nn.Module):
                 keep=keep.a2v,
             )  # [B, T, D]
         with jax.named_scope("v2a_attention"):
-            v2a_kv = self.v2a_attn.keys_values(modulate(v_norm, *v_rows[2:]).astype(dtype))
-            to_audio = self.v2a_attn(
-                modulate(a_norm, *a_rows[2:]).astype(dtype),
-                v2a_kv,
+            x = modulate(a_norm, *a_rows[2:]).astype(dtype)
+            to_audio, v2a = self.v2a_attn(
+                x,
+                self.v2a_attn.queries(x),
+                self.v2a_attn.keys_values(modulate(v_norm, *v_rows[2:]).astype(dtype)),
                 rope=audio.cross_rope,
                 k_rope=video.cross_rope,
                 history=history.v2a,
                 kv_end=ends.v2a,
                 keep=keep.v2a,
             )  # [B, T, C]
-        return self._add(v, to_video, v_gate), self._add(a, to_audio, a_gate), a2v_kv, v2a_kv
+        return self._add(v, to_video, v_gate), self._add(a, to_audio, a_gate), a2v, v2a
 
     def _modulated(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
         """Normalised and modulated: x [B, T, D], shift and scale [B, G, D] -> [B, T, D]."""

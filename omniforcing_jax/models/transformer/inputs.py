@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from omniforcing_jax.blocks import BlockLayout, KvEnds
-from omniforcing_jax.models.transformer.layers import KV, History
+from omniforcing_jax.models.transformer.layers import KV, History, Slots
 from omniforcing_jax.models.transformer.rope import Rope
 
 
@@ -51,10 +51,10 @@ class Pathways:
     `a2v` are queries of the video on keys of the audio, `v2a` the reverse.
     """
 
-    video: KV | History | jax.Array | None = None
-    audio: KV | History | jax.Array | None = None
-    a2v: KV | History | jax.Array | None = None
-    v2a: KV | History | jax.Array | None = None
+    video: KV | History | Slots | jax.Array | None = None
+    audio: KV | History | Slots | jax.Array | None = None
+    a2v: KV | History | Slots | jax.Array | None = None
+    v2a: KV | History | Slots | jax.Array | None = None
 
 
 @flax.struct.dataclass

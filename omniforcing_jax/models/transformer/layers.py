@@ -33,6 +33,52 @@ class History:
     kv: KV
     length: jax.Array
 
+    def join(self, new: KV, rotated: jax.Array) -> tuple[KV, jax.Array, KV]:
+        """What a block attends to: itself, and behind it the history, so that valid keys are a
+        prefix and need no mask.
+
+        Args:
+          new: the block's own keys, not rotated, and values [B, T, N, H].
+          rotated: its keys rotated.
+
+        Returns:
+          Keys, rotated, and values [B, S, N, H]; how many of them are valid; and what was new.
+        """
+        k = jnp.concatenate([rotated, self.kv.k], axis=1)
+        v = jnp.concatenate([new.v, self.kv.v], axis=1)
+        return KV(k, v), rotated.shape[1] + self.length, new
+
+
+@flax.struct.dataclass
+class Slots:
+    """The buffers of a layer's rolling cache, in which the block that is being made has slots, too.
+
+    Nothing is joined or copied then: each pass over a block overwrites its slots.
+
+    Attributes:
+      kv: keys, not rotated, and values [B, S, N, H].
+      rotated: the keys at their positions [B, S, N, H].
+      start: [] int32, the block's first slot.
+      length: [] int32, only slots [0, length) are valid; None: all are.
+    """
+
+    kv: KV
+    rotated: jax.Array
+    start: jax.Array
+    length: jax.Array | None
+
+    def join(self, new: KV, rotated: jax.Array) -> tuple[KV, jax.Array | None, "Slots"]:
+        """As `History.join`; what is new are the buffers."""
+
+        def put(buffer: jax.Array, x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(
+                buffer, x.astype(buffer.dtype), self.start, axis=1
+            )
+
+        kv = KV(put(self.kv.k, new.k), put(self.kv.v, new.v))
+        slots = self.replace(kv=kv, rotated=put(self.rotated, rotated))
+        return KV(slots.rotated, kv.v), self.length, slots
+
 
 def linear(
     features: int,
@@ -186,6 +232,9 @@ class Attention(nn.Module):
         self.q = linear(inner, ("embed", "heads"), *how, split_tokens=q_split)
         self.k = linear(inner, ("embed", "heads"), *how, split_tokens=kv_split)
         self.v = linear(inner, ("embed", "heads"), *how, split_tokens=kv_split)
+        # a sampler's weights have one of these in the place of q, k and v, or of k and v
+        self.qkv = linear(3 * inner, ("embed", "heads"), *how, split_tokens=q_split)
+        self.kv = linear(2 * inner, ("embed", "heads"), *how, split_tokens=kv_split)
         self.out = linear(self.out_dim, ("heads", "embed"), *how, split_tokens=q_split)
         self.q_norm = RMSNorm(inner, self.eps, self.dtype)
         self.k_norm = RMSNorm(inner, self.eps, self.dtype)
@@ -203,57 +252,72 @@ class Attention(nn.Module):
 
     def keys_values(self, x: jax.Array) -> KV:
         """x [B, S, D_kv] -> keys (normalised, not rotated) and values [B, S, N, H]."""
-        k = self._heads(self.k_norm(self.k(x)))  # [B, S, N, H]
-        if self.head_norm:
-            k = self.k_head_norm(k)
-        return KV(k, self._heads(self.v(x)))
+        if self.has_variable("params", "kv"):
+            return self._normalised_kv(*jnp.split(self.kv(x), 2, axis=-1))
+        return self._normalised_kv(self.k(x), self.v(x))
+
+    def queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, KV]:
+        """x [B, T, D] -> queries [B, T, N, H] and `keys_values` of it: a self-attention's."""
+        if self.has_variable("params", "qkv"):
+            q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+            return self._normalised_q(q), self._normalised_kv(k, v)
+        return self.queries(x), self.keys_values(x)
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> queries, normalised but not rotated [B, T, N, H]."""
+        return self._normalised_q(self.q(x))
+
+    def _normalised_q(self, q: jax.Array) -> jax.Array:
+        q = self._heads(self.q_norm(q))
+        return self.q_head_norm(q) if self.head_norm else q
+
+    def _normalised_kv(self, k: jax.Array, v: jax.Array) -> KV:
+        k = self._heads(self.k_norm(k))  # [B, S, N, H]
+        return KV(self.k_head_norm(k) if self.head_norm else k, self._heads(v))
 
     def __call__(
         self,
         x: jax.Array,
+        q: jax.Array,
         kv: KV,
         *,
         rope: Rope | None = None,
         k_rope: Rope | None = None,
-        history: History | None = None,
+        history: History | Slots | None = None,
         kv_end: np.ndarray | None = None,
         mask: jax.Array | None = None,
         keep: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, KV | Slots]:
         """Attends from x to `kv` and, if given, to `history`.
 
         Args:
-          x: [B, T, D], what the queries are made of.
+          x: [B, T, D], what the queries are made of; gates are, too.
+          q: from `queries`, [B, T, N, H].
           kv: from `keys_values`, this call's keys (not rotated) and values [B, S, N, H].
           rope, k_rope: rotations of q and of kv.k; `k_rope` is `rope` when None, and without
             `rope` nothing is rotated.
-          history: keys and values of earlier blocks. They are appended to the current ones, so that
-            the valid keys are a prefix and need no mask.
+          history: keys and values of earlier blocks, which `kv` joins.
           kv_end: [T] host integers; row t sees keys [0, kv_end[t]).
           mask: [B, 1, 1, S] boolean, True = attend.
           keep: [B] one or zero; zero skips this attention for that sample.
 
         Returns:
-          [B, T, out_dim].
+          [B, T, out_dim], and what this call adds to the history: `kv`, or the history's slots.
         """
-        q = self._heads(self.q_norm(self.q(x)))  # [B, T, N, H]
-        if self.head_norm:
-            q = self.q_head_norm(q)
-        k, v, length = kv.k, kv.v, None
+        k, v, length, new = kv.k, kv.v, None, kv
         if rope is not None:
             q = rope.rotate(q, self.rope_type)
             k = (k_rope or rope).rotate(k, self.rope_type)
         if history is not None:
-            length = k.shape[1] + history.length
-            k = jnp.concatenate([k, history.kv.k], axis=1)  # [B, S + history, N, H]
-            v = jnp.concatenate([v, history.kv.v], axis=1)
+            joined, length, new = history.join(kv, k)
+            k, v = joined.k, joined.v  # [B, S + history, N, H]
         if self.measured and self.is_mutable_collection("diagnostics"):
             self.sow("diagnostics", "entropy", attention_entropy(q, k, kv_end))
         y = attention(
             q, k, v, kv_end=kv_end, kv_length=length, mask=mask, implementation=self.implementation
         )  # [B, T, N, H]
         if keep is not None and self.value_when_skipped:
-            y = jnp.where(keep[:, None, None, None] > 0, y, v[:, : y.shape[1]])
+            y = jnp.where(keep[:, None, None, None] > 0, y, kv.v)
         if self.gated:
             y = y * (2 * nn.sigmoid(self.gate(x)))[..., None]  # gates [B, T, N, 1]
         y = rearrange(y, "B T N H -> B T (N H)")
@@ -262,4 +326,4 @@ class Attention(nn.Module):
             y = y * jnp.tanh(self.alpha).astype(self.dtype)[None, None]
         if keep is not None and not self.value_when_skipped:
             y = jnp.where(keep[:, None, None] > 0, y, 0)
-        return y
+        return y, new

@@ -1,7 +1,10 @@
 """The dual-stream LTX-2 transformer: video and audio, coupled in every layer.
 
-`Transformer.__call__` embeds both streams, scans `Block` over the layers and applies the output
-heads, which predict the velocity v = noise - x0. Axis letters: see `layers.py`.
+`Transformer.__call__` embeds both streams, runs `Block` for every layer and applies the output
+heads, which predict the velocity v = noise - x0. Weights that are stacked over the layers, as they
+are trained, are scanned; those that lie in a tuple, one tree a layer, are a Python loop: what
+samplers use (`sampling.weights`), as a scan copies each layer's weights out of the stack on GPUs.
+Axis letters: see `layers.py`.
 """
 
 import dataclasses
@@ -80,6 +83,34 @@ class Transformer(nn.Module):
     def _rules(self) -> WeightRules:
         return dataclasses.replace(self.rules, keep_gathered=self.remat == "full")
 
+    def _block_fields(self) -> tuple:
+        c = self.config
+        return c, self.dtype, self.implementation, self.causal, self.return_kv, self._rules()
+
+    def _layers(self, method: str, carry, per_layer: tuple, shared: tuple):
+        """A method of all layers: what it carries through them, and what each of them returns.
+
+        Args:
+          per_layer: arguments of which each layer has its own: arrays with a leading axis L, tuples
+            of L trees, or None.
+          shared: the same for all layers.
+        """
+        weights = self.variables["params"]["blocks"] if not self.is_initializing() else None
+        if not isinstance(weights, tuple):
+            return getattr(self.blocks, method)(carry, *per_layer, *shared)
+        block = Block(*self._block_fields(), parent=None)
+        # traced once for all layers
+        layer = jax.jit(lambda params, *args: block.apply({"params": params}, *args, method=method))
+
+        def of_layer(x, i: int):
+            return x[i] if isinstance(x, tuple) else jax.tree.map(lambda leaf: leaf[i], x)
+
+        found = []
+        for i, params in enumerate(weights):
+            carry, new = layer(params, carry, *(of_layer(x, i) for x in per_layer), *shared)
+            found.append(new)
+        return carry, tuple(found)
+
     def _scanned_block(self) -> Block:
         block = Block
         if self.remat != "none":
@@ -97,14 +128,7 @@ class Transformer(nn.Module):
         call = {**shared, "in_axes": (0, 0, 0, nn.broadcast, nn.broadcast)}
         text_kv = {**shared, "in_axes": (nn.broadcast, nn.broadcast)}
         scanned = nn.scan(block, methods={"__call__": call, "text_kv": text_kv})
-        return scanned(
-            self.config,
-            self.dtype,
-            self.implementation,
-            self.causal,
-            self.return_kv,
-            self._rules(),
-        )
+        return scanned(*self._block_fields())
 
     def __call__(
         self,
@@ -120,7 +144,8 @@ class Transformer(nn.Module):
         Args:
           video, audio: the streams; one of them may be None (then the cross-modal attention is
             skipped).
-          history: `History` per pathway with arrays [L, B, S, N, H] and lengths [L].
+          history: `History` per pathway with arrays [L, B, S, N, H] and lengths [L], or a tuple of
+            the layers' `Pathways` of `Slots`.
           text: text keys and values from `text_kv`; otherwise they are computed from the contexts.
           keep: [L, B] arrays per pathway, zero skips it (guidance by perturbation).
 
@@ -129,7 +154,8 @@ class Transformer(nn.Module):
 
         Returns:
           (video [B, T_v, channels], audio [B, T_a, channels]) float32, and, with `return_kv`, the
-          new keys and values: Pathways of KV [L, B, S, N, H], keys not rotated, else None.
+          new keys and values: Pathways of KV [L, B, S, N, H], keys not rotated, else None. From
+          weights per layer they are a tuple of what each layer's `Block` returns.
 
         Raises:
           ValueError: inputs that do not fit each other or the model.
@@ -149,7 +175,9 @@ class Transformer(nn.Module):
         # Splitting 25 audio tokens a second costs more than it saves (docs/scaling.md).
         v = None if v is None else constrain(v, "batch", "tokens", WHOLE)
         a = None if a is None else constrain(a, "batch", WHOLE, WHOLE)
-        (v, a), new_kv = self.blocks((v, a), history, text, keep, v_stream, a_stream)
+        (v, a), new_kv = self._layers(
+            "__call__", (v, a), (history, text, keep), (v_stream, a_stream)
+        )
         with jax.named_scope("output_heads"):
             if v is not None:
                 v = self._head(v, self.video_out_table, v_time, self.video_out)
@@ -163,7 +191,8 @@ class Transformer(nn.Module):
         audio_context: jax.Array | None,
         sigma: tuple[jax.Array, jax.Array] | jax.Array | None = None,
     ) -> TextKV:
-        """Text keys and values [L, B, S, N, H] of all layers, to compute them once per prompt.
+        """Text keys and values [L, B, S, N, H] of all layers, to compute them once per prompt; from
+        weights per layer, a tuple of those of each layer [B, S, N, H].
 
         Args:
           video_context, audio_context: [B, S, text_dim].
@@ -187,7 +216,7 @@ class Transformer(nn.Module):
             return Conditioning(prompt_modulation=prompt, context=self._context(context, is_video))
 
         video, audio = conditioning(video_context, True), conditioning(audio_context, False)
-        return self.blocks.text_kv(None, video, audio)[1]
+        return self._layers("text_kv", None, (), (video, audio))[1]
 
     def _check(self, video, audio, text):
         """Raises ValueError for streams that do not fit each other or the model."""
