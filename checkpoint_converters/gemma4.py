@@ -121,7 +121,9 @@ def _read_config(source: pathlib.Path, metadata: Mapping[str, str]) -> tuple[dic
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     parser = programs.Parser(PROGRAM, __doc__)
-    converting.add_input(parser, "LTX-2.5's text encoder .safetensors, or a Hugging Face folder")
+    converting.add_input(
+        parser, "LTX-2.5's text encoder .safetensors, its folder, or a Hugging Face one"
+    )
     parser.add_argument(
         "--tokenizer",
         type=pathlib.Path,

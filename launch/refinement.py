@@ -18,7 +18,10 @@ STEPS = len(REFINING.sigmas) - 1
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     add = parser.add_argument
-    add("--upsampler", metavar="FOLDER", help="sample small, upsample with this, and refine")
+    add(
+        "--upsampler", metavar="FOLDER",
+        help="sample small, upsample with this (from checkpoint_converters.upsampler), and refine",
+    )  # fmt: skip
     add("--refiner", metavar="FOLDER", help="distilled LTX-2 that refines (default: --checkpoint)")
 
 

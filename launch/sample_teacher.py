@@ -65,7 +65,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
     parser = programs.Parser("launch.sample_teacher", __doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="folder written by checkpoint_converters")
+    add(
+        "--checkpoint", required=True, metavar="FOLDER",
+        help="converted model, from checkpoint_converters.ltx2 or .omniforcing",
+    )  # fmt: skip
     add("--prompt", metavar="TEXT", help="what to show")
     add("--negative-prompt", metavar="TEXT", help="what not to show, for cfg (default: empty)")
     options.add_text_source(parser)

@@ -67,7 +67,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
     parser = programs.Parser("launch.stream", __doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="folder written by checkpoint_converters")
+    add(
+        "--checkpoint", required=True, metavar="FOLDER",
+        help="converted model, from checkpoint_converters.ltx2 or .omniforcing",
+    )  # fmt: skip
     add(
         "--bidirectional", action="store_true",
         help="stream a model that was not trained to be streamed: without a history it has seen",
