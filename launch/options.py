@@ -61,8 +61,8 @@ def add_text_source(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--text-encoder", metavar="FOLDER",
-        help="converted Gemma, which encodes --prompt; from checkpoint_converters.gemma3, or .gemma4 "
-        "for LTX-2.5",
+        help="converted Gemma, which encodes --prompt; from checkpoint_converters.gemma3 (.gemma4 "
+        "for LTX-2.5)",
     )  # fmt: skip
     add("--quantize-encoder", choices=quantization.MODES, help="its weights (default none)")
     add("--text-length", type=int, help="tokens per prompt (default: as trained, else 1024)")

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_converters import ltx2, omniforcing, tiny_decoder
+from checkpoint_converters import ltx2, omniforcing, synthetic, tiny_decoder
 from checkpoint_converters.shapes import model_shapes
 from launch import sample_teacher, stream
 from omniforcing_jax.blocks import BlockLayout
@@ -460,6 +461,23 @@ def test_bad_input_is_refused_before_anything_is_loaded(
     assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_loras_are_added_to_the_weights(checkpoint, tmp_path, monkeypatch, capsys):
+    synthetic.write_lora(tmp_path / "style.safetensors", "tiny", "2.0")
+
+    def load(folder, **how):
+        models = [load_pipeline(folder, **how), load_pipeline(folder, **how | {"loras": ()})]
+        models = [model.params["transformer"] for model in models]
+        changed = jax.tree.map(lambda a, b: bool((a != b).any()), *models)
+        raise ValueError(f"{sum(jax.tree.leaves(changed))} leaves changed")
+
+    monkeypatch.setattr(stream, "load_pipeline", load)
+    more = ["--random-features", "--lora", f"{tmp_path / 'style.safetensors'}:0.5"]
+    assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
+    said = capsys.readouterr().err
+    assert "merged: style.safetensors, strength 0.5, 48 layers" in said
+    assert "24 leaves changed" in said  # of two layers each
 
 
 @pytest.fixture(scope="module")
