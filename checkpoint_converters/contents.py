@@ -75,13 +75,13 @@ def identify(tensors: Mapping[str, Tensor]) -> Contents | None:
         return Contents(TINY_DECODER, "a tiny video decoder")
     if _UPSAMPLER in tensors:
         return Contents(UPSAMPLER, "a latent upsampler")
-    if any(key.endswith(_TEXT_ENCODER) for key in tensors):
+    there = present_components(canonical_keys(tensors))
+    # LTX-2.5's text encoder comes with the projections, which are the connectors'
+    if there in ((), ("connectors",)) and any(key.endswith(_TEXT_ENCODER) for key in tensors):
         if is_gemma4(tensors):
             return Contents(GEMMA4, "a Gemma 4, the text encoder of LTX-2.5")
         return Contents(GEMMA3, "a Gemma 3, the text encoder of LTX-2.0 and 2.3")
-    if there := present_components(canonical_keys(tensors)):
-        return Contents(LTX2, f"LTX-2 ({', '.join(there)})")
-    return None
+    return Contents(LTX2, f"LTX-2 ({', '.join(there)})") if there else None
 
 
 def misplaced(path: str | PathLike, tensors: Mapping[str, Tensor], wanted: str) -> list[str]:
