@@ -185,8 +185,9 @@ def combine(
     config: dict[str, Any] = {}
     problems = []
     for part in parts:
-        problems += [Problem(f"{part.path}: {key} {twice}", "given twice")
-                     for key in part.tensors if key in tensors]  # fmt: skip
+        if again := [key for key in part.tensors if key in tensors]:
+            more = f" (and {len(again) - 1} more)" if len(again) > 1 else ""
+            problems.append(f"{part.path}: {again[0]}{more} {twice}")
         tensors |= part.tensors
         problems += [
             f"{part.path}: config section {name!r} differs from the other files'; convert files of "
