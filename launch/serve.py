@@ -15,6 +15,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from rich.console import Console
@@ -154,6 +155,18 @@ def streams(args: argparse.Namespace, pipeline: Pipeline, rollout: RolloutConfig
     return open_stream
 
 
+def count_compilations() -> Callable[[], int]:
+    """Counts what is compiled, or taken from the compilation cache, from now on."""
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **labels: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: len(events)
+
+
 def warm_up(open_stream, encoder: PromptEncoder, console: Console) -> None:
     """Compiles all that streams with and without pushed sound will need."""
     start = time.perf_counter()
@@ -185,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
     how = {"verify": args.verify, "encoders": True, "tiny": args.decode == "tiny"}
     pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
+    compilations = count_compilations()
     open_stream = streams(args, pipeline, rollout, encoder.length)
     with options.plain_warnings(console):
         warm_up(open_stream, encoder, console)
@@ -202,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
             image_crf=config.image_crf,
             hosts=(*LOOPBACK[:2], "[::1]", args.host, *args.hosts),
             token=token,
+            compilations=compilations,
         )
         server = uvicorn.Server(
             uvicorn.Config(

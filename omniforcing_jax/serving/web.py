@@ -81,6 +81,7 @@ class Service:
       image_crf: H.264 quality that pictures are given, see `media_files.compress_image`.
       hosts: names by which the server may be called, without port; "*" for any.
       token: that clients must have; None lets all in.
+      compilations: how many programs the process has compiled, a figure that must stand still.
     """
 
     runtime: Runtime
@@ -93,6 +94,7 @@ class Service:
     image_crf: int = 0
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     token: str | None = None
+    compilations: Callable[[], int] = lambda: 0
 
     def fragments(self) -> Fragments:
         """An encoder of one stream."""
@@ -169,7 +171,7 @@ class _Server:
     def __init__(self, service: Service, text_thread, encoders):
         self.service, self._text_thread, self.encoders = service, text_thread, encoders
         registry = CollectorRegistry()
-        registry.register(_Figures(service.runtime))
+        registry.register(_Figures(service))
         self._registry = registry
 
     async def encode(self, text: str) -> Any:
@@ -471,23 +473,23 @@ def _samples(data: bytes) -> np.ndarray:
 
 
 class _Figures:
-    """The runtime's figures for Prometheus."""
+    """What Prometheus is told."""
 
-    def __init__(self, source: Runtime):
-        self._source = source
+    def __init__(self, service: Service):
+        self._service = service
 
     def collect(self):
-        figures = self._source.figures()
-        for name, text in (("sessions", "that are stepped"), ("waiting", "that wait")):
-            metric = GaugeMetricFamily(f"omniforcing_{name}", f"sessions {text}")
-            metric.add_metric([], getattr(figures, name))
-            yield metric
-        for name, text in (
-            ("blocks", "blocks made"),
-            ("late_blocks", "of them after their deadline"),
-            ("seconds", "spent on making blocks"),
-            ("refused", "sessions refused"),
+        figures = dataclasses.asdict(self._service.runtime.figures())
+        figures["compilations"] = self._service.compilations()
+        for kind, name, text in (
+            (GaugeMetricFamily, "sessions", "that are stepped"),
+            (GaugeMetricFamily, "waiting", "sessions that wait"),
+            (CounterMetricFamily, "blocks", "blocks made"),
+            (CounterMetricFamily, "late_blocks", "of them after their deadline"),
+            (CounterMetricFamily, "seconds", "spent on making blocks"),
+            (CounterMetricFamily, "refused", "sessions refused"),
+            (CounterMetricFamily, "compilations", "programs compiled"),
         ):
-            metric = CounterMetricFamily(f"omniforcing_{name}", text)
-            metric.add_metric([], getattr(figures, name))
+            metric = kind(f"omniforcing_{name}", text)
+            metric.add_metric([], figures[name])
             yield metric
