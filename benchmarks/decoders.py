@@ -13,9 +13,9 @@ tables for each file of weights in the official layout.
   changes there, which is what flickers, both in grey levels.
 * Sound: the vocoder in bfloat16 against float32. The segmental signal-to-noise ratio is the mean
   over frames of 20 ms that are louder than -60 dBFS. The log-spectral distance is the root mean
-  square difference of a frame's level, in dB, over 64 mel bands, none below -80 dBFS. A mean of at
-  most 1 dB, with at most 2 % of the frames above 2 dB, is inaudible by the criterion of speech
-  coding (Paliwal and Atal, 1993).
+  square difference of a frame's level, in dB, over 64 mel bands, none below -80 dBFS. Inaudible is
+  a mean of at most 1 dB, with at most 2 % of the frames above 2 dB (the criterion of speech coding,
+  Paliwal and Atal, 1993), and a ratio of at least 30 dB.
 """
 
 import argparse

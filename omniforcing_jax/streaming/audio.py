@@ -68,7 +68,8 @@ class StreamingAudioDecoder:
           vae_config: audio VAE.
           vocoder_config: vocoder.
           params: {"audio_vae": {decoder, per_channel_statistics}, "vocoder": tree}.
-          dtype: compute dtype of the VAE; the vocoder always runs in fp32.
+          dtype: compute dtype of the VAE and of a HiFi-GAN's convolutions, for which bfloat16 is
+            inaudible; BigVGANs compute in float32 (benchmarks/RESULTS.md).
 
         Raises:
           ValueError: a component is missing, or the vocoder expects another number of mel bins.
@@ -89,6 +90,8 @@ class StreamingAudioDecoder:
             "audio_vae": {name: vae[name] for name in ("decoder", "per_channel_statistics")},
             "vocoder": params["vocoder"],
         }
+        self._vocoder_dtype = jnp.float32 if vocoder_config.has_snakes else dtype
+        used["vocoder"] = jax.tree.map_with_path(self._vocoder_weight, used["vocoder"])
         self.params = jax.tree.map(jnp.asarray, used)
         self._right = vocoder_config.right_context
         self._window = vocoder_config.left_context + self._right
@@ -211,9 +214,15 @@ class StreamingAudioDecoder:
         """[B, num_samples, 2] from mel frame `begin` of `frames` on."""
         if num_samples == 0:
             return jnp.zeros((frames.shape[0], 0, STEREO), jnp.float32)
-        waveform = vocode(self.params["vocoder"], self.vocoder_config, frames)
+        waveform = vocode(self.params["vocoder"], self.vocoder_config, frames, self._vocoder_dtype)
         offset = begin * self.vocoder_config.hop
         return waveform[:, offset : offset + num_samples]
+
+    def _vocoder_weight(self, path: tuple, weight: jax.Array) -> jax.Array:
+        """Kernels, nearly all of the weights, in the dtype they are used in, others as they are."""
+        layer, name = path[-2].key, path[-1].key
+        rounded = name == "kernel" and layer != "conv_post"
+        return jnp.asarray(weight, self._vocoder_dtype if rounded else None)
 
     def _num_valid(self, num_latents: int) -> int:
         """Frames of `mel_tail` that belong to the stream."""

@@ -200,13 +200,21 @@ def test_equal_pushes_share_one_program(decoder, monkeypatch):
     assert traces == {"vae": 2, "vocoder": 1}
 
 
-def test_bfloat16_vae(golden_dir, hifigan):
+def test_bfloat16(hifigan, extended):
+    """The VAE's, and the vocoder's unless it has snakes."""
     decoder = StreamingAudioDecoder(
         hifigan.vae_config, hifigan.vocoder_config, hifigan.params, dtype=jnp.bfloat16
     )
     latents = random_latents(decoder, LENGTH)
     state = decoder.init(BATCH)
     assert state.history["conv_in"].dtype == jnp.bfloat16
+    kernels = [decoder.params["vocoder"][name]["kernel"].dtype for name in ("ups_0", "conv_post")]
+    assert kernels == [jnp.bfloat16, jnp.float32]
+    with_snakes = StreamingAudioDecoder(
+        extended.vae_config, extended.vocoder_config, extended.params, dtype=jnp.bfloat16
+    )
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(with_snakes.params["vocoder"])}
+    assert dtypes == {jnp.dtype(jnp.float32)}
     rounded = stream(decoder, latents, PREFIX)
     exact = whole_clip(decoder, latents)
     assert rounded.dtype == np.float32

@@ -225,6 +225,11 @@ class VocoderConfig:
         )
 
     @property
+    def has_snakes(self) -> bool:
+        """Whether it is made of BigVGANs, whose snakes turn rounding into noise."""
+        return self.generator.resblock == "AMP1"
+
+    @property
     def mel_bins(self) -> int:
         """Mel bins of the input."""
         return _MEL_BINS
