@@ -10,10 +10,26 @@ import ml_collections
 
 from omniforcing_jax.training.config import parsing, settings
 
+# Variants that train adapters instead of all weights, and their ranks.
+ADAPTER_RANKS = {"19b-lora": 64, "tiny-lora": 4, "pocket-lora": 16}
+
 
 def training(stage: str) -> ml_collections.ConfigDict:
     """All settings of a stage ("stage1", "stage2" or "stage3"), at their defaults."""
     return ml_collections.ConfigDict(parsing.to_dict(settings.STAGES[stage]()))
+
+
+def adapters(c: ml_collections.ConfigDict, rank: int) -> ml_collections.ConfigDict:
+    """Low-rank adapters over one frozen base, in place of all weights of two networks.
+
+    B starts at zero, so an update moves W by the learning rate times A at first: five times the
+    rate of whole weights, and no decay towards the base.
+    """
+    c.adapters.ranks = (rank,)
+    for name in ("generator_optimizer", "critic_optimizer"):
+        if name in c:
+            c[name].update({"learning_rate": 5 * c[name].learning_rate, "weight_decay": 0.0})
+    return c
 
 
 def tiny(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -23,6 +23,9 @@ prints parameters, memory and arithmetic, and exits):
 
             python -m launch.stage1 --config=configs/stage1.py:pocket \\
                 --workdir=outputs/pocket/stage1
+  19b-lora, tiny-lora, pocket-lora
+            The same with low-rank adapters of generator and critic over one frozen base, which is
+            the teacher (docs/training.md, "Adapters").
 """
 
 import ml_collections
@@ -32,6 +35,9 @@ from configs import base
 
 def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
     """The config of a variant; see the module's docstring."""
+    if variant in base.ADAPTER_RANKS:
+        c = base.adapters(get_config(variant.removesuffix("-lora")), base.ADAPTER_RANKS[variant])
+        return c
     c = base.training("stage1")
     if variant == "19b-v2":
         c.student.timesteps = (1000.0, 757.0, 522.0)
@@ -45,5 +51,8 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
         c = base.pocket(c)
         c.num_steps = 300
     elif variant != "19b":
-        raise ValueError(f"unknown variant {variant!r}; there are 19b, 19b-v2, tiny and pocket")
+        raise ValueError(
+            f"unknown variant {variant!r}; there are 19b, 19b-v2, tiny, pocket"
+            f" and {', '.join(base.ADAPTER_RANKS)}"
+        )
     return c

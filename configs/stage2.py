@@ -30,6 +30,9 @@ prints parameters, memory and arithmetic, and exits):
 
               python -m launch.stage2 --config=configs/stage2.py:pocket \\
                   --workdir=outputs/pocket/stage2
+  19b-lora, tiny-lora, pocket-lora
+            The same with low-rank adapters of generator and critic over one frozen base, which is
+            the teacher (docs/training.md, "Adapters").
 """
 
 import ml_collections
@@ -39,6 +42,10 @@ from configs import base
 
 def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
     """The config of a variant; see the module's docstring."""
+    if variant in base.ADAPTER_RANKS:
+        c = base.adapters(get_config(variant.removesuffix("-lora")), base.ADAPTER_RANKS[variant])
+        c.generator = c.generator and f"{c.generator}-lora"
+        return c
     c = base.training("stage2")
     c.data = "data/ode_pairs"
     if variant == "19b-v2":
@@ -67,6 +74,7 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
         c.num_steps = 300
     elif variant != "19b":
         raise ValueError(
-            f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-flow, tiny and pocket"
+            f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-flow, tiny, pocket"
+            f" and {', '.join(base.ADAPTER_RANKS)}"
         )
     return c

@@ -22,6 +22,9 @@ prints parameters, memory and arithmetic, and exits):
 
             python -m launch.stage3 --config=configs/stage3.py:pocket \\
                 --workdir=outputs/pocket/stage3
+  19b-lora, tiny-lora, pocket-lora
+            The same with low-rank adapters of generator and critic over one frozen base, which is
+            the teacher (docs/training.md, "Adapters").
 """
 
 import ml_collections
@@ -31,6 +34,10 @@ from configs import base
 
 def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
     """The config of a variant; see the module's docstring."""
+    if variant in base.ADAPTER_RANKS:
+        c = base.adapters(get_config(variant.removesuffix("-lora")), base.ADAPTER_RANKS[variant])
+        c.generator = c.generator and f"{c.generator}-lora"
+        return c
     c = base.training("stage3")
     if variant == "19b-v2":
         c.clip.layout = "merged"
@@ -52,6 +59,7 @@ def get_config(variant: str = "19b") -> ml_collections.ConfigDict:
         c.num_steps = 240
     elif variant != "19b":
         raise ValueError(
-            f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-ar, tiny and pocket"
+            f"unknown variant {variant!r}; there are 19b, 19b-v2, 19b-ar, tiny, pocket"
+            f" and {', '.join(base.ADAPTER_RANKS)}"
         )
     return c

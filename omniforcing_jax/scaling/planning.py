@@ -32,7 +32,7 @@ from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.sampling.kv_cache import cache_bytes
 from omniforcing_jax.scaling.devices import GPUS_PER_NODE, Device, Target
 from omniforcing_jax.scaling.flops import block_flops, forward_flops, text_flops
-from omniforcing_jax.training.assembly import abstract_params, abstract_state
+from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config.experiment import Experiment
 from omniforcing_jax.training.config.problems import ConfigError
 from omniforcing_jax.types import DTYPES
@@ -80,10 +80,10 @@ class Work:
     def __mul__(self, factor: float) -> "Work":
         return Work(*(value * factor for value in dataclasses.astuple(self)))
 
-    def gradient(self, remat: bool) -> "Work":
-        """This forward pass with its backward pass."""
+    def gradient(self, remat: bool, backward: float) -> "Work":
+        """This forward pass with its backward pass, of so many times its operations."""
         f = self.flops
-        return Work(3 * f, remat * f, 2 * self.gathers, 1.0, (3 + remat) * self.tokens)
+        return Work((1 + backward) * f, remat * f, 2 * self.gathers, 1.0, (3 + remat) * self.tokens)
 
 
 def work_of_updates(e: Experiment) -> dict[str, Work]:
@@ -93,27 +93,30 @@ def work_of_updates(e: Experiment) -> dict[str, Work]:
     the batch has exited, which with many samples is all steps.
     """
     c, remat = e.config, e.config.compute.remat != "none"
+    # no gradient of a base's weights; adapters there and back
+    backward = 1 + 3 * assembly.adapter_share(e) if c.adapters.used else 2.0
+    how = remat, backward
     if c.stage == "stage2":
-        return {"generator": _clip_pass(e, e.student).gradient(remat) * c.microbatches}
+        return {"generator": _clip_pass(e, e.student).gradient(*how) * c.microbatches}
     clip = score = _clip_pass(e, e.teacher)
     if c.score.context == "block_causal":
         score = _rollout_pass(e, e.teacher, c.clip.blocks) * 2
     steps = len(e.sigmas) - 1
     if c.stage == "stage1":
-        sample, last = clip * steps, clip.gradient(remat)
+        sample, last = clip * steps, clip.gradient(*how)
         # the forward pass of the last step is part of the sample
-        last = dataclasses.replace(last, flops=last.flops * 2 / 3, gathers=last.gathers - 1)
+        last = dataclasses.replace(last, flops=backward * clip.flops, gathers=last.gathers - 1)
     else:
         whole = _rollout_pass(e, e.student, c.rollout_blocks)
         sample = whole * ((steps + 1) / 2 + 1)
         scored = whole * (c.clip.blocks / c.rollout_blocks)
-        last = scored.gradient(remat)
-        twice, again = 2 * scored.flops, (1 + remat) * scored.flops
-        last = dataclasses.replace(last, flops=twice, repeated=again)
+        last = scored.gradient(*how)
+        again = (1 + remat) * scored.flops
+        last = dataclasses.replace(last, flops=backward * scored.flops, repeated=again)
     # all passes of the teacher are one of as many times the rows: one gather
     scores = score * (1 + len(c.score.passes()))
     scores = dataclasses.replace(scores, gathers=2 * score.gathers)
-    updates = {"generator": sample + last + scores, "critic": sample + clip.gradient(remat)}
+    updates = {"generator": sample + last + scores, "critic": sample + clip.gradient(*how)}
     if c.compute.gather_weights:  # once for all passes of the sample
         fewer = sample.gathers - 1 / c.microbatches
         updates = {
@@ -156,18 +159,19 @@ def _rollout_pass(e: Experiment, config: TransformerConfig, blocks: int) -> Work
     return Work(rows * flops, 0.0, blocks, 0.0, tokens * blocks)
 
 
-def traffic(e: Experiment, work: Work, weights: int) -> dict[str, float]:
+def traffic(e: Experiment, work: Work, weights: int, trained: int) -> dict[str, float]:
     """Bytes that a device takes in, by the axis of the mesh over which they travel.
 
     Those of `fsdp` are the weights and gradients, which travel over `sequence` as well.
 
     Args:
       weights: parameters of a network.
+      trained: those of them, or beside them, that have gradients.
     """
     n, t, copies = (e.mesh_shape[axis] for axis in ("sequence", "tensor", "data"))
     size, ways = jnp.dtype(e.dtype).itemsize, e.mesh_shape["fsdp"] * n
     held = weights * size / t  # of a network once it is gathered
-    reduced = held * jnp.dtype(DTYPES[e.config.compute.reduce_dtype]).itemsize / size
+    reduced = trained * jnp.dtype(DTYPES[e.config.compute.reduce_dtype]).itemsize / t
     rows = e.config.batch_size / e.config.microbatches
     tokens = work.tokens * rows / (copies * e.mesh_shape["fsdp"]) / n
     d, c, layers = e.teacher.video_dim, e.teacher.audio_dim, e.teacher.num_layers
@@ -269,7 +273,7 @@ def plan_step(e: Experiment) -> StepPlan:
     axes = partitioning.MESH_AXES
     sizes = tuple(e.mesh_shape[axis] for axis in axes)
     mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))
-    state = abstract_state(e, mesh)
+    state = assembly.abstract_state(e, mesh)
     parameters = {"generator": count(state.generator.params)}
     memory = {
         "generator: masters": bytes_on_device(state.generator.params),
@@ -278,18 +282,24 @@ def plan_step(e: Experiment) -> StepPlan:
     if state.generator.ema is not None:
         memory["generator: average"] = bytes_on_device(state.generator.ema)
     memory["generator: gradients"] = bytes_on_device(state.generator.params)
-    compute = bytes_on_device(abstract_params(e.model(e.student), mesh, e.dtype))
+    adapters = e.config.adapters
+    compute = bytes_on_device(
+        assembly.abstract_trained(e.model(e.student), adapters, mesh, e.dtype)
+    )
     memory["generator: compute weights"] = compute
     if e.config.compute.gather_weights:
         ways = e.mesh_shape["fsdp"] * e.mesh_shape["sequence"]
         memory["generator: whole weights for rollouts"] = compute * ways
+    teacher = assembly.abstract_params(e.model(e.teacher), mesh, e.dtype)
     if state.critic is not None:
         parameters["critic"] = count(state.critic.params)
         memory["critic: masters"] = bytes_on_device(state.critic.params)
         memory["critic: optimizer"] = bytes_on_device(state.critic.opt_state)
-        teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
-        parameters["teacher"] = count(teacher)
-        memory["critic: compute weights"] = memory["teacher"] = bytes_on_device(teacher)
+        compute = assembly.abstract_trained(e.model(e.teacher), adapters, mesh, e.dtype)
+        memory["critic: compute weights"] = bytes_on_device(compute)
+    if state.critic is not None or adapters.used:
+        name = "base and teacher" if adapters.used else "teacher"
+        parameters[name], memory[name] = count(teacher), bytes_on_device(teacher)
     if e.config.compute.remat == "full":
         memory[_ACTIVATIONS] = _activation_bytes(e)
     if e.config.stage == "stage3":
@@ -458,8 +468,8 @@ def propose(
 def evaluate(e: Experiment, target: Target) -> MeshProposal:
     """Memory and time of one experiment."""
     plan, work = plan_step(e), work_of_step(e)
-    weights = plan.parameters["generator"]
-    sent = traffic(e, work, weights)
+    weights, trained = max(plan.parameters.values()), plan.parameters["generator"]
+    sent = traffic(e, work, weights, trained)
     messages = (work.gathers + work.reductions) * e.student.num_layers * PRODUCTS_PER_LAYER
     held = sum(v for k, v in plan.bytes_per_device.items() if k.startswith("generator"))
     step = roofline(
@@ -489,7 +499,7 @@ def peak_memory(e: Experiment, plan: StepPlan) -> dict[str, int]:
         memory[_CACHE], temporaries = cache, (CACHES - 1) * cache
     else:
         memory[_ACTIVATIONS], temporaries = kept, layer
-    weights = plan.parameters["generator"] / e.student.num_layers / e.mesh_shape["tensor"]
+    weights = max(plan.parameters.values()) / e.student.num_layers / e.mesh_shape["tensor"]
     temporaries += GATHERED_LAYERS * weights * jnp.dtype(e.dtype).itemsize
     if e.config.microbatches > 1:
         temporaries += memory["generator: gradients"]

@@ -1,6 +1,7 @@
 """Putting a checked experiment onto a mesh: parameters, train state, frozen networks."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from omniforcing_jax.models.transformer.model import (
     init_boxed_params,
     init_params,
 )
+from omniforcing_jax.training import adapters
+from omniforcing_jax.training.adapters import NEW_PARAMETERS, AdapterConfig
 from omniforcing_jax.training.batches import text_arrays
 from omniforcing_jax.training.config.experiment import Experiment, make_stage
 from omniforcing_jax.training.objectives.common import Frozen, TextInput
@@ -34,13 +37,19 @@ from omniforcing_jax.training.state import (
 )
 from omniforcing_jax.training.training_checkpoints import load_generator, verify_generator
 
-# Parameters that a student has and its source may lack: they start from their initial values.
-NEW_PARAMETERS = ("audio_sinks", "q_head_norm", "k_head_norm", "alpha")
-
 
 def abstract_params(model: Transformer, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
     """Shapes of a model's parameters with their places on the mesh."""
     return _placed(_boxed(model), mesh, dtype)
+
+
+def abstract_trained(
+    model: Transformer, config: AdapterConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype
+) -> Any:
+    """The same of those that are trained: all of them without adapters."""
+    if not config.used:
+        return abstract_params(model, mesh, dtype)
+    return _placed(adapters.boxed_trained(_boxed(model), config), mesh, dtype)
 
 
 def _placed(boxed: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
@@ -56,6 +65,14 @@ def _boxed(model: Transformer) -> Any:
     return jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
 
 
+def adapter_share(e: Experiment) -> float:
+    """Parameters of a network's adapters over those of the base."""
+    boxed = _boxed(e.model(e.teacher))
+    trees = adapters.boxed_trained(boxed, e.config.adapters), boxed
+    few, all_of = (sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for tree in trees)
+    return few / all_of
+
+
 def abstract_state(
     e: Experiment, mesh: jax.sharding.Mesh, scores: jax.sharding.Mesh | None = None
 ) -> TrainState:
@@ -63,7 +80,8 @@ def abstract_state(
     allocated."""
 
     def network(name: str, config: TransformerConfig, ema: bool, mesh):
-        return _abstract_network(e.model(config), mesh, e.config.optimizers[name], ema)
+        optimizer = e.config.optimizers[name]
+        return _abstract_network(e.model(config), e.config.adapters, mesh, optimizer, ema)
 
     generator = network("generator", e.student, e.config.ema is not None, mesh)
     critic = None
@@ -73,8 +91,10 @@ def abstract_state(
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract_network(model: Transformer, mesh, optimizer: OptimizerConfig, ema: bool) -> Network:
-    params = abstract_params(model, mesh, jnp.float32)
+def _abstract_network(
+    model: Transformer, config: AdapterConfig, mesh, optimizer: OptimizerConfig, ema: bool
+) -> Network:
+    params = abstract_trained(model, config, mesh, jnp.float32)
     return create_network(params, make_optimizer(optimizer), ema=ema)
 
 
@@ -111,23 +131,13 @@ def assemble(
     if scores is not None:
         stage = SplitDMD(stage, mesh, scores)
     if fresh:
-        source = c.generator or c.checkpoint
-        is_run = (locate(source) / "checkpoints").is_dir()
-        student = e.model(e.student)
-        generator = load_generator(
-            source,
-            state.generator.params,
-            which=c.generator_weights if is_run else "params",
-            allow_new=NEW_PARAMETERS,
-            init=lambda: init_params(student, jax.random.key(c.seed)),
-            verify=False,
-        )
+        generator = _start(e, state.generator.params)
         optimizers = {name: make_optimizer(config) for name, config in c.optimizers.items()}
         generator = create_network(generator, optimizers["generator"], ema=c.ema is not None)
         critic = None
         if state.critic is not None:
             with jax.set_mesh(scores or mesh):
-                critic = load_generator(c.checkpoint, state.critic.params, verify=False)
+                critic = _start(e, state.critic.params, critic=True)
                 critic = create_network(critic, optimizers["critic"], ema=False)
         state = create_state(generator, critic)
     if scores is None:
@@ -137,11 +147,38 @@ def assemble(
         return stage, state, SplitFrozen(student, load_frozen(e, scores))
 
 
+def _start(e: Experiment, expected: Any, critic: bool = False) -> Any:
+    """Where a network starts; the critic as the checkpoint, with adapters of zeros."""
+    c, source = e.config, e.config.checkpoint if critic else e.config.generator
+    model = e.model(e.teacher if critic else e.student)
+    key = jax.random.key(c.seed)
+
+    def init():
+        params = init_params(model, key)
+        if not c.adapters.used:
+            return params
+        return adapters.init_trained(params, c.adapters, jax.random.fold_in(key, 1 + critic))
+
+    if c.adapters.used and (critic or not source):
+        places = jax.tree.map(lambda x: x.sharding, expected)
+        return jax.jit(init, out_shardings=places)()
+    source = source or c.checkpoint
+    is_run = (locate(source) / "checkpoints").is_dir()
+    return load_generator(
+        source,
+        expected,
+        which=c.generator_weights if is_run else "params",
+        allow_new=() if critic else NEW_PARAMETERS,
+        init=init,
+        verify=False,
+    )
+
+
 def _verify(e: Experiment, fresh: bool) -> None:
     """Each file once, however many networks start from it."""
     c = e.config
     components = ["connectors"]
-    if c.stage != "stage2" or (fresh and not c.generator):
+    if _has_teacher(e) or (fresh and not c.generator):
         components.append("transformer")
     checkpoints.verify_components(c.checkpoint, components)
     if fresh and c.generator:
@@ -165,10 +202,10 @@ def abstract_connectors(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
 def abstract_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
     """What `load_frozen` will return, as shapes and places."""
     connectors = abstract_connectors(e, mesh)
-    if e.config.stage == "stage2":
-        return Frozen(None, connectors, None)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
+    teacher = abstract_params(e.model(e.teacher), mesh, e.dtype) if _has_teacher(e) else None
+    if e.config.stage == "stage2":
+        return Frozen(teacher, connectors, None)
     negative = jax.eval_shape(_text_contexts(e), connectors, _abstract_text(e, 1, everywhere))
     negative = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), negative
@@ -223,7 +260,7 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True)
     c = e.config
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     weights = None
-    if c.stage != "stage2" and teacher:
+    if _has_teacher(e) and teacher:
         teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
         weights = load_generator(c.checkpoint, teacher, verify=False)
     places = jax.tree.map(lambda x: x.sharding, abstract_connectors(e, mesh))
@@ -239,12 +276,17 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True)
         c.checkpoint, "connectors", dtype=e.dtype, sharding=place, verify=False
     )
     connectors = {name: connectors[name] for name in places}
-    if weights is None:
-        return Frozen(None, connectors, None)
+    if weights is None or c.stage == "stage2":
+        return Frozen(weights, connectors, None)
     negative = text_arrays(e.data.negative, e.data.manifest)
     negative = {name: jax.device_put(x[None], everywhere) for name, x in negative.items()}
     contexts = jax.jit(_text_contexts(e), out_shardings=everywhere)
     return Frozen(weights, connectors, contexts(connectors, negative))
+
+
+def _has_teacher(e: Experiment) -> bool:
+    """Whether its weights are frozen parts: also as the base of adapters."""
+    return e.config.stage != "stage2" or e.config.adapters.used
 
 
 def _text_contexts(e: Experiment) -> Callable[[Any, dict[str, Any]], dict[str, jax.Array]]:

@@ -26,6 +26,7 @@ from omniforcing_jax.pipeline import PipelineConfig, decode_clip
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.whole_clip import audio_attention_entropy
 from omniforcing_jax.streaming.contact_sheet import write_clip
+from omniforcing_jax.training.adapters import bind
 from omniforcing_jax.training.batches import text_arrays
 from omniforcing_jax.training.config.experiment import Experiment
 from omniforcing_jax.training.config.fit import DECODERS
@@ -106,20 +107,21 @@ class SampleHook:
         def sample(params, frozen: Frozen, batch, seed: jax.Array):
             weights = jax.tree.map(lambda p: p.astype(model.dtype), params)
             contexts = self.stage.text.contexts(frozen.connectors, batch)
+            generator = bind(self.generator, frozen.teacher, e.config.adapters)
             rows = jnp.arange(batch["mask"].shape[0])
             keys = sample_keys(jax.random.key(seed), rows)
-            latents = self.generator.generate(weights, contexts, keys)
+            latents = generator.generate(weights, contexts, keys)
             scalars = _statistics(latents)
             if e.config.stage != "stage1":
-                scalars |= self._entropy(weights, latents, contexts, keys)
+                scalars |= self._entropy(generator.model, weights, latents, contexts, keys)
             return latents, scalars
 
         return sample
 
-    def _entropy(self, weights, latents: AVLatents, contexts, keys) -> dict[str, jax.Array]:
+    def _entropy(self, model, weights, latents: AVLatents, contexts, keys) -> dict[str, jax.Array]:
         """Entropy of the audio self-attention under the masks, on the noised sample."""
         clip, layout = self.generator.clip, self.experiment.layout
-        model = self.generator.model.clone(causal=clip.mask(layout))
+        model = model.clone(causal=clip.mask(layout))
         sigma = jnp.full(keys.shape, _ENTROPY_SIGMA)
         noise = draw_noise(keys, clip, model)
         noisy = jax.tree.map(lambda x, n: flow.add_noise(x, n, sigma), latents, noise)

@@ -35,6 +35,7 @@ from omniforcing_jax.io import checkpoints, checksums
 from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.damage import attempt, reading
 from omniforcing_jax.io.paths import locate
+from omniforcing_jax.training import adapters
 from omniforcing_jax.training.checkpoint_handlers import (
     JsonHandler,
     SaveJson,
@@ -43,7 +44,14 @@ from omniforcing_jax.training.checkpoint_handlers import (
     from_json,
     to_json,
 )
-from omniforcing_jax.training.config.run_config import check_config, listed, plain
+from omniforcing_jax.training.config.run_config import RunConfig, check_config, listed, plain
+from omniforcing_jax.training.parameter_trees import (
+    by_path,
+    differences,
+    match,
+    sharding_of,
+    with_new,
+)
 from omniforcing_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -289,7 +297,7 @@ class TrainingCheckpoints:
             metadata = self._manager.item_metadata(step)["state"]
         if metadata is None:
             raise ValueError(f"{self.folder / str(step)} has no metadata of its arrays")
-        return _by_path(metadata.tree)
+        return by_path(metadata.tree)
 
     def _read_state(self, step: int, template: Any, partial: bool = False) -> Any:
         args = ocp.args.PyTreeRestore(
@@ -369,7 +377,8 @@ def load_generator(
       verify: compare the files with their checksums first.
 
     Returns:
-      Parameters in the structure of `expected`.
+      Parameters in the structure of `expected`. Of a run with adapters these are the weights with
+      the adapters in them, unless `expected` are adapters themselves.
 
     Raises:
       FileNotFoundError: there is neither a run with checkpoints nor a converted checkpoint.
@@ -382,16 +391,16 @@ def load_generator(
     if not (path / FOLDER).is_dir():
         if (path / "config.json").is_file() and which == "ema":
             raise ValueError(f"{path} is a converted checkpoint and has no moving average")
-        saved = _by_path(checkpoints.param_shapes(path, "transformer"))
-        new, template = _match(path, saved, expected, allow_new)
+        saved = by_path(checkpoints.param_shapes(path, "transformer"))
+        new, template = match(path, saved, expected, allow_new)
         params = checkpoints.load_params(
             path,
             "transformer",
             dtype=jax.tree.leaves(template)[0].dtype,
-            sharding=jax.tree.map(_sharding, template),
+            sharding=jax.tree.map(sharding_of, template),
             verify=verify,
         )
-        return _with_new(params, new, init)
+        return with_new(params, new, init)
     with TrainingCheckpoints(path, read_only=True) as run:
         steps = run.steps()
         if not steps or (step is not None and step not in steps):
@@ -406,47 +415,40 @@ def load_generator(
         saved = {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
         if not saved:
             raise ValueError(f"{path}: step {step} has no generator/{which}; the run kept none")
-        new, template = _match(path, saved, expected, allow_new)
+        if _has_adapters(saved) and not _has_adapters(by_path(expected)):
+            trained = _saved_trained(run, step, which, saved)
+            return _merged(path, expected, trained, verify=verify)
+        new, template = match(path, saved, expected, allow_new)
         part = run.read_part(step, {"generator": {which: template}})
-        return _with_new(part["generator"][which], new, init)
+        return with_new(part["generator"][which], new, init)
 
 
-def _match(path, saved: Mapping, expected: Any, allow_new: tuple[str, ...]) -> tuple[dict, dict]:
-    """({"a/b": leaf} of the new parameters, tree of those to be loaded)."""
-    wanted = _by_path(expected)
-    new = {
-        name: leaf
-        for name, leaf in wanted.items()
-        if name not in saved and set(name.split("/")) & set(allow_new)
+def _has_adapters(paths: Mapping) -> bool:
+    return any(path.endswith(adapters.DOWN) for path in paths)
+
+
+def _saved_trained(run: TrainingCheckpoints, step: int, which: str, saved: Mapping) -> Any:
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    template = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for path, x in saved.items()
     }
-    found = {name: leaf for name, leaf in wanted.items() if name not in new}
-    problems = _differences(saved, found)
-    if problems:
-        hint = "" if new else "; if they are new, name them in allow_new"
-        raise ValueError(
-            f"{path} does not hold this model's parameters: {listed(problems)}"
-            f"{hint if any('missing' in p for p in problems) else ''}"
-        )
-    return new, unflatten_dict(found, sep="/")
+    part = run.read_part(step, {"generator": {which: unflatten_dict(template, sep="/")}})
+    return part["generator"][which]
 
 
-def _with_new(params: dict, new: Mapping, init: Callable[[], Any] | None) -> dict:
-    if not new:
-        return params
-    if init is None:
-        raise ValueError(f"{', '.join(new)}: new, so `init` must say how to initialise them")
-    shardings = {path: _sharding(leaf) for path, leaf in new.items()}
-
-    def draw():  # compiled: what is not returned is not computed
-        leaves = _by_path(init())
-        return {path: leaves[path].astype(leaf.dtype) for path, leaf in new.items()}
-
-    drawn = jax.jit(draw, out_shardings=shardings)()
-    return unflatten_dict(_by_path(params) | drawn, sep="/")
-
-
-def _sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def _merged(path, expected: Any, trained: Any, *, verify: bool) -> Any:
+    """The base that the run was trained with, its adapters in it, in `expected`'s structure."""
+    run = RunConfig.read(path)
+    base = {
+        name: leaf
+        for name, leaf in by_path(expected).items()
+        if not set(name.split("/")) & set(adapters.NEW_PARAMETERS)
+    }
+    base = load_generator(run.checkpoint, unflatten_dict(base, sep="/"), verify=verify)
+    params = adapters.merged(base, trained, run.adapters)
+    if problems := differences(by_path(params), by_path(expected)):
+        raise ValueError(f"{path} does not hold this model's parameters: {listed(problems)}")
+    return jax.device_put(params, jax.tree.map(sharding_of, expected))
 
 
 def _abstract(state: TrainState) -> TrainState:
@@ -461,22 +463,7 @@ def _abstract(state: TrainState) -> TrainState:
     return jax.tree.map(describe, state)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    """{"a/b/c": leaf}, whatever the containers."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _differences(saved: Mapping, wanted: Mapping) -> list[str]:
-    problems = [f"{name} is missing" for name in wanted if name not in saved]
-    problems += [f"{name} is not in the model" for name in saved if name not in wanted]
-    for name, leaf in wanted.items():
-        if name in saved and tuple(saved[name].shape) != tuple(leaf.shape):
-            problems.append(f"{name} is {saved[name].shape}, must be {leaf.shape}")
-    return problems
-
-
 def _check_state(path: epath.Path, saved: Mapping, template: TrainState) -> None:
-    problems = _differences(saved, _by_path(template))
+    problems = differences(saved, by_path(template))
     if problems:
         raise ValueError(f"{path} is of another model or optimizer: {listed(problems)}")

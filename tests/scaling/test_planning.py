@@ -39,7 +39,7 @@ def test_traffic_by_hand():
     tokens' exchanges leave."""
     e = experiment("stage2", 32, {"fsdp": 16, "sequence": 2})
     work = planning.Work(0.0, 0.0, gathers=1, reductions=1, tokens=6144)
-    t = planning.traffic(e, work, weights=10**9)
+    t = planning.traffic(e, work, weights=10**9, trained=10**9)
     assert t["fsdp"] == pytest.approx((2e9 + 4e9) * 31 / 32)
     assert (t["data"], t["tensor"]) == (0, 0)
     rows = 32 / 16

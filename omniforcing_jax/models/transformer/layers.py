@@ -80,6 +80,27 @@ class Slots:
         return KV(slots.rotated, kv.v), self.length, slots
 
 
+class Linear(nn.Dense):
+    """y = x W + b, made by `linear`; plus (x A) B where its parameters have adapters beside W.
+
+    Adapters are `lora_A` [in, rank] and `lora_B` [rank, out], see `training/adapters.py`.
+    """
+
+    axes: tuple[str | None, str | None] = (None, None)
+    rules: WeightRules = WeightRules()
+    split_tokens: bool = False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x)
+        if not self.has_variable("params", "lora_A"):
+            return y
+        x = x.astype(self.dtype)
+        for name, axes in (("lora_A", (self.axes[0], None)), ("lora_B", (None, self.axes[1]))):
+            kernel = self.get_variable("params", name).astype(self.dtype)
+            x = product(x, kernel, axes, self.rules, split_tokens=self.split_tokens)
+        return y + x  # [B, ..., out]
+
+
 def linear(
     features: int,
     axes: tuple[str | None, str | None],
@@ -90,7 +111,7 @@ def linear(
     zero_init: bool = False,
     split_tokens: bool = False,
     name: str | None = None,
-) -> nn.Dense:
+) -> "Linear":
     """A module for y = x W + b, whose parameters are cast to `dtype` when they are used.
 
     Args:
@@ -110,8 +131,11 @@ def linear(
 
     bias_axes = tuple(None if axis == "embed" else axis for axis in axes[1:])
     kernel_init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
-    return nn.Dense(
+    return Linear(
         features,
+        axes=axes,
+        rules=rules,
+        split_tokens=split_tokens,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(kernel_init, axes),

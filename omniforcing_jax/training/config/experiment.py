@@ -101,6 +101,8 @@ class Experiment:
             "text_length": self.data.manifest.text_length,
             "student_config": dataclasses.asdict(self.student),
         }
+        if c.adapters.used:
+            found["base"] = self.content.get("fingerprints", {}).get("transformer")
         reads_pairs = c.stage == "stage2" and c.regression.objective != "flow"
         if reads_pairs and self.data.manifest.conditions is not None:
             found["pairs_conditions"] = self.data.manifest.conditions  # they say what was given
@@ -183,6 +185,8 @@ def check(
             "generator", lambda: fit.source_problems(c, source.version, settings, pipeline)
         )
         problems += found or []
+    if content is not None and c.generator:
+        problems += fit.adapter_problems(c, source and source.settings, content)
     problems += fit.teacher_problems(c, pipeline) + fit.preview_problems(c, content)
     student = attempt("student", lambda: _student(c, pipeline, source))
     connectors = attempt("connectors", lambda: _connectors(content))

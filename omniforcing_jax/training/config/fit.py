@@ -73,6 +73,41 @@ def source_problems(
     return problems
 
 
+def adapter_problems(
+    c: StageConfig, run: Mapping[str, Any] | None, content: Mapping[str, Any]
+) -> list[str]:
+    """Adapters go on from adapters of the same kind over the same base.
+
+    Args:
+      run: settings of the run that `generator` is; {} for a converted checkpoint, None if it could
+        not be read.
+      content: of the checkpoint.
+    """
+    if run is None or not c.adapters.used:
+        return []
+    then = run.get("adapters", {})
+    if not then.get("ranks"):
+        return [
+            f"generator: {c.generator} has weights of its own instead of adapters over "
+            f"{c.checkpoint}; start from a run with adapters (configs/{c.stage}.py:19b-lora), from "
+            "the checkpoint itself (--config.generator=''), or train all weights "
+            "(--config.adapters.ranks='()')"
+        ]
+    problems = [
+        f"adapters.{name}: {value} here, {then.get(name)} in {c.generator}; set them alike"
+        for name, value in to_dict(c.adapters).items()
+        if list(value) != list(then.get(name) or ())
+    ]
+    ours = content.get("fingerprints", {}).get("transformer")
+    if run.get("base") != ours:
+        problems.append(
+            f"generator: the adapters of {c.generator} were trained over another transformer than "
+            f"that of {c.checkpoint} (fingerprints {run.get('base')} and {ours}); give the "
+            f"checkpoint that it was trained with, {run.get('checkpoint')}"
+        )
+    return problems
+
+
 def teacher_problems(c: StageConfig, pipeline: PipelineConfig) -> list[str]:
     """The teacher of stages I and III is guided at all noise levels, which a distilled LTX-2, made
     for its own eight without guidance, is no good at."""

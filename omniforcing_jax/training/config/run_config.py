@@ -14,6 +14,7 @@ from omniforcing_jax.io.paths import locate
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.sampling.conditions import MODES
 from omniforcing_jax.sampling.trained import TrainedSettings
+from omniforcing_jax.training.adapters import PRODUCTS, AdapterConfig
 
 NAME = "config.json"  # in the run's folder
 # What is read of it, and as what; the settings of a run of an earlier version may lack others.
@@ -41,6 +42,12 @@ class RunConfig:
     student: TransformerConfig
     trained: TrainedSettings
 
+    @property
+    def adapters(self) -> AdapterConfig:
+        """What was trained of its networks."""
+        lists = self.settings.get("adapters", {})
+        return AdapterConfig(**{name: tuple(values) for name, values in lists.items()})
+
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "RunConfig":
         """Reads and checks it.
@@ -62,9 +69,11 @@ class RunConfig:
         try:
             student = TransformerConfig.from_dict(settings["student_config"])
             trained = TrainedSettings.of_run(settings)
+            run = cls(settings["checkpoint"], settings["model_version"], settings, student, trained)
+            _ = run.adapters  # is checked
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not that of a run: {error}") from error
-        return cls(settings["checkpoint"], settings["model_version"], settings, student, trained)
+        return run
 
 
 def is_run(folder: str | os.PathLike) -> bool:
@@ -107,6 +116,9 @@ MAY_DIFFER = frozenset(
 # Settings that some runs are older than, and what these did.
 BEFORE = {
     "student.schedule": "ltx2",
+    "adapters.products": list(PRODUCTS),
+    "adapters.ranks": [],
+    "adapters.alphas": [],
     **{f"conditions.{mode}": float(mode == "t2av") for mode in MODES},
     "guidance": 1.5,  # of pre-training
 }

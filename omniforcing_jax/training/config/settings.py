@@ -22,6 +22,7 @@ from omniforcing_jax.ranges import COUNT, SHARE, Range, check_fields
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.training.adapters import AdapterConfig
 from omniforcing_jax.training.config.problems import Problems
 from omniforcing_jax.training.loop import LoopConfig
 from omniforcing_jax.training.mixture import ConditionMixture
@@ -203,6 +204,8 @@ class StageConfig:
         `checkpoint`; `generator_weights`: of a run, the average ("ema") or the "params".
       data: stored prompts, or trajectories in stage II; with conditions, clips: encoded ones
         (`launch.encode_clips`) or the teacher's own, which stored trajectories end with.
+      adapters: what is trained of every network, if not all of it; `checkpoint` is then the base of
+        all, and `generator` a run with the same adapters.
       conditions: with which probability a sample is trained in each mode.
       loss: lambda_v and lambda_a.
       sample_every, sample_clips: steps between sample clips (0: none), and how many.
@@ -217,6 +220,7 @@ class StageConfig:
     data: str = "data/prompts"
     clip: ClipConfig = ClipConfig()
     conditions: ConditionMixture = ConditionMixture()
+    adapters: AdapterConfig = AdapterConfig()
     student: StudentConfig = StudentConfig()
     batch_size: int = 32
     microbatches: int = 1
@@ -302,6 +306,9 @@ class StageConfig:
         """Settings that do not go together."""
         if self.generator_weights not in ("params", "ema"):
             yield f"generator_weights: must be 'params' or 'ema', not {self.generator_weights!r}"
+        for name in ("separate_scores", "gather_weights"):
+            if self.adapters.used and getattr(self.compute, name):
+                yield f"compute.{name}: adapters share one base, which lies where the networks are"
         if self.sample_every < 0:
             yield f"sample_every: must be 0 (no sample clips) or more, not {self.sample_every}"
         if self.sample_every > 0 and self.sample_clips < 1:

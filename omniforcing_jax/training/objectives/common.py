@@ -21,7 +21,8 @@ class Frozen:
     """Parameters that a stage reads and never trains; they stand outside the train state.
 
     Attributes:
-      teacher: of the bidirectional transformer; None where a stage has no teacher.
+      teacher: of the bidirectional transformer, which is the base of all networks where adapters
+        are trained; None where a stage has neither.
       connectors: of `TextConnectors`; None when batches hold contexts instead of features.
       negative: contexts of the negative prompt, a batch of one; None without guidance.
     """

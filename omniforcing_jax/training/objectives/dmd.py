@@ -30,6 +30,7 @@ from omniforcing_jax.sampling.guidance import (
     keep_pathways,
 )
 from omniforcing_jax.sampling.whole_clip import clip_velocity
+from omniforcing_jax.training.adapters import Adapted, bind
 from omniforcing_jax.training.config.settings import DMDStage
 from omniforcing_jax.training.mixture import GivenInput
 from omniforcing_jax.training.objectives import losses, scores
@@ -125,10 +126,11 @@ class DMD:
 
     def _step(self, name: str, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
         """The state after one update of "generator" or "critic", which ends the step."""
-        gradient_of = self.generator_gradient if name == "generator" else self.critic_gradient
+        stage = self.over(frozen.teacher)
+        gradient_of = stage.generator_gradient if name == "generator" else stage.critic_gradient
         weights = self.cast("generator", state.generator.params)
         critic = self.cast("critic", state.critic.params)
-        fixed = self.fixed(state.generator.params, weights)
+        fixed = stage.fixed(state.generator.params, weights)
         key = self.update_key(name, seed, state.step)
         grads, (loss, sigma) = accumulate(
             lambda batch: gradient_of(weights, critic, frozen, batch, key, fixed),
@@ -140,6 +142,14 @@ class DMD:
         if name == "generator":
             return state.replace(generator=network), metrics
         return state.replace(critic=network, step=state.step + 1), metrics
+
+    def over(self, base: Any) -> "DMD":
+        """The stage with its networks over the base, where adapters are trained; else itself."""
+        if not self.config.adapters.used:
+            return self
+        generator = bind(self.generator, base, self.config.adapters)
+        critic = Adapted(self.critic, base, self.config.adapters)
+        return dataclasses.replace(self, generator=generator, critic=critic)
 
     def updated(
         self, name: str, network: Network, grads: Any, loss: AVLatents, sigma, step: jax.Array

@@ -29,6 +29,7 @@ from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.whole_clip import clip_velocity, sigmas_per_frame
+from omniforcing_jax.training.adapters import bind
 from omniforcing_jax.training.config.settings import StageII
 from omniforcing_jax.training.mixture import GivenInput
 from omniforcing_jax.training.objectives import losses, scores
@@ -139,14 +140,16 @@ class ODERegression:
     @functools.cached_property
     def noisy_step(self):
         """Jitted step with noisy history: one pass under the block-causal masks."""
-        return jit_step(functools.partial(self._step, self._masked_gradient), self.shardings)
+        return jit_step(functools.partial(self._step, False), self.shardings)
 
     @functools.cached_property
     def clean_history_step(self):
         """Jitted step with clean history: block after block over the rolling cache."""
-        return jit_step(functools.partial(self._step, self._forced_gradient), self.shardings)
+        return jit_step(functools.partial(self._step, True), self.shardings)
 
-    def _step(self, gradient_of, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+    def _step(self, clean: bool, state: TrainState, frozen: Frozen, batch, seed: jax.Array):
+        stage = bind(self, frozen.teacher, self.config.adapters)
+        gradient_of = stage._forced_gradient if clean else stage._masked_gradient
         params = self.shardings and self.shardings.generator.params
         weights = cast_params(state.generator.params, self.model.dtype, shardings=params)
         key = step_key(seed, state.step)

@@ -1,0 +1,124 @@
+"""Adapters over a frozen base: the base at zero, merged weights, gradients, what is not trained."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.geometry import ClipGeometry
+from omniforcing_jax.models.transformer.config import tiny
+from omniforcing_jax.models.transformer.model import Transformer, init_boxed_params
+from omniforcing_jax.sampling.whole_clip import clip_velocity
+from omniforcing_jax.training import adapters
+from omniforcing_jax.training.adapters import AdapterConfig
+from tests.tiny_model import QUICK_COMPILE, random_contexts, random_latents, random_params
+
+CLIP = ClipGeometry.from_blocks(BlockLayout(1, 1, 1, 2), 2, 1, 1)
+CONFIG = AdapterConfig(
+    products=("video_attn", "audio_ff", "a2v_attn"), ranks=(2, 3, 1), alphas=(4.0,)
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A remat'ed model of two layers, its base, adapters of zeros and of random numbers, and one
+    jitted (base, trained) -> velocities and the trained tree's gradient."""
+    model = Transformer(dataclasses.replace(tiny(), num_layers=2), remat="full")
+    base = random_params(model.config, 1)
+    zero = adapters.init_trained(base, CONFIG, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(x.dtype), zero)
+    x = random_latents(model.config, CLIP.video_tokens, CLIP.audio_frames)
+    contexts = random_contexts(model.config)
+
+    def velocity(model, params):
+        cast = jax.tree.map(lambda a: a.astype(jax.tree.leaves(params)[0].dtype), (x, contexts))
+        out = clip_velocity(model, params, cast[0], jnp.full((1,), 0.5), cast[1], CLIP)
+        return out, sum(jnp.sum(jnp.sin(v)) for v in jax.tree.leaves(out))
+
+    @jax.jit
+    def adapted(base, trained):
+        over = adapters.Adapted(model, base, CONFIG)
+        gradient = jax.grad(lambda t: velocity(over, t)[1])(trained)
+        return velocity(over, trained)[0], gradient
+
+    plain = jax.jit(lambda params: velocity(model, params)[0], compiler_options=QUICK_COMPILE)
+    return model, base, zero, moved, adapted, plain
+
+
+def test_the_base_at_zero_and_merged_weights(network):
+    _, base, zero, moved, adapted, plain = network
+    expected = plain(base)
+    jax.tree.map(np.testing.assert_array_equal, adapted(base, zero)[0], expected)
+    found = adapted(base, moved)[0]
+    merged = plain(adapters.merged(base, moved, CONFIG))
+    leaves = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    assert all(float(jnp.max(jnp.abs(a - b))) > 1e-2 for a, b in leaves)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, merged)
+
+
+def test_gradients_are_finite_differences(network):
+    """Along one direction of each adapter matrix, of weights in float64."""
+    model, base, _, moved, _, _ = network
+    with jax.enable_x64():
+        wide = lambda tree: jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)  # noqa: E731
+        model = model.clone(dtype=jnp.float64)
+        base, moved = wide(base), wide(moved)
+        x = wide(random_latents(model.config, CLIP.video_tokens, CLIP.audio_frames))
+        contexts = wide(random_contexts(model.config))
+
+        @jax.jit
+        def value_and_grad(trained):
+            def loss(trained):
+                over = adapters.Adapted(model, base, CONFIG)
+                level = jnp.full((1,), 0.5)
+                out = clip_velocity(over, trained, x, level, contexts, CLIP)
+                return sum(jnp.sum(jnp.sin(v.astype(jnp.float64))) for v in jax.tree.leaves(out))
+
+            return jax.value_and_grad(loss)(trained)
+
+        gradient = flatten_dict(value_and_grad(moved)[1])
+        rng = np.random.default_rng(1)
+        flat = flatten_dict(moved)
+        for path in list(flat)[:6]:
+            direction = rng.standard_normal(flat[path].shape)
+
+            def at(step, path=path, direction=direction):
+                there = flat | {path: flat[path] + step * direction}
+                return float(value_and_grad(unflatten_dict(there))[0])
+
+            slope = (at(1e-3) - at(-1e-3)) / 2e-3
+            expected = float(jnp.sum(gradient[path] * direction))
+            np.testing.assert_allclose(slope, expected, rtol=2e-2, atol=2e-3, err_msg=str(path))
+
+
+def test_only_adapters_and_new_parameters_are_trained():
+    config = dataclasses.replace(tiny(), num_audio_sinks=2, extra_qk_norm=True, num_layers=2)
+    boxed = jax.eval_shape(lambda: init_boxed_params(Transformer(config), jax.random.key(0)))
+    trained = flatten_dict(adapters.boxed_trained(boxed, CONFIG))
+    names = {path[-1] for path in trained}
+    assert names == {"lora_A", "lora_B", "scale", "audio_sinks"}
+    down, up = (trained["blocks", "audio_ff", "up", name] for name in ("lora_A", "lora_B"))
+    width = config.audio_dim
+    assert (down.value.shape, up.value.shape) == ((2, width, 3), (2, 3, 4 * width))
+    assert (down.names, up.names) == (("layers", "embed", None), ("layers", None, "mlp"))
+    assert not any(path[1:2] == ("audio_attn",) and path[-1] == "lora_A" for path in trained)
+
+
+@pytest.mark.parametrize(
+    "bad, text",
+    [
+        ({"products": ("attn",), "ranks": (4,)}, "there is no product attn"),
+        ({"ranks": (4, 8)}, "ranks must be one number for all, or one for each of the 8"),
+        ({"ranks": (0,)}, "ranks must be 1 or more"),
+        ({"ranks": (4,), "alphas": (-1.0,)}, "alphas must be positive"),
+        ({"alphas": (4.0,)}, "alphas need ranks"),
+    ],
+)
+def test_bad_settings_are_refused(bad, text):
+    with pytest.raises(ValueError, match=text):
+        AdapterConfig(**bad)
