@@ -12,15 +12,16 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from checkpoint_converters import checks, contents, reading
 from checkpoint_converters.computed import ComputedTensor, Rows, rows_of
 from checkpoint_converters.diffusers_layout import official_from_diffusers
-from checkpoint_converters.key_map import DIT, find_place
+from checkpoint_converters.key_map import DIT, find_place, official_key
 from checkpoint_converters.safetensors_io import (
     ConversionError,
     Problem,
@@ -30,6 +31,7 @@ from checkpoint_converters.safetensors_io import (
 )
 from checkpoint_converters.shapes import expected_shapes
 from omniforcing_jax.models import lora
+from omniforcing_jax.training.adapters import DOWN, UP, AdapterConfig
 
 Tensor = TensorInfo | ComputedTensor
 
@@ -220,6 +222,42 @@ def updates(
     if problems:
         raise ConversionError(problems)
     return found, lines
+
+
+def tensors(
+    trained: Mapping[str, Any], config: AdapterConfig
+) -> dict[str, Callable[[], np.ndarray]]:
+    """Adapters as the tensors of a file in the layout of LTX-2's trainer, float32.
+
+    alpha / rank is a factor of `lora_B` there: LTX-2's own loader knows no alpha.
+
+    Args:
+      trained: tree of `training.adapters`.
+
+    Returns:
+      {key: the tensor, [rank, in] of `lora_A` and [out, rank] of `lora_B`}.
+
+    Raises:
+      ValueError: parameters that a LoRA cannot hold.
+    """
+    leaves = flatten_dict(trained)
+    others = ["/".join(path) for path in leaves if path[-1] not in (DOWN, UP)]
+    if others:
+        raise ValueError(
+            f"a LoRA cannot hold what the run trains besides adapters: {', '.join(others)}; export "
+            "the weights with the adapters in them (--output, --safetensors), or train without "
+            "sink tokens (student.num_sinks=0) and stabilisers"
+        )
+    found = {}
+    for path, leaf in leaves.items():
+        scale = config.scale(path[1]) if path[-1] == UP else 1.0
+        for layer in range(leaf.shape[0]):
+            key, _ = official_key("transformer", "/".join((*path[:-1], "kernel")), layer)
+            key = f"{key.removeprefix('model.').removesuffix('.weight')}.{path[-1]}.weight"
+            found[key] = lambda leaf=leaf, layer=layer, scale=scale: (
+                np.asarray(leaf[layer]).T * np.float32(scale)
+            )
+    return found
 
 
 def _read_pair(down: TensorInfo, up: TensorInfo, broken: str) -> tuple[np.ndarray, np.ndarray]:

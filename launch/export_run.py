@@ -4,10 +4,12 @@ Example:
   python -m launch.export_run --run runs/stage3 --output checkpoints/student
   python -m launch.export_run --run runs/stage3 --output checkpoints/student \\
       --weights params --step 1500 --safetensors student.safetensors
+  python -m launch.export_run --run runs/stage3-lora --lora student_lora.safetensors
 
 The other components (VAEs, vocoder, connectors) are copied from the converted checkpoint that the
 run was trained with. What the student was trained with (layout, timesteps, cache, text length,
 size, rate) goes into the new config.json and into the file, and is the default of launch.stream.
+Of a run with adapters, --output has them in its weights, and --lora holds them alone.
 """
 
 import dataclasses
@@ -17,19 +19,32 @@ import shutil
 import sys
 from typing import Any
 
+import flax.linen as nn
 import jax
+import numpy as np
 
+from checkpoint_converters import lora
 from checkpoint_converters.export import PROGRAM as EXPORT
 from checkpoint_converters.export import export
-from checkpoint_converters.output import appearing, file_problems, folder_problems
-from checkpoint_converters.safetensors_io import ConversionError
+from checkpoint_converters.output import (
+    appearing,
+    file_problems,
+    folder_problems,
+    write_file,
+)
+from checkpoint_converters.safetensors_io import ConversionError, table_bytes
 from launch.options import add_verify
 from omniforcing_jax import Transformer, TransformerConfig, programs
 from omniforcing_jax.io import checkpoints, checksums, outputs
-from omniforcing_jax.models.transformer.model import init_params
+from omniforcing_jax.models.transformer.model import init_boxed_params, init_params
 from omniforcing_jax.sampling.trained import ENTRY
+from omniforcing_jax.training import adapters
 from omniforcing_jax.training.config.run_config import RunConfig
-from omniforcing_jax.training.training_checkpoints import FOLDER, latest_step, load_generator
+from omniforcing_jax.training.training_checkpoints import (
+    FOLDER,
+    latest_step,
+    load_generator,
+)
 from omniforcing_jax.types import DTYPES
 
 PROGRAM = "launch.export_run"
@@ -149,20 +164,83 @@ def export_run(
     return step
 
 
+def load_adapters(run: pathlib.Path, config: RunConfig, weights: str, step: int) -> Any:
+    """What the run trained of its generator, as the tree of `training.adapters`, float32."""
+    model = Transformer(config.student)
+    boxed = jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
+    expected = nn.unbox(adapters.boxed_trained(boxed, config.adapters))
+    return load_generator(run, expected, which=weights, step=step)
+
+
+def export_lora(
+    run: pathlib.Path,
+    file: pathlib.Path,
+    *,
+    weights: str = "ema",
+    step: int | None = None,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+) -> int:
+    """Writes a run's adapters as a LoRA with the keys of LTX-2's trainer.
+
+    Its metadata say rank and alpha (which is in `lora_B` already) by product, and as "trained" what
+    a checkpoint's config.json says: layout, timesteps, cache, ...
+
+    Returns:
+      The step that was exported.
+
+    Raises:
+      ValueError, FileNotFoundError: the run has no adapters, or trains what a LoRA cannot hold.
+      ConversionError: the file cannot be written.
+    """
+    config = RunConfig.read(run)
+    step = latest_step(run) if step is None else step
+    if step is None:
+        raise FileNotFoundError(f"{run} has no complete checkpoint yet")
+    if not config.adapters.used:
+        raise ValueError(f"{run} trained all weights; a LoRA is made of a run with adapters")
+    tensors = lora.tensors(load_adapters(run, config, weights, step), config.adapters)
+    number = np.dtype(DTYPES[dtype])
+    table = {key: (number, make().shape) for key, make in tensors.items()}
+    file = file.absolute()
+    if problems := file_problems(file, overwrite, table_bytes(table), PROGRAM, [run]):
+        raise ConversionError(problems)
+    products = config.adapters.products
+    strings = {
+        "rank": json.dumps({name: config.adapters.rank(name) for name in products}),
+        "alpha": json.dumps({name: config.adapters.alpha(name) for name in products}),
+        "model_version": config.model_version,
+        ENTRY: json.dumps(config.trained.to_json()),
+        outputs.MARK: PROGRAM,
+    }
+    write_file(file, table, strings, lambda key: tensors[key]().astype(number))
+    return step
+
+
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     parser = programs.Parser("launch.export_run", __doc__)
     add = parser.add_argument
     add("--run", type=pathlib.Path, required=True, help="folder of a training run")
-    add("--output", type=pathlib.Path, required=True, help="folder to create")
+    add("--output", type=pathlib.Path, help="folder to create")
     add("--base", type=pathlib.Path, help="its converted checkpoint, if that was moved")
     add("--weights", choices=("ema", "params"), default="ema", help="average or raw weights")
     add("--step", type=int, help="by default the latest checkpoint's")
     add("--dtype", choices=tuple(DTYPES), default="bfloat16")
     add("--safetensors", type=pathlib.Path, help="also write one file in the official layout")
+    add("--lora", type=pathlib.Path, help="write the adapters of a run alone, as a LoRA")
     add("--overwrite", action="store_true", help="replace what is there")
     add_verify(parser)
     args = parser.parse_args(argv)
+    if not args.output and (args.safetensors or not args.lora):
+        parser.error("name the folder to create with --output, or a file with --lora")
+    if args.lora:
+        how = {"weights": args.weights, "step": args.step, "dtype": args.dtype}
+        with programs.when_interrupted("nothing was written"):
+            step = export_lora(args.run, args.lora, **how, overwrite=args.overwrite)
+        print(f"{args.lora}: adapters of {args.run}, {args.weights}, step {step}")
+    if not args.output:
+        return 0
     file = args.safetensors and args.safetensors.absolute()
     inputs = [args.run, args.base]
     with programs.when_interrupted("nothing was written"):

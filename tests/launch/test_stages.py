@@ -7,11 +7,16 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from checkpoint_converters import gemma3, synthetic_gemma
+from checkpoint_converters import export, gemma3, ltx2, synthetic_gemma
 from launch import encode_prompts, export_run, ode_pairs, plot_run
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.training.config.run_config import RunConfig
+from omniforcing_jax.training.training_checkpoints import TrainingCheckpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = [f"a clip of {n} small bells that ring" for n in ("one", "two", "three", "four")]
@@ -59,15 +64,21 @@ def world(tmp_path_factory, random_checkpoint):
 
 
 def launch(
-    stage: int, *arguments: str, devices: int = 1, **settings
+    stage: int, *arguments: str, devices: int = 1, variant: str = "tiny", **settings
 ) -> subprocess.CompletedProcess:
-    """Runs `launch.stageN` on its tiny config."""
+    """Runs `launch.stageN` on a tiny config."""
     values = SETTINGS | settings
     if stage == 2:
         values = {name: value for name, value in values.items() if name != "critic_updates"}
     options = [f"--config.{name}={value}" for name, value in values.items()]
     module = f"launch.stage{stage}"
-    command = [sys.executable, "-m", module, f"--config=configs/stage{stage}.py:tiny", *options]
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        f"--config=configs/stage{stage}.py:{variant}",
+        *options,
+    ]
     # besides those of conftest.py: without them, several devices can wait for each other
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
@@ -167,3 +178,50 @@ def test_plan_and_errors(world):
     assert "batch_size: 3 is not a multiple of 2 microbatches" in done.stderr
     assert "num_steps must be at least 1" in done.stderr
     assert not (folder / "bad").exists()
+
+
+@pytest.mark.slow
+def test_adapters_over_one_base(world, tmp_path, capsys):
+    """Stage I and III with adapters: a resume to the bit, checkpoints of adapters alone, what is
+    exported, and what is refused."""
+    folder, checkpoint = world
+    common = {"checkpoint": checkpoint, "data": folder / "prompts", "variant": "tiny-lora"}
+
+    def trained(name: str, stage: int = 1, **settings):
+        done = launch(stage, f"--workdir={tmp_path / name}", **common | settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return tmp_path / name
+
+    whole = trained("whole")
+    trained("resumed", num_steps=2)
+    resumed = trained("resumed")
+    adapters = [
+        export_run.load_adapters(run, RunConfig.read(run), "ema", 3) for run in (whole, resumed)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *adapters)
+    assert any(np.any(x) for p, x in flatten_dict(adapters[0]).items() if p[-1] == "lora_B")
+    with TrainingCheckpoints(whole, read_only=True) as saved:
+        assert not [path for path in saved.saved_arrays(3) if "kernel" in path]
+
+    file, student = tmp_path / "lora.safetensors", tmp_path / "student"
+    arguments = ["--run", str(whole), "--dtype", "float32"]
+    assert not export_run.main([*arguments, "--lora", str(file), "--output", str(student)])
+    assert not export_run.main([*arguments, "--output", str(tmp_path / "plain")])
+    merged = tmp_path / "merged"
+    exported, official = tmp_path / "tiny.safetensors", tmp_path / "again.safetensors"
+    assert not export.main(["--input", str(checkpoint), "--output", str(exported)])
+    command = ["--input", str(exported), "--lora", str(file), "--output", str(merged)]
+    assert not ltx2.main(command)
+    assert not export.main(["--input", str(merged), "--output", str(official)])
+    ours, theirs = (
+        checkpoints.load_params(path, "transformer", dtype=np.float32) for path in (student, merged)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), ours, theirs)
+
+    third = trained("third", 3, generator=whole, rollout_blocks=2, sample_every=3, sample_clips=1)
+    assert (third / "samples" / "000003_0.mp4").stat().st_size > 1000
+    assert export_run.main(["--run", str(third), "--lora", str(tmp_path / "no.safetensors")])
+    assert "a LoRA cannot hold what the run trains besides" in capsys.readouterr().err
+    refused = launch(3, f"--workdir={tmp_path / 'no'}", **common | {"generator": checkpoint})
+    assert refused.returncode == 2
+    assert "has weights of its own instead of adapters" in refused.stderr
