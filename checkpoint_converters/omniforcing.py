@@ -133,6 +133,8 @@ def convert(
     notes: tuple[str, ...] = ()
     try:
         checkpoint = open_checkpoint(path)
+        if wrong := contents.misplaced(path, checkpoint.tensors, contents.LTX2):
+            raise ConversionError(wrong)
         notes = checkpoint.notes
         # other components, if any, have no metadata to check them against: they come from --base
         tensors = {k: t for k, t in checkpoint.tensors.items()

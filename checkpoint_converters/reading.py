@@ -26,6 +26,7 @@ from checkpoint_converters.safetensors_io import (
     TensorInfo,
     read_header,
 )
+from omniforcing_jax.io import checksums
 from omniforcing_jax.io.checkpoints import COMPONENTS
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -86,6 +87,11 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
         candidates = indices or singles or sorted(path.glob("*/*.safetensors"))
         if not candidates:
             listing = _some(sorted(path.iterdir()), path) or "nothing"
+            if any(path.glob(f"*/{checksums.FILE}")):
+                raise ConversionError(
+                    [f"{path}: is converted already; programs take it as it is, and "
+                     "checkpoint_converters.export makes a file of an LTX-2 or an upsampler"]
+                )  # fmt: skip
             raise ConversionError(
                 [f"{path}: holds no .safetensors file and is not a diffusers folder; it holds "
                  f"{listing}"]

@@ -113,6 +113,7 @@ def test_a_whole_model_without_metadata(whole, tmp_path, monkeypatch):
     assert "--model-version takes the published one's" in refused(bare, tmp_path / "out")
     assert "must be" in refused(bare, tmp_path / "out", model_version="2.0.0")
     content = ltx2.convert(bare, tmp_path / "out", model_version="2.3.0")
+    assert "is converted already; programs take it" in refused(tmp_path / "out", tmp_path / "x")
     assert content["config"] == reading.read_metadata(whole)["config"]
     assert content["notes"] == [
         "the file does not say what it is: taken for an LTX-2 2.3 as published"
