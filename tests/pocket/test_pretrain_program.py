@@ -118,7 +118,7 @@ def test_parts_become_one_checkpoint(tmp_path, capsys):
     assert (tmp_path / "named.safetensors").read_bytes() == output.read_bytes()
     capsys.readouterr()
     named[-1] = str(tmp_path / "none.safetensors")
-    assert assemble.main(named) == 1
+    assert assemble.main(named) == 2
     assert "teacher.safetensors is missing" in capsys.readouterr().err
 
 
