@@ -112,7 +112,7 @@ def check_arguments(
     rollout = config.rollout(args.height, args.width, cache=cache, sigmas=sigmas)
     rollout.cache.blocks_in_positions(None)  # streams have no end that is known
     size = cache_bytes(cache, config.transformer, batch=1, patches=rollout.patches,
-                       dtype=options.compute_dtype(args))  # fmt: skip
+                       dtype=options.compute_dtype(args), per_layer=True)  # fmt: skip
     check_memory(f"the caches of {limits.sessions} sessions", limits.sessions * size)
     return config, rollout, options.make_encoder(args, keep=True), limits
 

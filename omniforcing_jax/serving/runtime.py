@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from omniforcing_jax.streaming.chunks import Chunk
 
 POLL = 0.02  # seconds after which a stream that waits for its sound is asked again
+MOST_TURNS = 8  # of one session that wait for a block border: each may hold megabytes
 
 
 class Stream(Protocol):
@@ -132,6 +133,7 @@ class Seat:
         self._runtime, self._request, self._on_event = runtime, request, on_event
         self._paced = paced
         self._turns: collections.deque[Turn] = collections.deque()
+        self._limited = 0  # of these turns, those that count
         self._stream: Stream | None = None
         self._made = self._taken = 0.0  # seconds of the stream
         self._started: float | None = None  # when its first block began to play
@@ -140,12 +142,25 @@ class Seat:
         self._not_before = 0.0  # its sound has not arrived
         self._leaving: str | None = None
 
-    def turn(self, turn: Turn) -> None:
+    def turn(self, turn: Turn, *, limited: bool = True) -> None:
         """Applies a change at the next block border, in the order of the calls.
 
         If it raises ValueError, the client hears `Refused`, and the stream goes on.
+
+        Args:
+          turn: is given the stream.
+          limited: whether it counts among those that may wait; False if the caller has a limit of
+            its own.
+
+        Raises:
+          ValueError: `MOST_TURNS` wait already.
         """
         with self._runtime.changed:
+            if limited and self._limited >= MOST_TURNS:
+                raise ValueError(
+                    f"{MOST_TURNS} changes wait for the next block; send more when it is made"
+                )
+            self._limited += limited
             self._turns.append(turn)
             self._heard = self._runtime.clock()
             self._runtime.changed.notify()
@@ -178,6 +193,11 @@ class Seat:
         with self._runtime.changed:
             self._leaving = self._leaving or reason
             self._runtime.changed.notify()
+
+    def _take_turns(self) -> list[Turn]:
+        turns, self._limited = list(self._turns), 0
+        self._turns.clear()
+        return turns
 
     def _lead(self, now: float) -> float:
         played = 0.0 if self._started is None else now - self._started
@@ -236,6 +256,17 @@ class Runtime:
           Full: the queue is full, or the runtime is closing.
         """
         with self.changed:
+            self.check_room()
+            seat = Seat(self, request, on_event, paced)
+            self._queue.append(seat)
+            if len(self._queue) > self._free:
+                on_event(Waiting(len(self._queue) - self._free))
+            self.changed.notify()
+            return seat
+
+    def check_room(self) -> None:
+        """Raises Full where `join` would; before work is done for a client that is then refused."""
+        with self.changed:
             if self._closing is not None:
                 raise Full(self._closing)
             if len(self._queue) >= self.limits.waiting + self._free:
@@ -244,12 +275,6 @@ class Runtime:
                     f"all {self.limits.sessions} places are taken and {len(self._queue)} wait; "
                     "try again later"
                 )
-            seat = Seat(self, request, on_event, paced)
-            self._queue.append(seat)
-            if len(self._queue) > self._free:
-                on_event(Waiting(len(self._queue) - self._free))
-            self.changed.notify()
-            return seat
 
     @property
     def _free(self) -> int:
@@ -297,7 +322,7 @@ class Runtime:
             seat = opening or self._most_urgent(now)
             if seat is None:
                 return self._until_something_is_due(now)
-            turns = [] if opening else [seat._turns.popleft() for _ in range(len(seat._turns))]
+            turns = [] if opening else seat._take_turns()
         if opening:
             self._begin(seat)
         else:

@@ -173,6 +173,7 @@ class _Server:
         registry = CollectorRegistry()
         registry.register(_Figures(service))
         self._registry = registry
+        self.decoding = asyncio.Semaphore(1)  # a picture at a time: each may use gigabytes
 
     async def encode(self, text: str) -> Any:
         """Contexts of a prompt; ValueError for one that is empty or too long."""
@@ -230,6 +231,7 @@ class _Server:
             longest = self.service.runtime.limits.longest
             if not 0 < wanted.seconds <= longest:
                 raise ValueError(f"'seconds' must be above 0 and at most {longest:g}")
+            self.service.runtime.check_room()  # before a text is encoded for nothing
             contexts = await self.encode(wanted.prompt)
             order = StreamRequest(contexts, _seed(wanted.seed))
             events: asyncio.Queue = asyncio.Queue()
@@ -309,6 +311,7 @@ class _Session:
         try:
             async with asyncio.timeout(START_SECONDS):
                 start = protocol.read(await self._text(), (protocol.Start,))
+                self._service.runtime.check_room()  # before a text is encoded for nothing
                 contexts = await self._server.encode(start.prompt)
             request = StreamRequest(contexts, _seed(start.seed), start.sound)
             loop = asyncio.get_running_loop()
@@ -390,7 +393,8 @@ class _Session:
                 seat.turn(lambda stream: stream.set_prompt(contexts))
                 self._log("prompt", characters=len(text))
             case protocol.Image(strength):
-                decoded = await uploads.decode_image(data)
+                async with self._server.decoding:
+                    decoded = await uploads.decode_image(data)
                 loop = asyncio.get_running_loop()
                 pixels = await loop.run_in_executor(
                     self._server.encoders, self._service.fitted, decoded
@@ -403,9 +407,12 @@ class _Session:
                 if self._pushed > self._made + SOUND_AHEAD:
                     self._pushed -= len(waveform) / rate
                     raise ValueError(f"at most {SOUND_AHEAD:g} s of sound are kept ahead")
-                seat.turn(lambda stream: stream.push_audio(waveform[None], rate))
+                seat.turn(
+                    lambda stream: stream.push_audio(waveform[None], rate), limited=False
+                )  # `SOUND_AHEAD` is its limit
             case protocol.Progress(seconds):
-                seat.taken(seconds)
+                # no more than was sent: what a client claims beyond would pile up here
+                seat.taken(min(seconds, self._made))
             case protocol.Pause():
                 seat.pause()
             case protocol.Resume():

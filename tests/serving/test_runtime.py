@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from omniforcing_jax.serving.runtime import (
+    MOST_TURNS,
     Begun,
     Ended,
     Full,
@@ -107,8 +108,14 @@ def test_a_turn_is_applied_at_the_next_border_and_in_order(world):
         raise ValueError("the text has 2000 tokens")
 
     seat.turn(refuse)
+    for _ in range(MOST_TURNS - 3):
+        seat.turn(lambda stream: None)
+    with pytest.raises(ValueError, match="wait for the next block"):
+        seat.turn(lambda stream: setattr(stream, "prompt", "one too many"))
+    seat.turn(lambda stream: None, limited=False)
     before = len(w.log)
     w.run(3, seat)
+    seat.turn(lambda stream: None)  # there is room again
     assert {prompt for _, _, prompt in w.log[before:]} == {"second!"}
     assert [event.problem for event in events if isinstance(event, Refused)] == [
         "the text has 2000 tokens"

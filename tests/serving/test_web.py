@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import threading
+import types
 import urllib.error
 import urllib.request
 
@@ -153,6 +154,16 @@ def post(port, body: bytes, **headers):
         return error.code, error.read()
 
 
+def test_a_client_has_taken_no_more_than_was_sent():
+    """One that claims more and reads nothing would have an hour of pictures pile up here."""
+    taken = []
+    session = web._Session(types.SimpleNamespace(service=None), None)
+    session._seat, session._made = types.SimpleNamespace(taken=taken.append), 3.0
+    for seconds in (2.0, 1e9):
+        asyncio.run(session._apply(protocol.Progress(seconds), None))
+    assert taken == [2.0, 3.0]
+
+
 def test_a_whole_clip(port):
     status, data = post(port, json.dumps({"prompt": "blue", "seconds": 2.5}).encode())
     assert status == 200
@@ -268,7 +279,7 @@ def test_a_full_house_and_its_figures(port):
                 break
             opening = client.open_session(f"ws://127.0.0.1:{port}")
             refused = await stack.enter_async_context(opening)
-            await refused.send(protocol.Start("red"))
+            await refused.send(protocol.Start("purple"))  # which is not even encoded
             async for message in refused:
                 assert isinstance(message, protocol.Ended)
                 assert "1 wait" in message.reason
