@@ -47,6 +47,8 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     add = add_options(parser)
     add("--keyframe", nargs=2, action="append", default=[], metavar=("PICTURE", "FRAME"),
         help="shown at this frame, or nearly; may be repeated")  # fmt: skip
+    add("--keyframe-attention", type=float, default=1.0, metavar="STRENGTH",
+        help="how strongly the clip attends to keyframes: 1 (default) fully, 0 not")  # fmt: skip
     add("--reference", metavar="VOICE", help="sound of a voice to speak with")
 
 
@@ -57,7 +59,7 @@ class GivenFiles:
     Attributes:
       mode: of `sampling.conditions.MODES`.
       picture: [H, W, 3] float32 in [-1, 1], the first; `keyframes`: others and their frames.
-      strength: of the pictures.
+      strength: of the pictures; `attention`: of the clip to the keyframes.
       frames: [F, H, W, 3] of the film, float32 in [-1, 1], or uint8 as they are shown.
       sound: to keep, or that of the film to go on from; `voice`: to speak with.
       notes: for the user.
@@ -67,6 +69,7 @@ class GivenFiles:
     picture: np.ndarray | None = None
     keyframes: tuple[tuple[np.ndarray, int], ...] = ()
     strength: float = 1.0
+    attention: float = 1.0
     frames: np.ndarray | None = None
     sound: Sound | None = None
     voice: Sound | None = None
@@ -131,7 +134,7 @@ class GivenFiles:
         )
         for picture, frame in self.keyframes:
             latent = grid(encoder.encode_image(picture))
-            made = made.with_keyframe(clip, latent, frame, self.strength)
+            made = made.with_keyframe(clip, latent, frame, self.strength, self.attention)
         if self.voice is not None:
             made = made.with_voice(encoder.encode_sound(self.voice))
         return made
@@ -162,6 +165,8 @@ def read(
     if not (args.image or args.keyframe or args.audio or args.video or args.reference):
         return None
     check_strength(args.strength)
+    attention = vars(args).get("keyframe_attention", 1.0)
+    check_strength(attention, "--keyframe-attention")
     size = args.height, args.width
     shown = shown or clip.pixel_frames
     seconds = shown / clip.frame_rate
@@ -189,6 +194,7 @@ def read(
         picture=read_picture(args.image, args, config) if args.image else None,
         keyframes=keyframes,
         strength=args.strength,
+        attention=attention,
         frames=frames,
         sound=sound,
         voice=media_files.read_sound(args.reference) if args.reference else None,
@@ -227,6 +233,8 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
         yield "--foley gives the whole picture: leave out --keyframe"
     if args.reference and args.audio:
         yield "--audio gives the whole sound, so there is nothing to say in the --reference voice"
+    if vars(args).get("keyframe_attention", 1.0) != 1.0 and not args.keyframe:
+        yield "--keyframe-attention is that of --keyframe, of which there is none"
     if args.strength != 1.0 and not (args.image or args.keyframe):
         yield "--strength is that of --image and --keyframe, of which there is none"
 

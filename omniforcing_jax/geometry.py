@@ -245,6 +245,7 @@ def modalities(
     *,
     context_mask: jax.Array | None = None,
     global_sigma: AVLatents | None = None,
+    video_bias: jax.Array | None = None,
 ) -> tuple[Modality, Modality]:
     """What the transformer is called with, for video and audio.
 
@@ -255,6 +256,7 @@ def modalities(
       contexts: [B, S, text_dim] of each stream; None where text keys and values are given instead.
       context_mask: [B, S] boolean, True = attend; None attends to all of the text.
       global_sigma: [B] the samples' own noise levels, where they are not max(sigma).
+      video_bias: [B or 1, F, F] added to the logits of the video's self-attention.
     """
     if global_sigma is None:
         global_sigma = AVLatents(None, None)
@@ -268,6 +270,7 @@ def modalities(
         context_mask=context_mask,
         global_sigma=global_sigma.video,
         keyframes=jnp.repeat(ropes.first_latent, patches)[None],
+        self_bias=video_bias,
     )
     audio = Modality(
         latents=x.audio,

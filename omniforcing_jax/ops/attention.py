@@ -43,14 +43,15 @@ def attention(
     kv_end: np.ndarray | None = None,
     kv_length: int | jax.Array | None = None,
     mask: jax.Array | np.ndarray | None = None,
+    bias: jax.Array | None = None,
     scale: float | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(q k^T * scale) v per head, with the softmax in fp32.
+    """softmax(q k^T * scale + bias) v per head, with the softmax in fp32.
 
-    At most one of `kv_end`, `kv_length` and `mask` may be given; without any, every query sees
-    every key. Keys and values that no query sees may hold anything finite (their weight is zero,
-    and zero times infinity is not a number).
+    At most one of `kv_end`, `kv_length`, `mask` and `bias` may be given; without any, every query
+    sees every key. Keys and values that no query sees may hold anything finite (their weight is
+    zero, and zero times infinity is not a number).
 
     Implementations:
       * `xla`: einsums with a dense mask, the reference for the others. The float32 logits
@@ -63,10 +64,10 @@ def attention(
         queries or keys are too few for a flash kernel.
       * `splash`: a Pallas kernel for TPUs that computes the mask block by block. On a CPU it is
         interpreted, which is slow and meant for tests.
-      * `auto`: a dense mask: `xla`. On a TPU: `splash` where the shapes allow it. On a GPU, with
-        enough queries and keys for a flash kernel: `cudnn` where it supports dtype and head dim,
-        else (and when compiling for a GPU that this machine does not have) `chunked`. Everything
-        else: `prefix` with `kv_end`, `xla` without.
+      * `auto`: a dense mask: `xla`; a bias: `chunked`. On a TPU: `splash` where the shapes allow
+        it. On a GPU, with enough queries and keys for a flash kernel: `cudnn` where it supports
+        dtype and head dim, else (and when compiling for a GPU that this machine does not have)
+        `chunked`. Everything else: `prefix` with `kv_end`, `xla` without.
 
     Args:
       q: [B, T, N, H].
@@ -77,6 +78,8 @@ def attention(
         statically; a traced scalar or int [B] must be at least 1, which is not checked.
       mask: bool, broadcastable to [B, N, T, S], True where attention is allowed; rows without any
         allowed key give zeros. `xla` only.
+      bias: [B or 1, G, G] float32 of G equal groups of queries and of keys. `xla` and `chunked`
+        only.
       scale: factor on the logits, H**-0.5 by default.
       implementation: one of `IMPLEMENTATIONS`.
 
@@ -87,15 +90,20 @@ def attention(
       ValueError: inconsistent shapes, dtypes or masks, or an implementation that cannot run them
         on this platform.
     """
-    _check_inputs(q, k, v, kv_end, kv_length, mask)
+    _check_inputs(q, k, v, kv_end, kv_length, mask, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(kv_length, int | np.integer):
         k, v, kv_length = k[:, :kv_length], v[:, :kv_length], None
     if implementation == "auto":
-        implementation = _choose(q, k, kv_end, mask)
+        implementation = "chunked" if bias is not None else _choose(q, k, kv_end, mask)
+    if bias is not None and implementation not in ("xla", "chunked"):
+        raise ValueError(f"{implementation!r} attention takes no bias; use 'chunked' or 'auto'")
     if mask is not None and implementation != "xla":
         raise ValueError(f"{implementation!r} attention takes no dense mask; use 'xla' or 'auto'")
     q, k, v = (constrain(x, "batch", WHOLE, "attention_heads") for x in (q, k, v))
+    if bias is not None:
+        chunk = CHUNK if implementation == "chunked" else q.shape[1]
+        return constrain(_biased(q, k, v, bias, scale, chunk), "batch", WHOLE, "attention_heads")
     with jax.named_scope("attention"):
         q, k, v = (_as_for_cudnn(x, implementation) for x in (q, k, v))
         out = _run(q, k, v, kv_end, kv_length, mask, scale, implementation)
@@ -176,9 +184,11 @@ def _cudnn_refusal(q) -> str | None:
 # Dense kernels
 
 
-def _xla(q, k, v, mask, scale):
-    """Reference attention; `mask` broadcasts to [B, N, T, S] or is None."""
+def _xla(q, k, v, mask, scale, bias=None):
+    """Reference attention; `mask` and `bias` broadcast to [B, N, T, S] or are None."""
     logits = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        logits = logits + bias
     if mask is None:
         probs = jax.nn.softmax(logits, axis=-1)
     else:
@@ -212,6 +222,25 @@ def _chunked(q, k, v, kv_end, kv_length, scale):
         return _xla(q, k, v, mask, scale)
 
     out = jax.lax.map(lambda rows: chunk(*rows), (rows, ends))
+    return rearrange(out, "chunks B T N H -> B (chunks T) N H")[:, :length]
+
+
+def _biased(q, k, v, bias, scale, chunk: int):
+    """`_xla` with a bias of groups of tokens, `chunk` queries at a time."""
+    length, groups = q.shape[1], bias.shape[1]
+    per_group, keys = length // groups, k.shape[1] // groups
+    chunk = min(chunk, length)
+    count = -(-length // chunk)
+    rows = jnp.pad(q, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
+    rows = rearrange(rows, "B (chunks T) N H -> chunks B T N H", T=chunk)
+    group = np.minimum(np.arange(count * chunk) // per_group, groups - 1).reshape(count, chunk)
+
+    @jax.checkpoint
+    def attend(q, group):
+        expanded = jnp.repeat(jnp.asarray(bias)[:, group], keys, axis=2)  # [B or 1, T, S]
+        return _xla(q, k, v, None, scale, expanded[:, None])
+
+    out = jax.lax.map(lambda rows: attend(*rows), (rows, jnp.asarray(group)))
     return rearrange(out, "chunks B T N H -> B (chunks T) N H")[:, :length]
 
 
@@ -265,7 +294,7 @@ def _per_sample(kv_length, batch: int) -> jax.Array:
 # Checks
 
 
-def _check_inputs(q, k, v, kv_end, kv_length, mask) -> None:
+def _check_inputs(q, k, v, kv_end, kv_length, mask, bias) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             "expected q [B, T, N, H] and k, v [B, S, N, H], "
@@ -275,8 +304,8 @@ def _check_inputs(q, k, v, kv_end, kv_length, mask) -> None:
         raise ValueError(f"q {q.shape} and k {k.shape} differ in batch, heads or head dim")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if sum(x is not None for x in (kv_end, kv_length, mask)) > 1:
-        raise ValueError("give at most one of kv_end, kv_length and mask")
+    if sum(x is not None for x in (kv_end, kv_length, mask, bias)) > 1:
+        raise ValueError("give at most one of kv_end, kv_length, mask and bias")
     batch, q_len, heads, _ = q.shape
     kv_len = k.shape[1]
     if kv_end is not None:
@@ -288,6 +317,15 @@ def _check_inputs(q, k, v, kv_end, kv_length, mask) -> None:
         raise ValueError(
             f"kv_length must be a scalar or have shape ({batch},), got {jnp.shape(kv_length)}"
         )
+    if bias is not None:
+        groups = bias.shape[-1]
+        if bias.shape not in ((1, groups, groups), (batch, groups, groups)) or (
+            q_len % groups or kv_len % groups
+        ):
+            raise ValueError(
+                f"bias must be [1 or {batch}, G, G] with G a divisor of {q_len} queries and "
+                f"{kv_len} keys, got {list(bias.shape)}"
+            )
     if mask is not None:
         full = (batch, heads, q_len, kv_len)
         padded = (1,) * (4 - mask.ndim) + mask.shape

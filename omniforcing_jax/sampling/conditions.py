@@ -59,11 +59,14 @@ class Appended:
       mask: [B or 1, n] float32, 1 - strength.
       times: [n, 2] float32 seconds, begin and end of each latent: an array of the host, for the
         phases of its RoPE are formed there.
+      attention: [n] float32 in [0, 1], how strongly the clip and each latent attend to one another;
+        None is fully, as do all appended latents then.
     """
 
     latents: jax.Array
     mask: jax.Array
     times: np.ndarray
+    attention: np.ndarray | None = None
 
 
 @flax.struct.dataclass
@@ -78,12 +81,15 @@ class Condition:
         block. The network is told that it is clean, also in what it reads of the other stream and
         of the text (LTX-2.3), and it is not guided.
       appended: latents beside the clip, of either stream; None where there are none.
+      video_bias: [B or 1, F, F] float32 added to the logits of the video's self-attention, where
+        `joined` finds that appended latents have less of it than others.
     """
 
     clean: AVLatents
     mask: AVLatents
     frozen: AVLatents
     appended: AVLatents = AVLatents(None, None)
+    video_bias: jax.Array | None = None
 
     @classmethod
     def of_clip(cls, clean: AVLatents, mask: AVLatents) -> "Condition":
@@ -165,18 +171,28 @@ class Condition:
         return cls.given(clip, model, video=video, audio=audio, strength=strength)
 
     def with_keyframe(
-        self, clip: ClipGeometry, picture: jax.Array, frame: int, strength: float = 1.0
+        self,
+        clip: ClipGeometry,
+        picture: jax.Array,
+        frame: int,
+        strength: float = 1.0,
+        attention: float = 1.0,
     ) -> "Condition":
         """Appends a picture that the clip shows at a pixel frame, or comes near to.
 
         Args:
           picture: [B, 1, h, w, C] latents.
           frame: index of the pixel frame.
+          strength: 1 keeps the picture exactly, less lets it be denoised.
+          attention: how strongly the clip and the picture attend to one another: 1 fully, 0 not at
+            all. With less than 1 it and those that come later do not attend to other keyframes.
 
         Raises:
-          ValueError: a picture of another size, or a frame outside the clip.
+          ValueError: a picture of another size, a frame outside the clip, or a number outside
+            [0, 1].
         """
         check_strength(strength)
+        check_strength(attention, "attention")
         size = (clip.height, clip.width, self.clean.video.shape[-1])
         check_latents("keyframe", picture, 1, size)
         if not 0 <= frame < clip.pixel_frames:
@@ -186,7 +202,9 @@ class Condition:
         bounds = np.array([[0, 1]], np.float32) + np.float32(frame)
         tokens = jnp.asarray(picture, jnp.float32).reshape(picture.shape[0], -1, size[2])
         mask = first_given(1, 1, strength)[None]
-        new = Appended(tokens, jnp.asarray(mask), bounds / np.float32(clip.frame_rate))
+        times = bounds / np.float32(clip.frame_rate)
+        weight = np.array([attention], np.float32)
+        new = Appended(tokens, jnp.asarray(mask), times, weight)
         video = new if self.appended.video is None else _both(self.appended.video, new)
         return self.replace(appended=self.appended.replace(video=video))
 
@@ -294,7 +312,10 @@ class Condition:
                     **{stream: _concatenated(getattr(clean, stream), more.latents)}
                 )
                 mask = mask.replace(**{stream: _concatenated(getattr(mask, stream), more.mask)})
-        return Condition(clean, mask, self.frozen)
+        bias = None
+        if (video := self.appended.video) is not None and np.any(video.attention < 1):
+            bias = jnp.asarray(_attention_bias(self.mask.video.shape[1], video.attention))[None]
+        return Condition(clean, mask, self.frozen, video_bias=bias)
 
     def appended_noise(self, keys: jax.Array) -> AVLatents:
         """Noise [B, n P, C] of the appended latents from the samples' [B] keys.
@@ -414,10 +435,10 @@ def first_given(frames: int, given: int, strength: float = 1.0) -> np.ndarray:
     return mask
 
 
-def check_strength(strength: float) -> None:
+def check_strength(strength: float, name: str = "strength") -> None:
     """Raises ValueError unless it lies in [0, 1]."""
     if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"strength must be in [0, 1], not {strength}")
+        raise ValueError(f"{name} must be in [0, 1], not {strength}")
 
 
 def check_latents(name: str, latents: jax.Array, frames: int, size: tuple[int, ...]) -> None:
@@ -443,7 +464,25 @@ def _both(first: Appended, second: Appended) -> Appended:
         _concatenated(first.latents, second.latents),
         _concatenated(first.mask, second.mask),
         np.concatenate([first.times, second.times]),
+        np.concatenate([first.attention, second.attention]),
     )
+
+
+def _attention_bias(frames: int, attention: np.ndarray) -> np.ndarray:
+    """[F, F] float32 logarithms of how strongly the latents of a clip with keyframes attend.
+
+    Args:
+      frames: latents of the clip, which stand first.
+      attention: [n] of the clip to each keyframe and back.
+    """
+    weights = np.ones((frames + len(attention), frames + len(attention)), np.float32)
+    weights[:frames, frames:] = attention
+    weights[frames:, :frames] = attention[:, None]
+    index = np.arange(len(attention))
+    later = np.maximum(index[:, None], index) >= np.argmax(attention < 1)
+    weights[frames:, frames:] = np.where(later & (index[:, None] != index), 0.0, 1.0)
+    lowest = np.finfo(np.float32).min
+    return np.where(weights > 0, np.log(np.where(weights > 0, weights, 1.0)), lowest)
 
 
 def _concatenated(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -182,6 +182,7 @@ def guided_x0(
     config: SampleConfig,
     *,
     global_sigma: AVLatents | None = None,
+    video_bias: jax.Array | None = None,
 ) -> AVLatents:
     """The guided prediction of the clean clip, all passes in one call of the network.
 
@@ -191,6 +192,7 @@ def guided_x0(
       inputs: from `prepare_passes`, with the guidance of `config`.
       rope: tables that cover the clip, and behind it what is appended.
       global_sigma: [B] the samples' own noise levels, where they are not max(sigma).
+      video_bias: [B or 1, F, F] added to the logits of the video's self-attention.
 
     Returns:
       AVLatents [B, T, C] float32.
@@ -213,6 +215,7 @@ def guided_x0(
         (context.video_context, context.audio_context),
         context_mask=context.mask,
         global_sigma=jax.tree.map(rows, global_sigma),
+        video_bias=None if video_bias is None else rows(video_bias),
     )
     (video, audio), _ = model.apply(
         {"params": params}, video, audio, text=inputs.text, keep=inputs.keep
@@ -301,12 +304,14 @@ def _sample(
     def step(x, levels):
         sigma, sigma_next, index = levels
         token_sigma = AVLatents(sigma[None, None], sigma[None, None])
-        stream_sigma = AVLatents(sigma[None], sigma[None])
+        how = {"global_sigma": AVLatents(sigma[None], sigma[None])}
         if condition is not None:
-            token_sigma, stream_sigma = condition.sigma(sigma), condition.stream_sigma(sigma)
-        x0 = guided_x0(
-            model, params, x, token_sigma, inputs, rope, config, global_sigma=stream_sigma
-        )
+            token_sigma = condition.sigma(sigma)
+            how = {
+                "global_sigma": condition.stream_sigma(sigma),
+                "video_bias": condition.video_bias,
+            }
+        x0 = guided_x0(model, params, x, token_sigma, inputs, rope, config, **how)
         if condition is not None:
             x0 = condition.keep(x0)
         if config.recipe.ancestral:

@@ -129,7 +129,15 @@ def test_prefix_equals_xla(name):
     assert_close(actual, expected, 2e-5)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"kv_end": ENDS.a2v}, {"kv_length": jnp.array([20, 90])}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"kv_end": ENDS.a2v},
+        {"kv_length": jnp.array([20, 90])},
+        {"bias": np.log(np.linspace(0.1, 1.0, 16, dtype=np.float32)).reshape(1, 4, 4)},
+    ],
+)
 def test_chunked_equals_xla(monkeypatch, kwargs):
     """Several chunks, the last one padded; a head dim that no flash kernel takes."""
     monkeypatch.setattr(attention_module, "CHUNK", 64)
@@ -457,6 +465,8 @@ def test_splash_padding(length, expected):
         ({"mask": np.ones((2, 1, 3, 4), bool)}, "mask must be bool and broadcastable"),
         ({"mask": np.ones((2, 1, 3, 5))}, "mask must be bool and broadcastable"),
         ({"kv_length": 2, "kv_end": np.array([1, 2, 3])}, "at most one of"),
+        ({"bias": np.zeros((1, 2, 2), np.float32)}, "G a divisor of 3 queries and 5 keys"),
+        ({"bias": np.zeros((1, 1, 1)), "implementation": "splash"}, "takes no bias"),
         ({"mask": np.ones((3, 5), bool), "implementation": "splash"}, "takes no dense mask"),
         ({"mask": np.ones((3, 5), bool), "implementation": "prefix"}, "takes no dense mask"),
         ({"implementation": "flash"}, "unknown implementation 'flash'; known"),

@@ -96,6 +96,8 @@ class Golden:
                 return make("t2av").with_keyframe(self.clip, self.keyframe, frame)
             case "keyframe_s070":
                 return make("t2av").with_keyframe(self.clip, self.keyframe, frame, 0.7)
+            case "keyframe_att050":
+                return make("t2av").with_keyframe(self.clip, self.keyframe, frame, 1.0, 0.5)
             case "firstlast":
                 condition = make("i2av", video=self.image)
                 return condition.with_keyframe(self.clip, self.keyframe, frame)
@@ -172,8 +174,8 @@ def close(actual, expected, atol, message):
 
 
 FORWARD = (
-    "image_s100", "image_s070", "keyframe", "keyframe_s070", "a2v", "v2a", "extend", "retake",
-    "voice",
+    "image_s100", "image_s070", "keyframe", "keyframe_s070", "keyframe_att050", "a2v", "v2a",
+    "extend", "retake", "voice",
 )  # fmt: skip
 TRAJECTORIES = ("image_s100", "image_s070", "a2v", "ia2v", "v2a", "extend", "keyframe",
                 "firstlast", "voice", "stage2")  # fmt: skip
@@ -208,6 +210,11 @@ def test_states_equal_reference(golden, case):
         close(level, expected_mask * np.float32(sigma), STATE_ATOL, name)
         expected = np.broadcast_to(getattr(stream, name), a[f"{case}_{name}_sigma"].shape)
         close(expected, a[f"{case}_{name}_sigma"], STATE_ATOL, name)
+    if joined.video_bias is not None:
+        weights = np.exp(joined.video_bias)
+        for axis in (1, 2):
+            weights = np.repeat(weights, golden.clip.patches, axis=axis)
+        close(weights, a[f"{case}_video_attention_mask"], STATE_ATOL, "attention")
 
 
 @pytest.mark.parametrize("case, stream", [("keyframe", "video"), ("voice", "audio")])
@@ -221,7 +228,7 @@ def test_places_of_appended_latents_equal_reference(golden, case, stream):
 
 
 @pytest.mark.parametrize(
-    "case", [c if c in ("keyframe_s070", "retake") else slow(c) for c in FORWARD]
+    "case", [c if c in ("keyframe_att050", "retake") else slow(c) for c in FORWARD]
 )
 def test_one_step_equals_reference(golden, case):
     """A step from the noised state down to zero ends in the network's own x0."""

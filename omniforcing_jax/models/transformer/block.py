@@ -167,7 +167,7 @@ class Block(nn.Module):
             h = self._modulated(x, *rows[:2])
             q, kv = attn.queries_keys_values(h)  # [B, T, N, H]
             where = {"rope": stream.rope, "history": history, "kv_end": kv_end}
-            y, new = attn(h, q, kv, **where, keep=keep)
+            y, new = attn(h, q, kv, **where, bias=stream.self_bias, keep=keep)
             x = self._add(x, y, rows[2])
         with jax.named_scope(f"{name}_text_attention"):
             if self.config.text_adaln:

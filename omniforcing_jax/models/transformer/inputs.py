@@ -26,6 +26,8 @@ class Modality:
         prompt AdaLN and the other stream's cross-modal AdaLN in LTX-2.3.
       keyframes: [B or 1, T] boolean, tokens that get the keyframe embedding of models that have one
         (LTX-2.5): those of video latents that stand for a single frame.
+      self_bias: [B or 1, G, G] float32 added to the logits of the self-attention of G equal groups
+        of tokens; None is nothing.
     """
 
     latents: jax.Array
@@ -36,6 +38,7 @@ class Modality:
     context_mask: jax.Array | None = None
     global_sigma: jax.Array | None = None
     keyframes: jax.Array | None = None
+    self_bias: jax.Array | None = None
 
     @property
     def sample_sigma(self) -> jax.Array:
@@ -77,7 +80,7 @@ class Conditioning:
       prompt_modulation: [B, 1, 2, width] shift, scale of the context.
       context: [B, S, width].
       context_mask: [B, 1, 1, S] boolean, True = attend.
-      rope, cross_rope: as in `Modality`.
+      rope, cross_rope, self_bias: as in `Modality`.
     """
 
     modulation: jax.Array | None = None
@@ -88,6 +91,7 @@ class Conditioning:
     context_mask: jax.Array | None = None
     rope: Rope | None = None
     cross_rope: Rope | None = None
+    self_bias: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -310,6 +310,7 @@ class Attention(nn.Module):
         history: History | Slots | None = None,
         kv_end: np.ndarray | None = None,
         mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
         keep: jax.Array | None = None,
     ) -> tuple[jax.Array, KV | Slots]:
         """Attends from x to `kv` and, if given, to `history`.
@@ -323,6 +324,7 @@ class Attention(nn.Module):
           history: keys and values of earlier blocks, which `kv` joins.
           kv_end: [T] host integers; row t sees keys [0, kv_end[t]).
           mask: [B, 1, 1, S] boolean, True = attend.
+          bias: [B or 1, G, G] added to the logits of G equal groups of queries and keys.
           keep: [B] one or zero; zero skips this attention for that sample.
 
         Returns:
@@ -338,7 +340,14 @@ class Attention(nn.Module):
         if self.measured and self.is_mutable_collection("diagnostics"):
             self.sow("diagnostics", "entropy", attention_entropy(q, k, kv_end))
         y = attention(
-            q, k, v, kv_end=kv_end, kv_length=length, mask=mask, implementation=self.implementation
+            q,
+            k,
+            v,
+            kv_end=kv_end,
+            kv_length=length,
+            mask=mask,
+            bias=bias,
+            implementation=self.implementation,
         )  # [B, T, N, H]
         if keep is not None and self.value_when_skipped:
             y = jnp.where(keep[:, None, None, None] > 0, y, kv.v)

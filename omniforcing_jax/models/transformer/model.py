@@ -303,6 +303,7 @@ class Transformer(nn.Module):
             context_mask=mask,
             rope=stream.rope,
             cross_rope=stream.cross_rope,
+            self_bias=stream.self_bias,
         )
         return x, conditioning, embedded
 
