@@ -88,7 +88,7 @@ class Stream:
     def memory(self) -> int:
         """Bytes that the program of a later block works with, besides arguments and results."""
         session = self.session
-        condition = session._media.kinds(session._given, first=False)[-1]
+        condition = session._media.kinds(session._steering.given, first=False)[-1]
         arguments, how = session._block_arguments(session._cache, condition, first=False)
         return (
             generate_block.lower(*arguments, **how).compile().memory_analysis().temp_size_in_bytes

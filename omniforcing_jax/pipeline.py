@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from omniforcing_jax.sampling.trained import UNSAID, TrainedSettings
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
 from omniforcing_jax.streaming.session import StreamingSession
+from omniforcing_jax.streaming.turns import Turn
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, to_uint8
 from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.types import AVLatents
@@ -280,6 +281,7 @@ class Pipeline:
         blend: int = 0,
         given: str | None = None,
         wait: bool = False,
+        log: Callable[[Turn], None] | None = None,
     ) -> StreamingSession:
         """A live session; see `StreamingSession` and `StreamingVideoDecoder` for the options.
 
@@ -293,7 +295,7 @@ class Pipeline:
           decode_mode: one of `streaming.video.MODES`; None is "tiny" if that decoder was loaded,
             else "causal" for a decoder that was trained so, else "window".
           look_back, look_ahead, blend: latent frames, of a "window" decoder only.
-          given, wait: see `StreamingSession`; what is given needs the pipeline's encoders.
+          given, wait, log: see `StreamingSession`; what is given needs the pipeline's encoders.
 
         Raises:
           ValueError: see `StreamingSession` and `StreamingVideoDecoder`.
@@ -337,6 +339,7 @@ class Pipeline:
             text_length=text_length,
             given=given,
             wait=wait,
+            log=log,
             **encoders,
         )
 

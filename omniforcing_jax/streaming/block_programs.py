@@ -4,7 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
+from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import kv_cache, student
 from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.kv_cache import RollingCache
@@ -74,3 +76,23 @@ def fills_cache(params, config: RolloutConfig, num_blocks: int | None) -> bool:
 
 
 jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels"))
+
+
+def latent_shapes(
+    block: int, config: RolloutConfig, model: Transformer, batch: int, device: Sharding | None
+) -> AVLatents:
+    """[B, T, C] of a block's latents, as `generate_block` gives them."""
+    layout = config.cache.layout
+    tokens = layout.video_frames_in(block) * config.patches, layout.audio_frames_in(block)
+    channels = model.config.video_channels, model.config.audio_channels
+    return AVLatents(
+        *(
+            on_device((batch, *size), jnp.float32, device)
+            for size in zip(tokens, channels, strict=True)
+        )
+    )
+
+
+def on_device(shape: tuple, dtype: jnp.dtype, device: Sharding | None) -> jax.ShapeDtypeStruct:
+    """What stands for an array there."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=device)

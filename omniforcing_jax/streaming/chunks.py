@@ -49,6 +49,21 @@ class Chunk:
     late: float = 0.0
     waiting: bool = False
 
+    @classmethod
+    def that_waits(
+        cls,
+        block: int,
+        first_frame: int,
+        first_sample: int,
+        batch: int,
+        pixels: tuple[int, int],
+    ) -> "Chunk":
+        """Of a block that is not made yet: without frames and samples."""
+        frames = np.zeros((batch, 0, *pixels, 3), np.uint8)
+        waveform = np.zeros((batch, 0, 2), np.float32)
+        none = Timings(0.0, 0.0, 0.0, 0.0, 0.0)
+        return cls(block, first_frame, first_sample, frames, waveform, none, waiting=True)
+
     def until(self, num_frames: int, num_samples: int) -> "Chunk":
         """What of it lies in the stream's first frames and samples: [B, n, ...] of smaller n."""
         frames = self.frames[:, : max(num_frames - self.first_frame, 0)]

@@ -220,11 +220,12 @@ class StreamingAudioEncoder:
             pieces.append(latents[:, : wanted - done])
             done += count
             kept = self._window(rate, done, self._step)[0]
-            samples, first = samples[:, max(0, kept - first) :].copy(), max(kept, first)
+            samples, first = samples[:, max(0, kept - first) :], max(kept, first)
         empty = jnp.zeros((batch, 0, self.config.latent_width), jnp.float32)
         latents = jnp.concatenate([empty, *pieces], axis=1)
         done = min(done, wanted) if total is not None else done
-        return AudioEncoderState(rate, samples, first, history, done, False), latents
+        waiting = samples.copy()  # a view would keep all of them in memory
+        return AudioEncoderState(rate, waiting, first, history, done, False), latents
 
     def _window(self, rate: int, latent: int, count: int) -> tuple[int, int]:
         """Samples that `count` latents from `latent` on are made of.

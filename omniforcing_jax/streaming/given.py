@@ -1,8 +1,9 @@
 """What is given to a stream while it runs: sound, frames and pictures, on their way to its blocks.
 
-Sound and frames are encoded as they arrive, and their latents wait here for the block that they
-belong to. So do the samples and frames themselves, which the stream shows as they came instead of
-decoding their latents. All of it is a value, a part of the session's snapshot.
+A turn is checked when it comes (`GivenMedia.check`) and encoded at the next block border
+(`GivenMedia.apply`). The latents then wait here for the block that they belong to, and so do the
+samples and frames themselves, which the stream shows as they came instead of decoding their
+latents. All of it is a value, a part of the session's snapshot.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.io.media_files import check_sample_rate
 from omniforcing_jax.sampling.conditions import Condition, check_strength, first_given
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.encoders import (
@@ -20,6 +22,7 @@ from omniforcing_jax.streaming.encoders import (
     StreamingVideoEncoder,
     VideoEncoderState,
 )
+from omniforcing_jax.streaming.turns import Turn
 from omniforcing_jax.types import AVLatents
 
 STREAMS = (None, "audio", "video")
@@ -36,24 +39,33 @@ class GivenState:
       image: [B, P, C] first latent of the next block, or None; `strength`: how far it is kept.
       audio_encoder, video_encoder: of the sound and the frames that arrive; None before the first.
       resampled: state of the resampling to the stream's rate.
-      waveform: [B, n, 2] float32 samples to be played; `frames`: [B, n, H, W, 3] uint8 to be shown.
+      waveform: pieces [B, n, 2] float32 of the samples to be played.
+      frames: pieces [B, n, H, W, 3] uint8 of the frames to be shown.
       hidden: blocks at the stream's beginning that are references and not shown, but for the very
         last frame.
+      skip: frames and samples of them that are not made yet; they are made, and not shown.
       begun: whether a block was taken.
     """
 
     video: np.ndarray
     audio: np.ndarray
-    waveform: np.ndarray
-    frames: np.ndarray
     last_frame: np.ndarray
+    waveform: tuple[np.ndarray, ...] = ()
+    frames: tuple[np.ndarray, ...] = ()
     image: np.ndarray | None = None
     strength: float = 1.0
     audio_encoder: AudioEncoderState | None = None
     video_encoder: VideoEncoderState | None = None
     resampled: np.ndarray | None = None
     hidden: int = 0
+    skip: tuple[int, int] = (0, 0)
     begun: bool = False
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was given and no block taken."""
+        given = self.video.size or self.audio.size or self.audio_encoder
+        return not (given or self.begun or self.image is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,22 +114,51 @@ class GivenMedia:
         return GivenState(
             np.zeros((batch, 0, self.rollout.patches, self.channels[0]), np.float32),
             np.zeros((batch, 0, self.channels[1]), np.float32),
-            np.zeros((batch, 0, 2), np.float32),
-            np.zeros((batch, 0, height, width, 3), np.uint8),
             np.zeros((batch, 1, height, width, 3), np.uint8),
         )
 
     # What a user gives
 
-    def push_audio(self, state: GivenState, waveform: np.ndarray, rate: int) -> GivenState:
-        """The next samples [B, n, 2] float32 in [-1, 1] at `rate` Hz.
-
-        Raises:
-          ValueError: the sound of this stream is generated, the rate has changed, or see
-            `StreamingAudioEncoder.push`.
-        """
-        if self.stream != "audio":
+    def check(self, turn: Turn) -> None:
+        """Raises ValueError for a turn that these streams cannot be given."""
+        given, payload = self.stream, turn.payload
+        if turn.kind == "audio" and given != "audio":
             raise ValueError("the sound of this session is generated: make it with given='audio'")
+        if turn.kind == "frames" and given != "video":
+            raise ValueError("the picture of this session is generated: make it with given='video'")
+        if turn.kind == "image" and given == "video":
+            raise ValueError("the picture of this session is given as a whole by push_frames")
+        if turn.kind == "clip" and given is not None:
+            raise ValueError(f"a clip goes on in picture and sound, but the {given} is given")
+        if turn.kind == "reference" and given == "video":
+            raise ValueError("a reference is for a picture that is generated, and it is given")
+        if "frames" in payload:
+            self._encoder("video")
+            self._check_frames(payload["frames"])
+        if "pixels" in payload:
+            self._encoder("video")
+            self._check_pixels(payload["pixels"])
+        if "waveform" in payload:
+            self._encoder("audio")
+            shape = np.shape(payload["waveform"])
+            if len(shape) != 3 or shape[::2] != (self.batch, 2):
+                raise ValueError(f"a waveform is [{self.batch}, n, 2], not {list(shape)}")
+            check_sample_rate(payload["rate"])
+        check_strength(payload.get("strength", 1.0))
+
+    def apply(self, state: GivenState, turn: Turn) -> GivenState:
+        """The state behind a turn that was checked."""
+        functions = {
+            "audio": self.push_audio,
+            "frames": self.push_frames,
+            "image": self.set_image,
+            "clip": self.extend,
+            "reference": self.set_reference,
+        }
+        return functions[turn.kind](state, **turn.payload)
+
+    def push_audio(self, state: GivenState, waveform: np.ndarray, rate: int) -> GivenState:
+        """The next samples [B, n, 2] float32 in [-1, 1] at `rate` Hz; ValueError at another."""
         resampler, encoder = StreamingResampler(rate, self.sample_rate), self.audio_encoder
         if state.audio_encoder is None:
             began = {
@@ -125,9 +166,7 @@ class GivenMedia:
                 "resampled": resampler.init(self.batch),
             }
             state = state.replace(**began)
-        elif state.audio_encoder.sample_rate != rate:
-            began = state.audio_encoder.sample_rate
-            raise ValueError(f"this sound began at {began} Hz; the rest must be so, not {rate} Hz")
+        check_same_rate(state.audio_encoder.sample_rate, rate)
         encoded, latents = encoder.push(state.audio_encoder, waveform)
         if state.hidden and state.audio_encoder.num_latents == 0:
             latents = latents[:, 1:]  # it stands for the very beginning, where the references end
@@ -136,27 +175,19 @@ class GivenMedia:
             audio_encoder=encoded,
             resampled=resampled,
             audio=np.concatenate([state.audio, latents], axis=1),
-            waveform=np.concatenate([state.waveform, played], axis=1),
+            waveform=(*state.waveform, played),
         )
 
     def push_frames(self, state: GivenState, frames: np.ndarray) -> GivenState:
-        """The next frames [B, n, H, W, 3] uint8.
-
-        Raises:
-          ValueError: the picture of this stream is generated, or frames of another kind or size.
-        """
-        if self.stream != "video":
-            raise ValueError("the picture of this session is generated: make it with given='video'")
-        self._check_frames(frames)
-        encoder = self.video_encoder
+        """The next frames [B, n, H, W, 3] uint8."""
         encoded = state.video_encoder
         if encoded is None:
-            encoded = encoder.init(self.batch, *self.pixels)
+            encoded = self.video_encoder.init(self.batch, *self.pixels)
         encoded, tokens = self._encode(encoded, frames)
         return state.replace(
             video_encoder=encoded,
             video=np.concatenate([state.video, tokens], axis=1),
-            frames=np.concatenate([state.frames, frames], axis=1),
+            frames=(*state.frames, frames),
             last_frame=frames[:, -1:].copy(),
         )
 
@@ -164,13 +195,7 @@ class GivenMedia:
         """The next block begins with this picture [H, W, 3] float32 in [-1, 1] (`fit_pixels`).
 
         A stream that has begun shows it for as long as a latent lasts.
-
-        Raises:
-          ValueError: the picture is given as a whole, another size, or a strength outside [0, 1].
         """
-        if self.stream == "video":
-            raise ValueError("the picture of this session is given as a whole by push_frames")
-        check_strength(strength)
         still = self._still(pixels, 2 if state.begun or state.hidden else 1)
         return state.replace(image=still[:, -1], strength=float(strength))
 
@@ -182,13 +207,7 @@ class GivenMedia:
         Args:
           frames: [B, n, H, W, 3] uint8; of n = 8 k + 1 + r frames the last r are left out.
           waveform: [B, m, 2] float32 at `rate` Hz, of which what lies behind them is left out.
-
-        Raises:
-          ValueError: a stream is given as a whole, or frames or a waveform of another shape.
         """
-        if self.stream is not None:
-            raise ValueError(f"a clip goes on in picture and sound, but the {self.stream} is given")
-        self._check_frames(frames)
         step, rates = self.rollout.cache.layout, self.rollout.cache.layout.frame_rate
         whole = (frames.shape[1] - 1) // step.temporal_compression * step.temporal_compression + 1
         video = self._encoded_frames(frames[:, :whole])
@@ -204,16 +223,16 @@ class GivenMedia:
         Args:
           pixels: [H, W, 3] float32 in [-1, 1].
           waveform: [B, m, 2] float32 at `rate` Hz; what is missing is silence.
-
-        Raises:
-          ValueError: the picture is given, or pixels or a waveform of another shape.
         """
-        if self.stream == "video":
-            raise ValueError("a reference is for a picture that is generated, and it is given")
         layout, hidden = self.rollout.cache.layout, 1 + self.rollout.cache.anchors
         video = self._still(pixels, layout.num_video_frames(hidden))
         audio = self._encoded_sound(waveform, rate, layout.num_audio_frames(hidden))
-        return state.replace(video=video, audio=audio, hidden=hidden)
+        latents = layout.num_audio_frames(hidden) - 1  # the last frame is shown
+        samples = (
+            0 if self.stream else latents * self.sample_rate // layout.audio_latents_per_second
+        )
+        skip = layout.pixel_frames(hidden) - 1, samples
+        return state.replace(video=video, audio=audio, hidden=hidden, skip=skip)
 
     # What a block needs
 
@@ -299,8 +318,11 @@ class GivenMedia:
         begins_given = first and state.video.size
         if self.video_encoder is not None and self.stream != "video" and not begins_given:
             image = np.zeros((self.batch, self.rollout.patches, self.channels[0]), np.float32)
+            block = 0 if first else 1
             pictured = self.init().replace(image=image)
-            kinds.append(self.take(pictured, 0 if first else 1)[1])
+            if self.stream == "audio":  # with it a block may be given as a whole
+                pictured = pictured.replace(audio=self.generated(block).clean.audio)
+            kinds.append(self.take(pictured, block)[1])
         return list({(kind is None, is_whole(kind)): kind for kind in kinds}.values())
 
     def warm_up(self, state: GivenState) -> None:
@@ -346,18 +368,22 @@ class GivenMedia:
         count = latents * rate // layout.audio_latents_per_second - played
         if flushed:  # what the first latent lasts, a mel frame
             count += rate // (4 * layout.audio_latents_per_second)
-        count, waveform = max(count, 0), state.waveform
+        count, pieces = max(count, 0), state.waveform
         if flushed and state.resampled is not None:
             resampler = StreamingResampler(state.audio_encoder.sample_rate, rate)
-            waveform = np.concatenate([waveform, resampler.flush(state.resampled)], axis=1)
-        missing = max(0, count - waveform.shape[1])
-        waveform = np.pad(waveform, ((0, 0), (0, missing), (0, 0)))
-        return state.replace(waveform=waveform[:, count:].copy()), waveform[:, :count]
+            pieces = (*pieces, resampler.flush(state.resampled))
+        taken, pieces = _first(pieces, count)
+        waveform = np.zeros((self.batch, count, 2), np.float32)
+        if taken:  # silence behind them
+            np.concatenate(taken, axis=1, out=waveform[:, : sum(x.shape[1] for x in taken)])
+        return state.replace(waveform=pieces), waveform
 
     def shown(self, state: GivenState, block: int, shown: int) -> tuple[GivenState, np.ndarray]:
         """The next frames [B, n, H, W, 3], up to the end of a block; `shown` came before."""
         count = self.rollout.cache.layout.pixel_frames(block + 1) - shown
-        return state.replace(frames=state.frames[:, count:].copy()), state.frames[:, :count]
+        taken, pieces = _first(state.frames, count)
+        frames = np.concatenate([state.last_frame[:, :0], *taken], axis=1)
+        return state.replace(frames=pieces), frames
 
     # Encoding
 
@@ -376,10 +402,9 @@ class GivenMedia:
         )
 
     def _encoded_frames(self, frames: np.ndarray) -> np.ndarray:
-        encoder = self._encoder("video")
-        state = encoder.init(frames.shape[0], *self.pixels)
+        state = self.video_encoder.init(frames.shape[0], *self.pixels)
         state, tokens = self._encode(state, frames)
-        return np.concatenate([tokens, self._tokens(encoder.flush(state)[1])], axis=1)
+        return np.concatenate([tokens, self._tokens(self.video_encoder.flush(state)[1])], axis=1)
 
     def _encode(
         self, state: VideoEncoderState, frames: np.ndarray
@@ -392,14 +417,15 @@ class GivenMedia:
             tokens.append(self._tokens(latents))
         return state, np.concatenate(tokens, axis=1)
 
-    def _still(self, pixels: np.ndarray, latents: int) -> np.ndarray:
-        """[B, f, P, C] latents of a picture that stands still."""
-        pixels = np.asarray(pixels, np.float32)
+    def _check_pixels(self, pixels: np.ndarray) -> None:
         if pixels.shape != (*self.pixels, 3):
             raise ValueError(
                 f"this session takes pictures {[*self.pixels, 3]}, not {list(pixels.shape)}: see "
                 "fit_pixels"
             )
+
+    def _still(self, pixels: np.ndarray, latents: int) -> np.ndarray:
+        """[B, f, P, C] latents of a picture that stands still."""
         compression = self.rollout.cache.layout.temporal_compression
         count = 1 + (latents - 1) * compression
         encoded = self._encoded_frames(np.broadcast_to(pixels, (1, count, *pixels.shape)))
@@ -407,11 +433,7 @@ class GivenMedia:
 
     def _encoded_sound(self, waveform: np.ndarray, rate: int, latents: int) -> np.ndarray:
         """[B, t, C], with silence behind a shorter sound."""
-        encoder = self._encoder("audio")
-        waveform = np.asarray(waveform, np.float32)
-        if waveform.ndim != 3 or waveform.shape[::2] != (self.batch, 2):
-            raise ValueError(f"a waveform is [{self.batch}, n, 2], not {list(waveform.shape)}")
-        return np.asarray(encoder.encode(waveform, rate, latents))
+        return np.asarray(self.audio_encoder.encode(waveform, rate, latents))
 
 
 def unshown_blocks(layout: BlockLayout, hidden: int) -> int:
@@ -428,6 +450,26 @@ def is_whole(condition: Condition | None) -> bool:
     return condition is not None and not any(
         np.any(mask) for mask in (condition.mask.video, condition.mask.audio)
     )
+
+
+def check_same_rate(began: int, rate: int) -> None:
+    """Raises ValueError unless sound goes on at the rate at which it began."""
+    if began != rate:
+        raise ValueError(f"this sound began at {began} Hz; the rest must be so, not {rate} Hz")
+
+
+def _first(
+    pieces: tuple[np.ndarray, ...], count: int
+) -> tuple[list[np.ndarray], tuple[np.ndarray, ...]]:
+    """The first `count` of pieces [B, n, ...], and what is behind them; nothing is copied."""
+    taken = []
+    while count and pieces:
+        piece, *rest = pieces
+        taken.append(piece[:, :count])
+        behind = piece[:, count:]
+        pieces = (behind, *rest) if behind.shape[1] else tuple(rest)
+        count -= taken[-1].shape[1]
+    return taken, pieces
 
 
 def _signed(frames: np.ndarray) -> np.ndarray:

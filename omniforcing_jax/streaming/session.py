@@ -8,9 +8,10 @@ Each block is one call of the jitted `student.block_step` on a donated cache, fo
 streaming decoders. Everything random follows from (seed, block index), and everything else from the
 explicit state, so a session replays bit for bit and continues from a snapshot.
 
-Besides text a stream is given pictures, a clip to go on from, references of a face and a voice, and
-all of its sound or of its picture as it arrives (`set_image`, `extend`, `set_reference`,
-`push_audio`, `push_frames`); what has arrived is used at the next block border.
+What is said to a stream is a `Turn`, which waits for the next block border: a prompt, a seed, a
+picture, a clip to go on from, a face and a voice, and the sound or the picture where all of it is
+given as it arrives (`set_prompt`, `set_seed`, `set_image`, `extend`, `set_reference`, `push_audio`,
+`push_frames`). Turns may come from any thread; everything else is called by the one that steps.
 """
 
 import itertools
@@ -19,11 +20,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from omniforcing_jax.models.transformer.inputs import TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.conditions import Condition
@@ -34,15 +33,17 @@ from omniforcing_jax.streaming.block_programs import (
     all_finite,
     block_program,
     fills_cache,
-    jitted_prompt_kv,
+    latent_shapes,
+    on_device,
     write_block,
     written_anew,
 )
 from omniforcing_jax.streaming.chunks import Chunk, Timings
 from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
 from omniforcing_jax.streaming.given import GivenMedia, is_whole
-from omniforcing_jax.streaming.given_turns import GivenTurns
 from omniforcing_jax.streaming.parallel import parallel
+from omniforcing_jax.streaming.steering import Steering, encoded
+from omniforcing_jax.streaming.turns import Turn
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
 from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.types import AVLatents
@@ -50,11 +51,10 @@ from omniforcing_jax.types import AVLatents
 HOW_TO_GO_ON = "restore(snapshot) of an earlier snapshot() goes on from there, else make a new one"
 
 
-class StreamingSession(GivenTurns):
+class StreamingSession:
     """One stream of blocks with its cache and decoders.
 
     Attributes:
-      contexts: text contexts of the next block.
       num_blocks: blocks generated so far.
       num_frames, num_samples: pixel frames and audio samples emitted so far.
     """
@@ -76,6 +76,7 @@ class StreamingSession(GivenTurns):
         wait: bool = False,
         video_encoder: StreamingVideoEncoder | None = None,
         audio_encoder: StreamingAudioEncoder | None = None,
+        log: Callable[[Turn], None] | None = None,
     ):
         """
         Args:
@@ -95,6 +96,7 @@ class StreamingSession(GivenTurns):
           wait: what a block does whose sound or frames have not arrived: it waits for them, or is
             made with silence, or the last frame. Which of both it was its `Chunk` says.
           video_encoder, audio_encoder: of what is given; their steps are the layout's blocks.
+          log: called with each turn when it is applied, its block filled in.
 
         Raises:
           ValueError: text widths or batch sizes that do not fit, an endless stream with
@@ -102,38 +104,51 @@ class StreamingSession(GivenTurns):
         """
         self.config, self.max_blocks = config, max_blocks
         self._failed = False
-        self._model, self._params, self._text_length = model, params, text_length
+        self._model, self._params = model, params
         self._video_decoder, self._audio_decoder = video_decoder, audio_decoder
         self._rope = config.rope(model, max_blocks)
-        self._key = jax.random.key(seed)
         sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
         self._device = sharding if isinstance(sharding, SingleDeviceSharding) else None
-        self._prompts, self._text_seconds = prompts, 0.0  # spent on sentences since the last block
-        contexts = self._encoded(prompt)
+        contexts, text_seconds = encoded(prompt, prompts)
         self._batch = contexts[0].shape[0]
-        self._set_contexts(contexts)
+        size = video_decoder.config.spatial_compression
+        pixels = config.height * size, config.width * size
+        self._media = GivenMedia(
+            config,
+            self._batch,
+            (model.config.video_channels, model.config.audio_channels),
+            pixels,
+            audio_decoder.sample_rate,
+            given,
+            audio_encoder,
+            video_encoder,
+        )
+        self._steering = Steering(
+            model,
+            params,
+            self._media,
+            prompts,
+            contexts,
+            text_seconds=text_seconds,
+            seed=seed,
+            text_length=text_length,
+            max_blocks=max_blocks,
+            device=self._device,
+            log=log,
+        )
         self.num_blocks = self.num_frames = self.num_samples = 0
         self._cache = student.new_cache(model, config, self._batch, params)
-        pixels = video_decoder.config.spatial_compression
-        self._video_state = video_decoder.init(
-            self._batch, config.height * pixels, config.width * pixels
-        )
+        self._video_state = video_decoder.init(self._batch, *pixels)
         self._audio_state = audio_decoder.init(self._batch)
         self._wait = wait
-        self._start_given(
-            GivenMedia(
-                config,
-                self._batch,
-                (model.config.video_channels, model.config.audio_channels),
-                (config.height * pixels, config.width * pixels),
-                audio_decoder.sample_rate,
-                given,
-                audio_encoder,
-                video_encoder,
-            )
-        )
         self._held: dict[int, Condition] = {}  # blocks of the cache by index, for `recache`
-        self._recache_due = False
+
+    @property
+    def contexts(self) -> tuple[jax.Array, jax.Array]:
+        """Text contexts [B, S, text_dim] of the blocks; a prompt that waits is not there yet."""
+        return self._steering.contexts
+
+    # Turns
 
     def set_prompt(self, prompt: str | tuple[jax.Array, jax.Array]) -> None:
         """Changes the prompt from the next block on; what was generated stays in the cache.
@@ -142,55 +157,75 @@ class StreamingSession(GivenTurns):
 
         Args:
           prompt: as in the constructor. A sentence that is not in the cache of `prompts` holds the
-            stream up while it is encoded.
+            caller up while it is encoded.
 
         Raises:
           ValueError: a sentence without `prompts`, or contexts that do not fit.
           FloatingPointError: the text encoder made values that are not finite.
         """
-        self._set_contexts(self._encoded(prompt))
-        self._recache_due = self.config.recache and self.num_blocks > 0
+        self.add(Turn("prompt", {"prompt": prompt}))
 
-    def _encoded(self, prompt: str | tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        if not isinstance(prompt, str):
-            return prompt
-        if self._prompts is None:
-            raise ValueError(
-                f"the prompt {prompt[:60]!r} is a sentence, and this session has no text encoder: "
-                "make it with prompts=PromptEncoder(...), or pass text contexts"
-            )
-        start = time.perf_counter()
-        contexts = self._prompts.contexts(prompt)
-        self._text_seconds += time.perf_counter() - start
-        return contexts
+    def set_seed(self, seed: int) -> None:
+        """Draws the noise from the next block on from another seed."""
+        self.add(Turn("seed", {"seed": seed}))
 
-    def _set_contexts(self, contexts: tuple[jax.Array, jax.Array]) -> None:
-        for name, context, width in zip(
-            ("video", "audio"), contexts, self._model.config.text_dims, strict=True
-        ):
-            if context.ndim != 3 or context.shape[0] != self._batch or context.shape[2] != width:
-                raise ValueError(
-                    f"the {name} text context has shape {tuple(context.shape)}; this session "
-                    f"takes ({self._batch}, length, {width})"
-                )
-        length, longest = contexts[0].shape[1], self._text_length
-        if longest is not None and length > longest:
-            raise ValueError(f"the text has {length} tokens; this session takes up to {longest}")
-        # committed to the model's device, as what is computed there: or each program is made twice
-        self.contexts = jax.device_put(tuple(contexts), self._device)
-        self._text = self._text_mask = None
-        if longest is not None:
-            mask = np.broadcast_to(np.arange(longest) < length, (self._batch, longest))
-            self._text_mask = jax.device_put(mask, self._device)
+    def set_image(self, pixels: np.ndarray, strength: float = 1.0) -> None:
+        """The next block begins with this picture; see `GivenMedia.set_image`.
 
-    def _text_kv(self) -> TextKV:
-        """Keys and values of the contexts, padded."""
-        missing = 0 if self._text_length is None else self._text_length - self.contexts[0].shape[1]
-        contexts = self.contexts
-        if missing:
-            contexts = [jnp.pad(context, ((0, 0), (0, missing), (0, 0))) for context in contexts]
-        levels = self.config.text_levels(frozen=self._media.stream is not None)
-        return jitted_prompt_kv(self._model, self._params, *contexts, levels=levels)
+        Raises:
+          ValueError: the picture is given as a whole, another size, or a strength outside [0, 1].
+        """
+        self.add(Turn("image", {"pixels": np.array(pixels, np.float32), "strength": strength}))
+
+    def push_audio(self, waveform: np.ndarray, rate: int) -> None:
+        """The next samples [B, n, 2] float32 in [-1, 1] of the sound that is given, at `rate` Hz.
+
+        Raises ValueError where the sound is generated, or of another shape or rate than before.
+        """
+        self.add(Turn("audio", {"waveform": np.array(waveform, np.float32), "rate": rate}))
+
+    def push_frames(self, frames: np.ndarray) -> None:
+        """The next frames [B, n, H, W, 3] uint8 of the picture that is given.
+
+        Raises ValueError where the picture is generated, or for frames of another kind or size.
+        """
+        self.add(Turn("frames", {"frames": np.array(frames)}))
+
+    def extend(self, frames: np.ndarray, waveform: np.ndarray, rate: int) -> None:
+        """The stream begins with this clip, as the VAEs keep it; see `GivenMedia.extend`.
+
+        Raises:
+          ValueError: a stream is given as a whole, or frames or a waveform of another shape.
+          RuntimeError: the stream has begun.
+        """
+        clip = {"frames": np.array(frames), "waveform": np.array(waveform, np.float32)}
+        self.add(Turn("clip", {**clip, "rate": rate}))
+
+    def set_reference(self, pixels: np.ndarray, waveform: np.ndarray, rate: int) -> None:
+        """A face and a voice, in front of what is shown; see `GivenMedia.set_reference`.
+
+        They are the stream's first `1 + anchors` blocks, which `num_blocks` and `max_blocks` count.
+        The last frame of the face is the first one shown, so that a stream in the `prefix` layout
+        has the frames and samples of any other: its block 0 is the last block of the references.
+
+        Raises:
+          RuntimeError: the stream has begun, or something was given to it.
+          ValueError: the picture is given, pixels or a waveform of another shape, or `max_blocks`
+            leaves nothing to be shown.
+        """
+        reference = {"pixels": np.array(pixels, np.float32), "rate": rate}
+        self.add(Turn("reference", {**reference, "waveform": np.array(waveform, np.float32)}))
+
+    def add(self, *turns: Turn) -> None:
+        """Queues turns, such as those of a log, which are replayed so.
+
+        Raises:
+          ValueError: a turn for a block that is made already; and see the method of its kind.
+        """
+        for turn in turns:
+            self._steering.add(turn, self.num_blocks)
+
+    # Blocks
 
     def stream(self, num_blocks: int | None = None) -> Iterator[Chunk]:
         """Yields the next `num_blocks` chunks, or chunks without end.
@@ -215,6 +250,7 @@ class StreamingSession(GivenTurns):
         Raises:
           FloatingPointError: the block's latents, pictures or sound are not finite.
           RuntimeError: the stream is as long as `max_blocks` allows, or an earlier step failed.
+          ValueError: sound of another rate came in the moment in which silence took its place.
         """
         self._check_whole()
         if self.max_blocks is not None and self.num_blocks >= self.max_blocks:
@@ -222,6 +258,7 @@ class StreamingSession(GivenTurns):
                 f"this session was made for {self.max_blocks} blocks; give a larger max_blocks, "
                 "or None with relative positions"
             )
+        self._steering.apply_turns(self.num_blocks)
         self._failed = True  # until this step is done
         try:
             chunk = self._next_chunk()
@@ -239,7 +276,8 @@ class StreamingSession(GivenTurns):
         self, cache: RollingCache, condition: Condition | None, *, first: bool, full: bool = False
     ) -> tuple[tuple, dict]:
         """Of `generate_block`, and of `write_block`, which has no program for a full cache."""
-        text = self._text, self._rope, self._key, self._text_mask
+        now = self._steering
+        text = now.text, self._rope, now.key, now.text_mask
         options = {"config": self.config, "batch": self._batch, "first": first}
         if full and not is_whole(condition):
             options["full"] = True
@@ -249,9 +287,9 @@ class StreamingSession(GivenTurns):
     def warm_up(self, on_done: Callable[[str], None] = lambda part: None) -> None:
         """Compiles in parallel all that the stream will need, before its first block.
 
-        Nothing is compiled in a block then, unless `recache` meets given sound, a prompt is longer
-        or shorter (see `text_length`), or sound has another rate than the stream and nothing of it
-        has arrived yet. What other sessions have compiled is not compiled again.
+        Nothing is compiled in a block then, unless a prompt is longer or shorter (`text_length`),
+        or sound has another rate than the stream and nothing of it has arrived yet. What other
+        sessions have compiled is not compiled again.
 
         Args:
           on_done: called with the name of each part that is done.
@@ -261,14 +299,15 @@ class StreamingSession(GivenTurns):
         """
         if self.num_blocks:
             raise RuntimeError("a session is warmed up before its first block")
-        self._text = self._text_kv()
+        self._steering.apply_turns(0)
+        jax.block_until_ready(self._steering.text)
         # as a block gives them back
-        cache = jax.tree.map(self._on_device, self._cache)
-        first, later = (self._latent_shapes(block) for block in (0, 1))
-        stream = self._media.stream
+        cache = jax.tree.map(lambda x: on_device(x.shape, x.dtype, self._device), self._cache)
+        stream, like = self._media.stream, (self.config, self._model, self._batch, self._device)
+        first, later = (latent_shapes(block, *like) for block in (0, 1))
 
         def compile_block(cache: RollingCache, shapes: AVLatents, **how: bool) -> None:
-            for condition in self._media.programs(self._given, first=how["first"]):
+            for condition in self._media.programs(self._steering.given, first=how["first"]):
                 arguments, options = self._block_arguments(cache, condition, **how)
                 block_program(condition).lower(*arguments, **options).compile()
             all_finite.lower(shapes).compile()
@@ -282,50 +321,29 @@ class StreamingSession(GivenTurns):
 
         def blocks() -> Iterator[AVLatents]:
             for block in itertools.count() if self.max_blocks is None else range(self.max_blocks):
-                shapes = self._latent_shapes(block)
                 yield jax.tree.map(
-                    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes
+                    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
+                    latent_shapes(block, *like),
                 )
 
-        parts = {"encoders": lambda: self._media.warm_up(self._given)}
+        parts = {
+            "encoders": lambda: self._media.warm_up(self._steering.given),
+            "first block": lambda: compile_block(self._cache, first, first=True),
+            "blocks": lambda: compile_block(cache, later, first=False),
+        }
         if self.config.recache:
             parts["recache"] = compile_recache
         if fills_cache(self._params, self.config, self.max_blocks):
             parts["full cache"] = lambda: compile_block(cache, later, first=False, full=True)
-        parallel(
-            parts
-            | {
-                "first block": lambda: compile_block(self._cache, first, first=True),
-                "blocks": lambda: compile_block(cache, later, first=False),
-                "pictures": lambda: (
-                    stream == "video"
-                    or self._video_decoder.warm_up(
-                        self._video_state, (self._unpatchify(latents) for latents in blocks())
-                    )
-                ),
-                "sound": lambda: (
-                    stream == "audio"
-                    or self._audio_decoder.warm_up(
-                        self._audio_state, (latents.audio for latents in blocks())
-                    )
-                ),
-            },
-            on_done,
-        )
-
-    def _on_device(self, x: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._device)
-
-    def _latent_shapes(self, block: int) -> AVLatents:
-        """[B, T, C] of a block's latents, as `generate_block` gives them."""
-        layout, config = self.config.cache.layout, self._model.config
-        tokens = layout.video_frames_in(block) * self.config.patches
-        sizes = (
-            (tokens, config.video_channels),
-            (layout.audio_frames_in(block), config.audio_channels),
-        )
-        shapes = (jax.ShapeDtypeStruct((self._batch, *size), jnp.float32) for size in sizes)
-        return AVLatents(*map(self._on_device, shapes))
+        if stream != "video":
+            parts["pictures"] = lambda: self._video_decoder.warm_up(
+                self._video_state, map(self._unpatchify, blocks())
+            )
+        if stream != "audio":
+            parts["sound"] = lambda: self._audio_decoder.warm_up(
+                self._audio_state, (latents.audio for latents in blocks())
+            )
+        parallel(parts, on_done)
 
     def _check_whole(self) -> None:
         if self._failed:
@@ -338,17 +356,18 @@ class StreamingSession(GivenTurns):
             jax.block_until_ready(values)
             marks.append(time.perf_counter())
 
-        if self._wait and self._media.late(self._given, self.num_blocks):
-            return self._waiting()
-        if self._text is None:
-            self._text = self._text_kv()
-        if self._recache_due:
+        steering = self._steering
+        if self._wait and steering.late(self.num_blocks):
+            place = self.num_blocks - steering.unshown, self.num_frames, self.num_samples
+            return Chunk.that_waits(*place, self._batch, self._media.pixels)
+        if steering.prompt_changed and self.config.recache and self.num_blocks:
             self._recache()
-        mark(self._text)
-        condition, late = self._take_given(self.num_blocks)
-        how = {"full": fills_cache(self._params, self.config, self.num_blocks + 1)}
-        first = self.num_blocks == 0
-        arguments, options = self._block_arguments(self._cache, condition, first=first, **how)
+        steering.prompt_changed = False
+        mark(steering.text)
+        condition, late = steering.take(self.num_blocks)
+        full = fills_cache(self._params, self.config, self.num_blocks + 1)
+        how = {"first": self.num_blocks == 0, "full": full}
+        arguments, options = self._block_arguments(self._cache, condition, **how)
         latents, self._cache = block_program(condition)(*arguments, **options)
         self._hold(latents, condition)
         mark(latents)
@@ -361,16 +380,16 @@ class StreamingSession(GivenTurns):
         self._check_finite(self.num_blocks, *finite, waveform)
         marks.append(time.perf_counter())
         text, *others = np.diff(marks).tolist()
-        timings = Timings(text + self._text_seconds, *others)
-        self._text_seconds = 0.0
+        timings = Timings(text + steering.text_seconds, *others)
+        steering.text_seconds = 0.0
         self.num_blocks += 1
-        block = max(self.num_blocks - 1 - self._unshown, -1)
+        block = max(self.num_blocks - 1 - steering.unshown, -1)
         return self._chunk(block, frames, waveform, timings, late)
 
     def _pictures(self, latents: AVLatents) -> np.ndarray | jax.Array:
         """The next frames, decoded or as they were given."""
         if self._media.stream == "video":
-            return self._show_given(self.num_blocks, self.num_frames)
+            return self._steering.shown(self.num_blocks, self.num_frames)
         video = self._unpatchify(latents)
         self._video_state, frames = self._video_decoder.push(self._video_state, video)
         return frames
@@ -378,7 +397,7 @@ class StreamingSession(GivenTurns):
     def _sound(self, latents: AVLatents) -> np.ndarray | jax.Array:
         """The next samples, decoded or as they were given."""
         if self._media.stream == "audio":
-            return self._play_given(self.num_blocks, self.num_samples, flushed=False)
+            return self._steering.played(self.num_blocks, self.num_samples, flushed=False)
         self._audio_state, waveform = self._audio_decoder.push(self._audio_state, latents.audio)
         return waveform
 
@@ -400,12 +419,11 @@ class StreamingSession(GivenTurns):
             arguments, options = self._block_arguments(cache, condition, first=block == 0)
             _, cache = write_block(*arguments, **options)
         self._cache = written_anew(cache, count, self.config.patches)
-        self._recache_due = False
 
     def _check_finite(self, block: int, latents: bool, pictures: bool, waveform: np.ndarray):
         parts = {"latents": latents, "pictures": pictures, "sound": np.isfinite(waveform).all()}
         if bad := [name for name, finite in parts.items() if not finite]:
-            layout, shown = self.config.cache.layout, block - self._unshown
+            layout, shown = self.config.cache.layout, block - self._steering.unshown
             start = layout.pixel_frames(shown) / layout.frame_rate if shown > 0 else 0.0
             place = f"block {shown} (from {start:.2f} s on)" if shown >= 0 else "the reference"
             raise FloatingPointError(
@@ -423,7 +441,7 @@ class StreamingSession(GivenTurns):
         start = time.perf_counter()
         self._video_state, frames = self._video_decoder.flush(self._video_state)
         if self._media.stream == "audio":
-            waveform = self._play_given(self.num_blocks - 1, self.num_samples, flushed=True)
+            waveform = self._steering.played(self.num_blocks - 1, self.num_samples, flushed=True)
         else:
             self._audio_state, waveform = self._audio_decoder.flush(self._audio_state)
         frames, waveform, finite = jax.device_get((frames, waveform, self._video_state.finite))
@@ -432,9 +450,7 @@ class StreamingSession(GivenTurns):
         return self._chunk(-1, frames, waveform, Timings(0.0, 0.0, 0.0, 0.0, seconds))
 
     def _chunk(self, block, frames, waveform, timings, late=0.0) -> Chunk:
-        skip = [min(n, x.shape[1]) for n, x in zip(self._skip, (frames, waveform), strict=True)]
-        self._skip = self._skip[0] - skip[0], self._skip[1] - skip[1]
-        frames, waveform = frames[:, skip[0] :], waveform[:, skip[1] :]
+        frames, waveform = self._steering.without_references(frames, waveform)
         chunk = Chunk(block, self.num_frames, self.num_samples, frames, waveform, timings, late)
         self.num_frames += frames.shape[1]
         self.num_samples += waveform.shape[1]
@@ -451,24 +467,10 @@ class StreamingSession(GivenTurns):
           RuntimeError: a step of this session failed, so there is nothing to copy.
         """
         self._check_whole()
-        state = {
-            "cache": self._cache,
-            "key": jax.random.key_data(self._key),
-            "contexts": self.contexts,
-            "video_state": self._video_state,
-            "audio_state": self._audio_state,
-            "given": self._given,
-            "held": self._held,
-        }
-        counters = {
-            "num_blocks": self.num_blocks,
-            "num_frames": self.num_frames,
-            "num_samples": self.num_samples,
-            "unshown": self._unshown,
-            "skip": self._skip,
-            "recache_due": self._recache_due,
-        }
-        return jax.device_get(state) | counters
+        decoders = {"video_state": self._video_state, "audio_state": self._audio_state}
+        state = {"cache": self._cache, "held": self._held, **decoders}
+        counters = {n: getattr(self, n) for n in ("num_blocks", "num_frames", "num_samples")}
+        return jax.device_get(state) | counters | self._steering.snapshot()
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Continues from a `snapshot` of a session with the same weights and configuration.
@@ -485,15 +487,10 @@ class StreamingSession(GivenTurns):
             raise ValueError("the snapshot was taken at another batch or video size")
         self._failed = False
         self._cache = jax.device_put(cache, self._device)
-        self._set_contexts(snapshot["contexts"])
-        self._key = jax.random.wrap_key_data(jnp.asarray(snapshot["key"]))
+        self._steering.restore(snapshot)
         self._video_state = snapshot["video_state"]
         self._audio_state = snapshot["audio_state"]
-        with self._giving:
-            self._given = snapshot["given"]
         self._held = dict(snapshot["held"])
-        self._unshown, self._skip = snapshot["unshown"], snapshot["skip"]
-        self._recache_due = snapshot["recache_due"]
         self.num_blocks = snapshot["num_blocks"]
         self.num_frames = snapshot["num_frames"]
         self.num_samples = snapshot["num_samples"]

@@ -29,16 +29,17 @@ def pipeline(random_checkpoint):
     return load_pipeline(random_checkpoint("2.0"), dtype=jnp.float32, encoders=True)
 
 
-def contexts(pipeline, seed=0):
+def contexts(pipeline, seed=0, batch=1):
     keys = jax.random.split(jax.random.key(seed))
     dims = pipeline.config.transformer.text_dims
-    return tuple(jax.random.normal(k, (1, 16, d)) for k, d in zip(keys, dims, strict=True))
+    return tuple(jax.random.normal(k, (batch, 16, d)) for k, d in zip(keys, dims, strict=True))
 
 
-def session(pipeline, *, recache=True, anchors=1, **options):
-    cache = CacheConfig(pipeline.config.layout("prefix"), window=2, anchors=anchors)
+def session(pipeline, *, recache=True, anchors=1, layout="prefix", batch=1, **options):
+    cache = CacheConfig(pipeline.config.layout(layout), window=2, anchors=anchors)
     config = RolloutConfig(cache, (1.0, 0.7, 0.0), 2, 2, recache=recache)
-    return pipeline.session(config, contexts(pipeline), decode_mode="causal", **options)
+    prompt = contexts(pipeline, batch=batch)
+    return pipeline.session(config, prompt, decode_mode="causal", **options)
 
 
 def sound(seconds, seed=0):
@@ -86,7 +87,7 @@ def check_cache(live, contexts, held):
     whole = model.clone(causal=clip.mask(layout))
     (video, audio), _ = jax.jit(whole.apply)({"params": params}, *streams)
     forward = student.bind(model, params, live._cache, live._rope, config, first=False)
-    found, _ = forward(probe, jnp.float32(0.6), live._text)
+    found, _ = forward(probe, jnp.float32(0.6), live._steering.text)
     expected = probe.video - 0.6 * video[:, -12:], probe.audio - 0.6 * audio[:, -25:]
     np.testing.assert_allclose(found.video, expected[0], atol=2e-5)
     np.testing.assert_allclose(found.audio, expected[1], atol=2e-5)
@@ -166,20 +167,19 @@ def test_a_push_while_a_block_is_made(pipeline, monkeypatch):
     live.step()
     monkeypatch.undo()
     pusher.join()
-    given = live._given
-    assert given.audio_encoder.first_sample + given.audio_encoder.samples.shape[1] == 2 * RATE
-    assert given.audio.shape[1] == 25 and given.waveform.shape[1] == 2 * RATE
     live.push_audio(waveform[:, 2 * RATE :], RATE)
     played = join([live.step(), live.step()])[1]
     np.testing.assert_array_equal(played, waveform[:, : 2 * RATE])
 
 
 def test_replays_with_turns(pipeline):
-    live = session(pipeline, given="audio")
-    waveform = sound(5.0)
+    """From a snapshot in the middle, and from the log of its turns."""
+    log = []
+    live = session(pipeline, given="audio", log=log.append)
+    waveform, start = sound(5.0), live.snapshot()
     live.push_audio(waveform[:, : RATE + 5000], RATE)
     live.set_image(picture())
-    live.step()
+    first = live.step()
     live.set_image(picture(1), strength=0.7)  # waits for the next block
     live.set_prompt(contexts(pipeline, seed=1))
     snapshot = pickle.loads(pickle.dumps(live.snapshot()))
@@ -191,6 +191,16 @@ def test_replays_with_turns(pipeline):
         return join([*chunks, *(live.step() for _ in range(3))])
 
     expected, end = go_on(), live.snapshot()
+    assert [(turn.kind, turn.block) for turn in log] == [
+        ("audio", 0), ("image", 0), ("image", 1), ("prompt", 1), ("prompt", 2), ("audio", 2)
+    ]  # fmt: skip
+    live.restore(start)
+    live.add(*list(log))
+    np.testing.assert_array_equal(live.step().frames, first.frames)
+    for a, b in zip(join([live.step() for _ in range(4)]), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="is for block 0, and 5 blocks are made"):
+        live.add(log[0])
     live.restore(snapshot)
     for a, b in zip(go_on(), expected, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -218,7 +228,8 @@ def test_goes_on_from_a_clip(pipeline):
     """The clip's own blocks come out as the VAEs keep them, and the decoders go on behind them."""
     live, clip = session(pipeline), film(30)
     live.extend(clip, sound(1.25), RATE)
-    assert live._given.video.shape[1] == 4 and live._given.audio.shape[1] == 26
+    live._steering.apply_turns(0)
+    assert live._steering.given.video.shape[1] == 4 and live._steering.given.audio.shape[1] == 26
     first, second = live.step(), live.step()
     frames = np.concatenate([first.frames, second.frames], axis=1)
     latents = MediaEncoder.from_pipeline(pipeline).encode_frames(
@@ -263,8 +274,35 @@ def test_a_minute_of_given_sound(pipeline):
         state, samples = media.played(state, block, sum(map(len, played)), flushed=False)
         played.append(samples[0])
     np.testing.assert_array_equal(np.concatenate(played), waveform[0, : 60 * RATE])
+    # a picture in block 0 and its sound are the whole block: that is compiled before it
+    assert any(map(given.is_whole, media.programs(media.init(), first=True)))
     expected = media.audio_encoder.encode(waveform, RATE, 1501)
     np.testing.assert_array_equal(np.concatenate(taken, axis=1), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "version, layout, batch", [("2.0", "merged", 1), ("2.3", "prefix", 1), ("2.3", "merged", 2)]
+)
+def test_every_kind_of_session(random_checkpoint, version, layout, batch):
+    """A picture, given sound and a new prompt with recache: the sound comes out, blocks replay."""
+    pipeline = load_pipeline(random_checkpoint(version), dtype=jnp.float32, encoders=True)
+    live = session(pipeline, given="audio", layout=layout, batch=batch)
+    rate = pipeline.config.vocoder.sample_rate
+    waveform = np.random.default_rng(0).uniform(-0.5, 0.5, (batch, 5 * rate, 2))
+    live.push_audio(waveform, rate)
+    live.set_image(picture())
+    chunks = [live.step(), live.step()]
+    live.set_prompt(contexts(pipeline, seed=1, batch=batch))
+    live.set_image(picture(1), strength=0.5)
+    snapshot = live.snapshot()
+    chunks += [live.step(), live.step()]
+    frames, played = join(chunks)
+    np.testing.assert_array_equal(played, waveform[:, : played.shape[1]].astype(np.float32))
+    assert frames.shape[0] == batch and not any(chunk.late for chunk in chunks)
+    live.restore(snapshot)
+    for a, b in zip(join([live.step(), live.step()]), join(chunks[2:]), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
@@ -297,7 +335,7 @@ def test_references_need_blocks_to_be_shown(pipeline):
     live = session(pipeline, anchors=3, max_blocks=3)
     with pytest.raises(ValueError, match="3 blocks before the first that is shown"):
         live.set_reference(picture(), sound(1.0), RATE)
-    assert not live._given.hidden and live._skip == (0, 0)
+    assert not live._steering.given.hidden and live._steering.given.skip == (0, 0)
     live.set_image(picture())
     with pytest.raises(RuntimeError, match="before all else"):
         live.set_reference(picture(), sound(1.0), RATE)
@@ -310,7 +348,8 @@ def test_frames_are_encoded_a_few_at_a_time(pipeline, monkeypatch):
         monkeypatch.setattr(given, "_FRAMES_AT_A_TIME", count)
         live = session(pipeline, given="video")
         live.push_frames(film(40))
-        latents.append(live._given.video)
+        live._steering.apply_turns(0)
+        latents.append(live._steering.given.video)
     assert latents[0].shape[1] == 4
     np.testing.assert_array_equal(*latents)
 
@@ -334,12 +373,14 @@ def test_recache_is_the_masked_pass(pipeline):
         live.step()
     before = live.snapshot()["cache"]
     live.set_prompt(contexts(pipeline, seed=1))
-    live._text = live._text_kv()
+    live._steering.apply_turns(live.num_blocks)
     live._recache()
     forward = check_cache(live, contexts(pipeline, seed=1), held=4)
     old = dataclasses.replace(forward, history=history_of(live, before))
     probe = probe_of(live)
-    found, other = (f(probe, jnp.float32(0.6), live._text)[0].video for f in (forward, old))
+    found, other = (
+        f(probe, jnp.float32(0.6), live._steering.text)[0].video for f in (forward, old)
+    )
     assert np.abs(found - other).max() > 1e-3
 
 

@@ -19,6 +19,7 @@ from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming import session as session_module
+from omniforcing_jax.streaming import steering
 from omniforcing_jax.streaming.block_programs import generate_block
 from omniforcing_jax.streaming.session import Chunk
 
@@ -153,9 +154,9 @@ def test_new_prompt_at_a_block_border(pipeline, monkeypatch):
     same, changed = session(pipeline), session(pipeline)
     for _ in range(2):
         np.testing.assert_array_equal(same.step().frames, changed.step().frames)
-    encoded, encode = [], session_module.jitted_prompt_kv
+    encoded, encode = [], steering.jitted_prompt_kv
     monkeypatch.setattr(
-        session_module,
+        steering,
         "jitted_prompt_kv",
         lambda *args, **kwargs: encoded.append(0) or encode(*args, **kwargs),
     )
@@ -307,7 +308,7 @@ def test_what_is_not_finite_ends_the_stream_and_names_its_block(pipeline, path, 
 
 def test_blocks_that_are_not_finite_are_counted_as_chunks_are(pipeline):
     live = session(pipeline)
-    live._unshown = 2
+    live._steering.given = live._steering.given.replace(hidden=3)
     finite = False, True, np.zeros((1, 1, 2), np.float32)
     for block, place in ((1, "the reference has latents"), (4, r"block 2 \(from 1.04 s on\) has")):
         with pytest.raises(FloatingPointError, match=f"^{place}"):
