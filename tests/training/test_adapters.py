@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from checkpoint_converters import lora
+from checkpoint_converters.key_map import find_place
+from launch import dry_run
 from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.geometry import ClipGeometry
+from omniforcing_jax.models.lora import layers_of
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer, init_boxed_params
 from omniforcing_jax.sampling.whole_clip import clip_velocity
-from omniforcing_jax.training import adapters
+from omniforcing_jax.training import adapters, assembly
 from omniforcing_jax.training.adapters import AdapterConfig
+from omniforcing_jax.training.config.experiment import make_stage
+from omniforcing_jax.training.state import state_shardings
 from tests.tiny_model import QUICK_COMPILE, random_contexts, random_latents, random_params
 
 CLIP = ClipGeometry.from_blocks(BlockLayout(1, 1, 1, 2), 2, 1, 1)
@@ -122,3 +129,57 @@ def test_only_adapters_and_new_parameters_are_trained():
 def test_bad_settings_are_refused(bad, text):
     with pytest.raises(ValueError, match=text):
         AdapterConfig(**bad)
+
+
+def _results(jaxpr):
+    """Shapes of the results of all equations, and of those inside them."""
+    for equation in jaxpr.eqns:
+        yield from (getattr(v.aval, "shape", ()) for v in equation.outvars)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _results(inner)
+
+
+@pytest.mark.parametrize("ranks", [(4,), ()])
+def test_frozen_weights_have_no_gradient_and_no_optimizer_state(ranks):
+    """In the program of a critic's update; with all weights trained the same search finds them."""
+    changes = {"sample_every": 0, "student.timesteps": (1000.0, 725.0), "adapters.ranks": ranks}
+    c = dry_run.stage_config("stage1", "tiny-lora", changes)
+    e = dry_run.make_experiment(c, 1, size="tiny", layers=2, text_length=128)
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = assembly.abstract_state(e, mesh)
+        frozen = assembly.abstract_frozen(e, mesh)
+        stage = make_stage(e, state_shardings(state))
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        traced = stage.critic_step.trace(state, frozen, assembly.abstract_batch(e, mesh), seed)
+    kernels = {
+        x.shape
+        for path, x in flatten_dict(frozen.teacher).items()
+        if path[0] == "blocks" and path[-1] == "kernel"
+    }
+    assert kernels
+    held = {x.shape for x in jax.tree.leaves(traced.out_info)}
+    assert bool(kernels & held) == (not ranks)
+    assert bool(kernels & set(_results(traced.jaxpr.jaxpr))) == (not ranks)
+
+
+def test_the_tensors_of_an_exported_lora_are_what_is_merged(network):
+    """Keys and layout of LTX-2's trainer, read back by the table of official names."""
+    _, base, _, moved, _, _ = network
+    tensors = lora.tensors(moved, CONFIG)
+    names, stray, others = layers_of(tensors)
+    assert not stray and not others
+    assert "diffusion_model.transformer_blocks.1.attn1.to_out.0" in names
+    merged, flat = flatten_dict(adapters.merged(base, moved, CONFIG)), flatten_dict(base)
+    changed = set()
+    for name, keys in names.items():
+        place = find_place(f"model.{name}.weight")
+        path = tuple(place.path.split("/"))
+        found = flat[path][place.layer] + (tensors[keys.up]() @ tensors[keys.down]()).T
+        np.testing.assert_allclose(found, merged[path][place.layer], atol=1e-6)
+        changed.add((path, place.layer))
+    assert len(changed) == 2 * (4 + 2 + 4)  # layers of attentions and feed-forward
+    with pytest.raises(ValueError, match="cannot hold what the run trains"):
+        lora.tensors(moved | {"audio_sinks": jnp.zeros((2, 4))}, CONFIG)
