@@ -141,7 +141,7 @@ def _results(jaxpr):
                 yield from _results(inner)
 
 
-@pytest.mark.parametrize("ranks", [(4,), ()])
+@pytest.mark.parametrize("ranks", [(4,), pytest.param((), marks=pytest.mark.slow)])
 def test_frozen_weights_have_no_gradient_and_no_optimizer_state(ranks):
     """In the program of a critic's update; with all weights trained the same search finds them."""
     changes = {"sample_every": 0, "student.timesteps": (1000.0, 725.0), "adapters.ranks": ranks}
