@@ -78,6 +78,10 @@ def to_uint8(video: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip(scaled, min=0.0, max=255.0)).astype(jnp.uint8)
 
 
+# for shapes: traced once for all streams of a size, as a server opens many
+_decode = jax.jit(decode_chunk, static_argnames=("config", "causal", "dtype"))
+
+
 @partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames=("cache",))
 def _causal_step(config, params, latents, cache, dtype):
     """Decodes a chunk; without a cache it is the first one."""
@@ -220,7 +224,7 @@ class StreamingVideoDecoder:
         check_latents(self.config, shape)
         latents = jax.ShapeDtypeStruct(shape, jnp.float32)
         if self.mode == "window":
-            step = partial(decode_chunk, self.config, causal=False, dtype=self.dtype)
+            step = partial(_decode, self.config, causal=False, dtype=self.dtype)
             _, cache = jax.eval_shape(step, self._params, latents)
         else:
             _, cache, _ = jax.eval_shape(partial(self._causal_step, cache=None), latents)
