@@ -10,6 +10,8 @@ SIGTERM and Ctrl-C finish the block that is being made, and tell the clients.
 """
 
 import argparse
+import asyncio
+import contextlib
 import logging
 import secrets
 import socket
@@ -155,6 +157,23 @@ def streams(args: argparse.Namespace, pipeline: Pipeline, rollout: RolloutConfig
     return open_stream
 
 
+class Server(uvicorn.Server):
+    """Ends the sessions, with what is made and a reason, before connections are cut."""
+
+    def __init__(self, config: uvicorn.Config, runtime: Runtime):
+        super().__init__(config)
+        self._runtime = runtime
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for the clients to have their last message, but not for those who do not read."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_SECONDS):
+                await asyncio.to_thread(self._runtime.close)
+                while self.server_state.tasks and not self.force_exit:
+                    await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
+
+
 def count_compilations() -> Callable[[], int]:
     """Counts what is compiled, or taken from the compilation cache, from now on."""
     events: list[str] = []
@@ -218,14 +237,13 @@ def main(argv: list[str] | None = None) -> int:
             token=token,
             compilations=compilations,
         )
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(service),
-                log_level="warning",
-                ws_max_size=16 << 20,
-                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-            )
+        settings = uvicorn.Config(
+            make_app(service),
+            log_level="warning",
+            ws_max_size=16 << 20,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
+        server = Server(settings, runtime)
         port, suffix = bound.getsockname()[1], f"/?token={token}" if token else ""
         name = "localhost" if args.host in LOOPBACK else args.host
         console.print(f"ready      http://{name}:{port}{suffix}")

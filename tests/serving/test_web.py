@@ -9,6 +9,7 @@ import threading
 import types
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image as Picture
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from launch.serve import Server
 from omniforcing_jax.serving import client, protocol, uploads, web
 from omniforcing_jax.serving.runtime import Limits, Runtime
 from omniforcing_jax.serving.web import Service, make_app
@@ -74,7 +76,7 @@ def serving(token=None, hosts=("localhost", "127.0.0.1"), **limits):
         service = Service(runtime, encode, WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE,
                           token=token, hosts=hosts)  # fmt: skip
         config = uvicorn.Config(make_app(service), log_level="error", ws_max_size=32 << 20)
-        server = uvicorn.Server(config)
+        server = Server(config, runtime)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:
@@ -227,6 +229,24 @@ def test_garbage_ends_one_session(port, messages):
     last = asyncio.run(run())[-1]
     assert last["type"] == "ended"
     assert last["failed"]
+
+
+def test_clients_are_told_of_the_end():
+    begun = threading.Event()
+
+    async def last(port):
+        async with client.open_session(f"ws://127.0.0.1:{port}") as session:
+            await session.send(protocol.Start("red"))
+            async for message in session:
+                if isinstance(message, protocol.Block):
+                    begun.set()
+            return message
+
+    with ThreadPoolExecutor(1) as pool:
+        with serving() as port:
+            message = pool.submit(lambda: asyncio.run(last(port)))
+            assert begun.wait(20)
+        assert message.result(20) == protocol.Ended("the server is being shut down", False)
 
 
 def test_who_is_let_in(tmp_path):
