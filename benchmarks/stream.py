@@ -70,7 +70,7 @@ from omniforcing_jax.sampling import flow, kv_cache, student, weights
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_bytes
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.scaling import flops
-from omniforcing_jax.scaling.devices import peak_flops
+from omniforcing_jax.scaling.devices import check_memory, peak_flops
 from omniforcing_jax.streaming.session import StreamingSession, jitted_prompt_kv
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, seam_error, to_uint8
 from omniforcing_jax.text import features as text_features
@@ -171,6 +171,7 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
         transformer = dataclasses.replace(config.transformer, num_audio_sinks=args.sinks)
         config = dataclasses.replace(config, transformer=transformer)
     pipeline = Pipeline(config, {}, dtype)
+    _check_memory(args, pipeline)
     keys, model = jax.random.split(jax.random.key(0), 4), pipeline.transformer(args.attention)
     latents = jnp.zeros((1, 2, config.audio_vae.latent_bins, config.audio_vae.latent_channels))
     mel = jnp.zeros((1, 8, config.vocoder.mel_bins, vocoder.STEREO))
@@ -200,6 +201,18 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
         params[TINY_DECODER] = random_params(shapes, keys[1], dtype)
         del params["video_vae"]
     return dataclasses.replace(pipeline, params=jax.block_until_ready(params))
+
+
+def _check_memory(args: argparse.Namespace, pipeline: Pipeline) -> None:
+    """Raises ValueError where transformer, text and cache are more than a device has."""
+    model, config = pipeline.transformer(args.attention), pipeline.config
+    weights = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    text = args.text_tokens * sum(config.transformer.text_dims)
+    numbers = text + sum(leaf.size for leaf in jax.tree.leaves(weights))
+    rollout = rollout_config(args, config)
+    sizes = {"batch": 1, "patches": rollout.patches, "dtype": model.dtype}
+    cache = cache_bytes(rollout.cache, config.transformer, **sizes)
+    check_memory("the stream", numbers * jnp.dtype(model.dtype).itemsize + cache)
 
 
 def contexts(pipeline: Pipeline, args, prompt: str) -> tuple[jax.Array, jax.Array]:

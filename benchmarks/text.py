@@ -39,7 +39,8 @@ from omniforcing_jax.models import quantization
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
 from omniforcing_jax.models.text.gemma import TextTower
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
-from omniforcing_jax.text.encoder_files import EncoderFiles, boxed_tower
+from omniforcing_jax.scaling.devices import check_memory
+from omniforcing_jax.text.encoder_files import EncoderFiles, boxed_tower, check_encoder
 from omniforcing_jax.text.text_encoder import TextEncoder, boxed_connectors, layer_projections
 from omniforcing_jax.text.tokenizer import load_tokenizer
 from omniforcing_jax.types import DTYPES
@@ -241,6 +242,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     inputs = [args.gemma, args.checkpoint]
     outputs.check(args.output, program=PROGRAM, overwrite=True, inputs=inputs)
+    if min(args.batch, args.length, args.steps) < 1:
+        raise ValueError("--batch, --length and --steps must be at least 1")
+    if args.gemma is None:
+        tower = configs(args.size, args.version)[0]
+    else:
+        tower = check_encoder(args.gemma, args.checkpoint, length=args.length).config
+    check_memory("a batch", tower.batch_bytes(args.batch, args.length, DTYPES[args.dtype]))
     on_cpu = jax.default_backend() == "cpu"
     encoder = make_encoder(args, args.dtype, args.quantize)
     speed = prompts_per_second(encoder, args.batch, args.steps)

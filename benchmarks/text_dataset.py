@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=100, help="per prompt, 1024 at most")
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args(argv)
+    if args.tokens > LENGTH or not 1 <= args.batch_size <= args.prompts:
+        parser.error(f"--tokens must be {LENGTH} at most, --batch-size 1 to --prompts")
     args.folder.mkdir(parents=True)
     try:
         start = time.perf_counter()

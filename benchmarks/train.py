@@ -30,6 +30,7 @@ from omniforcing_jax import programs
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.scaling import planning
+from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
@@ -138,6 +139,7 @@ def run(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         e = make_experiment(args)
         plan = planning.plan_step(e)
+        check_memory("a step", sum(plan.bytes_per_device.values()))
         mesh = partitioning.make_mesh(**e.mesh_shape)
         with jax.set_mesh(mesh):
             state = assembly.abstract_state(e, mesh)

@@ -5,13 +5,13 @@ here rename the tensors to official keys; `metadata_of_folder` turns the configs
 the official file carries in its header, so that everything downstream sees one format.
 """
 
-import json
 import pathlib
 import re
 
 from checkpoint_converters.key_map import DIT
 from checkpoint_converters.published import published_config
 from checkpoint_converters.safetensors_io import ConversionError
+from omniforcing_jax.io.checkpoints import read_json
 from omniforcing_jax.models.transformer.config import FIXED_SETTINGS
 
 # sub-folder of a diffusers model: component
@@ -162,7 +162,7 @@ def metadata_of_folder(path: pathlib.Path) -> tuple[dict, str]:
             continue
         file = path / folder / "config.json"
         try:
-            configs[folder] = json.loads(file.read_text())
+            configs[folder] = read_json(file)
         except (OSError, ValueError) as error:
             problems.append(f"{file}: cannot be read ({error}); diffusers writes it with the model")
     if problems:
@@ -189,7 +189,7 @@ def metadata_of_folder(path: pathlib.Path) -> tuple[dict, str]:
         if name in configs or (name == "transformer" and "connectors" in configs):
             try:
                 config[name] = section()
-            except (KeyError, ValueError) as error:
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
                 lacks = "lacks " if isinstance(error, KeyError) else ""
                 problems.append(f"{path / name / 'config.json'}: {lacks}{error}")
     stated = _stated_versions(configs)

@@ -23,6 +23,7 @@ from checkpoint_converters.reading import open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_tensor
 from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax import programs
+from omniforcing_jax.io.checkpoints import parsing
 from omniforcing_jax.models.text.gemma_config import GemmaConfig
 from omniforcing_jax.text.encoder_files import FAMILY
 
@@ -189,9 +190,10 @@ def read_text_config(folder: pathlib.Path) -> dict:
             ]
         )
     try:
-        GemmaConfig.from_metadata(config)
+        with parsing(file):
+            GemmaConfig.from_metadata(config)
     except ValueError as error:
-        raise ConversionError([f"{file}: {error}"]) from error
+        raise ConversionError([str(error)]) from error
     return config
 
 

@@ -111,7 +111,7 @@ def _read_config(source: pathlib.Path, metadata: Mapping[str, str]) -> tuple[dic
         config = whole.get("text_config") or whole
         if not GemmaConfig.from_metadata(config).gemma4:
             raise ValueError("it is a Gemma 3's")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(
             [f"{where}: not the settings of a Gemma 4 as LTX-2.5 uses it ({error})"]
         ) from error

@@ -7,6 +7,7 @@ tests); the converters stream instead.
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -107,7 +108,7 @@ def weight_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
         return (path,)
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = sorted({os.fspath(name) for name in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError([f"{path}: not an index of shards ({error})"]) from error
     problems = [

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from checkpoint_converters import key_map
-from omniforcing_jax.io.checkpoints import UPSAMPLERS, metadata_section
+from omniforcing_jax.io.checkpoints import UPSAMPLERS, metadata_section, parsing
 from omniforcing_jax.models import tiny_decoder, upsampler
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.audio.vocoder import VocoderConfig, vocoder_module
@@ -53,10 +53,8 @@ def expected_shapes(config: Mapping[str, Any], component: str) -> Shapes:
       ValueError: a setting is missing or not supported; names it.
     """
     section = metadata_section(config, component)
-    try:
+    with parsing(f"config section {section!r}"):
         model_config = _CONFIGS[component].from_metadata(config[section])
-    except KeyError as error:
-        raise ValueError(f"config section {section!r} lacks {error}") from error
     return model_shapes(component, model_config)
 
 

@@ -9,7 +9,6 @@ the latents of one LTX-2 version.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from checkpoint_converters.reading import Checkpoint, open_checkpoint
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo
 from checkpoint_converters.shapes import model_shapes
 from omniforcing_jax import programs
-from omniforcing_jax.io.checkpoints import UPSAMPLER
+from omniforcing_jax.io.checkpoints import UPSAMPLER, parsing, read_json
 from omniforcing_jax.models.upsampler import UpsamplerConfig
 
 _DIFFUSERS_NAMES = {
@@ -59,9 +58,10 @@ def convert(
     problems = checks.version_problems(checkpoint)
     metadata = checkpoint.config or _diffusers_metadata(source)
     try:
-        config = UpsamplerConfig.from_metadata(metadata)
+        with parsing(source):
+            config = UpsamplerConfig.from_metadata(metadata)
     except ValueError as error:
-        raise ConversionError([f"{source}: {error}", *problems]) from error
+        raise ConversionError([str(error), *problems]) from error
     tensors, wrong = select(checkpoint, config)
     component = config.component
     content = converting.config_content(
@@ -81,7 +81,7 @@ def convert(
 def _diffusers_metadata(source: pathlib.Path) -> Mapping[str, Any]:
     """The settings in diffusers' config.json, under their official names."""
     file = (source if source.is_dir() else source.parent) / "config.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
     if found.get("_class_name") != "LTX2LatentUpsamplerModel":
         raise ConversionError(
             [

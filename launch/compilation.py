@@ -1,6 +1,7 @@
 """Compiled programs are kept on disk, so that a program that is started again starts fast."""
 
 import argparse
+import gc
 import hashlib
 import os
 import pathlib
@@ -29,6 +30,9 @@ def use_cache(enabled: bool = True) -> None:
     variables come first: JAX_COMPILATION_CACHE_DIR names another folder, and
     JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
+    # Tracing makes many objects that stay, and each search for garbage goes through them.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     config = jax.config
     if not enabled:
         config.update("jax_enable_compilation_cache", False)

@@ -25,6 +25,7 @@ from omniforcing_jax.data.text_dataset import PromptFeatures, TextDatasetWriter,
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.io import checkpoints, outputs
 from omniforcing_jax.sampling.trained import TrainedSettings
+from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.text.encoder_files import EncoderFiles, check_encoder
 from omniforcing_jax.text.prompt_files import PromptList, read_prompts
 from omniforcing_jax.text.text_encoder import TextEncoder
@@ -202,13 +203,16 @@ def run(args: argparse.Namespace, progress: ShardProgress) -> None:
     trained = TrainedSettings.read(checkpoints.load_config(args.checkpoint)).text_length
     if trained not in (None, files.length):
         print_line(*options.list_deviations([options.deviation("length", files.length, trained)]))
+    dtype = options.compute_dtype(args)
+    shortest = min(SHORTEST, files.length)
+    check_memory("a batch", files.config.batch_bytes(args.batch_size, shortest, dtype))
     num_truncated = describe_prompts(prompts, files.tokenizer, files.length, print_line)
     manifest = make_manifest(args, prompts, files, num_truncated)
     writer = TextDatasetWriter(args.output, manifest)
     if writer.complete:
         print_line(f"{args.output} is complete already")
         return
-    dtype, devices = options.compute_dtype(args), jax.local_devices()
+    devices = jax.local_devices()
     print_line(
         f"loading {args.gemma} as {dtype.__name__} on {len(devices)} x {devices[0].device_kind}"
     )

@@ -47,8 +47,10 @@ from omniforcing_jax.io import outputs
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.conditions import find_mode
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
+from omniforcing_jax.sampling.kv_cache import cache_bytes
 from omniforcing_jax.sampling.trajectories import check_autoregressive, schedule_indices
 from omniforcing_jax.scaling import flops
+from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.training.mixture import ConditionMixture, GivenInput
 from omniforcing_jax.training.ode_pair_sampler import Recipe, TrajectorySampler
 from omniforcing_jax.training.previews import ClipDecoder
@@ -168,6 +170,17 @@ def check_arguments(args: argparse.Namespace, text: TextDataset) -> PairsJob:
         raise ValueError(
             f"--batch-size must be a positive multiple of the {devices} devices, not {batch_size}"
         )
+    dtype = DTYPES[options.dtype_name(args)]
+    model, clip, share = source.config.transformer, sampling.clip, batch_size // devices
+    tokens = clip.video_tokens * model.video_dim + clip.audio_frames * model.audio_dim
+    if rollout is not None:
+        tokens = 0
+        sizes = {"batch": share, "patches": rollout.patches, "dtype": dtype}
+        check_memory("the cache", cache_bytes(rollout.cache, model, **sizes))
+    pixels = clip.video_tokens * model.video_channels + clip.audio_frames * model.audio_channels
+    # the stored states and velocities, in float32, and what goes through the layers
+    numbers = 2 * len(args.timesteps) * 4 * pixels + jnp.dtype(dtype).itemsize * tokens
+    check_memory("a batch of clips", share * numbers)
     if args.previews < 0:
         raise ValueError(f"--previews must be 0 or more, not {args.previews}")
     if args.previews:

@@ -29,6 +29,7 @@ from matplotlib.lines import Line2D
 
 from omniforcing_jax import programs
 from omniforcing_jax.io import outputs
+from omniforcing_jax.io.checkpoints import parsing
 from omniforcing_jax.training.metrics import JSONL, is_band, read_records
 
 PROGRAM = "launch.plot_run"
@@ -61,10 +62,11 @@ def read_run(path: pathlib.Path) -> Curves:
     if not file.is_file():
         raise ValueError(f"{file} does not exist; the runs' folders hold {JSONL}")
     points: dict[str, list[tuple[int, float]]] = {}
-    for record in read_records(file):
-        step = record.pop("step")
-        for name, value in record.items():
-            points.setdefault(name, []).append((step, value))
+    with parsing(file, "the metrics of a run"):
+        for record in read_records(file):
+            step = float(record.pop("step"))
+            for name, value in record.items():
+                points.setdefault(name, []).append((step, float(value)))
     if not points:
         raise ValueError(f"{file} holds no records yet")
     arrays = {name: np.asarray(pairs, np.float64) for name, pairs in points.items()}

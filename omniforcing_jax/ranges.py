@@ -5,7 +5,7 @@ import functools
 import math
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,9 @@ POSITIVE = Range(0, above=True)
 NOT_NEGATIVE = Range(0)
 COUNT = Range(1, 2**31 - 1)
 SHARE = Range(0, 1)
+Count = Annotated[int, Range(0, 2**53)]  # of what there may be none, or very many
+MOST_LAYERS = 4096
+Layers = Annotated[int, Range(1, MOST_LAYERS)]
 # Of a network's description, where its annotation names no other.
 _SIZE, _FACTOR = Range(1, 2**20), Range(0, 1e9, above=True)
 
@@ -129,12 +132,16 @@ def _held(value: Any, kind: Any) -> Any:
         if len(kinds) != len(value):
             raise _Misfit
         return tuple(map(_held, value, kinds))
+    if origin is dict and isinstance(value, dict):
+        return {_held(k, parts[0]): _held(x, parts[1]) for k, x in value.items()}
+    if kind is Any:
+        return value
     if origin is typing.Literal:
         fits = isinstance(value, str) and value in parts
     elif within is not None:
         fits = type(value) in {int, kind} and value in within
     else:
-        fits = isinstance(value, kind)
+        fits = isinstance(value, origin or kind)
     if not fits:
         raise _Misfit
     return kind(value) if within is not None else value
@@ -156,11 +163,13 @@ def _words(kind: Any) -> str:
     if origin is tuple:
         count = "all" if parts[-1] is ... else len(parts)
         return f"a list, {count} of it {_words(parts[0])}"
+    if origin is dict:
+        return f"an object, all of it {_words(parts[1])}"
     if origin is typing.Literal:
         return f"one of {', '.join(parts)}"
     if within is not None:
         return f"a {'whole ' * (kind is int)}number, {within}"
-    return {bool: "true or false", str: "a text"}.get(kind, f"a {kind.__name__}")
+    return {bool: "true or false", str: "a text", Any: "anything"}.get(kind, f"a {kind.__name__}")
 
 
 def _shown(value: Any) -> str:

@@ -40,6 +40,7 @@ from omniforcing_jax.sampling.guidance import NO_GUIDANCE
 from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
+from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.streaming.contact_sheet import write_clip
 from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.training.students.bidirectional import BidirectionalStudent
@@ -265,12 +266,24 @@ def real_features(count: int, balls: int | None, length: int) -> list[dict[str, 
     return [measure_clip(c.frames, rates[0], c.waveform, rates[1]).features for c in clips]
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError for numbers that cannot be, and clips that are more than there is room."""
+    if not args.seconds > 0 or (args.every is not None and not args.every > 0):
+        raise ValueError("--seconds and --every must be more than 0")
+    if args.batch_size < 1 or args.steps < 1:
+        raise ValueError("--batch-size and --steps must be at least 1")
+    side_by_side = 1 if args.sampler in MODEL_FREE else args.batch_size
+    pixels = num_frames(args) * WORLD.height * WORLD.width
+    check_memory("a batch of clips", 3 * pixels * (side_by_side + 4))  # one of them as numbers
+
+
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     console = Console(stderr=True)
     seeds = choose_seeds(args.clips, args.balls)
+    check_arguments(args)
     outputs.claim_folder(args.output, "pocket.sample", [args.checkpoint, args.text_encoder])
     captions = [clip_caption(seed, WORLD) for seed in seeds]
     if args.sampler in MODEL_FREE:

@@ -15,7 +15,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -23,15 +24,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checkpoint_converters import gemma3, ltx2, reading, shapes
+from launch import plot_run
 from omniforcing_jax import PipelineConfig, programs
+from omniforcing_jax.data import shards
+from omniforcing_jax.data.ode_pairs import ODE_PAIRS
+from omniforcing_jax.data.text_dataset import open_text_dataset
+from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.checkpoints import write_json
 from omniforcing_jax.io.checksums import SEAL
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming import media
+from omniforcing_jax.text.tokenizer import load_tokenizer
 from omniforcing_jax.training.config import experiment, parsing
 from omniforcing_jax.training.config.problems import ConfigError, Problems
+from omniforcing_jax.training.config.run_config import RunConfig
 from pocket import pretrain_config
 from tests.test_programs import ROOT, program_files
+from tests.training.test_ode_pairs import MANIFEST as ODE_PAIRS_MANIFEST
 from tests.training.test_ode_pairs import write_text
 
 # What is no number, and what no computer can hold as one: never taken by an option of numbers.
@@ -192,11 +202,13 @@ def write_run(folder: pathlib.Path, checkpoint: pathlib.Path) -> dict:
     return config
 
 
-def link_files(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """A new folder with all that is in another, but for its config.json."""
+def link_files(
+    source: pathlib.Path, folder: pathlib.Path, without: str = "config.json"
+) -> pathlib.Path:
+    """A new folder with all that is in another, but for one file."""
     folder.mkdir()
     for file in source.iterdir():
-        if file.name != "config.json":
+        if file.name != without:
             (folder / file.name).symlink_to(file)
     return folder
 
@@ -311,7 +323,7 @@ def check_options(parsers, there, folder, capsys, monkeypatch, examples: int) ->
     check()
 
 
-SHAPES = (None, -1, 1e300, "x", [], [[]], {}, {"a": None}, True)
+SHAPES = (None, -1, 1e300, "x", [], [[]], {}, {"a": None}, True, 2**70, [None], 0)
 
 
 def places(content, prefix: tuple = ()) -> Iterator[tuple]:
@@ -323,34 +335,114 @@ def places(content, prefix: tuple = ()) -> Iterator[tuple]:
             yield from places(value, (*prefix, name))
 
 
-@pytest.mark.parametrize("option", ["checkpoint", "gemma"])
-def test_json_of_the_wrong_shape(option, parsers, there, tmp_path, capsys, monkeypatch):
-    """Something else at every place of a config.json; the weights are as they were."""
-    source = pathlib.Path(there[option])
-    content = json.loads((source / "config.json").read_text())
+class JsonFile(NamedTuple):
+    """A file of JSON in a folder, and what reads it: a program, or a function of the folder."""
+
+    folder: pathlib.Path
+    name: str
+    reader: str | Callable[[pathlib.Path], object]
+
+
+def read_pairs(folder: pathlib.Path) -> None:
+    shards.check_folder(ODE_PAIRS, folder, ODE_PAIRS_MANIFEST)
+
+
+def read_text(folder: pathlib.Path) -> object:
+    return open_text_dataset(folder)[0]
+
+
+def read_curves(folder: pathlib.Path) -> object:
+    return plot_run.read_run(folder)
+
+
+def read_ltx2(folder: pathlib.Path) -> None:
+    """What ltx2's converter makes of the settings in a safetensors file's metadata."""
+    with checkpoints.parsing(folder / "settings.json"):
+        config = json.loads((folder / "settings.json").read_text())
+        ltx2.pop_trained(config, folder)
+        for component in checkpoints.COMPONENTS:
+            shapes.expected_shapes(config, component)
+
+
+@pytest.fixture(scope="module")
+def json_files(there, random_gemma, tmp_path_factory) -> dict[str, JsonFile]:
+    made = tmp_path_factory.mktemp("json")
+    for name in ("pairs", "index", "settings"):
+        (made / name).mkdir()
+    pairs = {"format": ODE_PAIRS.format, "kind": ODE_PAIRS.name, "complete": False}
+    pairs |= dataclasses.asdict(ODE_PAIRS_MANIFEST)
+    (made / "pairs" / "manifest.json").write_text(json.dumps(pairs))
+    hf = next((random_gemma.parent / "hf").glob("*.safetensors"))
+    (made / "index" / hf.name).symlink_to(hf)
+    index = {"metadata": {"total_size": 1}, "weight_map": {"a.weight": hf.name, "b": hf.name}}
+    (made / "index" / "model.safetensors.index.json").write_text(json.dumps(index))
+    settings = json.loads((pathlib.Path(there["checkpoint"]) / "config.json").read_text())
+    (made / "settings" / "settings.json").write_text(json.dumps(settings["config"]))
+    return {
+        "checkpoint": JsonFile(pathlib.Path(there["checkpoint"]), "config.json", "launch.stream"),
+        "gemma": JsonFile(random_gemma, "config.json", "launch.encode_prompts"),
+        "tokenizer": JsonFile(
+            random_gemma, "tokenizer.json", lambda f: load_tokenizer(f).encode(["a dog barks"])
+        ),
+        "gemma_hf": JsonFile(random_gemma.parent / "hf", "config.json", gemma3.read_text_config),
+        "settings": JsonFile(made / "settings", "settings.json", read_ltx2),
+        "index": JsonFile(made / "index", "model.safetensors.index.json", reading.weight_files),
+        "text": JsonFile(pathlib.Path(there["text"]), "manifest.json", read_text),
+        "pairs": JsonFile(made / "pairs", "manifest.json", read_pairs),
+        "run": JsonFile(pathlib.Path(there["run"]), "config.json", RunConfig.read),
+        "metrics": JsonFile(pathlib.Path(there["run"]), "metrics.jsonl", read_curves),
+    }
+
+
+JSON_KINDS = ("checkpoint", "gemma", "tokenizer", "gemma_hf", "settings", "index", "text",
+              "pairs", "run", "metrics")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JSON_KINDS)
+def test_json_of_the_wrong_shape(
+    kind, json_files, parsers, there, tmp_path, capsys, monkeypatch, shapes_each=1
+):
+    """Something else at the places of a file; all other files are as they were."""
+    source, file, reader = json_files[kind]
+    content = json.loads((source / file).read_text())
     content.pop(SEAL, None)
-    folder = link_files(source, tmp_path / "changed")
+    folder = link_files(source, tmp_path / "changed", without=file)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(programs.tempfile, "tempdir", str(tmp_path))
-    name = "launch.stream" if option == "checkpoint" else "launch.encode_prompts"
-    required = [action for action in parsers[name]._actions if action.required]
-    words = [word for action in required for word in usual(name, action, tmp_path, there)]
-    words = [str(folder) if word == str(source) else word for word in words]
-    words += MORE.get(name, "").split()
-    write_json(folder / "config.json", content)
-    assert outcome(name, words, capsys)[0] is None
+
+    def run() -> tuple[int | None, str]:
+        if not isinstance(reader, str):
+            status = programs.entry(lambda: reader(folder) and None)()
+            return status or None, capsys.readouterr().err
+        required = [action for action in parsers[reader]._actions if action.required]
+        words = [word for action in required for word in usual(reader, action, tmp_path, there)]
+        words = [str(folder) if word == str(source) else word for word in words]
+        return outcome(reader, words + MORE.get(reader, "").split(), capsys)
+
+    (folder / file).write_text(json.dumps(content))
+    assert run()[0] is None
+    found = list(places(content))
+    found = [(), *found[:: max(1, len(found) // (60 * shapes_each))]]
     refused = 0
-    for number, place in enumerate(places(content)):
-        changed = copy.deepcopy(content)
-        group = changed
-        for key in place[:-1]:
-            group = group[key]
-        group[place[-1]] = SHAPES[number % len(SHAPES)]
-        (folder / "config.json").write_text(json.dumps(changed))
-        status, text = outcome(name, words, capsys)
-        check_end(status, text, (place, number))
-        refused += status is not None
-    assert refused > 20
+    for number, place in enumerate(found):
+        for shape in range(number, number + shapes_each):
+            changed = {"all": copy.deepcopy(content)}
+            group = changed
+            for key in ("all", *place)[:-1]:
+                group = group[key]
+            group[("all", *place)[-1]] = SHAPES[shape % len(SHAPES)]
+            (folder / file).write_text(json.dumps(changed["all"]))
+            status, text = run()
+            check_end(status, text, (place, SHAPES[shape % len(SHAPES)]))
+            refused += status is not None
+    assert refused >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", JSON_KINDS)
+def test_json_of_every_wrong_shape(kind, json_files, parsers, there, tmp_path, capsys, monkeypatch):
+    arguments = (kind, json_files, parsers, there, tmp_path, capsys, monkeypatch)
+    test_json_of_the_wrong_shape(*arguments, shapes_each=len(SHAPES))
 
 
 # -- configs ---------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ A clip of 121 frames at 512x768 takes 1.6 MB and its text.
 import dataclasses
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
 
 from omniforcing_jax.data import shards
 from omniforcing_jax.data.text_dataset import pad_features, record_features
+from omniforcing_jax.ranges import COUNT, Count, hold_fields
 from omniforcing_jax.text.prompt_files import prompt_hash
 
 
@@ -65,17 +66,14 @@ class ClipsManifest(shards.InShardsOfClips):
     shared_features: bool
     negative_prompt: str
     clips_sha256: str
-    num_read: int
-    num_duplicates: int
-    num_unusable: int
-    num_clips: int
+    num_read: Count
+    num_duplicates: Count
+    num_unusable: Count
+    num_clips: Annotated[int, COUNT]
     clips_per_shard: int
 
     def __post_init__(self):
-        object.__setattr__(self, "resolution", tuple(self.resolution))  # a list in JSON
-        for name in ("num_clips", "clips_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        hold_fields(self)
 
     @property
     def array_shapes(self) -> dict[str, tuple[int, int]]:

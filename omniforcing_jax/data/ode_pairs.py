@@ -18,13 +18,14 @@ clip r * prompts + i is the r-th of prompt i.
 import dataclasses
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
 
 from omniforcing_jax.data import shards
 from omniforcing_jax.data.text_dataset import pad_features, record_features
+from omniforcing_jax.ranges import COUNT, SHARE, Count, hold_fields
 from omniforcing_jax.text.prompt_files import prompt_hash
 
 STREAMS = ("video", "audio")
@@ -65,8 +66,8 @@ class ODEPairsManifest(shards.InShardsOfClips):
     compute_dtype: str
     guidance: dict[str, Any]
     autoregression: dict[str, Any] | None
-    schedule: tuple[float, ...]
-    sigmas: tuple[float, ...]
+    schedule: tuple[Annotated[float, SHARE], ...]
+    sigmas: tuple[Annotated[float, SHARE], ...]
     frames: int
     resolution: tuple[int, int]
     frame_rate: float
@@ -81,18 +82,14 @@ class ODEPairsManifest(shards.InShardsOfClips):
     audio_dim: int
     shared_features: bool
     negative_prompt: str
-    seed: int
-    num_prompts: int
+    seed: Count
+    num_prompts: Annotated[int, COUNT]
     repeats: int
     clips_per_shard: int
-    conditions: dict[str, float] | None = None
+    conditions: dict[str, Annotated[float, SHARE]] | None = None
 
     def __post_init__(self):
-        for name in ("schedule", "sigmas", "resolution"):  # lists in JSON
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("num_prompts", "repeats", "clips_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        hold_fields(self)
 
     @property
     def num_clips(self) -> int:

@@ -12,11 +12,12 @@ neither.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -24,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from omniforcing_jax.io import checksums
 from omniforcing_jax.io.checksums import DamagedFile
 from omniforcing_jax.io.paths import TEMPORARY, new_file
+from omniforcing_jax.ranges import hold_fields
 
 SPLIT = "train"
 _MANIFEST = "manifest.json"
@@ -278,17 +280,19 @@ def open_shards(kind: Kind, folder: str | os.PathLike) -> tuple[Any, Any, dict[s
     if not (folder / _MANIFEST).is_file():
         what = f"holds no {_MANIFEST}" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}; python -m {kind.program} creates it")
-    manifest, complete, known = _read_manifest(kind, folder)
+    stored = _read_manifest(kind, folder)
+    manifest, complete, known = stored.manifest, stored.complete, stored.checksums
     if not complete:
         raise ValueError(
             f"{folder} is not complete; run {kind.program} with the same options again, it "
             "continues where it stopped"
         )
     writer = ShardWriter(kind, folder, manifest)
-    paths = [writer.shard_path(shard) for shard in range(manifest.num_shards)]
-    needed = [*paths, *(folder / name for name in _SMALL_FILES)]
-    if lost := [path.name for path in needed if not path.exists()]:
+    paths = map(writer.shard_path, range(manifest.num_shards))  # there may be said to be billions
+    needed = itertools.chain((folder / name for name in _SMALL_FILES), paths)
+    if lost := list(itertools.islice((p.name for p in needed if not p.exists()), 5)):
         raise ValueError(f"{folder} is damaged, missing: {', '.join(lost)}; copy it again")
+    paths = map(writer.shard_path, range(manifest.num_shards))
     for name, digest in known.items():  # the shards have checksums of their own, in every record
         if checksums.hash_files([folder / name]) != [digest]:
             raise DamagedFile(f"{folder / name} is damaged (another checksum); copy it again")
@@ -349,12 +353,16 @@ def _fields(manifest: Manifest) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(manifest)))
 
 
-class _Stored(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Stored:
     """What manifest.json says; `checksums` of a complete dataset's small files."""
 
     manifest: Any
     complete: bool
     checksums: dict[str, str]
+
+    def __post_init__(self):
+        hold_fields(self)
 
 
 def _read_manifest(kind: Kind, folder: pathlib.Path) -> _Stored:

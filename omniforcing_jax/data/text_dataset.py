@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from omniforcing_jax.data import shards
+from omniforcing_jax.ranges import Count, hold_fields
 from omniforcing_jax.text.prompt_files import prompt_hash
 
 if TYPE_CHECKING:
@@ -63,15 +64,14 @@ class TextManifest:
     negative_prompt: str
     prompts_sha256: str
     prompts_per_shard: int
-    num_read: int
-    num_blank: int
-    num_duplicates: int
-    num_prompts: int
-    num_truncated: int
+    num_read: Count
+    num_blank: Count
+    num_duplicates: Count
+    num_prompts: Count
+    num_truncated: Count
 
     def __post_init__(self):
-        if self.prompts_per_shard < 1:
-            raise ValueError(f"prompts_per_shard must be at least 1, not {self.prompts_per_shard}")
+        hold_fields(self)
         if self.num_prompts < 1:
             raise ValueError("there are no prompts to store")
         if self.shared_features and self.video_dim != self.audio_dim:

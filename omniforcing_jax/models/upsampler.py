@@ -19,7 +19,7 @@ from flax import linen as nn
 from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.video_vae.layers import conv3d, depth_to_space
 from omniforcing_jax.models.video_vae.model import latent_statistics
-from omniforcing_jax.ranges import hold_fields
+from omniforcing_jax.ranges import Layers, hold_fields
 
 # scale of the rational resampler: (factor of the pixel shuffle, stride of the blur behind it)
 RATIONAL_SCALES = {0.75: (3, 4), 1.5: (3, 2), 2.0: (2, 1), 4.0: (4, 1)}
@@ -46,7 +46,7 @@ class UpsamplerConfig:
 
     channels: int = 128
     width: int = 512
-    num_blocks: int = 4
+    num_blocks: Layers = 4
     temporal: bool = False
     scale: float = 2.0
     rational: bool = False

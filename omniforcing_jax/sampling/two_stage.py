@@ -11,6 +11,7 @@ in LTX-2's pipeline for the full model. Its distilled pipeline decodes the sound
 import dataclasses
 import fractions
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -64,8 +65,9 @@ class Upsampler:
                 f"{folder} is no upsampler (it has {', '.join(content['components'])}); python -m "
                 "checkpoint_converters.upsampler creates one from LTX-2's upscaler file"
             )
-        metadata = checkpoints.component_metadata(content, "spatial_upsampler")
-        config = UpsamplerConfig.from_metadata(metadata)
+        with checkpoints.parsing(pathlib.Path(folder) / "config.json"):
+            metadata = checkpoints.component_metadata(content, "spatial_upsampler")
+            config = UpsamplerConfig.from_metadata(metadata)
         own = content["model_version"]
         if own.split(".")[:2] != model_version.split(".")[:2] or config.channels != channels:
             raise ValueError(

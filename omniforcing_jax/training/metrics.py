@@ -182,10 +182,13 @@ def read_records(file: str | os.PathLike) -> list[dict[str, Any]]:
     records, lines = [], locate(file).read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{file}: line {number} is not JSON: {line[:80]!r}") from None
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(f"{file}: line {number} is no JSON object: {line[:80]!r}")
     return records
 
 

@@ -69,14 +69,16 @@ class SourceModel:
                 content, checkpoint = found, folder
         if "connectors" not in content["components"]:
             raise ValueError(f"{checkpoint} has no connectors; convert it again with them")
-        connectors = checkpoints.component_metadata(content, "connectors")
+        with checkpoints.parsing(pathlib.Path(checkpoint) / "config.json"):
+            section = checkpoints.component_metadata(content, "connectors")
+            connectors = ConnectorConfig.from_metadata(section)
         config = dataclasses.replace(
             decoders,
             transformer=transformer,
             model_version=model_version,
             trained=trained,
         )
-        return cls(folder, weights, checkpoint, ConnectorConfig.from_metadata(connectors), config)
+        return cls(folder, weights, checkpoint, connectors, config)
 
     def check_text(self, text: TextManifest, folder: str) -> None:
         """Raises ValueError for text features of another model."""

@@ -222,7 +222,7 @@ def test_damage_is_found(stored, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"prompts_per_shard": 0}, "prompts_per_shard must be at least 1"),
+        ({"prompts_per_shard": 0}, "prompts_per_shard must be a whole number, at least 1"),
         ({"num_prompts": 0}, "no prompts"),
         ({"audio_dim": 4}, "one width, not 6 .* and 4"),
     ],

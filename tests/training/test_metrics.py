@@ -70,7 +70,7 @@ def test_files_and_what_a_restart_drops(tmp_path):
     writer.close()
     assert read_records(file)[-1] == {"step": 30, "loss": 1.0}
     file.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON: 'nonsense'"):
+    with pytest.raises(ValueError, match="line 2 is no JSON object: 'nonsense'"):
         read_records(file)
 
 

@@ -496,7 +496,7 @@ MANIFEST = ODEPairsManifest(
         (["--timesteps", "1000", "990"], "pick different entries"),
         (["--stg-block", "29"], "stg_blocks (29,) are for a larger model"),
         (["--batch-size", "0"], "--batch-size must be a positive multiple of the 1 devices"),
-        (["--repeats", "0"], "repeats must be at least 1"),
+        (["--repeats", "0"], "repeats must be a whole number, at least 1"),
         (["--previews", "-1"], "--previews must be 0 or more"),
         (["--weights", "ema"], "is a converted checkpoint and has no moving average"),
         (["--autoregressive"], "--autoregressive needs --generator"),

@@ -21,7 +21,7 @@ from jax import lax
 from omniforcing_jax.models.audio.mel import MelConfig, check_log_mel
 from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.norms import rms_norm
-from omniforcing_jax.ranges import hold_fields
+from omniforcing_jax.ranges import Layers, hold_fields
 
 NORM_EPS = 1e-6
 
@@ -55,7 +55,7 @@ class AudioVAEConfig:
 
     base_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 4)
-    num_res_blocks: int = 2
+    num_res_blocks: Layers = 2
     latent_channels: int = 8
     mel: MelConfig = dataclasses.field(default_factory=MelConfig)
 

@@ -24,7 +24,7 @@ from omniforcing_jax.models.metadata import find_problems, raise_problems
 from omniforcing_jax.models.norms import rms_norm
 from omniforcing_jax.models.transformer.layers import Attention, FeedForward
 from omniforcing_jax.models.transformer.rope import Rope, axis_angles, frequencies
-from omniforcing_jax.ranges import hold_fields
+from omniforcing_jax.ranges import Layers, hold_fields
 
 _NORM_EPS = 1e-6
 _ROPE_THETA = 10000.0
@@ -54,7 +54,7 @@ class ConnectorConfig:
     video_head_dim: int = 128
     audio_heads: int = 30
     audio_head_dim: int = 128
-    num_layers: int = 2
+    num_layers: Layers = 2
     num_registers: int = 128
     max_position: int = 4096
     rope_type: Literal["split", "interleaved"] = "split"
@@ -266,6 +266,7 @@ class Connector(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.config.num_layers,
+            check_constancy_invariants=False,  # or the layer is traced twice
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.heads, self.dim, self.config, self.dtype, name="blocks")
         x, _ = blocks(x, rope)

@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from omniforcing_jax.models.metadata import find_problems, raise_problems
-from omniforcing_jax.ranges import hold_fields
+from omniforcing_jax.ranges import MOST_LAYERS, hold_fields
 
 _LAYER_TYPES = {"sliding_attention": False, "full_attention": True}
 _ROPE_TYPES = ("default", "linear")
@@ -106,6 +109,11 @@ class GemmaConfig:
         if is_global:
             return self.global_head_dim, self.global_num_kv_heads
         return self.head_dim, self.num_kv_heads
+
+    def batch_bytes(self, batch: int, length: int, dtype: DTypeLike) -> int:
+        """What a layer's input and the hidden values of its feed-forward take, at least."""
+        width = self.hidden_size + self.intermediate_size
+        return batch * length * width * jnp.dtype(dtype).itemsize
 
     @property
     def num_states(self) -> int:
@@ -209,9 +217,11 @@ def _layer_types(t: Mapping[str, Any]) -> list[str]:
     """One type per layer; older files give the distance between global layers instead."""
     if t.get("layer_types") is not None:
         return list(t["layer_types"])
-    pattern = t.get("sliding_window_pattern", 6)
+    pattern, count = t.get("sliding_window_pattern", 6), t.get("num_hidden_layers", 0)
+    if type(count) is not int or not 0 <= count <= MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, not {count!r:.60}")
     kinds = ("full_attention", "sliding_attention")
-    return [kinds[bool((i + 1) % pattern)] for i in range(t.get("num_hidden_layers", 0))]
+    return [kinds[bool((i + 1) % pattern)] for i in range(count)]
 
 
 def _rope_settings(t: Mapping[str, Any], kind: str) -> dict[str, Any]:

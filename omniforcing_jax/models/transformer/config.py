@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from omniforcing_jax.models.metadata import find_problems, raise_problems
-from omniforcing_jax.ranges import Range, hold_fields
+from omniforcing_jax.ranges import Layers, Range, hold_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TransformerConfig:
         sizes that do not fit each other.
     """
 
-    num_layers: int = 48
+    num_layers: Layers = 48
     video_heads: int = 32
     video_head_dim: int = 128
     audio_heads: int = 32

@@ -124,6 +124,7 @@ class Transformer(nn.Module):
             "metadata_params": {nn.PARTITION_NAME: "layers"},
             "out_axes": 0,
             "unroll": self.unroll,
+            "check_constancy_invariants": False,  # or the layer is traced twice
         }
         call = {**shared, "in_axes": (0, 0, 0, nn.broadcast, nn.broadcast)}
         text_kv = {**shared, "in_axes": (nn.broadcast, nn.broadcast)}

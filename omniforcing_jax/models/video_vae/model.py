@@ -28,7 +28,7 @@ from omniforcing_jax.models.video_vae.layers import (
     pixel_norm_silu,
     unpatchify,
 )
-from omniforcing_jax.ranges import Range, hold_fields
+from omniforcing_jax.ranges import MOST_LAYERS, Range, hold_fields
 
 _STRIDES = {
     "res_x": (1, 1, 1),
@@ -77,7 +77,7 @@ class VAEStage:
     """
 
     kind: str
-    num_layers: Annotated[int, Range(0, 2**20)] = 0
+    num_layers: Annotated[int, Range(0, MOST_LAYERS)] = 0
     multiplier: int = 1
     residual: bool = False
 

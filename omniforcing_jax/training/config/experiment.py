@@ -137,9 +137,10 @@ class StudentStart:
             raise ValueError(f"{folder} is neither a run nor a converted checkpoint")
         content = checkpoints.load_config(folder)
         version = content["model_version"]
-        metadata = checkpoints.component_metadata(content, "transformer")
-        transformer = TransformerConfig.from_metadata(metadata, version)
-        return cls(version, transformer, {}, TrainedSettings.read(content))
+        with checkpoints.parsing(locate(folder) / run_config.NAME):
+            metadata = checkpoints.component_metadata(content, "transformer")
+            transformer = TransformerConfig.from_metadata(metadata, version)
+            return cls(version, transformer, {}, TrainedSettings.read(content))
 
 
 def check(
@@ -233,7 +234,8 @@ def _student(
 
 
 def _connectors(content: Mapping[str, Any]) -> ConnectorConfig:
-    return ConnectorConfig.from_metadata(checkpoints.component_metadata(content, "connectors"))
+    with checkpoints.parsing("the checkpoint's config.json"):
+        return ConnectorConfig.from_metadata(checkpoints.component_metadata(content, "connectors"))
 
 
 def _open_data(c: StageConfig) -> Any:
