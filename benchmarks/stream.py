@@ -71,7 +71,8 @@ from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_b
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.scaling import flops
 from omniforcing_jax.scaling.devices import check_memory, peak_flops
-from omniforcing_jax.streaming.session import StreamingSession, jitted_prompt_kv
+from omniforcing_jax.streaming.block_programs import jitted_prompt_kv
+from omniforcing_jax.streaming.session import StreamingSession
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, seam_error, to_uint8
 from omniforcing_jax.text import features as text_features
 from omniforcing_jax.types import DTYPES, AVLatents
