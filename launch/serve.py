@@ -38,7 +38,8 @@ from omniforcing_jax.serving.runtime import Limits, Runtime
 try:
     import uvicorn
 
-    from omniforcing_jax.serving.web import Service, StreamRequest, make_app
+    from omniforcing_jax.serving.service import Service, StreamRequest
+    from omniforcing_jax.serving.web import make_app
 except ImportError as error:
     raise SystemExit(f"{error}; serving needs it: pip install -e '.[serve]'") from None
 

@@ -50,8 +50,6 @@ OTHERS = ("-1", "0", "1e-320", str(2**31 - 1), str(2**31), "-0.0", "1", "3", "1e
 TEXTS = ("", "-", "x" * 5000, "a/" * 3000, "/dev/null", "/", "..", "\N{SNOWMAN}", "*", "@", "=")
 # By absl's flags rather than by a parser.
 WITH_FLAGS = ("launch.stage1", "launch.stage2", "launch.stage3", "pocket.pretrain")
-# Started by the server, and reads no command line.
-WITHOUT_OPTIONS = ("omniforcing_jax.serving.uploads",)
 
 
 class Reached(BaseException):
@@ -65,7 +63,7 @@ class Seen(BaseException):
 def modules() -> dict[str, str]:
     """{name of a program: name of its module}."""
     names = (".".join(file.relative_to(ROOT).with_suffix("").parts) for file in program_files())
-    return {name: name for name in names if name not in WITH_FLAGS + WITHOUT_OPTIONS}
+    return {name: name for name in names if name not in WITH_FLAGS}
 
 
 PROGRAMS = tuple(modules())

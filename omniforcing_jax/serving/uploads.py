@@ -16,6 +16,11 @@ import numpy as np
 MEMORY = 2 << 30  # bytes of address space
 SECONDS = 10
 MOST_PIXELS = 64_000_000
+_CHILD = """
+import sys
+from omniforcing_jax.serving.uploads import decode_standard_input
+sys.exit(decode_standard_input())
+"""
 
 
 async def decode_image(data: bytes) -> np.ndarray:
@@ -28,7 +33,7 @@ async def decode_image(data: bytes) -> np.ndarray:
       ValueError: it is no picture, too large a one, or takes too long.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "omniforcing_jax.serving.uploads"),
+        *(sys.executable, "-c", _CHILD),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -47,7 +52,7 @@ async def decode_image(data: bytes) -> np.ndarray:
     return np.load(io.BytesIO(output), allow_pickle=False)
 
 
-def main() -> int:
+def decode_standard_input() -> int:
     """Reads a file from standard input, writes the pixels as .npy, or one line to stderr."""
     import resource
 
@@ -70,7 +75,3 @@ def main() -> int:
     np.save(buffer, pixels)
     sys.stdout.buffer.write(buffer.getvalue())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,8 +20,10 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from launch.serve import Server
 from omniforcing_jax.serving import client, protocol, uploads, web
+from omniforcing_jax.serving.connection import Connection
 from omniforcing_jax.serving.runtime import Limits, Runtime
-from omniforcing_jax.serving.web import Service, make_app
+from omniforcing_jax.serving.service import Service
+from omniforcing_jax.serving.web import make_app
 from omniforcing_jax.streaming.chunks import Chunk, Timings
 from omniforcing_jax.streaming.media import read_clip
 
@@ -159,7 +161,7 @@ def post(port, body: bytes, **headers):
 def test_a_client_has_taken_no_more_than_was_sent():
     """One that claims more and reads nothing would have an hour of pictures pile up here."""
     taken = []
-    session = web._Session(types.SimpleNamespace(service=None), None)
+    session = Connection(None, None, None)
     session._seat, session._made = types.SimpleNamespace(taken=taken.append), 3.0
     for seconds in (2.0, 1e9):
         asyncio.run(session._apply(protocol.Progress(seconds), None))
