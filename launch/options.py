@@ -56,11 +56,11 @@ def parse_flags(argv: list[str] | None = None) -> None:
         raise ValueError(f"what is {rest[1]!r} for? flags are written --name=value")
 
 
-def add_text_source(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the text encoder and --random-features."""
+def add_text_encoder(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Adds the options of the text encoder."""
     add = parser.add_argument
     add(
-        "--text-encoder", metavar="FOLDER",
+        "--text-encoder", metavar="FOLDER", required=required,
         help="converted Gemma, which encodes --prompt; from checkpoint_converters.gemma3 (.gemma4 "
         "for LTX-2.5)",
     )  # fmt: skip
@@ -70,7 +70,14 @@ def add_text_source(parser: argparse.ArgumentParser) -> None:
         "--prompt-cache", metavar="FOLDER",
         help=f"where encoded prompts are kept (default: in the user's cache; {NO_CACHE}: nowhere)",
     )  # fmt: skip
-    add("--random-features", action="store_true", help="stand-in contexts for random weights")
+
+
+def add_text_source(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the text encoder and --random-features."""
+    add_text_encoder(parser)
+    parser.add_argument(
+        "--random-features", action="store_true", help="stand-in contexts for random weights"
+    )
 
 
 def add_clip_file(parser: argparse.ArgumentParser) -> None:

@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = programs.Parser("launch.serve", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder written by checkpoint_converters")
-    options.add_text_source(parser)
+    options.add_text_encoder(parser, required=True)
     options.add_size(parser)
     add("--enlarge", type=int, default=1, metavar="N", help="send every pixel as N x N (default 1)")
     add("--timesteps", type=float, nargs="+", help="of the student (default: as trained)")
@@ -99,8 +99,6 @@ def check_arguments(
         raise ValueError(f"--port must be from 0 to {2**16 - 1}, not {args.port}")
     if args.enlarge < 1:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
-    if not args.text_encoder:
-        raise ValueError("clients send sentences: give --text-encoder FOLDER (a converted Gemma)")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     config.check_complete()
     if not config.trained.causal:

@@ -150,6 +150,7 @@ MORE = {
     "launch.stream": f"--random-features --bidirectional {SMALL} --output clip.mp4",
     "launch.sample_teacher": f"--random-features --stg-block 1 {SMALL} --output clip.mp4",
     "launch.ode_pairs": f"--stg-block 1 {SMALL} --frames 25",
+    "launch.export_run": "--output exported",
     "pocket.sample": "--sampler world",
     "launch.plan": "--target v6e:8x8",
 }

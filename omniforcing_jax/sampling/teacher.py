@@ -168,7 +168,8 @@ def prepare_passes(
     if "uncond" in passes:
         texts["uncond"] = text_kv(negative)
     by_pass = [texts.get(name, texts["prompt"]) for name in passes]
-    text = jax.tree.map(lambda *x: interleave_rows(x, axis=1), *by_pass)
+    # [L, B, S, N, H], or of each layer [B, S, N, H]
+    text = jax.tree.map(lambda *x: interleave_rows(x, axis=x[0].ndim - 4), *by_pass)
     return PassInputs(Prompt(None, None, context.mask), text, keep)
 
 

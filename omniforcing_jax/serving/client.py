@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import AsyncIterator
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
 from omniforcing_jax import programs
 from omniforcing_jax.io.paths import new_file
@@ -69,6 +69,7 @@ async def open_session(address: str, token: str | None = None) -> AsyncIterator[
     Raises:
       OSError: nobody answers there.
       PermissionError: the token is missing or wrong.
+      ValueError: that is no such address.
       ProtocolError: it speaks another version of the protocol.
     """
     query = f"?{urllib.parse.urlencode({'token': token})}" if token else ""
@@ -76,6 +77,10 @@ async def open_session(address: str, token: str | None = None) -> AsyncIterator[
         connection = await connect(f"{address.rstrip('/')}/session{query}", max_size=64 << 20)
     except InvalidStatus as error:
         raise PermissionError(f"{address} refuses the session: is the token right?") from error
+    except InvalidURI as error:
+        raise ValueError(f"{address!r} is no address of a server: give ws://HOST:PORT") from error
+    except InvalidHandshake as error:
+        raise OSError(f"no live server answers at {address}: {error}") from error
     async with connection:
         hello = protocol.read(await connection.recv(), (protocol.Hello,))
         if hello.protocol != protocol.VERSION:

@@ -173,7 +173,7 @@ def test_several_hosts(random_gemma, random_checkpoint, tmp_path, fake):
     "more, message",
     [
         (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--prompts-per-shard", "0"], "prompts_per_shard must be at least 1"),
+        (["--prompts-per-shard", "0"], "prompts_per_shard must be a whole number, at least 1"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--prompts", "latin1.txt"], "latin1.txt, line 2: byte 1 (0xe4) is not UTF-8"),
         (["--column", "text"], "no columns"),

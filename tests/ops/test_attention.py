@@ -338,12 +338,18 @@ def test_cudnn_refusals(cudnn_stand_in, monkeypatch):
 
 def test_auto_choice(monkeypatch):
     chosen = []
-    monkeypatch.setattr(attention_module, "_masked_xla", lambda *a: chosen.append("xla"))
-    monkeypatch.setattr(attention_module, "_prefix", lambda *a: chosen.append(f"prefix/{a[-1]}"))
-    monkeypatch.setattr(attention_module, "_chunked", lambda *a: chosen.append("chunked"))
-    monkeypatch.setattr(
-        attention_module.splash, "splash_attention", lambda *a, **kw: chosen.append("splash")
-    )
+
+    def chooses(name):
+        def run(q, *args, **options):
+            chosen.append(name.format(args[-1]))
+            return q
+
+        return run
+
+    monkeypatch.setattr(attention_module, "_masked_xla", chooses("xla"))
+    monkeypatch.setattr(attention_module, "_prefix", chooses("prefix/{}"))
+    monkeypatch.setattr(attention_module, "_chunked", chooses("chunked"))
+    monkeypatch.setattr(attention_module.splash, "splash_attention", chooses("splash"))
 
     def choice(platform, dtype=jnp.bfloat16, head_dim=128, length=128, keys=128, **kwargs):
         monkeypatch.setattr(attention_module, "platform", lambda: platform)

@@ -112,7 +112,9 @@ def test_qk_norm_bounds_the_logits():
     """Per head, |q| = |k| = sqrt(H) whatever the projections are."""
     attention = Attention(2, 8, 16, 1e-6, jnp.float32, "split", head_norm=True)
     x = 100 * jax.random.normal(jax.random.key(0), (1, 5, 16))
-    variables = attention.init(jax.random.key(1), x, method=lambda m, x: m(x, m.keys_values(x)))
+    variables = attention.init(
+        jax.random.key(1), x, method=lambda m, x: m(x, m.queries(x), m.keys_values(x))
+    )
     kv = attention.apply(variables, x, method="keys_values")
     np.testing.assert_allclose(jnp.linalg.norm(kv.k, axis=-1), np.sqrt(8), rtol=1e-3)
     normed = tiny(extra_qk_norm=True)
