@@ -62,7 +62,11 @@ def memory(process: subprocess.Popen) -> float:
 
 
 def start(args: argparse.Namespace) -> tuple[subprocess.Popen, int]:
-    """A server that is ready, and its port."""
+    """A server that is ready, and its port.
+
+    Raises:
+      ValueError: it ends at the start; says why.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,10 +74,11 @@ def start(args: argparse.Namespace) -> tuple[subprocess.Popen, int]:
                "--text-encoder", args.text_encoder, "--port", str(port),
                "--sessions", str(args.clients), "--enlarge", "4"]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    line = ""
     for line in process.stderr:
         if line.startswith("ready"):
             return process, port
-    raise RuntimeError(f"launch.serve ended with status {process.wait()}")
+    raise ValueError(f"launch.serve ended with status {process.wait()}: {line.strip()}")
 
 
 async def watch(args: argparse.Namespace, port: int, folder: str) -> list:
@@ -114,6 +119,8 @@ def summarise(streams: list, before: dict, after: dict, seconds: float) -> dict[
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
+    if args.seconds < 10:
+        raise ValueError(f"--seconds must be at least 10, not {args.seconds:g}: the lead is 2 s")
     process, port = start(args)
     try:
         with tempfile.TemporaryDirectory() as folder:

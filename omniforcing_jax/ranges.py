@@ -58,6 +58,8 @@ OPTIONS = {
     **dict.fromkeys(("batch_size", "samples", "window", "anchors", "previews", "show"), _MOST),
     **dict.fromkeys(("clips_per_shard", "prompts_per_shard", "look_ahead", "blend"), _MOST),
     **dict.fromkeys(("prompts", "microbatches"), _COUNTS),
+    "clients": Range(1, 1024),
+    "switches": Range(0, 2**20),
     "layers": Range(1, 4096),
     "num_heads": Range(_LOW, 4096),
     **dict.fromkeys(("text_length", "length"), Range(_LOW, 2**16)),

@@ -90,6 +90,7 @@ EXPENSIVE = {
     "launch.sample_teacher": "load_pipeline",
     "launch.stream": "load_pipeline",
     "launch.serve": "load_pipeline",
+    "benchmarks.serve": "start",
     "benchmarks.stream": "run",
     "benchmarks.given": "load_pipeline",
     "benchmarks.text": "make_encoder",
@@ -181,6 +182,7 @@ def there(random_checkpoint, random_gemma, tmp_path_factory) -> dict[str, str]:
         "runs": str(folder / "run"),
         "clip": str(clip),
         "pocket.demo checkpoint": str(student),
+        "launch.serve checkpoint": str(student),
     }
 
 
