@@ -12,6 +12,7 @@ SIGTERM and Ctrl-C finish the block that is being made, and tell the clients.
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 import socket
@@ -38,7 +39,7 @@ from omniforcing_jax.serving.runtime import Limits, Runtime
 try:
     import uvicorn
 
-    from omniforcing_jax.serving.service import Service, StreamRequest
+    from omniforcing_jax.serving.service import Service, SessionRequest
     from omniforcing_jax.serving.web import make_app
 except ImportError as error:
     raise SystemExit(f"{error}; serving needs it: pip install -e '.[serve]'") from None
@@ -93,8 +94,7 @@ def check_arguments(
     Raises:
       ValueError, OSError: what is wrong, and what would be right.
     """
-    limits = Limits(**{name: getattr(args, name) for name in
-                       ("sessions", "waiting", "lead", "longest", "idle")})  # fmt: skip
+    limits = Limits(**{field.name: vars(args)[field.name] for field in dataclasses.fields(Limits)})
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must be from 0 to {2**16 - 1}, not {args.port}")
     if args.enlarge < 1:
@@ -140,7 +140,7 @@ def bind(host: str, port: int) -> socket.socket:
 def streams(args: argparse.Namespace, pipeline: Pipeline, rollout: RolloutConfig, length: int):
     """What opens a stream for a request; prompts up to `length` tokens share their programs."""
 
-    def open_stream(request: StreamRequest):
+    def open_stream(request: SessionRequest):
         return pipeline.session(
             rollout,
             request.contexts,
@@ -203,7 +203,7 @@ def warm_up(open_stream, blocks: int, encoder: PromptEncoder, console: Console) 
                 done.append(part)
                 status.update(f"compiling: {', '.join(done)} done")
 
-            stream = open_stream(StreamRequest(contexts, 0, sound))
+            stream = open_stream(SessionRequest(contexts, 0, sound))
             stream.warm_up(show)
         for _ in stream.stream(blocks):
             pass

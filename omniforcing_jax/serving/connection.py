@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from omniforcing_jax.serving import protocol, runtime, uploads
 from omniforcing_jax.serving.protocol import ProtocolError
 from omniforcing_jax.serving.runtime import Full, Seat
-from omniforcing_jax.serving.service import LARGEST_UPLOAD, Service, StreamRequest, Workers, seed_of
+from omniforcing_jax.serving.service import LARGEST_UPLOAD, Service, SessionRequest, Workers
 
 START_SECONDS = 30  # for the first message
 MESSAGES_PER_SECOND = 100
@@ -40,7 +40,7 @@ class Connection:
                 start = protocol.read(await self._text(), (protocol.Start,))
                 self._service.runtime.check_room()  # before a text is encoded for nothing
                 contexts = await self._workers.encode(start.prompt)
-            request = StreamRequest(contexts, seed_of(start.seed), start.sound)
+            request = SessionRequest.of(contexts, start.seed, start.sound)
             loop = asyncio.get_running_loop()
             self._seat = self._service.runtime.join(
                 request, lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -149,7 +149,7 @@ class Connection:
             case protocol.Start():
                 raise ProtocolError("the session has begun already")
 
-    async def _give(self, request: StreamRequest) -> None:
+    async def _give(self, request: SessionRequest) -> None:
         """Sends what the runtime makes, until it ends."""
         loop, fragments = asyncio.get_running_loop(), self._service.fragments()
         announced = False
@@ -164,9 +164,9 @@ class Connection:
 
         while True:
             match await self._events.get():
-                case runtime.Waiting(position):
+                case runtime.Queued(position):
                     await self._send(protocol.Waiting(position))
-                case runtime.Begun():
+                case runtime.Opened():
                     self._log("begun", seed=request.seed)
                     await self._send(protocol.Begun(request.seed))
                 case runtime.Refused(problem):
@@ -180,7 +180,7 @@ class Connection:
                     figures = (round(x, 4) for x in (self._made, seconds, lead, late, chunk.late))
                     await self._send(protocol.Block(chunk.block, *figures))
                     await give(data)
-                case runtime.Ended(reason, error):
+                case runtime.Over(reason, error):
                     await give(await loop.run_in_executor(self._workers.encoders, fragments.close))
                     self._log("ended", reason=reason, failed=error is not None)
                     await self._end(reason, failed=error is not None)

@@ -53,6 +53,12 @@ class Message:
         return json.dumps({"type": type(self).__name__.lower()} | dataclasses.asdict(self))
 
 
+def check_seed(seed: int | None) -> None:
+    """Raises ProtocolError for what is no seed; None draws one."""
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ProtocolError(f"'seed' must be from 0 to {2**32 - 1}")
+
+
 def _fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
@@ -79,8 +85,7 @@ class Start(Message):
     sound: bool = False
 
     def __post_init__(self):
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise ProtocolError(f"'seed' must be from 0 to {2**32 - 1}")
+        check_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,14 +65,14 @@ class Full(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Waiting:
+class Queued:
     """The session waits for a place, at this position of the queue, from 1."""
 
     position: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Begun:
+class Opened:
     """The session has its place, and its stream is open."""
 
 
@@ -101,14 +101,14 @@ class Refused:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
+class Over:
     """The session is over: why, and the error if that was one."""
 
     reason: str
     error: BaseException | None = None
 
 
-Event = Waiting | Begun | Made | Refused | Ended
+Event = Queued | Opened | Made | Refused | Over
 Turn = Callable[[Any], None]  # is given the stream, between two blocks
 
 
@@ -248,7 +248,7 @@ class Runtime:
 
         Args:
           request: what `open_stream` is called with.
-          on_event: called from the runtime's thread (the first `Waiting` from this one); it must
+          on_event: called from the runtime's thread (the first `Queued` from this one); it must
             return at once.
           paced: False makes blocks as fast as they are taken, while no other's lead is short.
 
@@ -260,7 +260,7 @@ class Runtime:
             seat = Seat(self, request, on_event, paced)
             self._queue.append(seat)
             if len(self._queue) > self._free:
-                on_event(Waiting(len(self._queue) - self._free))
+                on_event(Queued(len(self._queue) - self._free))
             self.changed.notify()
             return seat
 
@@ -346,7 +346,7 @@ class Runtime:
             for seat in [seat for seat in places if seat._leaving]:
                 places.remove(seat)
                 seat._stream = None
-                self._tell(seat, Ended(seat._leaving))
+                self._tell(seat, Over(seat._leaving))
 
     def _admit(self) -> Seat | None:
         """The next of the queue, if there is a place; those behind move up."""
@@ -355,7 +355,7 @@ class Runtime:
         seat = self._queue.pop(0)
         self._seats.append(seat)
         for position, other in enumerate(self._queue[max(self._free, 0) :], 1):
-            self._tell(other, Waiting(position))
+            self._tell(other, Queued(position))
         return seat
 
     def _due(self, seat: Seat, now: float) -> bool:
@@ -385,7 +385,7 @@ class Runtime:
             return
         with self.changed:
             seat._heard = self.clock()
-        self._tell(seat, Begun())
+        self._tell(seat, Opened())
 
     def _step(self, seat: Seat, turns: list[Turn]) -> None:
         start = self.clock()
@@ -421,7 +421,7 @@ class Runtime:
             with contextlib.suppress(ValueError):
                 self._seats.remove(seat)
             seat._stream = None
-        self._tell(seat, Ended(str(error), error))
+        self._tell(seat, Over(str(error), error))
 
     def _tell(self, seat: Seat, event: Event) -> None:
         try:

@@ -12,7 +12,6 @@ import numpy as np
 from omniforcing_jax.io.media_files import check_enlargement, compress_image, fit_pixels
 from omniforcing_jax.serving import protocol
 from omniforcing_jax.serving.fragments import Fragments
-from omniforcing_jax.serving.protocol import ProtocolError
 from omniforcing_jax.serving.runtime import Runtime
 
 LARGEST_UPLOAD = 16 << 20  # bytes
@@ -20,7 +19,7 @@ LONGEST_PROMPT = 4000  # characters
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamRequest:
+class SessionRequest:
     """What the runtime opens a stream for.
 
     Attributes:
@@ -32,6 +31,11 @@ class StreamRequest:
     contexts: Any
     seed: int
     sound: bool = False
+
+    @classmethod
+    def of(cls, contexts: Any, seed: int | None, sound: bool = False) -> "SessionRequest":
+        """With the seed that was asked for, or a new one."""
+        return cls(contexts, secrets.randbits(32) if seed is None else seed, sound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +98,6 @@ class Service:
             longest_prompt=LONGEST_PROMPT,
             largest_upload=LARGEST_UPLOAD,
         )
-
-
-def seed_of(given: int | None) -> int:
-    """The seed that a client asks for, or a new one."""
-    if given is not None and not 0 <= given < 2**32:
-        raise ProtocolError(f"'seed' must be from 0 to {2**32 - 1}")
-    return secrets.randbits(32) if given is None else given
 
 
 class Workers:

@@ -28,7 +28,7 @@ from omniforcing_jax.serving import protocol, runtime
 from omniforcing_jax.serving.connection import Connection
 from omniforcing_jax.serving.protocol import ProtocolError
 from omniforcing_jax.serving.runtime import Full, Seat
-from omniforcing_jax.serving.service import Service, StreamRequest, Workers, seed_of
+from omniforcing_jax.serving.service import Service, SessionRequest, Workers
 
 PAGE = pathlib.Path(__file__).parent / "page"
 REFUSED = 1008  # WebSocket's status for a breach of policy
@@ -131,7 +131,7 @@ class _Server:
                 raise ValueError(f"'seconds' must be above 0 and at most {longest:g}")
             self.service.runtime.check_room()  # before a text is encoded for nothing
             contexts = await self.workers.encode(wanted.prompt)
-            order = StreamRequest(contexts, seed_of(wanted.seed))
+            order = SessionRequest.of(contexts, wanted.seed)
             events: asyncio.Queue = asyncio.Queue()
             loop = asyncio.get_running_loop()
             seat = self.service.runtime.join(
@@ -152,7 +152,7 @@ class _Server:
         try:
             while True:
                 event = await events.get()
-                if isinstance(event, runtime.Ended):
+                if isinstance(event, runtime.Over):
                     raise RuntimeError(event.reason)  # the connection is cut, as headers are out
                 if not isinstance(event, runtime.Made):
                     continue
@@ -175,6 +175,9 @@ class _ClipRequest(protocol.Message):
     prompt: str
     seconds: float = 5.0
     seed: int | None = None
+
+    def __post_init__(self):
+        protocol.check_seed(self.seed)
 
 
 def _json_object(body: bytes) -> dict:

@@ -7,14 +7,14 @@ import pytest
 
 from omniforcing_jax.serving.runtime import (
     MOST_TURNS,
-    Begun,
-    Ended,
     Full,
     Limits,
     Made,
+    Opened,
+    Over,
+    Queued,
     Refused,
     Runtime,
-    Waiting,
 )
 from omniforcing_jax.streaming.chunks import Chunk, Timings
 
@@ -89,7 +89,7 @@ def test_generation_keeps_its_lead(world):
     w = world(lead=1.5)
     seat, events = w.client("a")
     w.run(20, seat)
-    assert isinstance(events[0], Begun)
+    assert isinstance(events[0], Opened)
     blocks = made(events)
     assert 20 <= len(blocks) <= 23  # a second each, the lead ahead
     assert all(event.late == 0 for event in blocks)
@@ -150,9 +150,9 @@ def test_places_and_the_queue(world):
     assert [events[0].position for _, events in seats[1:]] == [1, 2]
     seats[0][0].leave()
     w.run(1, seats[1][0])
-    assert isinstance(seats[0][1][-1], Ended)
-    assert any(isinstance(event, Begun) for event in seats[1][1])
-    assert seats[2][1][-1] == Waiting(1)
+    assert isinstance(seats[0][1][-1], Over)
+    assert any(isinstance(event, Opened) for event in seats[1][1])
+    assert seats[2][1][-1] == Queued(1)
     figures = w.runtime.figures()
     assert (figures.sessions, figures.waiting, figures.refused) == (1, 1, 1)
 
@@ -170,7 +170,7 @@ def test_clients_that_stall_pause_or_vanish(world):
     assert len(made(p)) >= before + 3
     assert all(event.late == 0 for event in made(p))
     w.run(10, honest, paused)
-    assert isinstance(s[-1], Ended)
+    assert isinstance(s[-1], Over)
     assert "nothing was heard" in s[-1].reason
     assert len(made(h)) >= 17
     assert all(event.late == 0 for event in made(h))
@@ -227,7 +227,7 @@ def test_the_thread():
     def on_event(event):
         events.append(event)
         begun.set() if isinstance(event, Made) else None
-        ended.set() if isinstance(event, Ended) else None
+        ended.set() if isinstance(event, Over) else None
 
     log = []
     with Runtime(lambda request: Stream(request, Clock(), log), FRAME_RATE) as runtime:
