@@ -105,9 +105,10 @@ def missing_shards(
     if main:
         writer.begin()
     multihost.barrier("begin")
+    share = writer.missing()[jax.process_index() :: jax.process_count()]
+    multihost.barrier("share")  # nobody writes before all have seen the same shards missing
     if main and not writer.has_negative:
         write_negative()
-    share = writer.missing()[jax.process_index() :: jax.process_count()]
     ranges = {shard: writer.manifest.shard_range(shard) for shard in share}
     with progress.running(sum(map(len, ranges.values()))):
         yield ranges
@@ -146,5 +147,10 @@ def main(
     left = f"what is complete is in {args.output}, and the same command continues"
     # SIGTERM once more: JAX answers it otherwise as soon as there are several processes
     with programs.sigterm_interrupts(), programs.when_interrupted(left):
-        run(args, ShardProgress(doing, unit))
+        try:
+            run(args, ShardProgress(doing, unit))
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            raise multihost.explained(error, f"process {jax.process_index()}") from error
     return 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 
 from launch import encode_prompts
 from omniforcing_jax.data.text_dataset import open_text_dataset
+from omniforcing_jax.distributed import multihost
 from omniforcing_jax.text.encoder_files import check_encoder
 from omniforcing_jax.text.text_encoder import TextEncoder
 from tests.launch.fake_text_encoder import FakeTextEncoder
@@ -167,6 +169,25 @@ def test_several_hosts(random_gemma, random_checkpoint, tmp_path, fake):
     assert contents(output) == contents(alone)
     assert "12 of 12 prompts" in errors[0]  # shards 0, 2 and 4
     assert "prompts/s" not in errors[1]  # one process reports
+
+
+def test_shares_do_not_depend_on_what_others_have_written(
+    random_gemma, random_checkpoint, tmp_path, fake, monkeypatch, capsys
+):
+    """Another process writes its first shard while this one is at the negative prompt."""
+    folders = random_gemma, random_checkpoint("2.0")
+    path, output = write_captions(tmp_path), tmp_path / "features"
+    write_negative = encode_prompts.TextDatasetWriter.write_negative
+
+    def write_negative_late(writer, features):
+        writer.shard_path(1).write_bytes(b"written by process 1")
+        write_negative(writer, features)
+
+    monkeypatch.setattr(encode_prompts.TextDatasetWriter, "write_negative", write_negative_late)
+    monkeypatch.setattr(multihost, "barrier", lambda name: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert encode_prompts.main(options(folders, path, output)) == 2
+    assert "shards are missing: [3, 5]" in capsys.readouterr().err  # those of process 1
 
 
 @pytest.mark.parametrize(
