@@ -65,15 +65,20 @@ def test_no_block_compiles_anything(random_pipeline, layout, decode_mode):
         other.warm_up()
 
 
-def test_what_is_given_compiles_nothing(random_checkpoint):
-    """Nor a change of prompt with `recache`, or a picture that comes later."""
+@pytest.mark.parametrize("given", [pytest.param(None, marks=pytest.mark.slow), "audio"])
+def test_what_is_given_compiles_nothing(random_checkpoint, given):
+    """Nor a change of prompt with `recache`, a picture at the start or one that comes later, given
+    sound or not."""
     pipeline = load_pipeline(random_checkpoint("2.0"), dtype=jnp.float32, encoders=True)
     jax.clear_caches()
     cache = CacheConfig(pipeline.config.layout("prefix"), window=1)
     config = RolloutConfig(cache, (1.0, 0.7, 0.0), height=2, width=2, recache=True)
-    session = pipeline.session(config, contexts(pipeline), decode_mode="causal")
+    session = pipeline.session(config, contexts(pipeline), decode_mode="causal", given=given)
     session.warm_up()
+    waveform, rate = np.full((1, 6 * 24000, 2), 0.1, np.float32), 24000
     with counting() as found:
+        if given:
+            session.push_audio(waveform, rate)
         for seed in range(3):
             session.set_image(np.full((64, 64, 3), 0.1 * seed, np.float32))
             session.step()
