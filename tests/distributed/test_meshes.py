@@ -1,4 +1,4 @@
-"""The same losses on every mesh: one device, 4 x 2, and 2 x 2 x 2."""
+"""The same losses, gradients and averages on every mesh: one device, 2, 4, 4 x 2, 2 x 2 x 2."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import pytest
 
 MESHES = {
     "one device": ["data=1"],
+    "2": ["fsdp=2"],
+    "2 x 2": ["fsdp=2", "tensor=2"],
     "4 x 2": ["fsdp=4", "tensor=2"],
     "2 x 2 x 2": ["data=2", "fsdp=2", "tensor=2"],
     "sequence": ["data=2", "sequence=2", "tensor=2"],
@@ -31,7 +33,7 @@ def test_losses_of_two_steps_on_a_mesh():
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
 def test_losses_do_not_depend_on_the_mesh(stage):
-    """Stage III with gathered weights and two microbatches."""
+    """In two microbatches, stage III with gathered weights, as the whole batch on one device."""
     assert_same_losses(stage, "4 x 2", "2 x 2 x 2", "sequence")
 
 
@@ -40,6 +42,13 @@ def test_losses_do_not_depend_on_the_mesh(stage):
 def test_conditions_do_not_depend_on_the_mesh(stage):
     """Every sample's mode is drawn from its own key, wherever it lies."""
     assert_same_losses(stage, "2 x 2 x 2", "sequence")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+def test_adapters_do_not_depend_on_the_mesh(stage):
+    """Over a frozen base that is split as well, under conditions, and in microbatches."""
+    assert_same_losses(f"{stage}-given-adapters", "2", "2 x 2")
 
 
 def assert_same_losses(stage: str, *meshes: str) -> None:
