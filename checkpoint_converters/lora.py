@@ -12,16 +12,15 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from checkpoint_converters import checks, contents, reading
 from checkpoint_converters.computed import ComputedTensor, Rows, rows_of
 from checkpoint_converters.diffusers_layout import official_from_diffusers
-from checkpoint_converters.key_map import DIT, find_place, official_key
+from checkpoint_converters.key_map import DIT, find_place
 from checkpoint_converters.safetensors_io import (
     ConversionError,
     Problem,
@@ -31,7 +30,6 @@ from checkpoint_converters.safetensors_io import (
 )
 from checkpoint_converters.shapes import expected_shapes
 from omniforcing_jax.models import lora
-from omniforcing_jax.training.adapters import DOWN, UP, AdapterConfig
 
 Tensor = TensorInfo | ComputedTensor
 
@@ -170,7 +168,7 @@ def merge(
         except ConversionError as error:
             problems += error.problems
             continue
-        targets, wrong = _targets(opened, tensors, components)
+        targets, wrong = targets_of(opened, tensors, components)
         for layer, key in targets.items():
             try:
                 merged[key] = _merged(merged[key], opened, layer)
@@ -206,15 +204,15 @@ def updates(
         except ConversionError as error:
             problems += error.problems
             continue
-        targets, wrong = _targets(opened, shapes, ("transformer",), _ONLY_THE_TRANSFORMER)
+        targets, wrong = targets_of(opened, shapes, ("transformer",), _ONLY_THE_TRANSFORMER)
         for layer, key in targets.items():
             try:
-                down, up, scale = _pair(opened, layer, shapes[key])
+                down, up, scale = pair_of(opened, layer, shapes[key])
             except ValueError as error:
                 wrong.append(Problem(f"{opened.path}: {layer} {error}", "LoRA matrices"))
                 continue
             place = find_place(key)
-            read = functools.partial(_read_pair, down, up, _broken(opened, layer))
+            read = functools.partial(read_pair, down, up, broken(opened, layer))
             found.append(lora.KernelUpdate(place.path, place.layer, scale, read))
         problems += wrong
         record = {"name": opened.path.name, "strength": strength, "layers": len(opened.layers)}
@@ -224,54 +222,24 @@ def updates(
     return found, lines
 
 
-def tensors(
-    trained: Mapping[str, Any], config: AdapterConfig
-) -> dict[str, Callable[[], np.ndarray]]:
-    """Adapters as the tensors of a file in the layout of LTX-2's trainer, float32.
-
-    alpha / rank is a factor of `lora_B` there: LTX-2's own loader knows no alpha.
-
-    Args:
-      trained: tree of `training.adapters`.
-
-    Returns:
-      {key: the tensor, [rank, in] of `lora_A` and [out, rank] of `lora_B`}.
+def read_pair(down: TensorInfo, up: TensorInfo, problem: str) -> tuple[np.ndarray, np.ndarray]:
+    """Both matrices, float32.
 
     Raises:
-      ValueError: parameters that a LoRA cannot hold.
+      ConversionError: one is not finite, which is said as `problem`.
     """
-    leaves = flatten_dict(trained)
-    others = ["/".join(path) for path in leaves if path[-1] not in (DOWN, UP)]
-    if others:
-        raise ValueError(
-            f"a LoRA cannot hold what the run trains besides adapters: {', '.join(others)}; export "
-            "the weights with the adapters in them (--output, --safetensors), or train without "
-            "sink tokens (student.num_sinks=0) and stabilisers"
-        )
-    found = {}
-    for path, leaf in leaves.items():
-        scale = config.scale(path[1]) if path[-1] == UP else 1.0
-        for layer in range(leaf.shape[0]):
-            key, _ = official_key("transformer", "/".join((*path[:-1], "kernel")), layer)
-            key = f"{key.removeprefix('model.').removesuffix('.weight')}.{path[-1]}.weight"
-            found[key] = lambda leaf=leaf, layer=layer, scale=scale: (
-                np.asarray(leaf[layer]).T * np.float32(scale)
-            )
-    return found
-
-
-def _read_pair(down: TensorInfo, up: TensorInfo, broken: str) -> tuple[np.ndarray, np.ndarray]:
     matrices = tuple(read_tensor(info).astype(np.float32) for info in (down, up))
     if not all(np.isfinite(matrix).all() for matrix in matrices):
-        raise ConversionError([broken])
+        raise ConversionError([problem])
     return matrices
 
 
-def _broken(opened: Lora, layer: str) -> str:
+def broken(opened: Lora, layer: str) -> str:
+    """What is said of a layer that is not finite."""
     return f"{opened.path}: {layer} is not finite; use another copy of the file"
 
 
-def _targets(
+def targets_of(
     opened: Lora,
     tensors: Iterable[str],
     components: Sequence[str],
@@ -317,8 +285,8 @@ def _merged(base: Tensor, opened: Lora, layer: str) -> ComputedTensor:
     Raises:
       ValueError: shapes, dtypes or the alpha do not fit.
     """
-    down, up, scale = _pair(opened, layer, base.shape)
-    broken = [_broken(opened, layer)]
+    down, up, scale = pair_of(opened, layer, base.shape)
+    not_finite = [broken(opened, layer)]
 
     def open_rows() -> Rows:
         rows, up_rows = rows_of(base), rows_of(up)
@@ -327,7 +295,7 @@ def _merged(base: Tensor, opened: Lora, layer: str) -> ComputedTensor:
         def summed(start: int, stop: int) -> np.ndarray:
             added = lora.update(matrix, up_rows(start, stop), np.float32(scale))
             if not np.isfinite(added).all():
-                raise ConversionError(broken)
+                raise ConversionError(not_finite)
             added += rows(start, stop)
             return added
 
@@ -339,7 +307,9 @@ def _merged(base: Tensor, opened: Lora, layer: str) -> ComputedTensor:
     return ComputedTensor(base.shape, base.dtype_code, parts, recipe, open_rows)
 
 
-def _pair(opened: Lora, layer: str, shape: tuple[int, ...]) -> tuple[TensorInfo, TensorInfo, float]:
+def pair_of(
+    opened: Lora, layer: str, shape: tuple[int, ...]
+) -> tuple[TensorInfo, TensorInfo, float]:
     """(down, up, factor) of a layer whose weight has this shape, [out, in].
 
     Raises:

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from checkpoint_converters import lora
+from checkpoint_converters import adapter_files
 from checkpoint_converters.export import PROGRAM as EXPORT
 from checkpoint_converters.export import export
 from checkpoint_converters.output import (
@@ -183,8 +183,8 @@ def export_lora(
 ) -> int:
     """Writes a run's adapters as a LoRA with the keys of LTX-2's trainer.
 
-    Its metadata say rank and alpha (which is in `lora_B` already) by product, and as "trained" what
-    a checkpoint's config.json says: layout, timesteps, cache, ...
+    Its metadata say rank and alpha (which is in `lora_B` already) by product, the fingerprint of
+    the base, and as "trained" what a checkpoint's config.json says: layout, timesteps, cache, ...
 
     Returns:
       The step that was exported.
@@ -199,7 +199,7 @@ def export_lora(
         raise FileNotFoundError(f"{run} has no complete checkpoint yet")
     if not config.adapters.used:
         raise ValueError(f"{run} trained all weights; a LoRA is made of a run with adapters")
-    tensors = lora.tensors(load_adapters(run, config, weights, step), config.adapters)
+    tensors = adapter_files.tensors(load_adapters(run, config, weights, step), config.adapters)
     number = np.dtype(DTYPES[dtype])
     table = {key: (number, make().shape) for key, make in tensors.items()}
     file = file.absolute()
@@ -210,6 +210,7 @@ def export_lora(
         "rank": json.dumps({name: config.adapters.rank(name) for name in products}),
         "alpha": json.dumps({name: config.adapters.alpha(name) for name in products}),
         "model_version": config.model_version,
+        adapter_files.BASE: config.settings.get("base") or "",
         ENTRY: json.dumps(config.trained.to_json()),
         outputs.MARK: PROGRAM,
     }

@@ -8,6 +8,9 @@ died) the same command goes on from the last checkpoint.
 
 import dataclasses
 import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -15,6 +18,8 @@ from etils import epath
 from ml_collections import config_flags
 from rich.console import Console
 
+from checkpoint_converters import adapter_files
+from checkpoint_converters.safetensors_io import ConversionError
 from launch import compilation, options
 from omniforcing_jax import programs
 from omniforcing_jax.distributed import multihost
@@ -24,6 +29,7 @@ from omniforcing_jax.io.paths import locate
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.training import assembly
+from omniforcing_jax.training.adapters import AdapterConfig, StoredAdapters
 from omniforcing_jax.training.batches import DeviceBatches
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
@@ -86,7 +92,9 @@ def run(stage: str) -> int:
     multihost.join(job, timeout=_JOIN_SECONDS.value, heartbeat=_HEARTBEAT_SECONDS.value)
     devices = _DEVICES.value if _PLAN.value and _DEVICES.value else jax.device_count()
     allow = _ALLOW_CHANGE.value
-    e = experiment.check(_CONFIG.value, devices, stage=stage, allow_config_change=allow)
+    e = experiment.check(
+        _CONFIG.value, devices, stage=stage, allow_config_change=allow, read_lora=_read_lora
+    )
     if not _PLAN.value and not _WORKDIR.value:
         raise ConfigError(["--workdir: name a folder for the run"])
     if not _PLAN.value:
@@ -104,6 +112,13 @@ def run(stage: str) -> int:
             if jax.process_count() == 1:
                 raise
             raise multihost.explained(error, _name()) from error
+
+
+def _read_lora(file: str, content: Mapping[str, Any], config: AdapterConfig) -> StoredAdapters:
+    try:
+        return adapter_files.stored(pathlib.Path(file), content, config)
+    except ConversionError as error:
+        raise ValueError("\n    ".join(str(error).splitlines()[1:])) from error
 
 
 def _train(

@@ -13,14 +13,17 @@ formed only on export (`merged`).
 import dataclasses
 import math
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.ranges import POSITIVE
+from omniforcing_jax.sampling.trained import TrainedSettings
 
 # Parameters that a student has and its source may lack: they start from their initial values.
 NEW_PARAMETERS = ("audio_sinks", "q_head_norm", "k_head_norm", "alpha")
@@ -100,6 +103,19 @@ class AdapterConfig:
             and path[2] in PRODUCTS[path[1]]
             and path[3] == "kernel"
         )
+
+
+class StoredAdapters(NamedTuple):
+    """Adapters in a file, where a student may start.
+
+    Attributes:
+      trained: what they were trained with.
+      read: () -> {"blocks/video_attn/q/lora_A": float32 NumPy array, ...}, all of a network but
+        its new parameters.
+    """
+
+    trained: TrainedSettings
+    read: Callable[[], dict[str, np.ndarray]]
 
 
 def boxed_trained(boxed: Any, config: AdapterConfig) -> Any:

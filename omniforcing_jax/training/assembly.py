@@ -28,6 +28,7 @@ from omniforcing_jax.training.objectives.dmd import DMD
 from omniforcing_jax.training.objectives.ode_regression import ODERegression
 from omniforcing_jax.training.objectives.split_dmd import SplitDMD, SplitFrozen, split_meshes
 from omniforcing_jax.training.optimizers import OptimizerConfig, make_optimizer
+from omniforcing_jax.training.parameter_trees import place_stored
 from omniforcing_jax.training.state import (
     Network,
     TrainState,
@@ -162,6 +163,8 @@ def _start(e: Experiment, expected: Any, critic: bool = False) -> Any:
     if c.adapters.used and (critic or not source):
         places = jax.tree.map(lambda x: x.sharding, expected)
         return jax.jit(init, out_shardings=places)()
+    if e.stored is not None:
+        return place_stored(source, e.stored.read(), expected, NEW_PARAMETERS, init)
     source = source or c.checkpoint
     is_run = (locate(source) / "checkpoints").is_dir()
     return load_generator(
@@ -181,7 +184,7 @@ def _verify(e: Experiment, fresh: bool) -> None:
     if _has_teacher(e) or (fresh and not c.generator):
         components.append("transformer")
     checkpoints.verify_components(c.checkpoint, components)
-    if fresh and c.generator:
+    if fresh and c.generator and e.stored is None:
         verify_generator(c.generator)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from omniforcing_jax.training.config.run_config import listed
@@ -36,6 +37,27 @@ def match(path, saved: Mapping, expected: Any, allow_new: tuple[str, ...]) -> tu
             f"{hint if any('missing' in p for p in problems) else ''}"
         )
     return new, unflatten_dict(found, sep="/")
+
+
+def place_stored(
+    path,
+    stored: Mapping[str, np.ndarray],
+    expected: Any,
+    allow_new: tuple[str, ...],
+    init: Callable,
+) -> Any:
+    """Parameters {"a/b": array of the host} on their devices, with the new ones.
+
+    Args, raises: as `match` and `with_new`.
+    """
+    new, template = match(path, stored, expected, allow_new)
+
+    def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        whole = stored[name].astype(leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, sharding_of(leaf), lambda i: whole[i])
+
+    placed = {name: place(name, leaf) for name, leaf in by_path(template).items()}
+    return with_new(unflatten_dict(placed, sep="/"), new, init)
 
 
 def with_new(params: dict, new: Mapping, init: Callable[[], Any] | None) -> dict:

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from checkpoint_converters import export, gemma3, ltx2, synthetic_gemma
+from checkpoint_converters import adapter_files, export, gemma3, ltx2, synthetic_gemma
 from launch import dry_run, encode_prompts, export_run, ode_pairs, plot_run
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.batches import DeviceBatches
 from omniforcing_jax.training.config import experiment
-from omniforcing_jax.training.config.run_config import RunConfig, plain
+from omniforcing_jax.training.config.run_config import plain
 from omniforcing_jax.training.loop import train
 from omniforcing_jax.training.training_checkpoints import TrainingCheckpoints
 
@@ -98,21 +98,21 @@ def records(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def three_stages(folder, checkpoint, **second_settings):
+def three_stages(folder, checkpoint, variant: str = "tiny", **second_settings):
     """Each starts from the one before, trains, saves; the last one samples a clip.
 
     Args:
-      folder: with the encoded `prompts`; the runs go there.
+      folder: with the encoded `prompts`; the runs go into a folder of the variant there.
       checkpoint: the teacher.
       second_settings: of stage II.
 
     Returns:
       Folder of the last run.
     """
-    common = {"checkpoint": checkpoint, "data": folder / "prompts"}
+    common = {"checkpoint": checkpoint, "data": folder / "prompts", "variant": variant}
 
     def trained(stage: int, **settings):
-        workdir = folder / f"stage{stage}"
+        workdir = folder / variant / f"stage{stage}"
         done = launch(stage, f"--workdir={workdir}", **settings)
         assert done.returncode == 0, done.stderr[-3000:]
         steps = [r for r in records(workdir) if "generator/loss" in r or "critic/loss" in r]
@@ -126,11 +126,11 @@ def three_stages(folder, checkpoint, **second_settings):
 
     assert not ode_pairs.main(
         ["--text", str(folder / "prompts"), "--checkpoint", str(checkpoint),
-         "--generator", str(first), "--layout", "prefix", "--output", str(folder / "pairs")]
+         "--generator", str(first), "--layout", "prefix",
+         "--output", str(folder / variant / "pairs")]
     )  # fmt: skip
-    second, _ = trained(
-        2, **common | {"data": folder / "pairs", "generator": first} | second_settings
-    )
+    pairs = {"data": folder / variant / "pairs", "generator": first}
+    second, _ = trained(2, **common | pairs | second_settings)
 
     third, _ = trained(
         3, **common, generator=second, rollout_blocks=2, sample_every=3, sample_clips=1
@@ -142,8 +142,9 @@ def three_stages(folder, checkpoint, **second_settings):
     return third
 
 
-def test_three_stages(world, tmp_path):
-    third = three_stages(*world)
+@pytest.mark.parametrize("variant", ["tiny", pytest.param("tiny-lora", marks=pytest.mark.slow)])
+def test_three_stages(world, tmp_path, variant):
+    third = three_stages(*world, variant)
     # what comes of it: an official file, and a plot
     output = tmp_path / "student"
     assert not export_run.main(["--run", str(third), "--output", str(output)])
@@ -187,35 +188,55 @@ def test_plan_and_errors(world):
     assert not (folder / "bad").exists()
 
 
+def whole_and_resumed(name: str, changes: dict, folder: pathlib.Path):
+    """Two runs of a stage with adapters, three steps, and two and then one, which must be equal to
+    the bit: weights, moments and averages.
+
+    Both by the same programs, as one compiled anew may round otherwise.
+
+    Returns:
+      Folder of the first, and its state.
+    """
+    c = dry_run.stage_config(name, "tiny-lora", changes | {"tensorboard": False})
+    e = experiment.check(c, 1)
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    runs = [folder / f"{name}_{kind}" for kind in ("whole", "resumed")]
+    with jax.set_mesh(mesh):
+        stage, state, frozen = assembly.assemble(e, mesh, fresh=True)
+
+        def trained(run: pathlib.Path, num_steps: int):
+            loop = dataclasses.replace(e.config.loop, num_steps=num_steps)
+            batches = DeviceBatches(e.data, c.batch_size, c.seed, mesh)
+            start, config = jax.tree.map(jnp.copy, state), plain(e.run_config())
+            return train(stage, start, frozen, batches, loop, run, run_config=config).state
+
+        whole = trained(runs[0], 3)
+        trained(runs[1], 2)
+        jax.tree.map(np.testing.assert_array_equal, whole, trained(runs[1], 3))
+    assert stage.generator_step._cache_size() == stage.critic_step._cache_size() == 1
+    return runs[0], whole
+
+
+def generator_at_start(changes: dict) -> dict:
+    """What stage I trains, before its first update."""
+    c = dry_run.stage_config("stage1", "tiny-lora", changes | {"tensorboard": False})
+    read = lambda file, *over: adapter_files.stored(pathlib.Path(file), *over)  # noqa: E731
+    e = experiment.check(c, 1, read_lora=read)
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return assembly.assemble(e, mesh, fresh=True)[1].generator.params
+
+
 @pytest.mark.slow
 def test_adapters_over_one_base(world, tmp_path, capsys):
-    """Stage I and III with adapters: a resume to the bit, checkpoints of adapters alone, what is
-    exported, and what is refused."""
+    """Stage I and III: resumes to the bit, checkpoints of adapters alone, exports, refusals."""
     folder, checkpoint = world
     common = {"checkpoint": checkpoint, "data": folder / "prompts"}
     changes = SETTINGS | {name: str(path) for name, path in common.items()}
     changes["student.timesteps"] = (1000.0, 725.0)
-    c = dry_run.stage_config("stage1", "tiny-lora", changes | {"tensorboard": False})
-    e = experiment.check(c, 1)
-    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        stage, state, frozen = assembly.assemble(e, mesh, fresh=True)
-
-        def trained(name: str, num_steps: int = 3):
-            """The same programs, as one compiled anew may round otherwise."""
-            loop = dataclasses.replace(e.config.loop, num_steps=num_steps)
-            batches = DeviceBatches(e.data, c.batch_size, c.seed, mesh)
-            start, config = jax.tree.map(jnp.copy, state), plain(e.run_config())
-            train(stage, start, frozen, batches, loop, tmp_path / name, run_config=config)
-            return tmp_path / name
-
-        whole = trained("whole")
-        trained("resumed", 2)
-        runs = (whole, trained("resumed"))
-    assert stage.generator_step._cache_size() == stage.critic_step._cache_size() == 1
-    adapters = [export_run.load_adapters(run, RunConfig.read(run), "ema", 3) for run in runs]
-    jax.tree.map(np.testing.assert_array_equal, *adapters)
-    assert any(np.any(x) for p, x in flatten_dict(adapters[0]).items() if p[-1] == "lora_B")
+    whole, state = whole_and_resumed("stage1", changes, tmp_path)
+    average, trained = flatten_dict(state.generator.ema), flatten_dict(state.generator.params)
+    assert all(np.any(x) and np.any(x != trained[path]) for path, x in average.items())
     with TrainingCheckpoints(whole, read_only=True) as saved:
         assert not [path for path in saved.saved_arrays(3) if "kernel" in path]
 
@@ -231,13 +252,22 @@ def test_adapters_over_one_base(world, tmp_path, capsys):
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), ours, theirs)
 
-    third, small = tmp_path / "third", {"sample_every": 3, "sample_clips": 1, "rollout_blocks": 2}
-    settings = common | {"generator": whole, "variant": "tiny-lora"} | small
-    done = launch(3, f"--workdir={third}", **settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (third / "samples" / "000003_0.mp4").stat().st_size > 1000
+    # the file is where a stage starts from as the run itself does
+    starts = [generator_at_start(changes | {"generator": str(path)}) for path in (whole, file)]
+    jax.tree.map(np.testing.assert_array_equal, *starts)
+    settings = common | {"generator": file}
+    refused = launch(1, f"--workdir={tmp_path / 'no'}", **settings, **{"adapters.ranks": (8,)},
+                     variant="tiny-lora")  # fmt: skip
+    assert refused.returncode == 2
+    assert "video_attn has rank 4, the config 8" in refused.stderr
+    refused = launch(1, f"--workdir={tmp_path / 'no'}", **settings)
+    assert "which only a stage with adapters starts from" in refused.stderr
+
+    small = {"rollout_blocks": 2, "generator": str(whole), "student.num_sinks": 2}
+    third, _ = whole_and_resumed("stage3", changes | small, tmp_path)
     assert export_run.main(["--run", str(third), "--lora", str(tmp_path / "no.safetensors")])
     assert "a LoRA cannot hold what the run trains besides" in capsys.readouterr().err
-    refused = launch(3, f"--workdir={tmp_path / 'no'}", **settings | {"generator": checkpoint})
+    settings = common | {"variant": "tiny-lora", "generator": checkpoint, "rollout_blocks": 2}
+    refused = launch(3, f"--workdir={tmp_path / 'no'}", **settings)
     assert refused.returncode == 2
     assert "has weights of its own instead of adapters" in refused.stderr

@@ -1,27 +1,32 @@
 """Adapters over a frozen base: the base at zero, merged weights, gradients, what is not trained."""
 
 import dataclasses
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from checkpoint_converters import lora
+from checkpoint_converters import adapter_files, synthetic
 from checkpoint_converters.key_map import find_place
+from checkpoint_converters.safetensors_io import ConversionError
 from launch import dry_run
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.geometry import ClipGeometry
 from omniforcing_jax.models.lora import layers_of
-from omniforcing_jax.models.transformer.config import tiny
+from omniforcing_jax.models.transformer.config import TransformerConfig, tiny
 from omniforcing_jax.models.transformer.model import Transformer, init_boxed_params
 from omniforcing_jax.sampling.whole_clip import clip_velocity
 from omniforcing_jax.training import adapters, assembly
 from omniforcing_jax.training.adapters import AdapterConfig
 from omniforcing_jax.training.config.experiment import make_stage
+from omniforcing_jax.training.parameter_trees import by_path
 from omniforcing_jax.training.state import state_shardings
+from tests.checkpoint_converters.files import write_file
 from tests.tiny_model import QUICK_COMPILE, random_contexts, random_latents, random_params
 
 CLIP = ClipGeometry.from_blocks(BlockLayout(1, 1, 1, 2), 2, 1, 1)
@@ -159,7 +164,9 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state(ranks):
         for path, x in flatten_dict(frozen.teacher).items()
         if path[0] == "blocks" and path[-1] == "kernel"
     }
-    assert kernels
+    arguments = jax.tree.leaves(traced.args_info)
+    assert kernels and kernels <= {x.shape for x in arguments if not x.donated}
+    assert bool(kernels & {x.shape for x in arguments if x.donated}) == (not ranks)
     held = {x.shape for x in jax.tree.leaves(traced.out_info)}
     assert bool(kernels & held) == (not ranks)
     assert bool(kernels & set(_results(traced.jaxpr.jaxpr))) == (not ranks)
@@ -168,7 +175,7 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state(ranks):
 def test_the_tensors_of_an_exported_lora_are_what_is_merged(network):
     """Keys and layout of LTX-2's trainer, read back by the table of official names."""
     _, base, _, moved, _, _ = network
-    tensors = lora.tensors(moved, CONFIG)
+    tensors = adapter_files.tensors(moved, CONFIG)
     names, stray, others = layers_of(tensors)
     assert not stray and not others
     assert "diffusion_model.transformer_blocks.1.attn1.to_out.0" in names
@@ -182,4 +189,51 @@ def test_the_tensors_of_an_exported_lora_are_what_is_merged(network):
         changed.add((path, place.layer))
     assert len(changed) == 2 * (4 + 2 + 4)  # layers of attentions and feed-forward
     with pytest.raises(ValueError, match="cannot hold what the run trains"):
-        lora.tensors(moved | {"audio_sinks": jnp.zeros((2, 4))}, CONFIG)
+        adapter_files.tensors(moved | {"audio_sinks": jnp.zeros((2, 4))}, CONFIG)
+
+
+def test_a_lora_file_as_start(tmp_path):
+    """Read back as it was trained; what does not fit is said in words, all of it."""
+    content = {
+        "model_version": "2.0.0",
+        "config": synthetic.metadata("tiny", "2.0", 2),
+        "fingerprints": {"transformer": "abc"},
+    }
+    model = Transformer(TransformerConfig.from_metadata(content["config"]["transformer"], "2.0.0"))
+    boxed = jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.standard_normal(x.shape, np.float32)  # noqa: E731
+    trained = jax.tree.map(draw, nn.unbox(adapters.boxed_trained(boxed, CONFIG)))
+    arrays = {key: make() for key, make in adapter_files.tensors(trained, CONFIG).items()}
+
+    def start(config=CONFIG, content=content, rename=str, **strings):
+        named = {rename(key): x for key, x in arrays.items()}
+        file = write_file(tmp_path / "lora.safetensors", named, strings)
+        return adapter_files.stored(file, content, config)
+
+    found = start(base="abc", model_version="2.0.1", trained='{"text_length": 77}')
+    assert found.trained.text_length == 77
+    leaves, expected = found.read(), by_path(trained)
+    assert leaves.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_allclose(leaves[name], x, rtol=1e-6)
+
+    other = content | {"config": synthetic.metadata("tiny", "2.0", 1)}
+    for kwargs, text in (
+        ({"base": "xyz"}, r"over another transformer .* \(fingerprints xyz and abc\)"),
+        ({"model_version": "2.3.0"}, "was made for version 2.3.0, the checkpoint is 2.0.0"),
+        ({"content": other}, "blocks.1.attn1.to_k matches no layer of the model"),
+        ({"rename": lambda key: key.replace("attn1", "self")}, "self.to_k matches no layer"),
+        (
+            {"config": AdapterConfig(CONFIG.products, (2, 4, 1))},
+            "audio_ff has rank 3, the config 4",
+        ),
+        ({"config": AdapterConfig(("video_attn",), (2,))}, "is none of adapters.products"),
+        (
+            {"config": AdapterConfig((*CONFIG.products, "v2a_attn"), (2, 3, 1, 1))},
+            "has no transformer_blocks.0.video_to_audio_attn.to_k.weight, which the stage trains",
+        ),
+    ):
+        with pytest.raises(ConversionError) as error:
+            start(**kwargs)
+        assert re.search(text, "\n".join(error.value.problems)), error.value

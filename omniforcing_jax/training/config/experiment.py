@@ -6,7 +6,7 @@ weights onto the mesh.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.sampling.trained import TrainedSettings
+from omniforcing_jax.training.adapters import AdapterConfig, StoredAdapters
 from omniforcing_jax.training.config import fit, run_config
 from omniforcing_jax.training.config.parsing import parse, to_dict
 from omniforcing_jax.training.config.problems import ConfigError, Problems
@@ -53,6 +54,7 @@ class Experiment:
       data: the opened dataset, with `manifest` and `negative`.
       mesh_shape: devices per axis; with separate scores, of either half.
       notes: what is otherwise than the model was trained that the student starts from.
+      stored: adapters in a file that the student starts from, if it does.
     """
 
     config: StageConfig
@@ -65,6 +67,7 @@ class Experiment:
     data: Any
     mesh_shape: dict[str, int]
     notes: tuple[str, ...] = ()
+    stored: StoredAdapters | None = None
 
     @property
     def teacher(self) -> TransformerConfig:
@@ -151,6 +154,7 @@ def check(
     *,
     stage: str | None = None,
     allow_config_change: bool = False,
+    read_lora: Callable[[str, Mapping, AdapterConfig], StoredAdapters] | None = None,
 ) -> Experiment:
     """Checks a config.
 
@@ -161,6 +165,8 @@ def check(
       content: of the checkpoint's config.json; None reads it.
       stage: the stage that was started; None takes any.
       allow_config_change: go on from a causal student whose settings are not those of the config.
+      read_lora: (file, content, what is trained) -> its adapters, where `generator` is a LoRA; the
+        layout of such files is `checkpoint_converters`' business.
 
     Raises:
       ConfigError: lists every problem.
@@ -174,19 +180,29 @@ def check(
     if content is None:
         content = attempt("checkpoint", lambda: checkpoints.load_config(c.checkpoint))
     pipeline = content and attempt("checkpoint", lambda: PipelineConfig.from_content(content))
-    source = attempt("generator", lambda: StudentStart.read(c.generator)) if c.generator else None
+    is_lora = read_lora is not None and c.generator and locate(c.generator).is_file()
+    source = stored = None
+    if c.generator and not is_lora:
+        source = attempt("generator", lambda: StudentStart.read(c.generator))
     if data is None:
         data = attempt("data", lambda: _open_data(c))
     if not pipeline:
         raise ConfigError(problems)
 
+    if is_lora and not c.adapters.used:
+        problems.append(
+            f"generator: {c.generator} is a file, which only a stage with adapters starts from; to "
+            "train all weights, merge it with checkpoint_converters.ltx2 --lora"
+        )
+    elif is_lora:
+        stored = attempt("generator", lambda: read_lora(c.generator, content, c.adapters))
     if source is not None:
         settings = {} if allow_config_change else source.settings
         found = attempt(
             "generator", lambda: fit.source_problems(c, source.version, settings, pipeline)
         )
         problems += found or []
-    if content is not None and c.generator:
+    if content is not None and c.generator and not is_lora:
         problems += fit.adapter_problems(c, source and source.settings, content)
     problems += fit.teacher_problems(c, pipeline) + fit.preview_problems(c, content)
     student = attempt("student", lambda: _student(c, pipeline, source))
@@ -204,10 +220,10 @@ def check(
         raise ConfigError(problems)
 
     clip = ClipGeometry.from_blocks(c.layout, c.clip.blocks, *size)
-    trained = source.trained if source else pipeline.trained
+    trained = (source or stored or pipeline).trained
     notes = fit.deviations(c, data.manifest.text_length, trained)
     experiment = Experiment(
-        c, content, pipeline, student, connectors, clip, rollout, data, mesh_shape, notes
+        c, content, pipeline, student, connectors, clip, rollout, data, mesh_shape, notes, stored
     )
     attempt(c.stage, lambda: make_stage(experiment))
     if problems:

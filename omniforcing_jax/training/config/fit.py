@@ -90,8 +90,8 @@ def adapter_problems(
         return [
             f"generator: {c.generator} has weights of its own instead of adapters over "
             f"{c.checkpoint}; start from a run with adapters (configs/{c.stage}.py:19b-lora), from "
-            "the checkpoint itself (--config.generator=''), or train all weights "
-            "(--config.adapters.ranks='()')"
+            "a LoRA file of one, from the checkpoint itself (--config.generator=''), or train all "
+            "weights (--config.adapters.ranks='()')"
         ]
     problems = [
         f"adapters.{name}: {value} here, {then.get(name)} in {c.generator}; set them alike"

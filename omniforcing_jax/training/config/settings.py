@@ -205,7 +205,7 @@ class StageConfig:
       data: stored prompts, or trajectories in stage II; with conditions, clips: encoded ones
         (`launch.encode_clips`) or the teacher's own, which stored trajectories end with.
       adapters: what is trained of every network, if not all of it; `checkpoint` is then the base of
-        all, and `generator` a run with the same adapters.
+        all, and `generator` a run with the same adapters, or a LoRA file of them.
       conditions: with which probability a sample is trained in each mode.
       loss: lambda_v and lambda_a.
       sample_every, sample_clips: steps between sample clips (0: none), and how many.
