@@ -22,7 +22,8 @@ if os.environ.get("TEST_XLA") != "default":
         "XLA_FLAGS",
         "--xla_cpu_enable_concurrency_optimized_scheduler=false"
         " --xla_cpu_parallel_codegen_split_count=1"
-        + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+        + " --xla_cpu_use_fusion_emitters=false"
+        * version("jaxlib").startswith("0.10."),
     )
 
 import jax

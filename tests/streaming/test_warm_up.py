@@ -34,29 +34,49 @@ def contexts(pipeline, length=16, seed=0):
     return tuple(rng.standard_normal((1, length, dim), np.float32) for dim in dims)
 
 
-def make_session(pipeline, layout="prefix", **options):
-    cache = CacheConfig(pipeline.config.layout(layout), window=1)
+def make_session(pipeline, layout="prefix", rate=24.0, **options):
+    cache = CacheConfig(pipeline.config.layout(layout, rate), window=1)
     config = RolloutConfig(cache=cache, sigmas=(1.0, 0.7, 0.0), height=2, width=2)
     return pipeline.session(config, contexts(pipeline), **options)
 
 
-@pytest.mark.parametrize("layout, decode_mode", [("prefix", "window"), ("merged", "causal")])
-def test_no_block_compiles_anything(random_pipeline, layout, decode_mode):
-    """Neither the first ones, whose shapes differ, nor a new prompt, nor the end."""
+@pytest.mark.parametrize(
+    "layout, rate, decode_mode", [("prefix", 30.0, "causal"), ("merged", 24.0, "window")]
+)
+def test_no_block_compiles_anything_and_clocks_are_exact(
+    random_pipeline, layout, rate, decode_mode
+):
+    """Neither the first ones, whose shapes differ, nor a new prompt, nor the end; after every block
+    the stream holds the frames and samples that the arithmetic says."""
     pipeline, parts = random_pipeline("2.0"), []
     jax.clear_caches()  # of other tests
-    session = make_session(pipeline, layout, decode_mode=decode_mode, text_length=24)
+    options = {"rate": rate, "decode_mode": decode_mode, "text_length": 24}
+    session = make_session(pipeline, layout, **options)
     with counting() as before:
         session.warm_up(parts.append)
     assert len(before) >= 6 and sorted(parts) == PARTS
+    blocks = session.config.cache.layout
+    held_back = 0 if decode_mode == "causal" else 2  # look-ahead, in latents
     with counting() as found:
-        for length in (16, 16, 24, 24, 5, 5):
+        for block, length in enumerate((16, 16, 24, 24, 5, 5)):
             if length != session.contexts[0].shape[1]:
                 session.set_prompt(contexts(pipeline, length))
-            session.step()
+            chunk = session.step()
+            latents = blocks.num_video_frames(block + 1)
+            frames = max(0, 8 * (latents - held_back - 1) + 1) if latents > held_back else 0
+            mel = 4 * blocks.num_audio_frames(block + 1) - 3
+            samples = max(0, mel - pipeline.config.vocoder.right_context) * 240
+            assert (session.num_frames, session.num_samples) == (frames, samples)
+            assert chunk.first_frame + chunk.frames.shape[1] == frames
+            assert chunk.first_sample + chunk.waveform.shape[1] == samples
+            assert chunk.frames.dtype == np.uint8 and chunk.waveform.dtype == np.float32
         session.finish()
     assert not [program for program in found if "pad" not in program]
-    other = make_session(pipeline, layout, decode_mode=decode_mode, text_length=24)
+    assert session.num_frames == blocks.pixel_frames(6)
+    assert session.num_samples == mel * 240
+    # pictures and sound end together, but for the first latents' lengths: 1 frame, 10 ms
+    assert abs((session.num_frames - 1) / rate - (session.num_samples / 240 - 1) / 100) < 1e-9
+    other = make_session(pipeline, layout, **options)
     with counting() as found:
         other.warm_up()
         other.step()
