@@ -70,7 +70,7 @@ from omniforcing_jax.sampling import flow, kv_cache, student, weights
 from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_bytes
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.scaling import flops
-from omniforcing_jax.scaling.devices import check_memory, peak_flops
+from omniforcing_jax.scaling.devices import check_memory, check_products, peak_flops
 from omniforcing_jax.streaming.block_programs import jitted_prompt_kv
 from omniforcing_jax.streaming.session import StreamingSession
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, seam_error, to_uint8
@@ -94,11 +94,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layout", choices=("prefix", "merged"), default="prefix")
     add("--sinks", type=int, default=0)
     options.add_cache(parser)
+    options.add_cache_dtype(parser)
     add("--timesteps", type=float, nargs="+", default=list(flow.STUDENT_TIMESTEPS))
     add("--text-tokens", type=int, default=1024)
     add("--blocks", type=int, default=20, help="blocks timed after the cache is full")
     options.add_decoder(parser)
     options.add_dtype(parser)
+    options.add_quantize(parser)
     options.add_attention(parser)
     parser.set_defaults(
         **{"height": 512, "width": 768, "fps": 24.0, "dtype": "bfloat16"},
@@ -166,6 +168,7 @@ def _cut(pool: jax.Array, offset: int, scale: float, shape: tuple[int, ...], dty
 def random_pipeline(args: argparse.Namespace) -> Pipeline:
     """A pipeline with random weights, made on the device in the dtype they are used in."""
     dtype = DTYPES[args.dtype]
+    check_products(args.quantize, jax.local_devices()[0].device_kind)
     metadata = synthetic.metadata(args.size, args.version, args.layers)
     config = PipelineConfig.from_metadata(metadata, synthetic.VERSIONS[args.version])
     if args.sinks:
@@ -182,7 +185,9 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
     sound = jax.eval_shape(vocoder.vocoder_module(config.vocoder).init, keys[3], mel)
     width = config.transformer.audio_channels
     params = {
-        "transformer": weights.per_layer(random_transformer(model, keys[0])),
+        "transformer": weights.per_layer(
+            random_transformer(model, keys[0]), quantize=args.quantize
+        ),
         "video_vae": random_params(vae, keys[1], dtype),  # without its encoder, as loaded
         "audio_vae": {
             "decoder": random_params(nn.unbox(audio["params"]), keys[2], dtype),
@@ -483,7 +488,7 @@ def rollout_config(args: argparse.Namespace, config: PipelineConfig) -> RolloutC
     height, width = config.check_size(args.height, args.width)
     layout = config.layout(args.layout, args.fps)
     return RolloutConfig(
-        cache=CacheConfig(layout, args.window, args.anchors, args.positions),
+        cache=CacheConfig(layout, args.window, args.anchors, args.positions, args.cache_dtype),
         sigmas=tuple(float(s) for s in flow.student_sigmas(args.timesteps)),
         height=height,
         width=width,

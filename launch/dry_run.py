@@ -27,7 +27,10 @@ from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
 
 SIZES = tuple(synthetic.SIZES)
-STREAM = {"height": 512, "width": 768, "window": 7, "layout": "prefix", "text_tokens": 1024}
+STREAM = {
+    "height": 512, "width": 768, "window": 7, "layout": "prefix", "text_tokens": 1024,
+    "quantize": "none", "cache_dtype": None,
+}  # fmt: skip
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -145,8 +148,8 @@ def stream_config(
     size: str = "full",
     version: str = "2.0",
     layers: int | None = None,
-) -> tuple[TransformerConfig, RolloutConfig, int]:
-    """A model, how it is sampled, and the length of its text.
+) -> tuple[TransformerConfig, RolloutConfig, int, str]:
+    """A model, how it is sampled, the length of its text, and the precision of its weights.
 
     Args:
       changes: settings of `STREAM` that differ.
@@ -160,8 +163,8 @@ def stream_config(
     metadata = synthetic.metadata(size, version, layers)
     config = PipelineConfig.from_metadata(metadata, synthetic.VERSIONS[version])
     rollout = RolloutConfig(
-        CacheConfig(config.layout(s.layout), s.window),
+        CacheConfig(config.layout(s.layout), s.window, dtype=s.cache_dtype),
         tuple(float(sigma) for sigma in flow.student_sigmas()),
         *config.check_size(s.height, s.width),
     )
-    return config.transformer, rollout, s.text_tokens
+    return config.transformer, rollout, s.text_tokens, s.quantize

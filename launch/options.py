@@ -16,6 +16,7 @@ from omniforcing_jax import AVGuidance, PromptEncoder
 from omniforcing_jax.io import outputs
 from omniforcing_jax.models import quantization
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
+from omniforcing_jax.sampling.kv_cache import DTYPES as CACHE_DTYPES
 from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming import media
@@ -185,6 +186,13 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     add("--positions", choices=POSITIONS, help="default: as trained, else relative")
 
 
+def add_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds --cache-dtype; see `CacheConfig`."""
+    parser.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, help="of keys and values (default: as computed)"
+    )
+
+
 def add_decoder(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the streaming video decoder."""
     add = parser.add_argument
@@ -227,6 +235,22 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), help="default: bfloat16 on accelerators, else float32"
     )
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """Adds --quantize; see `load_pipeline` and `check_products`."""
+    parser.add_argument(
+        "--quantize", choices=("none", *quantization.PRECISIONS), default="none",
+        help="the transformer's weights in 8 bits; with w8a8, its products, too (default none)",
+    )  # fmt: skip
+
+
+def loading(args: argparse.Namespace) -> str:
+    """Says what is loaded, in which precision, and where."""
+    precision = compute_dtype(args).__name__
+    if args.quantize != "none":
+        precision += f" and {args.quantize}"
+    return f"loading {args.checkpoint} as {precision} on {jax.devices()[0]}"
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:

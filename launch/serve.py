@@ -33,7 +33,7 @@ from omniforcing_jax import (
     programs,
 )
 from omniforcing_jax.sampling.kv_cache import cache_bytes
-from omniforcing_jax.scaling.devices import check_memory
+from omniforcing_jax.scaling.devices import check_memory, check_products
 from omniforcing_jax.serving.runtime import Limits, Runtime
 
 try:
@@ -59,9 +59,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--timesteps", type=float, nargs="+", help="of the student (default: as trained)")
     add("--layout", choices=("prefix", "merged"), help="default: the one of the checkpoint")
     options.add_cache(parser)
+    options.add_cache_dtype(parser)
     add("--recache", action="store_true", help="write the cache anew when a prompt changes")
     options.add_decoder(parser)
     options.add_dtype(parser)
+    options.add_quantize(parser)
     options.add_attention(parser)
     options.add_verify(parser)
     compilation.add_option(parser)
@@ -107,8 +109,10 @@ def check_arguments(
         )
     for note in options.list_deviations(options.use_trained(args, config.trained)):
         programs.say(note)
+    check_products(args.quantize, jax.local_devices()[0].device_kind)
     layout = config.layout(args.layout, args.fps)
     cache = config.cache(layout, args.window, args.anchors, args.positions)
+    cache = dataclasses.replace(cache, dtype=args.cache_dtype)
     sigmas = config.sigmas(args.timesteps)
     rollout = config.rollout(args.height, args.width, cache=cache, sigmas=sigmas)
     rollout.cache.blocks_in_positions(None)  # streams have no end that is known
@@ -221,8 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     compilation.use_cache(not args.no_compilation_cache)
     dtype = options.compute_dtype(args)
-    console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
+    console.print(options.loading(args))
     how = {"verify": args.verify, "encoders": True, "tiny": args.decode == "tiny"}
+    how["quantize"] = args.quantize
     pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
     compilations = count_compilations()
     open_stream = streams(args, pipeline, rollout, encoder.length)

@@ -54,7 +54,7 @@ from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.lora import KernelUpdate
 from omniforcing_jax.ops.attention import attention
 from omniforcing_jax.sampling.kv_cache import cache_bytes
-from omniforcing_jax.scaling.devices import check_memory
+from omniforcing_jax.scaling.devices import check_memory, check_products
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
@@ -105,9 +105,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     steps.add_argument("--sigmas", type=float, nargs="+", help="noise levels, ending with 0")
     add("--layout", choices=("prefix", "merged"), help="default: the one of the checkpoint")
     options.add_cache(parser)
+    options.add_cache_dtype(parser)
     add("--recache", action="store_true", help="write the cache anew when the prompt changes")
     options.add_decoder(parser)
     options.add_dtype(parser)
+    options.add_quantize(parser)
     options.add_attention(parser)
     options.add_verify(parser)
     compilation.add_option(parser)
@@ -161,8 +163,10 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     notes = options.list_deviations(deviations(args, config))
     _check_decoder(args, config)
     _check_attention(args, config)
+    check_products(args.quantize, jax.local_devices()[0].device_kind)
     layout = config.layout(args.layout, args.fps)
     cache = config.cache(layout, args.window, args.anchors, args.positions)
+    cache = dataclasses.replace(cache, dtype=args.cache_dtype)
     sigmas = args.sigmas or config.sigmas(args.timesteps)
     rollout = config.rollout(args.height, args.width, cache=cache, sigmas=sigmas)
     rollout = dataclasses.replace(rollout, recache=args.recache)
@@ -417,10 +421,10 @@ def stream(
     ):
         interrupt.before_exit = clip.release
         request = encode_sentences(request, report)
-        report.console.print(f"loading {args.checkpoint} as {dtype.__name__} on {jax.devices()[0]}")
+        report.console.print(options.loading(args))
         given = request.given
         how = {"verify": args.verify, "encoders": given.encoders, "loras": request.loras}
-        how["tiny"] = args.decode == "tiny"
+        how |= {"tiny": args.decode == "tiny", "quantize": args.quantize}
         pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
         session = pipeline.session(
             request.rollout,

@@ -13,7 +13,7 @@ import numpy as np
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.checkpoints import TINY_DECODER, UPSAMPLER
-from omniforcing_jax.models import lora
+from omniforcing_jax.models import lora, quantization
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.audio import vocoder
 from omniforcing_jax.models.audio.vae import AudioVAEConfig
@@ -353,6 +353,7 @@ def load_pipeline(
     verify: bool = True,
     loras: Sequence[lora.KernelUpdate] = (),
     per_layer: bool = True,
+    quantize: str = "none",
 ) -> Pipeline:
     """Restores the components that a sampler needs, onto the first device.
 
@@ -365,17 +366,20 @@ def load_pipeline(
       loras: what LoRAs add to the transformer, see `checkpoint_converters.lora.updates`.
       per_layer: prepare the transformer's weights for streaming, see `sampling.weights`. Whole
         clips are sampled from stacked ones as well, whose programs compile sooner.
+      quantize: "none", or one of `quantization.PRECISIONS` for the transformer, whose weights are
+        read into the computer's memory then, and go to the device in that precision.
 
     Returns:
       Configuration and parameters, from which sessions start.
 
     Raises:
       FileNotFoundError, ValueError: see `PipelineConfig.from_checkpoint` and `check_complete`;
-        before any weights are read.
+        before any weights are read. No such precision, or not for weights that are stacked.
       DamagedFile: a file is not what was written, or is missing.
     """
     config = PipelineConfig.from_checkpoint(directory)
     config.check_complete()
+    places = {} if quantize == "none" else {"transformer": _host(quantize, per_layer)}
     dtypes = dict.fromkeys(PIPELINE_COMPONENTS, dtype) | {"vocoder": jnp.float32}
     left_out = dict.fromkeys(dtypes, None if encoders else "encoder")
     if tiny:
@@ -383,16 +387,34 @@ def load_pipeline(
         left_out |= {"video_vae": "decoder", TINY_DECODER: None}
         if not encoders:
             del dtypes["video_vae"]
-    params = {
-        name: checkpoints.load_params(
-            directory, name, dtype=component_dtype, without=left_out[name], verify=verify
-        )
-        for name, component_dtype in dtypes.items()
-    }
+    params = {}
+    for name, component_dtype in dtypes.items():
+        how = {"without": left_out[name], "verify": verify, "sharding": places.get(name)}
+        params[name] = checkpoints.load_params(directory, name, dtype=component_dtype, **how)
     params["transformer"] = lora.merge(params["transformer"], loras)
     if per_layer:
-        params["transformer"] = weights.per_layer(params["transformer"])
+        params["transformer"] = weights.per_layer(params["transformer"], quantize=quantize)
+    if places:
+        params["transformer"] = jax.device_put(params["transformer"], jax.local_devices()[0])
     return Pipeline(config, params, dtype)
+
+
+def _host(quantize: str, per_layer: bool) -> jax.sharding.Sharding:
+    """The computer's memory, where weights wait to be quantised.
+
+    Raises:
+      ValueError: no such precision, not for weights that are stacked, or JAX has no CPU.
+    """
+    quantization.check_mode(quantize, ("none", *quantization.PRECISIONS))
+    if not per_layer:
+        raise ValueError(f"quantize={quantize!r} is for streaming: leave per_layer as it is")
+    try:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        raise ValueError(
+            "weights are read into the computer's memory to be quantised, by JAX on its CPU: name "
+            "that in JAX_PLATFORMS, too, such as cuda,cpu"
+        ) from error
 
 
 def decode_clip(

@@ -17,6 +17,7 @@ speed of single clips. The first clips are written as MP4s with contact sheets.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -35,9 +36,10 @@ from rich.progress import track
 from omniforcing_jax import programs
 from omniforcing_jax.blocks import LAYOUT_NAMES, BlockLayout
 from omniforcing_jax.io import outputs
+from omniforcing_jax.models import quantization
 from omniforcing_jax.pipeline import Pipeline, decode_clip, load_pipeline
+from omniforcing_jax.sampling import kv_cache
 from omniforcing_jax.sampling.guidance import NO_GUIDANCE
-from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.recipes import SamplingRecipe
 from omniforcing_jax.sampling.teacher import SampleConfig, sample
 from omniforcing_jax.scaling.devices import check_memory
@@ -90,7 +92,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layout", choices=LAYOUT_NAMES, help="stream: default: the checkpoint's")
     add("--window", type=int, help="stream: recent blocks in the cache (default: as trained)")
     add("--anchors", type=int, help="stream: first blocks never evicted (default: as trained)")
-    add("--positions", choices=POSITIONS, help="stream (default: as trained)")
+    add("--positions", choices=kv_cache.POSITIONS, help="stream (default: as trained)")
+    add("--quantize", choices=("none", *quantization.PRECISIONS), default="none",
+        help="stream: weights in 8 bits, see docs/streaming.md (default none)")  # fmt: skip
+    add("--cache-dtype", choices=kv_cache.DTYPES, help="stream: keys and values in 8 bits")
     other = "of a model: pictures with the sound of another clip that it makes of the caption"
     add("--other-sound", action="store_true", help=other)
     add("--batch-size", type=int, default=8, help="clips side by side (default 8)")
@@ -103,7 +108,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sampler {args.sampler} needs --checkpoint and --text-encoder")
     if args.sampler in MODEL_FREE and args.other_sound:
         parser.error("--other-sound is for a model's clips; of true ones it is --sampler chance")
+    if args.sampler != "stream" and in_8_bits(args):
+        parser.error("--quantize and --cache-dtype are for --sampler stream")
     return args
+
+
+def in_8_bits(args: argparse.Namespace) -> bool:
+    """Whether weights or cache are, which must lie per layer then."""
+    return args.quantize != "none" or args.cache_dtype is not None
 
 
 def make_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
@@ -175,6 +187,7 @@ def num_frames(args: argparse.Namespace) -> int:
 def _stream_sampler(args: argparse.Namespace, pipeline: Pipeline) -> Sampler:
     layout = pipeline.config.layout(args.layout, WORLD.frame_rate)
     cache = pipeline.config.cache(layout, args.window, args.anchors, args.positions)
+    cache = dataclasses.replace(cache, dtype=args.cache_dtype)
     sigmas = pipeline.config.sigmas(args.timesteps)
     rollout = pipeline.config.rollout(WORLD.height, WORLD.width, cache=cache, sigmas=sigmas)
     count = layout.blocks_for_seconds(args.seconds)
@@ -290,7 +303,8 @@ def main(argv: list[str] | None = None) -> int:
         sampler, rate, clips = None, WORLD.sample_rate, world_clips(args, seeds)
         layout = BlockLayout.from_name(args.layout or "prefix", frame_rate=WORLD.frame_rate)
     else:
-        pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32, per_layer=False)
+        how = {"per_layer": in_8_bits(args), "quantize": args.quantize}
+        pipeline = load_pipeline(args.checkpoint, dtype=jnp.float32, **how)
         sampler = (with_other_sound if args.other_sound else make_sampler)(args, pipeline)
         rate = pipeline.config.vocoder.sample_rate
         layout = pipeline.config.layout(args.layout, WORLD.frame_rate)

@@ -93,6 +93,7 @@ EXPENSIVE = {
     "benchmarks.serve": "start",
     "benchmarks.stream": "run",
     "benchmarks.given": "load_pipeline",
+    "benchmarks.precision": "tables",
     "benchmarks.text": "make_encoder",
     "benchmarks.text_dataset": "write",
     "benchmarks.convert": "convert_here subprocess.run",

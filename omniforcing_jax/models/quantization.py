@@ -1,79 +1,158 @@
-"""Weight-only int8: integers with one scale per output channel, multiplied without being expanded.
+"""Linear layers in 8 bits: one scale per output channel, multiplied without being expanded.
 
-A weight w of an output channel becomes round(w / s) with s = max |w| / 127 over its inputs, so the
-error of a weight is at most s / 2. Activations are not quantised: x W = (x V) s, where V holds the
-integers, which bfloat16 and float32 represent exactly. In the device's memory the weights are int8,
-half the size of bfloat16.
+A weight w of an output channel becomes v = w / s, rounded to int8 or float8 (e4m3), where the
+channel's largest |w| is the largest number of that dtype: s = max |w| / 127, or / 448. In the
+device's memory the weights are half the size of bfloat16. There are two ways to multiply:
+
+* Weights only: x W = (x V) s. Activations are left as they are; bfloat16 and float32 represent V
+  exactly, so the error is that of the weights.
+* 8-bit products: x is rounded as well, with a scale of its own for each token, t = max |x| / 127
+  or / 448, so that x W = (U V) t s. Integers are summed in int32, float8 in float32.
+
+qwix has the same product of two quantised sides (`lax.dot_general`, then both scales); where only
+the weights are quantised it expands them first, and its scales have the dtype of the array.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-MODES = ("none", "int8")
+MODES = ("none", "int8")  # of a text encoder
 # {name of a quantised parameter: axis of a channel's inputs, which share one scale}; each row of an
 # embedding table is a channel
 INPUT_AXIS = {"kernel": -2, "embedding": -1}
 
-_MAX_INT8 = 127
+
+class Precision(NamedTuple):
+    """dtype of the weights, and whether products are of that dtype, too."""
+
+    dtype: Any
+    products: bool = False
+
+
+INT8 = Precision(jnp.int8)
+# of a sampler's transformer
+PRECISIONS = {
+    "int8": INT8,
+    "fp8": Precision(jnp.float8_e4m3fn),
+    "w8a8-int8": Precision(jnp.int8, products=True),
+    "w8a8-fp8": Precision(jnp.float8_e4m3fn, products=True),
+}
 
 
 @flax.struct.dataclass
-class Int8Array:
-    """values * scale: values int8 [...], scale float32, of size 1 along the input axis."""
+class QuantizedArray:
+    """values * scale.
+
+    Attributes:
+      values: int8 or float8_e4m3fn [...].
+      scale: float32, of size 1 along the input axis.
+      products: whether what it is multiplied with is rounded to the dtype of the values.
+    """
 
     values: jax.Array
     scale: jax.Array
+    products: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def check_mode(mode: str) -> None:
-    """Raises ValueError unless `mode` is one of `MODES`."""
-    if mode not in MODES:
-        raise ValueError(f"quantize must be one of {', '.join(MODES)}, not {mode!r}")
+def check_mode(mode: str, modes: Any = MODES) -> None:
+    """Raises ValueError unless `mode` is one of `modes`."""
+    if mode not in modes:
+        raise ValueError(f"quantize must be one of {', '.join(modes)}, not {mode!r}")
 
 
-def quantize(array: jax.Array, axis: int) -> Int8Array:
-    """Rounds to int8 with one scale for each channel, the entries along `axis`.
+def quantize(array: jax.Array, axis: int, precision: Precision = INT8) -> QuantizedArray:
+    """Rounds with one scale for each channel, the entries along `axis`.
 
     Args:
-      array: [...] floating point, finite.
+      array: [...] floating point. What is not finite makes its channel's scale not finite.
       axis: the input axis, see `INPUT_AXIS`.
     """
     x = array.astype(jnp.float32)
+    dtype = jnp.dtype(precision.dtype)
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    limit = 127.0 if is_integer else float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where(largest > 0, largest / _MAX_INT8, 1.0)
-    return Int8Array(jnp.round(x / scale).astype(jnp.int8), scale)
+    scale = jnp.where(largest == 0, 1.0, largest / limit)
+    values = x / scale
+    values = (jnp.round(values) if is_integer else values).astype(dtype)
+    return QuantizedArray(values, scale, precision.products)
 
 
-def dequantize(array: Int8Array, dtype: jnp.dtype) -> jax.Array:
-    """The array that the integers stand for, [...] in `dtype`."""
+def dequantize(array: QuantizedArray, dtype: jnp.dtype) -> jax.Array:
+    """The array that the 8-bit numbers stand for, [...] in `dtype`."""
     return (array.values.astype(jnp.float32) * array.scale).astype(dtype)
 
 
-def matmul(x: jax.Array, kernel: jax.Array | Int8Array, dtype: jnp.dtype) -> jax.Array:
-    """x W: x [..., E] in any dtype, kernel [E, M] -> [..., M] in `dtype`, summed in float32."""
-    weights = kernel.values if isinstance(kernel, Int8Array) else kernel
-    y = jnp.matmul(x.astype(dtype), weights.astype(dtype), preferred_element_type=jnp.float32)
-    if isinstance(kernel, Int8Array):
-        y = y * jnp.expand_dims(
-            kernel.scale[0], range(y.ndim - 1)
-        )  # one per column, so it can wait until after the sum
-    return y.astype(dtype)
+def quantize_kernel(kernel: jax.Array, precision: Precision) -> QuantizedArray:
+    """A linear layer's kernel [E, M] for `matmul`; values and scales of 8-bit products lie as
+    [M, E] and [M, 1]: GPUs multiply 8-bit numbers in that order only, and would turn them in every
+    block, with a second copy of all weights."""
+    if precision.products:
+        return quantize(kernel.T, -1, precision)
+    return quantize(kernel, -2, precision)
 
 
-def take_rows(table: jax.Array | Int8Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array | QuantizedArray, dtype: jnp.dtype) -> jax.Array:
+    """x W: x [..., E] in any dtype, kernel [E, M] -> [..., M] in `dtype`, summed in float32, or in
+    int32."""
+    if not isinstance(kernel, QuantizedArray):
+        y = jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+        return y.astype(dtype)
+    values = kernel.values
+    if kernel.products:
+        rounded = quantize(x, -1, Precision(values.dtype))
+        is_integer = jnp.issubdtype(values.dtype, jnp.integer)
+        y = jax.lax.dot_general(
+            rounded.values,
+            values,
+            (((x.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=jnp.int32 if is_integer else jnp.float32,
+        )
+        y = y.astype(jnp.float32) * rounded.scale
+    else:
+        y = jnp.matmul(x.astype(dtype), values.astype(dtype), preferred_element_type=jnp.float32)
+    return scaled(y, kernel).astype(dtype)
+
+
+def scaled(y: jax.Array, kernel: QuantizedArray) -> jax.Array:
+    """y [..., M], summed over a kernel's values, times the scales of its M channels: float32."""
+    # one per column, so it can wait until after the sum
+    return y * jnp.expand_dims(kernel.scale.reshape(-1), range(y.ndim - 1))
+
+
+def put(
+    buffer: jax.Array | QuantizedArray, x: jax.Array, start: jax.Array | int, axis: int
+) -> jax.Array | QuantizedArray:
+    """A buffer with x in it from `start` on along `axis`, rounded where the buffer is.
+
+    Args:
+      buffer: [...]; quantised over its last axis.
+      x: as the buffer, but for its length along `axis`, which is not the last one.
+    """
+    if isinstance(buffer, QuantizedArray):
+        x = quantize(x, -1, Precision(buffer.values.dtype))
+
+    def update(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis)
+
+    return jax.tree.map(update, buffer, x)
+
+
+def take_rows(table: jax.Array | QuantizedArray, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of an embedding table [V, D] at ids [...] -> [..., D] in `dtype`."""
-    if isinstance(table, Int8Array):
+    if isinstance(table, QuantizedArray):
         return dequantize(jax.tree.map(lambda leaf: leaf[ids], table), dtype)
     return table[ids].astype(dtype)
 
 
 def initializer(
     init: nn.initializers.Initializer, axes: tuple[str | None, ...], mode: str, input_axis: int
-) -> Callable[..., jax.Array | Int8Array]:
+) -> Callable[..., jax.Array | QuantizedArray]:
     """A parameter's initialiser with logical axis names on the array, or on values and scales.
 
     Args:
@@ -88,9 +167,9 @@ def initializer(
     scale_axes = list(axes)
     scale_axes[input_axis] = None
 
-    def quantized(key: jax.Array, shape: tuple[int, ...]) -> Int8Array:
+    def quantized(key: jax.Array, shape: tuple[int, ...]) -> QuantizedArray:
         array = quantize(init(key, shape), input_axis)
         box = lambda leaf, names: nn.LogicallyPartitioned(leaf, names)  # noqa: E731
-        return Int8Array(box(array.values, axes), box(array.scale, tuple(scale_axes)))
+        return QuantizedArray(box(array.values, axes), box(array.scale, tuple(scale_axes)))
 
     return quantized

@@ -35,12 +35,15 @@ from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.distributed.partitioning import BATCH_AXES, HEAD_AXES
+from omniforcing_jax.models import quantization
+from omniforcing_jax.models.quantization import QuantizedArray
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.layers import KV, History, Slots
 from omniforcing_jax.models.transformer.model import Pathways
 from omniforcing_jax.models.transformer.rope import ClipRope, Rope
 
 POSITIONS = ("absolute", "relative")
+DTYPES = ("int8",)  # other than the model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +56,22 @@ class CacheConfig:
       anchors: blocks 1..n that are never evicted (block 0 never is).
       positions: "absolute" (a token keeps the time at which it was generated) or "relative" (to the
         window: streams of any length stay inside the trained range).
+      dtype: "int8", with a scale for each token and head, where buffers lie per layer; None is the
+        model's.
 
     Raises:
-      ValueError: no window, fewer than no anchors, or other positions.
+      ValueError: no window, fewer than no anchors, or other positions or dtypes.
     """
 
     layout: BlockLayout
     window: int = 7
     anchors: int = 0
     positions: str = "relative"
+    dtype: str | None = None
 
     def __post_init__(self):
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"a cache's dtype must be one of {DTYPES}, not {self.dtype!r}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1 block, not {self.window}")
         if self.anchors < 0:
@@ -177,7 +185,12 @@ def init_cache(
 
     Args:
       per_layer: buffers of their own for each layer, with a slot for the block that is made.
+
+    Raises:
+      ValueError: 8 bits for buffers that are not per layer.
     """
+    if config.dtype and not per_layer:
+        raise ValueError(f"a cache in {config.dtype} needs weights per layer, as streams have them")
     blocks = config.capacity + per_layer
     video = config.layout.num_video_frames(blocks) * patches
     audio = config.layout.num_audio_frames(blocks) + model.num_audio_sinks
@@ -185,7 +198,13 @@ def init_cache(
 
     def kv(slots, heads, head_dim):
         shape = (*leading, slots, heads, head_dim)
-        return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+        def buffer() -> jax.Array | QuantizedArray:
+            if config.dtype is None:
+                return jnp.zeros(shape, dtype)
+            return QuantizedArray(jnp.zeros(shape, config.dtype), jnp.zeros((*shape[:-1], 1)))
+
+        return KV(buffer(), buffer())
 
     def pathways():
         return Pathways(
@@ -241,27 +260,28 @@ def write(
 
     def put(old: KV, kv: KV | Slots, start) -> KV:
         def update(buffer, x):
-            x = (jax.lax.stop_gradient(x) if detach else x).astype(buffer.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=-3)
+            return quantization.put(buffer, jax.lax.stop_gradient(x) if detach else x, start, -3)
 
-        return kv.kv if isinstance(kv, Slots) else jax.tree.map(update, old, kv)
+        return kv.kv if isinstance(kv, Slots) else KV(update(old.k, kv.k), update(old.v, kv.v))
 
     starts = Pathways(video=video, audio=audio, a2v=audio, v2a=video)
     kv = jax.tree.map(put, cache.kv, new, _like(cache.kv, starts), is_leaf=_is_kv)
     return cache.replace(kv=kv, num_blocks=block + 1)
 
 
-def empty_block(cache: RollingCache, patches: int, *, first: bool) -> Any:
-    """Zeros of the shapes of a block's keys and values, as `write` takes them."""
+def empty_block(cache: RollingCache, patches: int, dtype: jnp.dtype, *, first: bool) -> Any:
+    """Zeros of the shapes of a block's keys and values in `dtype`, as `write` takes them."""
     layout, block = cache.config.layout, 0 if first else 1
     video = layout.video_frames_in(block) * patches
     audio = layout.audio_frames_in(block) + (cache.num_sinks if first else 0)
     tokens = Pathways(video=video, audio=audio, a2v=audio, v2a=video)
 
     def zeros(kv: KV, length: int) -> KV:
-        return jax.tree.map(
-            lambda x: jnp.zeros((*x.shape[:-3], length, *x.shape[-2:]), x.dtype), kv
-        )
+        def of(buffer: jax.Array | QuantizedArray) -> jax.Array:
+            shape = jax.tree.leaves(buffer)[0].shape
+            return jnp.zeros((*shape[:-3], length, *shape[-2:]), dtype)
+
+        return KV(of(kv.k), of(kv.v))
 
     return jax.tree.map(zeros, cache.kv, _like(cache.kv, tokens), is_leaf=_is_kv)
 
@@ -342,8 +362,12 @@ def slots(
 
     def of_layer(kv: Pathways) -> Pathways:
         def of(name: str) -> Slots:
-            own = getattr(kv, name)
-            rotated = getattr(tables, name).rotate(own.k, rope_type)
+            own, table = getattr(kv, name), getattr(tables, name)
+            if isinstance(own.k, QuantizedArray):
+                k = table.rotate(quantization.dequantize(own.k, jnp.float32), rope_type)
+                rotated = quantization.quantize(k, -1)
+            else:
+                rotated = table.rotate(own.k, rope_type)
             return Slots(own, rotated, getattr(starts, name), getattr(lengths, name))
 
         return Pathways(**{name: of(name) for name in ("video", "audio", "a2v", "v2a")})

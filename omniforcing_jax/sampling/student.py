@@ -220,7 +220,7 @@ def block_step(
     forward = bind(model, params, cache, rope, config, **how)
     kv = forward.history
     if first or not is_per_layer(params):
-        kv = kv_cache.empty_block(cache, config.patches, first=first)
+        kv = kv_cache.empty_block(cache, config.patches, model.dtype, first=first)
     x0, exit_input, kv = passes(forward, text, noise, kv, config, exit_step, condition)
     with jax.named_scope("write_cache"):
         cache = kv_cache.write(cache, kv, config.patches, first=first)

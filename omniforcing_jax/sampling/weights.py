@@ -4,14 +4,21 @@ Training stacks the weights of all layers in one array, which a scan goes throug
 scan copies each layer's weights out of the stack in every pass, 136 GB for a block of the 19B
 student. A sampler's weights are prepared here, once, when they have been loaded, and nowhere else:
 whatever else changes them for sampling (low precision, adapters) belongs here, too.
+
+In low precision are the products of the layers: q, k, v, out, and both of the feed-forward, which
+are 98 % of the weights of the 19B model. First and last layer, modulation and gates stay as they
+are; `benchmarks.precision` measures what each kind of module costs.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+
+from omniforcing_jax.models import quantization
 
 # (attention, name of the joined product): what it is joined of, in the order of its outputs.
 JOINED = {
@@ -20,6 +27,8 @@ JOINED = {
     ("a2v_attn", "kv"): ("k", "v"),
     ("v2a_attn", "kv"): ("k", "v"),
 }
+# Names of the modules in a layer whose kernels may be in low precision.
+QUANTIZED = ("q", "k", "v", "qkv", "kv", "out", "up", "down")
 
 
 def is_per_layer(params: Mapping[str, Any]) -> bool:
@@ -27,25 +36,38 @@ def is_per_layer(params: Mapping[str, Any]) -> bool:
     return isinstance(params.get("blocks"), tuple)
 
 
-def per_layer(params: Mapping[str, Any], *, join: bool = True) -> dict[str, Any]:
+def per_layer(
+    params: Mapping[str, Any], *, join: bool = True, quantize: str = "none"
+) -> dict[str, Any]:
     """A transformer's weights as samplers use them; the stacked arrays are deleted on the way.
 
-    No second copy of the weights exists at any time, only one of the three largest arrays.
+    No second copy of the weights exists at any time, only one of the three largest arrays. What is
+    quantised is moved to the first device a layer's kernel at a time, so `params` may lie in the
+    computer's memory, and a device that cannot hold them as they are need never do so.
 
     Args:
       params: from `io.checkpoints.load_params`, layers stacked on the first axis of `blocks`.
       join: join the products of `JOINED`. Over devices that split the heads, leave them apart.
+      quantize: "none", or one of `quantization.PRECISIONS`, for the kernels of `QUANTIZED`.
 
     Returns:
       The same tree with `blocks` a tuple of the layers' trees; q, k and v of the self-attentions
       are one product "qkv" there, k and v of the attentions between the streams one product "kv".
+
+    Raises:
+      ValueError: no such precision.
     """
+    quantization.check_mode(quantize, ("none", *quantization.PRECISIONS))
     flat = flax.traverse_util.flatten_dict(params["blocks"])
     num_layers = next(iter(flat.values())).shape[0]
     layers: list[dict[tuple, Any]] = [{} for _ in range(num_layers)]
 
     def place(path: tuple[str, ...], *parts: jax.Array) -> None:
-        for layer, piece in zip(layers, _unstacked(*parts), strict=True):
+        if quantize != "none" and path[-1] == "kernel" and path[-2] in QUANTIZED:
+            pieces = _quantized_layers(parts, quantization.PRECISIONS[quantize])
+        else:
+            pieces = _unstacked(*parts)
+        for layer, piece in zip(layers, pieces, strict=True):
             layer[path] = piece
         if not isinstance(parts[0], jax.core.Tracer):
             jax.block_until_ready([layer[path] for layer in layers])
@@ -61,6 +83,26 @@ def per_layer(params: Mapping[str, Any], *, join: bool = True) -> dict[str, Any]
         place(path, jnp.asarray(flat.pop(path)))
     blocks = tuple(flax.traverse_util.unflatten_dict(layer) for layer in layers)
     return {**params, "blocks": blocks}
+
+
+def _quantized_layers(
+    parts: tuple[jax.Array, ...], precision: quantization.Precision
+) -> Iterator[quantization.QuantizedArray]:
+    """[L, in, n] arrays -> of each layer, one kernel [in, sum of n]."""
+    device = jax.local_devices()[0]
+    for i in range(parts[0].shape[0]):
+        kernels = [part[i] for part in parts]
+        if not isinstance(parts[0], jax.core.Tracer):
+            kernels = jax.block_until_ready(jax.device_put(kernels, device))
+        yield _quantized(*kernels, precision=precision)
+
+
+@functools.partial(jax.jit, static_argnames="precision")
+def _quantized(
+    *kernels: jax.Array, precision: quantization.Precision
+) -> quantization.QuantizedArray:
+    kernel = jnp.concatenate(kernels, axis=-1)  # [in, sum of out]
+    return quantization.quantize_kernel(kernel, precision)
 
 
 @jax.jit

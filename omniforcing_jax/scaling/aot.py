@@ -26,7 +26,7 @@ from omniforcing_jax.sampling.student import (
     prompt_kv,
 )
 from omniforcing_jax.scaling import collectives, planning, traffic
-from omniforcing_jax.scaling.devices import Target, group_speed
+from omniforcing_jax.scaling.devices import Target, check_products, group_speed
 from omniforcing_jax.scaling.flops import block_flops
 from omniforcing_jax.scaling.planning import Work
 from omniforcing_jax.training import assembly
@@ -144,19 +144,24 @@ def stream_case(
     config: TransformerConfig,
     rollout: RolloutConfig,
     text_tokens: int = 1024,
+    quantize: str = "none",
 ) -> Case:
     """The sampler's block step in its steady state, window full, bfloat16, one stream.
 
     Args:
+      quantize: as for `load_pipeline`.
       mesh_shape: devices per axis; those not named are 1, and -1 is all of the target's.
 
     Raises:
-      ValueError: the mesh does not fit the devices.
+      ValueError: the mesh does not fit the devices, or they lack a precision, or there is none of
+        that name.
     """
+    if target.device is not None:
+        check_products(quantize, devices[0].device_kind)
     shape = {axis: len(devices) if n == -1 else n for axis, n in mesh_shape.items()}
     mesh = partitioning.make_mesh(**shape, devices=devices)
     model = Transformer(config, jnp.bfloat16)
-    params = _per_layer(assembly.abstract_params(model, mesh, jnp.bfloat16), mesh)
+    params = _per_layer(assembly.abstract_params(model, mesh, jnp.bfloat16), mesh, quantize)
     empty = jax.eval_shape(functools.partial(new_cache, model, rollout, 1), params)
     cache = _placed(empty, mesh)
     contexts = [jax.ShapeDtypeStruct((1, text_tokens, d), jnp.bfloat16) for d in config.text_dims]
@@ -179,21 +184,25 @@ def stream_case(
     flops = block_flops(config, rollout, rollout.cache.window + 2, text_tokens)
     work = Work(flops, 0.0, passes, 0.0, rollout.cache.layout.video_frames * rollout.patches)
     program = Program(lower, float(rollout.num_steps), work)
-    read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.kv, text)))
-    read = (2 * planning.count(params) + read) / mesh.shape["tensor"]
+    read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, cache.kv, text)))
+    read /= mesh.shape["tensor"]
     return Case(target, mesh, {"block_step": program}, read)
 
 
-def _per_layer(params: Any, mesh: jax.sharding.Mesh) -> Any:
+def _per_layer(params: Any, mesh: jax.sharding.Mesh, quantize: str) -> Any:
     """Shapes and places of `weights.per_layer`."""
     join = mesh.size == 1
-    blocks = jax.eval_shape(lambda p: weights.per_layer(p, join=join), params)["blocks"]
+    how = {"join": join, "quantize": quantize}
+    blocks = jax.eval_shape(lambda p: weights.per_layer(p, **how), params)["blocks"]
 
     def place(path, x):
         stacked = params["blocks"]
-        for key in path[1:]:
-            stacked = stacked.get(key.key, {})  # joined ones have no place of their own
+        keys = [key.key for key in path[1:] if isinstance(key, jax.tree_util.DictKey)]
+        for key in keys:
+            stacked = stacked.get(key, {})  # joined ones have no place of their own
         spec = P(*stacked.sharding.spec[1:]) if stacked else P()
+        if len(keys) < len(path) - 1 and x.shape[0] == 1:  # the scales [1, out] of a kernel
+            spec = P(None, *spec[1:])
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return {**params, "blocks": jax.tree.map_with_path(place, blocks)}

@@ -72,6 +72,8 @@ DEVICES = {
     "gb300": Device(r"\bGB300\b", 2500e12, 5000e12, 276 * GIB, 8e12, 9e11, 1e11, 8),
 }
 # fmt: on
+# Those whose products take float8, which the others widen first.
+FLOAT8 = ("tpu7x", "h100", "h200", "b200", "gb200", "b300", "gb300")
 EXAMPLES = "v5p:4x4x4, v6e:8x8, tpu7x:2x2x4, v5e:4x4, v4:4x4x4, h100:32, h200:8, cpu"
 
 
@@ -92,6 +94,23 @@ def check_memory(what: str, num_bytes: float) -> None:
         raise ValueError(
             f"{what} takes {num_bytes / GIB:,.1f} GiB at least, and a device has "
             f"{there / GIB:,.1f} GiB: make it shorter, smaller or fewer at a time"
+        )
+
+
+def check_products(quantize: str, device_kind: str) -> None:
+    """Whether a device can multiply in a precision, see `quantization.PRECISIONS`.
+
+    Args:
+      quantize: the precision; weights in 8 bits, and their products where it is w8a8.
+      device_kind: JAX's name for it. One that is not in `DEVICES` is not known to lack anything.
+
+    Raises:
+      ValueError: its products take no float8.
+    """
+    known = (name for name, device in DEVICES.items() if re.search(device.kind, device_kind))
+    if quantize == "w8a8-fp8" and next(known, "h100") not in FLOAT8:
+        raise ValueError(
+            f"{device_kind} multiplies no float8: use w8a8-int8, or fp8, where only the weights are"
         )
 
 
@@ -201,6 +220,7 @@ gpu_device_info {{
   core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98  l2_cache_size: 52428800
   device_memory_size: {memory}  memory_bandwidth: {speed}
   cuda_compute_capability {{ major: 9 }}
+  runtime_version: "12.9.0"  compile_time_toolkit_version: "12.9.0"
 }}
 platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 device_description_str: "{name}"

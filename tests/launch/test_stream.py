@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_converters import ltx2, omniforcing, synthetic, tiny_decoder
+from checkpoint_converters import lora, ltx2, omniforcing, synthetic, tiny_decoder
 from checkpoint_converters.shapes import model_shapes
 from launch import sample_teacher, stream
 from omniforcing_jax.blocks import BlockLayout
@@ -28,6 +28,7 @@ from omniforcing_jax.models.tiny_decoder import TinyDecoderConfig
 from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
 from omniforcing_jax.sampling.flow import student_sigmas
 from omniforcing_jax.sampling.trained import TrainedSettings
+from omniforcing_jax.sampling.weights import per_layer
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.session import Chunk, StreamingSession
@@ -127,13 +128,16 @@ def test_clip_of_sentences(checkpoint, random_gemma, tmp_path, capsys, monkeypat
 
 
 def test_kept_encoder(checkpoint, random_gemma, tmp_path, capsys, monkeypatch):
-    """Later sentences are encoded when they are due, by the same encoder, as int8."""
+    """Later sentences are encoded when they are due, by the same encoder, as int8; the sampler's
+    products and its cache are in 8 bits, too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     more = sentences(random_gemma, "none", "a calm sea", "a storm@1")
-    more += ["--keep-encoder", "--quantize-encoder", "int8"]
+    more += ["--keep-encoder", "--quantize-encoder", "int8", "--quantize", "w8a8-int8"]
+    more += ["--cache-dtype", "int8"]
     assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 0
     report = capsys.readouterr().err
     assert "1 encoded, 0 from the cache" in report  # before the stream began
+    assert "as float32 and w8a8-int8 on" in report
     blocks = [line for line in report.splitlines() if line.startswith("block")]
     assert "text" in blocks[2] and "text" not in blocks[1]
     assert not (tmp_path / "user").exists()
@@ -461,6 +465,22 @@ def test_bad_input_is_refused_before_anything_is_loaded(
     assert stream.main(arguments(checkpoint, tmp_path / "clip.mp4", *more)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_loras_are_added_before_weights_are_quantised(checkpoint, tmp_path):
+    synthetic.write_lora(tmp_path / "style.safetensors", "tiny", "2.0")
+    metadata = checkpoints.load_config(checkpoint)["config"]
+    loras, _ = lora.updates([(tmp_path / "style.safetensors", 0.5)], metadata)
+    how = {"dtype": jnp.float32, "loras": loras}
+    merged = load_pipeline(checkpoint, **how, per_layer=False).params["transformer"]
+    expected = per_layer(merged, quantize="int8")
+    found = load_pipeline(checkpoint, **how, quantize="int8").params["transformer"]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert found["blocks"][1]["video_ff"]["up"]["kernel"].values.dtype == jnp.int8
+    with pytest.raises(ValueError, match="quantize must be one of none, int8, fp8, w8a8-int8"):
+        load_pipeline(checkpoint, **how, quantize="int4")
+    with pytest.raises(ValueError, match="'int8' is for streaming: leave per_layer as it is"):
+        load_pipeline(checkpoint, **how, quantize="int8", per_layer=False)
 
 
 def test_loras_are_added_to_the_weights(checkpoint, tmp_path, monkeypatch, capsys):

@@ -123,6 +123,9 @@ def test_a_sampler_needs_a_model(capsys):
     with pytest.raises(SystemExit):
         sample.parse_arguments(["--sampler", "world", "--other-sound", "--output", "nowhere"])
     assert "it is --sampler chance" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sample.parse_arguments(["--sampler", "world", "--cache-dtype", "int8", "--output", "no"])
+    assert "--cache-dtype are for --sampler stream" in capsys.readouterr().err
 
 
 def test_the_sound_of_another_clip_of_the_caption(monkeypatch):

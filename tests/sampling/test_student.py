@@ -1,5 +1,6 @@
 """Generating blocks: one step written out by hand, the scan, the host loop, and gradients."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from omniforcing_jax.blocks import BlockLayout
+from omniforcing_jax.models.quantization import dequantize
 from omniforcing_jax.models.transformer.config import tiny
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import student
@@ -167,9 +169,9 @@ def test_block_step_by_hand(name, request):
 def test_weights_per_layer_make_the_same_blocks(name, request):
     """Before the ring is full, when it is, and when blocks are evicted; anchors apart."""
     s = request.getfixturevalue(name)
-    copy = jax.tree.map(jnp.array, s.params)
-    params = per_layer(copy)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copy["blocks"]))
+    stacked = jax.tree.map(jnp.array, s.params)
+    params = per_layer(stacked)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stacked["blocks"]))
     assert (
         "qkv" in params["blocks"][1]["video_attn"] and "q" not in params["blocks"][1]["audio_attn"]
     )
@@ -178,6 +180,25 @@ def test_weights_per_layer_make_the_same_blocks(name, request):
         close = functools.partial(np.testing.assert_allclose, atol=2e-4, err_msg=str(block))
         jax.tree.map(close, found, expected)
         assert cache.num_blocks == block + 1 and isinstance(cache.kv, tuple)
+
+
+def test_a_cache_in_int8_makes_almost_the_same_blocks(sinks):
+    """All of its writes and reads: block 0, a ring that fills, is full, and lets go."""
+    params = per_layer(jax.tree.map(jnp.array, sinks.params))
+    changed, exact = copy.copy(sinks), list(sinks.host_loop(NUM_BLOCKS, params))
+    cache = dataclasses.replace(sinks.config.cache, dtype="int8")
+    changed.config = dataclasses.replace(sinks.config, cache=cache)
+    blocks = list(changed.host_loop(NUM_BLOCKS, params))
+    for (expected, _), (found, _) in zip(exact, blocks, strict=True):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+    cache = blocks[-1][1]
+    assert cache.kv[0].v2a.k.values.dtype == jnp.int8
+    exact = exact[-1][1].kv[0].audio.v  # within half a step of one layer's values
+    error = np.abs(dequantize(cache.kv[0].audio.v, jnp.float32) - exact)
+    assert 0 < error.max() < 0.05 * np.abs(exact).max()
+    with pytest.raises(ValueError, match="a cache in int8 needs weights per layer"):
+        student.new_cache(changed.model, changed.config, BATCH)
 
 
 @pytest.mark.default_xla

@@ -22,7 +22,7 @@ LAYERS = 2
 PARAMETERS = {"2.0": 1_116_741_888, "2.3": 1_200_851_584}
 # Bytes of the block step of full width with jaxlib 0.10.2, so that nothing grows unseen:
 # temporaries, with the arguments the peak, and what is moved. A change writes new ones here.
-BLOCK_STEP = {"h200:1": (1_506_160_920, 4_017_217_552, 830_404_096)}
+BLOCK_STEP = {("h200:1", "none"): (1_506_160_920, 4_017_217_552, 830_404_096)}
 CPU_TEMPORARIES = {"2.0": 8_590_983_208}
 TEST_FLAGS = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")  # of tests/conftest.py
 
@@ -61,9 +61,34 @@ def test_block_step_of_full_width_compiles(version):
         assert part["temporaries"] == pytest.approx(CPU_TEMPORARIES[version], rel=0.05)
 
 
+def test_weights_and_cache_in_8_bits_are_half_the_size():
+    target = Target.parse("cpu")
+    sizes = [
+        aot.stream_case(
+            target, target.load(), {"tensor": 1},
+            *dry_run.stream_config({"quantize": name}, layers=LAYERS),
+        ).weights_bytes
+        for name in ("none", "fp8")
+    ]  # fmt: skip
+    # of a layer: video and audio attention, attention to text, between both, and feed-forward
+    video, audio = 4096, 2048
+    kernels = 2 * 4 * (video**2 + audio**2) + 2 * (2 * video * audio + 2 * audio**2)
+    kernels += 8 * (video**2 + audio**2)
+    assert sizes[0] - sizes[1] == pytest.approx(LAYERS * kernels, rel=0.01)
+    model, how = TransformerConfig(num_layers=LAYERS), {"batch": 1, "patches": 384}
+    sizes = [
+        kv_cache.cache_bytes(
+            CacheConfig(BlockLayout.prefix(), dtype=dtype), model, **how, dtype="bfloat16",
+            per_layer=True,
+        )
+        for dtype in (None, "int8")
+    ]  # fmt: skip
+    assert 0.5 < sizes[1] / sizes[0] < 0.53  # scales are 4 bytes for 128 or 64 channels
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", BLOCK_STEP)
-def test_memory_of_the_block_step(target, tmp_path):
+@pytest.mark.parametrize(("target", "quantize"), BLOCK_STEP)
+def test_memory_of_the_block_step(target, quantize, tmp_path):
     """As users compile it, in a process of its own: half a minute, and compilers of 1.2 GB, for
     which it is one of the slow tests."""
     if not jaxlib.__version__.startswith("0.10."):
@@ -71,6 +96,7 @@ def test_memory_of_the_block_step(target, tmp_path):
     file = tmp_path / "result.json"
     command = [sys.executable, "-m", "launch.aot", "--target", target, "--program", "stream"]
     command += ["--mesh", "tensor=1", "--layers", str(LAYERS), "--traffic", "--output", str(file)]
+    command += ["--set", f'quantize="{quantize}"']
     environment = {k: v for k, v in os.environ.items() if k not in TEST_FLAGS}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 2 and "it needs" in done.stderr:
@@ -78,7 +104,7 @@ def test_memory_of_the_block_step(target, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = json.loads(file.read_text())
     part = result["parts"]["block_step"]
-    temporaries, peak, moved = BLOCK_STEP[target]
+    temporaries, peak, moved = BLOCK_STEP[target, quantize]
     assert part["traffic"]["bytes"]["moves"][1] == pytest.approx(moved, rel=0.05)
     assert part["temporaries"] == pytest.approx(temporaries, rel=0.05)
     assert part["peak"] == pytest.approx(peak, rel=0.05)

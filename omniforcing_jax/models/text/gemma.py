@@ -134,7 +134,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W without a bias: x [..., E] -> [..., features]; W is an array or an `Int8Array`."""
+    """y = x W without a bias: x [..., E] -> [..., features]; W an array or `QuantizedArray`."""
 
     features: int
     axes: tuple[str | None, str | None]
@@ -275,7 +275,8 @@ class TextTower(nn.Module):
 
     Attributes:
       dtype: compute dtype; parameters are cast to it at use.
-      quantize: "int8" declares the linear layers' kernels and the embedding table as `Int8Array`.
+      quantize: "int8" declares the linear layers' kernels and the embedding table as
+        `QuantizedArray`.
     """
 
     config: GemmaConfig

@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 
 from omniforcing_jax.distributed.partitioning import WeightRules, constrain, product
+from omniforcing_jax.models import quantization
 from omniforcing_jax.models.norms import layer_norm, rms_norm
 from omniforcing_jax.models.transformer.rope import Rope
 from omniforcing_jax.ops.attention import attention, attention_entropy
@@ -53,7 +54,8 @@ class History:
 class Slots:
     """The buffers of a layer's rolling cache, in which the block that is being made has slots, too.
 
-    Nothing is joined or copied then: each pass over a block overwrites its slots.
+    Nothing is joined or copied then: each pass over a block overwrites its slots. Buffers in 8 bits
+    are `QuantizedArray`, with a scale for each token and head; what a layer attends to, it expands.
 
     Attributes:
       kv: keys, not rotated, and values [B, S, N, H].
@@ -70,20 +72,24 @@ class Slots:
     def join(self, new: KV, rotated: jax.Array) -> tuple[KV, jax.Array | None, "Slots"]:
         """As `History.join`; what is new are the buffers."""
 
-        def put(buffer: jax.Array, x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(
-                buffer, x.astype(buffer.dtype), self.start, axis=1
-            )
+        def put(buffer, x: jax.Array):
+            return quantization.put(buffer, x, self.start, axis=1)
+
+        def read(buffer) -> jax.Array:
+            if isinstance(buffer, quantization.QuantizedArray):
+                return quantization.dequantize(buffer, rotated.dtype)
+            return buffer
 
         kv = KV(put(self.kv.k, new.k), put(self.kv.v, new.v))
         slots = self.replace(kv=kv, rotated=put(self.rotated, rotated))
-        return KV(slots.rotated, kv.v), self.length, slots
+        return KV(read(slots.rotated), read(kv.v)), self.length, slots
 
 
 class Linear(nn.Dense):
     """y = x W + b, made by `linear`; plus (x A) B where its parameters have adapters beside W.
 
-    Adapters are `lora_A` [in, rank] and `lora_B` [rank, out], see `training/adapters.py`.
+    Adapters are `lora_A` [in, rank] and `lora_B` [rank, out], see `training/adapters.py`. W is an
+    array, or, of a sampler, a `QuantizedArray` (see `sampling/weights.py`).
     """
 
     axes: tuple[str | None, str | None] = (None, None)
@@ -91,6 +97,9 @@ class Linear(nn.Dense):
     split_tokens: bool = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, quantization.QuantizedArray):
+            return self._quantized(x.astype(self.dtype), kernel)
         y = super().__call__(x)
         if not self.has_variable("params", "lora_A"):
             return y
@@ -99,6 +108,22 @@ class Linear(nn.Dense):
             kernel = self.get_variable("params", name).astype(self.dtype)
             x = product(x, kernel, axes, self.rules, split_tokens=self.split_tokens)
         return y + x  # [B, ..., out]
+
+    def _quantized(self, x: jax.Array, kernel: quantization.QuantizedArray) -> jax.Array:
+        """x [B, ..., in] -> [B, ..., out]; over several devices, only with 8-bit weights."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            y = quantization.matmul(x, kernel, self.dtype)
+        elif kernel.products:
+            raise ValueError("8-bit products run on one device: over a mesh, use int8 or fp8")
+        else:
+            how = {"split_tokens": self.split_tokens}
+            y = product(x, kernel.values.astype(self.dtype), self.axes, self.rules, **how)
+            y = quantization.scaled(y, kernel).astype(self.dtype)
+        if self.use_bias:
+            bias = self.get_variable("params", "bias").astype(self.dtype)
+            y = y + jnp.expand_dims(bias, range(y.ndim - 1))
+        return y
 
 
 def linear(

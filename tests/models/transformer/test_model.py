@@ -11,9 +11,12 @@ import pytest
 from einops import rearrange
 
 from checkpoint_converters.reading import load_component
+from omniforcing_jax.models.quantization import QuantizedArray
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Modality, Pathways, Transformer
 from omniforcing_jax.models.transformer.rope import Rope, axis_angles, frequencies
+from omniforcing_jax.sampling.weights import per_layer
+from tests.tiny_model import QUICK_COMPILE
 
 pytestmark = pytest.mark.default_xla
 TOLERANCE = 1e-4  # the references' own fp32 error is 9e-6; phases are formed in their order
@@ -120,6 +123,35 @@ def versions(*names):
 
 
 both = versions("2.0", "2.3")()
+
+
+@versions("2.3")()
+def test_low_precision(reference):
+    """A sampler's weights, with the products of the layers in 8 bits, and nothing else.
+
+    The bounds are twice the errors of benchmarks/RESULTS.md; what is between, test_quantization.
+    """
+    streams = [reference.modality(s, "a_uniform") for s in ("video", "audio")]
+    model = Transformer(reference.config)
+    apply = jax.jit(
+        lambda params: model.apply({"params": params}, *streams)[0], compiler_options=QUICK_COMPILE
+    )
+    for name, allowed in (("int8", 0.02), ("w8a8-fp8", 0.09)):
+        params = per_layer(jax.tree.map(jnp.array, reference.params), quantize=name)
+        names = {
+            path[-2].key
+            for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_quantized)
+            if is_quantized(leaf)
+        }
+        assert names == {"qkv", "q", "k", "v", "kv", "out", "up", "down"}
+        for stream, velocity in zip(("video", "audio"), apply(params), strict=True):
+            expected = reference.arrays[f"a_uniform_{stream}_velocity"]
+            error = np.linalg.norm(velocity - expected) / np.linalg.norm(expected)
+            assert allowed / 10 < error < allowed, (name, stream)
+
+
+def is_quantized(leaf) -> bool:
+    return isinstance(leaf, QuantizedArray)
 
 
 @both
