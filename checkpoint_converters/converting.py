@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from checkpoint_converters import downloads, orbax_io
+from checkpoint_converters import downloads, orbax_io, quantized
 from checkpoint_converters.computed import ComputedTensor
 from checkpoint_converters.output import appearing, folder_problems, progress_bar
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_middle
@@ -135,6 +135,8 @@ def run(
         raise ConversionError(problems)
     fingerprints = {component: fingerprint(group) for component, group in leaves.items()}
     content = plan.config_json | {"fingerprints": fingerprints | dict(plan.copied_fingerprints)}
+    if scales := quantized.float8_scales(leaves.get("transformer", [])):
+        content["float8"] = {"fingerprint": fingerprints["transformer"], "scales": scales}
     read_bytes = sum(source.info.num_bytes for leaf in every for source in leaf.sources)
     barrier("checked")
     show = show_progress and index == 0

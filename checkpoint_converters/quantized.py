@@ -16,11 +16,12 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from checkpoint_converters.computed import ComputedTensor, Rows, rows_of, some_rows
+from checkpoint_converters.orbax_io import Leaf
 from checkpoint_converters.safetensors_io import (
     USE_INSTEAD,
     ConversionError,
@@ -210,6 +211,27 @@ def _layout(
     if rotated:
         return "rotated int8"
     return "int8" if stated else "int8 without a comfy_quant that says whether it is rotated"
+
+
+def float8_scales(leaves: Iterable[Leaf]) -> dict[str, list[float | None]]:
+    """{path: the scale of each layer's weight} of stacked leaves with weights in float8 (e4m3).
+
+    A layer has None if it was not float8, has a scale for each row, or has a LoRA in it.
+    """
+    scales = {
+        leaf.path: [_float8_scale(source.info) for source in leaf.sources]
+        for leaf in leaves
+        if leaf.sources[0].layer is not None
+    }
+    return {path: found for path, found in scales.items() if any(found)}
+
+
+def _float8_scale(info: TensorInfo | ComputedTensor) -> float | None:
+    computed = isinstance(info, ComputedTensor) and info.recipe in (["cast"], ["scaled"])
+    if not computed or info.parts[0].dtype_code != "F8_E4M3":
+        return None
+    scale = np.ones(1) if len(info.parts) == 1 else read_tensor(info.parts[1]).reshape(-1)
+    return float(np.float32(scale[0])) if scale.size == 1 and scale[0] > 0 else None
 
 
 # -- layouts: (all tensors, module, its weight, marker) -> the weight; ValueError if it does not fit

@@ -393,7 +393,8 @@ def load_pipeline(
         params[name] = checkpoints.load_params(directory, name, dtype=component_dtype, **how)
     params["transformer"] = lora.merge(params["transformer"], loras)
     if per_layer:
-        params["transformer"] = weights.per_layer(params["transformer"], quantize=quantize)
+        how = {"quantize": quantize, "scales": checkpoints.float8_scales(directory)}
+        params["transformer"] = weights.per_layer(params["transformer"], **how)
     if places:
         params["transformer"] = jax.device_put(params["transformer"], jax.local_devices()[0])
     return Pipeline(config, params, dtype)

@@ -31,7 +31,7 @@ from omniforcing_jax.io.paths import locate
 FORMAT = 1
 UPSAMPLER = "upsampler"
 FAMILIES = ("ltx2", "omniforcing", UPSAMPLER)
-# entries of config.json that code relies on; the last three may be missing
+# entries of config.json that code relies on; the last four may be missing
 _ENTRIES = {
     "model_version": str,
     "config": dict,
@@ -39,6 +39,7 @@ _ENTRIES = {
     "fingerprints": dict,
     "checksums": dict,
     "folders": dict,
+    "float8": dict,
 }
 COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
 TINY_DECODER = "tiny_decoder"  # may be added to the others
@@ -71,7 +72,7 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
       metadata by section, "trained": see `TrainedSettings`, "components", "fingerprints": what
       tells a component's weights from others, "checksums": {component: `checksums.write`},
       "folders": see `component_folder`, "source", and, if there are any, "loras": those merged into
-      the weights, "notes"}.
+      the weights, "float8": see `float8_scales`, "notes"}.
 
     Raises:
       FileNotFoundError: no such folder, or it holds no converted checkpoint.
@@ -247,6 +248,28 @@ def weights_fingerprint(folder: str | os.PathLike, component: str, converter: st
             f"it was converted by an earlier version: convert again with python -m {converter}"
         )
     return found
+
+
+def float8_scales(folder: str | os.PathLike) -> dict[str, list[float | None]]:
+    """Scales of the transformer's weights that were float8 (e4m3) in the file they came in.
+
+    Returns:
+      {"/"-separated path of a stacked leaf: [the scale of each layer's weight, or None where that
+      was not float8 with one scale]}; empty where there are none, or other weights since.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_config`.
+    """
+    content = load_config(folder)
+    found = content.get("float8", {})
+    converted = found.get("fingerprint") == content.get("fingerprints", {}).get("transformer")
+    if not converted:
+        return {}
+    with parsing(locate(folder) / "config.json"):
+        return {
+            path: [None if scale is None else float(scale) for scale in scales]
+            for path, scales in found.get("scales", {}).items()
+        }
 
 
 def component_folder(

@@ -65,19 +65,24 @@ def check_mode(mode: str, modes: Any = MODES) -> None:
         raise ValueError(f"quantize must be one of {', '.join(modes)}, not {mode!r}")
 
 
-def quantize(array: jax.Array, axis: int, precision: Precision = INT8) -> QuantizedArray:
+def quantize(
+    array: jax.Array, axis: int, precision: Precision = INT8, scale: jax.Array | None = None
+) -> QuantizedArray:
     """Rounds with one scale for each channel, the entries along `axis`.
 
     Args:
       array: [...] floating point. What is not finite makes its channel's scale not finite.
       axis: the input axis, see `INPUT_AXIS`.
+      scale: of the channels, of size 1 along `axis`, where it is known and large enough.
     """
     x = array.astype(jnp.float32)
     dtype = jnp.dtype(precision.dtype)
     is_integer = jnp.issubdtype(dtype, jnp.integer)
     limit = 127.0 if is_integer else float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where(largest == 0, 1.0, largest / limit)
+    own = jnp.where(largest == 0, 1.0, largest / limit)
+    # float8 rounds half a step more than its largest number to that
+    scale = own if scale is None else jnp.where(largest <= 1.03 * limit * scale, scale, own)
     values = x / scale
     values = (jnp.round(values) if is_integer else values).astype(dtype)
     return QuantizedArray(values, scale, precision.products)
@@ -88,13 +93,17 @@ def dequantize(array: QuantizedArray, dtype: jnp.dtype) -> jax.Array:
     return (array.values.astype(jnp.float32) * array.scale).astype(dtype)
 
 
-def quantize_kernel(kernel: jax.Array, precision: Precision) -> QuantizedArray:
-    """A linear layer's kernel [E, M] for `matmul`; values and scales of 8-bit products lie as
-    [M, E] and [M, 1]: GPUs multiply 8-bit numbers in that order only, and would turn them in every
-    block, with a second copy of all weights."""
+def quantize_kernel(
+    kernel: jax.Array, precision: Precision, scale: jax.Array | None = None
+) -> QuantizedArray:
+    """A linear layer's kernel [E, M], with scales [1, M] if they are known, for `matmul`.
+
+    Values and scales of 8-bit products lie as [M, E] and [M, 1]: GPUs multiply 8-bit numbers in
+    that order only, and would turn them in every block, with a second copy of all weights.
+    """
     if precision.products:
-        return quantize(kernel.T, -1, precision)
-    return quantize(kernel, -2, precision)
+        return quantize(kernel.T, -1, precision, None if scale is None else scale.T)
+    return quantize(kernel, -2, precision, scale)
 
 
 def matmul(x: jax.Array, kernel: jax.Array | QuantizedArray, dtype: jnp.dtype) -> jax.Array:

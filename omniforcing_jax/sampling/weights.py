@@ -11,7 +11,8 @@ are; `benchmarks.precision` measures what each kind of module costs.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -37,7 +38,11 @@ def is_per_layer(params: Mapping[str, Any]) -> bool:
 
 
 def per_layer(
-    params: Mapping[str, Any], *, join: bool = True, quantize: str = "none"
+    params: Mapping[str, Any],
+    *,
+    join: bool = True,
+    quantize: str = "none",
+    scales: Mapping[str, Sequence[float | None]] | None = None,
 ) -> dict[str, Any]:
     """A transformer's weights as samplers use them; the stacked arrays are deleted on the way.
 
@@ -49,6 +54,9 @@ def per_layer(
       params: from `io.checkpoints.load_params`, layers stacked on the first axis of `blocks`.
       join: join the products of `JOINED`. Over devices that split the heads, leave them apart.
       quantize: "none", or one of `quantization.PRECISIONS`, for the kernels of `QUANTIZED`.
+      scales: of weights that were float8 in their file, from `io.checkpoints.float8_scales`. As
+        float8 they become again what they were there, and those without a scale are left as they
+        are; for int8 the scales say nothing.
 
     Returns:
       The same tree with `blocks` a tuple of the layers' trees; q, k and v of the self-attentions
@@ -58,13 +66,21 @@ def per_layer(
       ValueError: no such precision.
     """
     quantization.check_mode(quantize, ("none", *quantization.PRECISIONS))
+    precision = quantization.PRECISIONS.get(quantize)
+    as_filed = scales if precision and precision.dtype == jnp.float8_e4m3fn else None
     flat = flax.traverse_util.flatten_dict(params["blocks"])
     num_layers = next(iter(flat.values())).shape[0]
     layers: list[dict[tuple, Any]] = [{} for _ in range(num_layers)]
 
-    def place(path: tuple[str, ...], *parts: jax.Array) -> None:
-        if quantize != "none" and path[-1] == "kernel" and path[-2] in QUANTIZED:
-            pieces = _quantized_layers(parts, quantization.PRECISIONS[quantize])
+    def place(path: tuple[str, ...], *paths: tuple[str, ...]) -> None:
+        """Puts what lies at `paths`, joined, at `path` of the layers."""
+        parts = [jnp.asarray(flat.pop(path)) for path in paths]
+        pieces: Iterable[Any]
+        if precision and path[-1] == "kernel" and path[-2] in QUANTIZED:
+            known = [[math.nan] * num_layers] * len(parts)  # for all to be found
+            if as_filed:
+                known = [as_filed.get("/".join(("blocks", *p)), [None] * num_layers) for p in paths]
+            pieces = _quantized_layers(parts, precision, known)
         else:
             pieces = _unstacked(*parts)
         for layer, piece in zip(layers, pieces, strict=True):
@@ -78,31 +94,42 @@ def per_layer(
         for leaf in ("kernel", "bias"):
             paths = [(attention, part, leaf) for part in parts]
             if all(path in flat for path in paths):
-                place((attention, name, leaf), *(jnp.asarray(flat.pop(path)) for path in paths))
+                place((attention, name, leaf), *paths)
     for path in list(flat):
-        place(path, jnp.asarray(flat.pop(path)))
+        place(path, path)
     blocks = tuple(flax.traverse_util.unflatten_dict(layer) for layer in layers)
     return {**params, "blocks": blocks}
 
 
 def _quantized_layers(
-    parts: tuple[jax.Array, ...], precision: quantization.Precision
-) -> Iterator[quantization.QuantizedArray]:
-    """[L, in, n] arrays -> of each layer, one kernel [in, sum of n]."""
+    parts: Sequence[jax.Array],
+    precision: quantization.Precision,
+    scales: Sequence[Sequence[float | None]],
+) -> Iterator[quantization.QuantizedArray | jax.Array]:
+    """[L, in, n] arrays -> of each layer, one kernel [in, sum of n].
+
+    Args:
+      scales: of each part's layers; NaN is found here, and what has none is not rounded.
+    """
     device = jax.local_devices()[0]
     for i in range(parts[0].shape[0]):
-        kernels = [part[i] for part in parts]
+        kernels, known = [part[i] for part in parts], [scale[i] for scale in scales]
         if not isinstance(parts[0], jax.core.Tracer):
             kernels = jax.block_until_ready(jax.device_put(kernels, device))
-        yield _quantized(*kernels, precision=precision)
+        if None in known:
+            yield jnp.concatenate(kernels, axis=-1)
+        else:
+            yield _quantized(kernels, known, precision=precision)
 
 
 @functools.partial(jax.jit, static_argnames="precision")
 def _quantized(
-    *kernels: jax.Array, precision: quantization.Precision
+    kernels: list[jax.Array], scales: list[float], *, precision: quantization.Precision
 ) -> quantization.QuantizedArray:
     kernel = jnp.concatenate(kernels, axis=-1)  # [in, sum of out]
-    return quantization.quantize_kernel(kernel, precision)
+    widths = [(1, kernel.shape[1]) for kernel in kernels]
+    known = [jnp.full(width, scale) for width, scale in zip(widths, scales, strict=True)]
+    return quantization.quantize_kernel(kernel, precision, jnp.concatenate(known, axis=-1))
 
 
 @jax.jit

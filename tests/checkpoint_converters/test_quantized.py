@@ -17,6 +17,7 @@ from checkpoint_converters import computed, ltx2, reading, safetensors_io, synth
 from checkpoint_converters.key_map import DIT, find_place
 from checkpoint_converters.safetensors_io import ConversionError, read_header
 from omniforcing_jax.io import checkpoints
+from omniforcing_jax.sampling.weights import per_layer
 from tests.checkpoint_converters.files import read_file, rewrite_file, write_file
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -125,6 +126,30 @@ def test_what_was_not_quantised_is_kept(scaled, tmp_path, monkeypatch):
         strict=True,
     ):
         np.testing.assert_array_equal(a, np.asarray(b))
+
+
+def test_float8_weights_are_streamed_as_the_file_has_them(scaled, tmp_path):
+    """On disk they are bfloat16; the scales that the converter notes make them again, bit by bit,
+    also beside a LoRA, and layers that were not float8 stay what they were."""
+    ltx2.convert(scaled, tmp_path / "out")
+    arrays, _ = read_file(scaled)
+    params = checkpoints.load_params(tmp_path / "out", "transformer")
+    scales = checkpoints.float8_scales(tmp_path / "out")
+    assert {tuple(s is None for s in found) for found in scales.values()} == {(True, False)}
+    up = params["blocks"]["audio_ff"]["up"]["kernel"]
+    params["blocks"]["audio_ff"]["up"]["kernel"] = up.at[1, :, 0].add(10)  # more than its scale can
+    blocks = per_layer(params, quantize="w8a8-fp8", scales=scales)["blocks"]
+    assert isinstance(blocks[0]["video_ff"]["up"]["kernel"], jax.Array)
+    names = [f"{BLOCK}attn1.to_{name}.weight" for name in "qkv"]
+    found = blocks[1]["video_attn"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(found.values, np.concatenate([arrays[name] for name in names]))
+    expected = np.repeat([arrays[name + "_scale"] for name in names], len(found.scale) // 3)
+    np.testing.assert_array_equal(found.scale[:, 0], expected)
+    found, key = blocks[1]["audio_ff"]["up"]["kernel"], f"{BLOCK}audio_ff.net.0.proj.weight"
+    np.testing.assert_array_equal(found.values[1:], arrays[key][1:])
+    assert np.asarray(found.scale[0]) > 10 / 449 and found.values[0].astype(np.float32).max() == 448
+    checkpoints.save_params(tmp_path / "out", "transformer", {"blocks": {"a": np.ones(1)}})
+    assert checkpoints.float8_scales(tmp_path / "out") == {}  # other weights
 
 
 def per_row(arrays):
