@@ -113,9 +113,10 @@ def error(found: AVLatents, expected: AVLatents) -> tuple[float, float]:
 
 def stream(model: Transformer, params: dict, rollout: RolloutConfig, contexts):
     """Clean latents of each block of a stream, from weights per layer."""
-    encode = jit(student.prompt_kv, static_argnums=0, static_argnames="levels")
+    encode = jit(student.prompt_kv, static_argnums=0, static_argnames=("levels", "dtype"))
     step = jit(student.block_step, static_argnums=(0, 6), static_argnames="first")
-    text = encode(model, params, *contexts, levels=rollout.sigma_levels)
+    how = {"levels": rollout.sigma_levels, "dtype": rollout.cache.dtype}
+    text = encode(model, params, *contexts, **how)
     cache = student.new_cache(model, rollout, 1, params)
     rope, found = rollout.rope(model), []
     for block in range(BLOCKS):

@@ -236,6 +236,7 @@ def text_kv(pipeline: Pipeline, args, config: RolloutConfig, prompt: str) -> Tex
         pipeline.params["transformer"],
         *contexts(pipeline, args, prompt),
         levels=config.sigma_levels,
+        dtype=config.cache.dtype,
     )
 
 

@@ -13,12 +13,13 @@ from absl import app, flags, logging
 from rich.console import Console
 
 from omniforcing_jax import AVGuidance, PromptEncoder
-from omniforcing_jax.io import outputs
+from omniforcing_jax.io import checkpoints, outputs
 from omniforcing_jax.models import quantization
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
 from omniforcing_jax.sampling.kv_cache import DTYPES as CACHE_DTYPES
 from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.trained import TrainedSettings
+from omniforcing_jax.scaling.devices import check_products
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.video import MODES
 from omniforcing_jax.text import features as text_features
@@ -243,6 +244,19 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         "--quantize", choices=("none", *quantization.PRECISIONS), default="none",
         help="the transformer's weights in 8 bits; with w8a8, its products, too (default none)",
     )  # fmt: skip
+
+
+def check_precision(args: argparse.Namespace) -> list[str]:
+    """What a user should know of --quantize, a line each.
+
+    Raises:
+      ValueError: the device lacks it.
+    """
+    check_products(args.quantize, jax.local_devices()[0].device_kind)
+    if "int8" in args.quantize and checkpoints.float8_scales(args.checkpoint):
+        text = "weights were float8 in their file and are rounded once more; fp8 keeps them"
+        return [f"--quantize {args.quantize}: {text}"]
+    return []
 
 
 def loading(args: argparse.Namespace) -> str:

@@ -33,7 +33,7 @@ from omniforcing_jax import (
     programs,
 )
 from omniforcing_jax.sampling.kv_cache import cache_bytes
-from omniforcing_jax.scaling.devices import check_memory, check_products
+from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.serving.runtime import Limits, Runtime
 
 try:
@@ -107,9 +107,9 @@ def check_arguments(
         raise ValueError(
             f"{args.checkpoint} is bidirectional and was not trained to be streamed: give a student"
         )
-    for note in options.list_deviations(options.use_trained(args, config.trained)):
+    notes = options.list_deviations(options.use_trained(args, config.trained))
+    for note in (*notes, *options.check_precision(args)):
         programs.say(note)
-    check_products(args.quantize, jax.local_devices()[0].device_kind)
     layout = config.layout(args.layout, args.fps)
     cache = config.cache(layout, args.window, args.anchors, args.positions)
     cache = dataclasses.replace(cache, dtype=args.cache_dtype)

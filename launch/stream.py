@@ -54,7 +54,7 @@ from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.lora import KernelUpdate
 from omniforcing_jax.ops.attention import attention
 from omniforcing_jax.sampling.kv_cache import cache_bytes
-from omniforcing_jax.scaling.devices import check_memory, check_products
+from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.streaming import media
 from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
@@ -163,7 +163,7 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     notes = options.list_deviations(deviations(args, config))
     _check_decoder(args, config)
     _check_attention(args, config)
-    check_products(args.quantize, jax.local_devices()[0].device_kind)
+    notes += options.check_precision(args)
     layout = config.layout(args.layout, args.fps)
     cache = config.cache(layout, args.window, args.anchors, args.positions)
     cache = dataclasses.replace(cache, dtype=args.cache_dtype)

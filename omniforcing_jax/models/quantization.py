@@ -106,6 +106,11 @@ def quantize_kernel(
     return quantize(kernel, -2, precision, scale)
 
 
+def expanded(array: jax.Array | QuantizedArray, dtype: jnp.dtype) -> jax.Array:
+    """`dequantize`, or an array that is none as it is."""
+    return dequantize(array, dtype) if isinstance(array, QuantizedArray) else array
+
+
 def matmul(x: jax.Array, kernel: jax.Array | QuantizedArray, dtype: jnp.dtype) -> jax.Array:
     """x W: x [..., E] in any dtype, kernel [E, M] -> [..., M] in `dtype`, summed in float32, or in
     int32."""

@@ -56,8 +56,8 @@ class CacheConfig:
       anchors: blocks 1..n that are never evicted (block 0 never is).
       positions: "absolute" (a token keeps the time at which it was generated) or "relative" (to the
         window: streams of any length stay inside the trained range).
-      dtype: "int8", with a scale for each token and head, where buffers lie per layer; None is the
-        model's.
+      dtype: of keys and values, those of the text included: "int8", with a scale for each token and
+        head, where buffers lie per layer; None is the model's.
 
     Raises:
       ValueError: no window, fewer than no anchors, or other positions or dtypes.

@@ -28,6 +28,7 @@ from omniforcing_jax.geometry import (
     normal_latents,
     stream_ropes,
 )
+from omniforcing_jax.models import quantization
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
@@ -50,6 +51,7 @@ def prompt_kv(
     video_context: jax.Array,
     audio_context: jax.Array,
     levels: tuple[float, ...],
+    dtype: str | None = None,
 ) -> TextKV:
     """Text keys and values for the noise levels `RolloutConfig.text_levels`, once per prompt.
 
@@ -57,6 +59,7 @@ def prompt_kv(
       model, params: the transformer and its parameter tree.
       video_context, audio_context: [B, S, text_dim].
       levels: noise levels in [0, 1].
+      dtype: that of the cache, see `CacheConfig`.
 
     Returns:
       [L, B, S, N, H] arrays; where the text attention is modulated (LTX-2.3) they depend on the
@@ -64,9 +67,12 @@ def prompt_kv(
     """
 
     def encode(sigma):
-        return model.apply(
-            {"params": params}, video_context, audio_context, sigma, method="text_kv"
-        )
+        contexts = video_context, audio_context
+        text = model.apply({"params": params}, *contexts, sigma, method="text_kv")
+        if dtype is None:
+            return text
+        precision = quantization.PRECISIONS[dtype]
+        return jax.tree.map(lambda x: quantization.quantize(x, -1, precision), text)
 
     if not model.config.text_adaln:
         return encode(None)

@@ -165,7 +165,8 @@ def stream_case(
     empty = jax.eval_shape(functools.partial(new_cache, model, rollout, 1), params)
     cache = _placed(empty, mesh)
     contexts = [jax.ShapeDtypeStruct((1, text_tokens, d), jnp.bfloat16) for d in config.text_dims]
-    encode = functools.partial(prompt_kv, model, levels=rollout.sigma_levels)
+    how = {"levels": rollout.sigma_levels, "dtype": rollout.cache.dtype}
+    encode = functools.partial(prompt_kv, model, **how)
     text = _placed(jax.eval_shape(encode, params, *contexts), mesh)
     noise = jax.eval_shape(
         lambda: block_noise(jax.random.key(0), 1, rollout, model, 1, first=False)

@@ -75,7 +75,7 @@ def fills_cache(params, config: RolloutConfig, num_blocks: int | None) -> bool:
     return is_per_layer(params) and (num_blocks is None or num_blocks > config.cache.capacity)
 
 
-jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels"))
+jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels", "dtype"))
 
 
 def latent_shapes(

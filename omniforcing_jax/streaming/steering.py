@@ -161,8 +161,10 @@ class Steering:
             missing = 0 if longest is None else longest - contexts[0].shape[1]
             if missing:
                 contexts = [jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in contexts]
-            levels = self.media.rollout.text_levels(frozen=self.media.stream is not None)
-            self._text = jitted_prompt_kv(self._model, self._params, *contexts, levels=levels)
+            rollout = self.media.rollout
+            levels = rollout.text_levels(frozen=self.media.stream is not None)
+            how = {"levels": levels, "dtype": rollout.cache.dtype}
+            self._text = jitted_prompt_kv(self._model, self._params, *contexts, **how)
         return self._text
 
     # What is given

@@ -1,5 +1,6 @@
 """Low-precision files become the weights they stand for; other layouts are named and refused."""
 
+import argparse
 import functools
 import json
 import pathlib
@@ -16,6 +17,7 @@ import pytest
 from checkpoint_converters import computed, ltx2, reading, safetensors_io, synthetic
 from checkpoint_converters.key_map import DIT, find_place
 from checkpoint_converters.safetensors_io import ConversionError, read_header
+from launch import options
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.sampling.weights import per_layer
 from tests.checkpoint_converters.files import read_file, rewrite_file, write_file
@@ -148,6 +150,9 @@ def test_float8_weights_are_streamed_as_the_file_has_them(scaled, tmp_path):
     found, key = blocks[1]["audio_ff"]["up"]["kernel"], f"{BLOCK}audio_ff.net.0.proj.weight"
     np.testing.assert_array_equal(found.values[1:], arrays[key][1:])
     assert np.asarray(found.scale[0]) > 10 / 449 and found.values[0].astype(np.float32).max() == 448
+    args = {"quantize": "w8a8-int8", "checkpoint": tmp_path / "out"}
+    (note,) = options.check_precision(argparse.Namespace(**args))
+    assert note.startswith("--quantize w8a8-int8: weights were float8")
     checkpoints.save_params(tmp_path / "out", "transformer", {"blocks": {"a": np.ones(1)}})
     assert checkpoints.float8_scales(tmp_path / "out") == {}  # other weights
 

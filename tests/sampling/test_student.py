@@ -61,8 +61,9 @@ class Setup:
         if params is None:
             params = self.params
         else:
-            encode = jit(prompt_kv, static_argnames=("model", "levels"))
-            text = encode(self.model, params, *self.contexts, levels=self.config.sigma_levels)
+            encode = jit(prompt_kv, static_argnames=("model", "levels", "dtype"))
+            how = {"levels": self.config.sigma_levels, "dtype": self.config.cache.dtype}
+            text = encode(self.model, params, *self.contexts, **how)
         cache = student.new_cache(self.model, self.config, BATCH, params)
         for block in range(num_blocks):
             full = is_per_layer(params) and block >= self.config.cache.capacity

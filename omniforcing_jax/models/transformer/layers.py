@@ -21,7 +21,11 @@ from omniforcing_jax.ops.attention import attention, attention_entropy
 
 @flax.struct.dataclass
 class KV:
-    """Keys, normalised and (unless said otherwise) not rotated, and values: [..., B, S, N, H]."""
+    """Keys, normalised and (unless said otherwise) not rotated, and values: [..., B, S, N, H].
+
+    Those of a stream's cache and text may be `QuantizedArray`, with a scale for each token and
+    head; attention expands what it reads.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -54,8 +58,7 @@ class History:
 class Slots:
     """The buffers of a layer's rolling cache, in which the block that is being made has slots, too.
 
-    Nothing is joined or copied then: each pass over a block overwrites its slots. Buffers in 8 bits
-    are `QuantizedArray`, with a scale for each token and head; what a layer attends to, it expands.
+    Nothing is joined or copied then: each pass over a block overwrites its slots.
 
     Attributes:
       kv: keys, not rotated, and values [B, S, N, H].
@@ -75,14 +78,9 @@ class Slots:
         def put(buffer, x: jax.Array):
             return quantization.put(buffer, x, self.start, axis=1)
 
-        def read(buffer) -> jax.Array:
-            if isinstance(buffer, quantization.QuantizedArray):
-                return quantization.dequantize(buffer, rotated.dtype)
-            return buffer
-
         kv = KV(put(self.kv.k, new.k), put(self.kv.v, new.v))
         slots = self.replace(kv=kv, rotated=put(self.rotated, rotated))
-        return KV(read(slots.rotated), read(kv.v)), self.length, slots
+        return KV(slots.rotated, kv.v), self.length, slots
 
 
 class Linear(nn.Dense):
@@ -362,6 +360,7 @@ class Attention(nn.Module):
         if history is not None:
             joined, length, new = history.join(kv, k)
             k, v = joined.k, joined.v  # [B, S + history, N, H]
+        k, v = (quantization.expanded(x, self.dtype) for x in (k, v))
         if self.measured and self.is_mutable_collection("diagnostics"):
             self.sow("diagnostics", "entropy", attention_entropy(q, k, kv_end))
         y = attention(

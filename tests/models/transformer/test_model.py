@@ -129,25 +129,24 @@ both = versions("2.0", "2.3")()
 def test_low_precision(reference):
     """A sampler's weights, with the products of the layers in 8 bits, and nothing else.
 
-    The bounds are twice the errors of benchmarks/RESULTS.md; what is between, test_quantization.
+    The bound is twice the error of benchmarks/RESULTS.md; what others change, test_quantization.
     """
     streams = [reference.modality(s, "a_uniform") for s in ("video", "audio")]
     model = Transformer(reference.config)
     apply = jax.jit(
         lambda params: model.apply({"params": params}, *streams)[0], compiler_options=QUICK_COMPILE
     )
-    for name, allowed in (("int8", 0.02), ("w8a8-fp8", 0.09)):
-        params = per_layer(jax.tree.map(jnp.array, reference.params), quantize=name)
-        names = {
-            path[-2].key
-            for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_quantized)
-            if is_quantized(leaf)
-        }
-        assert names == {"qkv", "q", "k", "v", "kv", "out", "up", "down"}
-        for stream, velocity in zip(("video", "audio"), apply(params), strict=True):
-            expected = reference.arrays[f"a_uniform_{stream}_velocity"]
-            error = np.linalg.norm(velocity - expected) / np.linalg.norm(expected)
-            assert allowed / 10 < error < allowed, (name, stream)
+    params = per_layer(jax.tree.map(jnp.array, reference.params), quantize="int8")
+    names = {
+        path[-2].key
+        for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_quantized)
+        if is_quantized(leaf)
+    }
+    assert names == {"qkv", "q", "k", "v", "kv", "out", "up", "down"}
+    for stream, velocity in zip(("video", "audio"), apply(params), strict=True):
+        expected = reference.arrays[f"a_uniform_{stream}_velocity"]
+        error = np.linalg.norm(velocity - expected) / np.linalg.norm(expected)
+        assert 1e-3 < error < 0.02, stream
 
 
 def is_quantized(leaf) -> bool:
