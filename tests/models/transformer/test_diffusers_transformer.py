@@ -3,17 +3,23 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel
+from diffusers.loaders import LTX2LoraLoaderMixin
 
+from checkpoint_converters import adapter_files
 from checkpoint_converters.reading import load_component, read_metadata
 from omniforcing_jax.models.transformer import rope
 from omniforcing_jax.models.transformer.config import TransformerConfig
-from omniforcing_jax.models.transformer.model import Modality, Transformer
+from omniforcing_jax.models.transformer.model import Modality, Transformer, init_boxed_params
+from omniforcing_jax.training import adapters
+from omniforcing_jax.training.adapters import AdapterConfig
+from tests.checkpoint_converters.files import write_file
 from tests.tiny_model import QUICK_COMPILE
 
 TOLERANCE = 1e-4
@@ -93,7 +99,7 @@ class Pair:
             )
         return out.sample.numpy(), out.audio_sample.numpy()
 
-    def ours(self, sigmas, *, global_sigmas=None, keyframes=None, **changes):
+    def ours(self, sigmas, *, global_sigmas=None, keyframes=None, params=None, **changes):
         config = dataclasses.replace(self.config, **changes)
         # Always present, for one program instead of two; the maximum is what absence means.
         global_sigmas = global_sigmas or tuple(s.max(axis=1) for s in sigmas)
@@ -110,7 +116,7 @@ class Pair:
             self.latents[1], sigmas[1], tables.audio_rope(audio_frames),
             tables.audio_cross_rope(audio_frames), self.contexts[1], global_sigma=global_sigmas[1],
         )  # fmt: skip
-        return apply(Transformer(config), self.params, video, audio)
+        return apply(Transformer(config), params or self.params, video, audio)
 
 
 @functools.partial(jax.jit, static_argnames="model", compiler_options=QUICK_COMPILE)
@@ -222,6 +228,41 @@ def test_global_sigmas(ltx23):
     ours = ltx23.ours(sigmas, global_sigmas=sample)
     check(ours, reference)
     assert differ(ours, ltx23.ours(sigmas))
+
+
+def test_exported_lora(ltx20, tmp_path):
+    """Adapters in LTX-2's layout, read by diffusers' loader, give the velocities that ours have.
+
+    PEFT, which diffusers leaves the sums to, is not needed for them: y + B A x, since its alpha is
+    the rank where a file has none.
+    """
+    config = AdapterConfig(ranks=(3,), alphas=(6.0,))
+    model = Transformer(ltx20.config)
+    boxed = jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
+    rng = np.random.default_rng(3)
+    trained = jax.tree.map(
+        lambda x: 0.2 * rng.standard_normal(x.shape, np.float32),
+        nn.unbox(adapters.boxed_trained(boxed, config)),
+    )
+    made = adapter_files.tensors(trained, config)
+    file = write_file(tmp_path / "lora.safetensors", {key: make() for key, make in made.items()})
+    loaded = LTX2LoraLoaderMixin.lora_state_dict(str(file))
+    layers = {key.rpartition(".lora_")[0] for key in loaded}
+    assert len(layers) == 2 * (6 * 4 + 2 * 2)  # attentions and feed-forwards of two layers
+
+    def add(name: str):
+        down, up = (loaded[f"{name}.lora_{part}.weight"].T for part in "AB")
+        module = ltx20.torch.get_submodule(name.removeprefix("transformer."))
+        return module.register_forward_hook(lambda module, x, y: y + x[0] @ down @ up)
+
+    before = ltx20.reference(uniform())
+    hooks = [add(name) for name in layers]
+    reference = ltx20.reference(uniform())
+    for hook in hooks:
+        hook.remove()
+    assert differ(reference, before)
+    merged = adapters.merged(ltx20.params, trained, config)
+    check(ltx20.ours(uniform(), params=merged), reference)
 
 
 def test_interleaved_rope_and_gate_scale(tmp_path):
