@@ -42,8 +42,13 @@ SERVE = [
     "websockets>=14",
     "prometheus-client>=0.20",
 ]
+# examples/talker.py: chat and speech models over HTTP, whose answers are read as they come
+TALKER = [*SERVE, "httpx>=0.27"]
 # The world of balls in pocket/: filters and matching of its measures.
 POCKET = [*PLOTS, "scipy>=1.13"]
+
+# launch.evaluate: its tables, and CLIP and CLAP scores from weights that are there.
+EVAL = ["scipy>=1.13", "torch>=2.6", "transformers>=5.0"]
 
 EXTRAS_REQUIRE = {
     # accelerators: one of these
@@ -54,21 +59,24 @@ EXTRAS_REQUIRE = {
     "pocket": POCKET,
     # live streams in a browser
     "serve": SERVE,
+    "talker": TALKER,
+    # tables of clips
+    "eval": EVAL,
     # runs and checkpoints on gs://
     "storage": ["gcsfs", "google-cloud-storage"],
     # torch, diffusers and transformers are the references that the tests compare with
     "test": [
         *TRAIN,
         *POCKET,
-        *SERVE,
+        *TALKER,
         "playwright>=1.45",  # the page, in the Chromium of the system
         "hypothesis>=6.100",  # extremes of options and settings
         "pytest>=8.0",
         "pytest-xdist>=3.6",
-        "torch>=2.6",
+        "pyyaml>=6.0",  # launch/kubernetes.yaml
+        *EVAL,
         "torchmetrics>=1.4",  # distances between sets of features
         "diffusers>=0.42",
-        "transformers>=5.0",
         "ruff>=0.12",
     ],
 }

@@ -91,6 +91,7 @@ EXPENSIVE = {
     "launch.stream": "load_pipeline",
     "launch.serve": "load_pipeline",
     "benchmarks.serve": "start",
+    "examples.talker": "converse",
     "benchmarks.stream": "run",
     "benchmarks.given": "load_pipeline",
     "benchmarks.precision": "tables",

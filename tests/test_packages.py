@@ -14,7 +14,10 @@ import pytest
 import omniforcing_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGES = ("omniforcing_jax", "configs", "checkpoint_converters", "launch", "benchmarks", "pocket")
+PACKAGES = (
+    *("omniforcing_jax", "configs", "checkpoint_converters", "launch", "benchmarks", "pocket"),
+    "examples",
+)
 # What each may import of the others; tests may import everything.
 MAY_IMPORT = {
     "omniforcing_jax": set(),
@@ -23,6 +26,7 @@ MAY_IMPORT = {
     "launch": {"omniforcing_jax", "configs", "checkpoint_converters"},
     "benchmarks": {"omniforcing_jax", "configs", "checkpoint_converters", "launch"},
     "pocket": {"omniforcing_jax", "configs", "checkpoint_converters", "launch"},
+    "examples": {"omniforcing_jax"},
 }
 # The library's own, top down as docs/architecture.md draws them: each imports its own row and those
 # below.

@@ -19,7 +19,14 @@ from omniforcing_jax import programs
 from omniforcing_jax.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGES = ("omniforcing_jax", "checkpoint_converters", "launch", "benchmarks", "pocket")
+PACKAGES = (
+    "omniforcing_jax",
+    "checkpoint_converters",
+    "launch",
+    "benchmarks",
+    "pocket",
+    "examples",
+)
 
 
 def program_files() -> list[pathlib.Path]:

@@ -1,11 +1,15 @@
 """The shell launchers: what they would run, what they refuse, when they start a run again."""
 
+import json
 import os
 import pathlib
 import shlex
 import subprocess
 
 import pytest
+import yaml
+
+from launch import serve
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = {
@@ -166,3 +170,35 @@ def test_a_pod_that_was_taken_away_is_asked_for_anew(tmp_path):
     for word in words:
         assert word in calls, (word, calls)
         calls = calls[calls.index(word) + len(word) :]
+
+
+def test_container_and_kubernetes():
+    """They name files, extras, options and addresses that are there."""
+    entry = ["python", "-m", "launch.serve"]
+    lines = (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", "").splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert "omniforcing_jax" in copied
+    assert all((ROOT / path).exists() for path in copied)
+    assert f"ENTRYPOINT {json.dumps(entry)}" in lines
+    (extras,) = (line.partition("EXTRAS=")[2] for line in lines if line.startswith("ARG EXTRAS"))
+    assert all(f'"{extra}":' in (ROOT / "setup.py").read_text() for extra in extras.split(","))
+    (example,) = (line for line in lines if "docker run --gpus" in line)
+    options = shlex.split(example[example.index("--host") :].replace("#", ""))
+    assert serve.parse_arguments(options).host == "0.0.0.0"
+    text = (ROOT / "launch" / "kubernetes.yaml").read_text()
+    deployment, _, service = yaml.safe_load_all(text)
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    args = serve.parse_arguments(container["args"])
+    assert args.host == "0.0.0.0" and args.token == "$(TOKEN)"
+    assert [port["containerPort"] for port in container["ports"]] == [args.port]
+    assert service["spec"]["ports"][0]["port"] == args.port
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert set(mounts.values()) == volumes
+    assert f"/{pathlib.Path(args.checkpoint).parts[1]}" in mounts
+    source = (ROOT / "omniforcing_jax" / "serving" / "web.py").read_text()
+    probes = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness")]
+    for path in (*probes, pod["metadata"]["annotations"]["prometheus.io/path"]):
+        assert f'Route("{path}"' in source

@@ -69,12 +69,12 @@ def encode(text: str) -> str:
 
 
 @contextlib.contextmanager
-def serving(token=None, hosts=("localhost", "127.0.0.1"), **limits):
+def serving(token=None, hosts=("localhost", "127.0.0.1"), stream=ColourStream, **limits):
     """Runs a server; yields its port."""
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     bound.listen()
-    with Runtime(ColourStream, FRAME_RATE, Limits(**{"lead": 2.0} | limits)) as runtime:
+    with Runtime(stream, FRAME_RATE, Limits(**{"lead": 2.0} | limits)) as runtime:
         service = Service(runtime, encode, WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE,
                           token=token, hosts=hosts)  # fmt: skip
         config = uvicorn.Config(make_app(service), log_level="error", ws_max_size=32 << 20)
