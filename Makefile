@@ -23,7 +23,7 @@ PROMPT = a big yellow ball bounces on the floor
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve pocket pocket-report pocket-ablations tiny test test-slow aot lint format bench clean
+.PHONY: help demo serve pocket pocket-report pocket-ablations pocket-evaluate tiny test test-slow aot lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,8 @@ pocket:  ## the pocket model from nothing, through pre-training and all stages: 
 pocket-report:  ## measures of pocket/results.md; trains what it compares with: hours
 
 pocket-ablations:  ## stage II of the pocket model with other stabilisers: hours
+
+pocket-evaluate:  ## teacher and student beside true clips: a table, and a page with the clips
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow tests
 	$(PYTEST)

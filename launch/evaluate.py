@@ -1,67 +1,101 @@
-"""Measures folders of clips of the same prompts, and writes one table with differences.
+"""Samples the same prompts by several samplers, measures their clips, and compares them.
+
+    python -m launch.evaluate --prompts prompts.txt --common="--text-encoder checkpoints/gemma3" \\
+        --sampler "teacher=--checkpoint checkpoints/ltx2" \\
+        --sampler "student=--checkpoint checkpoints/omniforcing" --output outputs/evaluation
+
+A sampler is a command line of launch.stream, or for a bidirectional checkpoint of
+launch.sample_teacher, without prompt, seed and output. Clips that are there already are measured by
+their folders:
 
     python -m launch.evaluate teacher=outputs/teacher student=outputs/student \\
         --layout student=prefix --output outputs/evaluation
 
 Clips of one name belong to one prompt and seed in all folders (0000.mp4, sample_0001.mp4, …); the
-first folder is the reference of the differences. Nothing is downloaded: the measures are those of
-`omniforcing_jax.evaluation`, from pixels and samples alone, with 95 % intervals by bootstrap over
-the clips. OUTPUT gets table.md, table.json, and page.html, which shows the clips side by side. What
-has been measured is kept there: the same command goes on, and measures only what is new or changed.
+first folder, or else the first sampler, is the reference of the differences. Nothing is downloaded:
+most measures need pixels and samples alone; 95 % intervals are by bootstrap over the clips. OUTPUT
+gets the clips, table.md, table.json, and page.html, which shows the clips side by side. What has
+been sampled and measured is kept there: the same command goes on, and makes only what is new or
+changed, on several hosts with --distributed.
 
 What the measures are blind to, and how to get those that need networks: docs/evaluation.md.
 """
 
 import argparse
 import dataclasses
-import hashlib
-import html
+import functools
 import json
-import os
 import pathlib
 import re
+import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
-from rich.console import Console
-from rich.progress import track
+import jax
 
+from launch import compilation, network_measures, options, sampled_clips, shard_job
+from launch.clip_measures import PIXELS, Measurer, Measures, measure_folder, merged
+from launch.evaluation_table import compare, markdown, page, table_cells
+from launch.sampled_clips import TIMINGS, Sampler
+from launch.shard_job import ShardProgress
 from omniforcing_jax import programs
 from omniforcing_jax.blocks import LAYOUT_NAMES
-from omniforcing_jax.evaluation import tables
-from omniforcing_jax.evaluation.clips import MEANINGS, find_clips, measure_clip
+from omniforcing_jax.distributed import multihost
+from omniforcing_jax.evaluation.clips import find_clips
 from omniforcing_jax.evaluation.published import PUBLISHED
-from omniforcing_jax.evaluation.tables import Estimate
 from omniforcing_jax.io import outputs
 from omniforcing_jax.io.paths import new_file
+from omniforcing_jax.text import prompt_files
 
 PROGRAM = "launch.evaluate"
-SHOWN_CLIPS = 24  # on the page
-_ARROWS = {1: "↑", -1: "↓", 0: ""}
-
-Measures = dict[str, dict[str, float | None]]  # by clip, by measure
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this program."""
     parser = programs.Parser(PROGRAM, __doc__)
     add = parser.add_argument
-    add("clips", nargs="+", type=_named, metavar="NAME=FOLDER", help="the reference first")
+    add("clips", nargs="*", type=_named, metavar="NAME=FOLDER", help="clips that are there already")
     layouts = "that these clips were streamed in, for seams: prefix or merged"
     add("--layout", nargs="+", type=_named, default=[], metavar="NAME=LAYOUT", help=layouts)
-    add("--prompts", type=pathlib.Path, help="text of each clip, a line each, for the page")
-    add("--output", type=pathlib.Path, required=True, help="folder of the tables and the page")
+    add("--sampler", action="append", type=_named, default=[], metavar="NAME=OPTIONS",
+        help="samples clips; may be repeated")  # fmt: skip
+    add(
+        "--samplers", type=pathlib.Path, metavar="FILE", help="of them, a line each; # is a comment"
+    )
+    add("--common", default="", metavar="OPTIONS", help="of all samplers")
+    prompts = "of the clips: text with one a line, CSV, JSON lines, or a list in JSON"
+    add("--prompts", type=pathlib.Path, metavar="FILE", help=prompts)
+    add("--column", help="of CSV or JSON (default: caption, text, prompt or prompt_en)")
+    add("--seed", type=int, default=0, help="of the first clip, the next has the next (default 0)")
+    add("--output", type=pathlib.Path, required=True, help="folder of clips, tables and page")
+    network_measures.add_options(parser)
+    options.add_distributed(parser)
+    compilation.add_option(parser)
     args = parser.parse_args(argv)
-    names = [name for name, _ in args.clips]
+    if args.samplers:
+        args.sampler += _read_samplers(args.samplers)
+    names = [name for name, _ in (*args.clips, *args.sampler)]
+    if not names:
+        parser.error("give clips as NAME=FOLDER, or samplers as --sampler NAME=OPTIONS")
     if len(set(names)) < len(names):
-        parser.error(f"two folders have one name: {', '.join(names)}")
-    args.clips, args.layout = dict(args.clips), dict(args.layout)
+        parser.error(f"two of them have one name: {', '.join(names)}")
+    if args.sampler and not args.prompts:
+        parser.error("--sampler needs --prompts FILE")
+    args.clips, args.layout, args.sampler = map(dict, (args.clips, args.layout, args.sampler))
     for name, layout in args.layout.items():
         if name not in args.clips:
-            parser.error(f"--layout {name}={layout}: the folders are {', '.join(names)}")
+            parser.error(f"--layout {name}={layout}: the folders are {', '.join(args.clips)}")
         if layout not in LAYOUT_NAMES:
             parser.error(f"--layout {name}={layout}: layouts are {', '.join(LAYOUT_NAMES)}")
     return args
+
+
+def _read_samplers(file: pathlib.Path) -> list[tuple[str, str]]:
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    try:
+        return [_named(line) for line in lines if line and not line.startswith("#")]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -71,197 +105,108 @@ def _named(text: str) -> tuple[str, str]:
     return name, value
 
 
-def measure_folder(
-    clips: dict[str, pathlib.Path], layout: str | None, kept: pathlib.Path, console: Console
-) -> Measures:
-    """The measures of all clips, of which those that are kept, and still hold, are not made anew.
+def make_samplers(args: argparse.Namespace, prompts: list[str]) -> list[Sampler]:
+    """The samplers, checked; no weights are read.
 
     Raises:
-      ValueError: a clip cannot be measured.
+      ValueError, OSError: what is wrong, and what would be right.
     """
-    kept.mkdir(parents=True, exist_ok=True)
-
-    def measure(name: str) -> dict[str, float | None]:
-        file = kept / f"{name}.json"
-        about = {"source": _fingerprint(clips[name]), "layout": layout, "names": list(MEANINGS)}
+    samplers = []
+    for name, text in args.sampler.items():
         try:
-            content = json.loads(file.read_text())
-            if content["about"] == about:
-                return content["measures"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # not measured yet, or not to the end
-        found = measure_clip(clips[name], layout)
-        with new_file(file) as temporary:
-            temporary.write_text(json.dumps({"about": about, "measures": found}))
-        return found
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = track(
-            pool.map(measure, clips), kept.name, len(clips), console=console, transient=True
-        )
-        return dict(zip(clips, results, strict=True))
+            words = [*shlex.split(args.common), *shlex.split(text)]
+        except ValueError as error:
+            raise ValueError(f"{name}: {text!r} is no command line: {error}") from error
+        samplers.append(sampled_clips.make_sampler(name, words, prompts, args.output))
+    return samplers
 
 
-def _fingerprint(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One measure of all samplers: what they reach, and how far they are from the reference."""
-
-    measure: str
-    reached: dict[str, Estimate]
-    differences: dict[str, Estimate]  # of all but the reference
-
-
-def compare(measured: dict[str, Measures]) -> list[Row]:
-    """The table's rows, without those for which no clip has a value."""
-    reference = next(iter(measured))
-    rows = []
-    for measure in MEANINGS:
-        values = {
-            name: {clip: m[measure] for clip, m in clips.items()}
-            for name, clips in measured.items()
-        }
-        reached = {name: tables.estimate(v) for name, v in values.items()}
-        if not any(e.count for e in reached.values()):
-            continue
-        differences = {
-            name: tables.difference(v, values[reference])
-            for name, v in values.items()
-            if name != reference
-        }
-        rows.append(Row(measure, reached, differences))
-    return rows
-
-
-def _text(estimate: Estimate, sign: bool = False) -> str:
-    if estimate.mean is None:
-        return "-"
-    shown = f"{estimate.mean:{'+' if sign else ''}.4g}"
-    return shown if estimate.low is None else f"{shown} [{estimate.low:.3g}, {estimate.high:.3g}]"
-
-
-def table_cells(rows: list[Row], names: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Head and body of the table, as text."""
-    others = names[1:]
-    head = ["measure", *names, *(f"{name} - {names[0]}" for name in others), "meaning"]
-    body = []
-    for row in rows:
-        direction, meaning = MEANINGS[row.measure]
-        body.append(
-            [
-                f"{row.measure} {_ARROWS[direction]}".strip(),
-                *(_text(row.reached[name]) for name in names),
-                *(_text(row.differences[name], sign=True) for name in others),
-                meaning,
-            ]
-        )
-    return head, body
-
-
-def markdown(head: list[str], body: list[list[str]], counts: dict[str, int]) -> str:
-    """table.md: our figures, then published ones, each with its source."""
-    clips = ", ".join(f"{name}: {count} clips" for name, count in counts.items())
-    lines = [f"{clips}. Means with 95 % intervals (bootstrap over the clips).", ""]
-    lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
-    lines += ["", "Published, by other pipelines:", ""]
-    lines += [
-        f"- {row.system}: " + ", ".join(f"{n} {v:g}" for n, v in row.figures.items())
-        + f". {row.source}"
-        for row in PUBLISHED
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
-table { border-collapse: collapse } td, th { padding: .25rem .6rem; text-align: left }
-tr + tr { border-top: 1px solid #8884 } video { width: 100%; background: #000 }
-.clips { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)) }
-figure { margin: 0 } .wide { overflow-x: auto } :root { color-scheme: light dark }
-"""
-
-
-def page(
-    head: list[str],
-    body: list[list[str]],
-    clips: dict[str, dict[str, pathlib.Path]],
-    prompts: dict[str, str],
-    folder: pathlib.Path,
-) -> str:
-    """page.html: the table, and the first clips side by side; opens without any server."""
-
-    def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    common = [n for n in next(iter(clips.values())) if all(n in paths for paths in clips.values())]
-    shown = []
-    for name in common[:SHOWN_CLIPS]:
-        figures = [
-            f"<figure><video controls preload=metadata src="
-            f'"{html.escape(pathlib.Path(os.path.relpath(paths[name], folder)).as_posix())}">'
-            f"</video><figcaption>{html.escape(sampler)}</figcaption></figure>"
-            for sampler, paths in clips.items()
-        ]
-        title = html.escape(f"{name}: {prompts[name]}" if name in prompts else name)
-        shown.append(f"<h2>{title}</h2><div class=clips>{''.join(figures)}</div>")
-    rows = "".join(row(cells, "td") for cells in body)
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title>"
-        f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
-        f"<h1>Evaluation</h1><div class=wide><table>{row(head, 'th')}{rows}</table></div>"
-        f"{''.join(shown)}"
-    )
-
-
-def read_prompts(file: pathlib.Path | None, clips: dict[str, pathlib.Path]) -> dict[str, str]:
-    """The text of each clip, in the order of the clips' names.
+def read_prompts(
+    args: argparse.Namespace, folders: dict[str, dict[str, pathlib.Path]]
+) -> dict[str, str]:
+    """The prompt of each clip, in the order of the names that they have in the first folder.
 
     Raises:
-      ValueError: another number of lines than of clips.
+      ValueError: another number of prompts than of clips in the first folder.
     """
-    if file is None:
+    if args.prompts is None:
         return {}
-    lines = file.read_text(encoding="utf-8").splitlines()
-    if len(lines) != len(clips):
-        raise ValueError(f"{file} has {len(lines)} lines for {len(clips)} clips; give one for each")
-    return dict(zip(clips, lines, strict=True))
+    prompts = prompt_files.read_benchmark(args.prompts, args.column)
+    names = [f"sample_{number:04d}" for number in range(len(prompts))]  # as JavisBench reads them
+    if folders:
+        names = list(next(iter(folders.values())))
+    if len(prompts) != len(names):
+        raise ValueError(
+            f"{args.prompts} has {len(prompts)} prompts for {len(names)} clips; give one for each"
+        )
+    return dict(zip(names, prompts, strict=True))
 
 
-@programs.entry
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    args = parse_arguments(argv)
-    clips = {name: find_clips(folder) for name, folder in args.clips.items()}
-    prompts = read_prompts(args.prompts, next(iter(clips.values())))
-    outputs.claim_folder(args.output, PROGRAM, [*args.clips.values(), args.prompts])
-    console = Console(stderr=True)
-    reference = next(iter(clips.values()))
+def measure_all(
+    args: argparse.Namespace,
+    clips: dict[str, dict[str, pathlib.Path]],
+    layouts: dict[str, str | None],
+    prompts: dict[str, str],
+    measurers: Sequence[Measurer],
+    progress: ShardProgress,
+) -> dict[str, list[Measures]]:
+    """By all measurers; every process measures a share, and the first one has all."""
+
+    def measure(name: str, measurer: Measurer, paths: dict[str, pathlib.Path]) -> Measures:
+        kept = args.output / "measures" / measurer.name / name
+        return measure_folder(measurer, paths, layouts[name], prompts, kept, progress.console)
+
+    rank, processes = jax.process_index(), jax.process_count()
+    if processes > 1:
+        for name, paths in clips.items():
+            for measurer in measurers:
+                measure(name, measurer, dict(list(paths.items())[rank::processes]))
+        multihost.barrier("measures")
+    if rank > 0:
+        return {}
+    return {name: [measure(name, m, paths) for m in measurers] for name, paths in clips.items()}
+
+
+def run(args: argparse.Namespace, progress: ShardProgress, *, further: Sequence[Measurer]) -> None:
+    """Samples, measures, and writes the tables.
+
+    Raises:
+      ValueError, OSError: an argument or a clip is wrong.
+    """
+    folders = {name: find_clips(folder) for name, folder in args.clips.items()}
+    prompts = read_prompts(args, folders)
+    samplers = make_samplers(args, list(prompts.values()))
+    network_measures.check(args)
+    outputs.claim_folder(args.output, PROGRAM, [*args.clips.values(), args.prompts, args.samplers])
+    compilation.use_cache(not args.no_compilation_cache)
+    timings = sampled_clips.sample_missing(samplers, prompts, args.seed, progress)
+    sampled = {s.name: {clip: s.clips / f"{clip}.mp4" for clip in prompts} for s in samplers}
+    clips, layouts = folders | sampled, {name: args.layout.get(name) for name in folders}
+    layouts |= {s.name: s.layout for s in samplers}
+    reference = next(iter(clips))
     for name, paths in clips.items():
-        if missing := reference.keys() - paths.keys():
-            console.print(f"{name} lacks {len(missing)} clips of {next(iter(clips))}: compared "
-                          "where both have them")  # fmt: skip
-    left = f"what has been measured is in {args.output}, and the same command goes on"
-    with programs.when_interrupted(left):
-        measured = {
-            name: measure_folder(
-                paths, args.layout.get(name), args.output / "measures" / name, console
-            )
-            for name, paths in clips.items()
-        }
-    rows = compare(measured)
-    head, body = table_cells(rows, list(clips))
+        if missing := clips[reference].keys() - paths.keys():
+            progress.console.print(f"{name} lacks {len(missing)} clips of {reference}: compared "
+                                   "where both have them")  # fmt: skip
+    measurers = (PIXELS, *further, *network_measures.measurers(args))
+    found = measure_all(args, clips, layouts, prompts, measurers, progress)
+    if found:
+        measured = {name: merged([*found[name], timings.get(name, {})]) for name in clips}
+        meanings = {k: v for m in measurers for k, v in m.meanings.items()} | TIMINGS
+        sets = network_measures.of_sets(args, clips, prompts)
+        meanings |= network_measures.SET_MEANINGS
+        write_tables(args, clips, prompts, compare(measured, meanings, sets), meanings)
+
+
+def write_tables(args, clips, prompts, rows, meanings) -> None:
+    """table.md, table.json and page.html; and the table on standard output."""
+    head, body = table_cells(rows, list(clips), meanings)
     counts = {name: len(paths) for name, paths in clips.items()}
     outputs.save_markdown(markdown(head, body, counts), args.output / "table.md", PROGRAM)
     content = {
         outputs.MARK: PROGRAM,
         "clips": counts,
+        "samplers": args.sampler,
         "rows": [dataclasses.asdict(row) for row in rows],
         "published": [row._asdict() for row in PUBLISHED],
     }
@@ -271,7 +216,18 @@ def main(argv: list[str] | None = None) -> int:
         temporary.write_text(page(head, body, clips, prompts, args.output))
     for cells in (head, *body):
         print("  ".join(f"{cell:<26}" for cell in cells[:-1]).rstrip())
-    return 0
+
+
+@programs.entry
+def main(argv: list[str] | None = None, further: Sequence[Measurer] = ()) -> int:
+    """Entry point; returns the exit status.
+
+    Args:
+      argv: of the command line.
+      further: more measures of the clips.
+    """
+    args = parse_arguments(argv)
+    return shard_job.main(functools.partial(run, further=further), args, "sampling", "clips")
 
 
 if __name__ == "__main__":

@@ -331,16 +331,26 @@ def run(
     )
 
 
+def check_request(args: argparse.Namespace) -> tuple[PipelineConfig, ClipRequest]:
+    """Checks all but the output, and says what is otherwise than one might think.
+
+    Raises:
+      ValueError, OSError: see `check_arguments`.
+    """
+    config = PipelineConfig.from_checkpoint(args.checkpoint)
+    request = check_arguments(args, config)
+    for note in request.notes:
+        programs.say(note)
+    return config, request
+
+
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
     console = Console(stderr=True, soft_wrap=True)
     options.check_clip_output(args, PROGRAM)
-    config = PipelineConfig.from_checkpoint(args.checkpoint)
-    request = check_arguments(args, config)
-    for note in request.notes:
-        programs.say(note)
+    config, request = check_request(args)
     played = request.given and request.given.played
     writer = media.ClipWriter(  # before the weights are read: it checks its settings, too
         args.output,

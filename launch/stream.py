@@ -43,6 +43,7 @@ from launch.stream_report import StreamReport
 from omniforcing_jax import (
     BlockLayout,
     Chunk,
+    Pipeline,
     PipelineConfig,
     PromptEncoder,
     RolloutConfig,
@@ -384,6 +385,11 @@ def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, StreamRequest]:
       ValueError, OSError: something is wrong with the arguments, a checkpoint or the output.
     """
     options.check_clip_output(args, PROGRAM)
+    return check_request(args)
+
+
+def check_request(args: argparse.Namespace) -> tuple[PipelineConfig, StreamRequest]:
+    """The same without the output, for who writes clips of its own."""
     if args.enlarge < 1:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
@@ -398,6 +404,19 @@ def prepare(args: argparse.Namespace) -> tuple[PipelineConfig, StreamRequest]:
     return config, request
 
 
+def load(args: argparse.Namespace, request: StreamRequest) -> Pipeline:
+    """Reads the weights."""
+    how = {"verify": args.verify, "encoders": request.given.encoders, "loras": request.loras}
+    how |= {"tiny": args.decode == "tiny", "quantize": args.quantize}
+    return load_pipeline(args.checkpoint, dtype=options.compute_dtype(args), **how)
+
+
+def session_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How a session attends and decodes."""
+    how = {"implementation": args.attention, "decode_mode": args.decode}
+    return how | options.decoder_settings(args)
+
+
 def stream(
     args: argparse.Namespace, config: PipelineConfig, request: StreamRequest
 ) -> StreamReport:
@@ -408,7 +427,6 @@ def stream(
       OSError: the clip could not be written; a note says where what there is of it lies.
     """
     compilation.use_cache(not args.no_compilation_cache)
-    dtype = options.compute_dtype(args)
     report = StreamReport(args.fps)
     settings = clip_settings(args, config)
     with (
@@ -422,10 +440,7 @@ def stream(
         interrupt.before_exit = clip.release
         request = encode_sentences(request, report)
         report.console.print(options.loading(args))
-        given = request.given
-        how = {"verify": args.verify, "encoders": given.encoders, "loras": request.loras}
-        how |= {"tiny": args.decode == "tiny", "quantize": args.quantize}
-        pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
+        given, pipeline = request.given, load(args, request)
         session = pipeline.session(
             request.rollout,
             request.prompts[0],
@@ -434,9 +449,7 @@ def stream(
             max_blocks=request.length and request.length.blocks + given.unshown,
             given=given.stream,
             text_length=padded_length(request.prompts.values(), args.attention),
-            implementation=args.attention,
-            decode_mode=args.decode,
-            **options.decoder_settings(args),
+            **session_options(args),
         )
         given.start(session)
         report.start = time.perf_counter()

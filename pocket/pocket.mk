@@ -241,3 +241,27 @@ $(POCKET)/ablations/%.done: $(POCKET)/ode_pairs.done $(POCKET)/mismatched/config
 		$(OPTION_$(subst _float32,,$(subst _bfloat16,,$(patsubst %/,%,$(dir $*))))) \
 		--workdir=$(POCKET)/ablations/$*
 	@touch $@
+
+# The shipped teacher and student beside true clips, by one program.
+EVALUATION := outputs/pocket-evaluation
+EVALUATED ?= 16
+
+pocket-evaluate: $(VENV)/.installed-pocket
+	@mkdir -p $(EVALUATION)
+	for name in teacher student; do \
+		$(RUN) checkpoint_converters.ltx2 --output $(EVALUATION)/$$name --overwrite \
+			--input pocket/weights/$$name.safetensors pocket/weights/shared.safetensors || exit; \
+	done
+	$(RUN) checkpoint_converters.gemma3 --input pocket/weights/gemma --output $(EVALUATION)/gemma \
+		--overwrite
+	$(RUN) pocket.make_world --format captions --split test --clips $(EVALUATED) \
+		--output $(EVALUATION)/prompts.txt --overwrite
+	$(RUN) pocket.make_world --split test --clips $(EVALUATED) --frames 49 \
+		--output $(EVALUATION)/world --overwrite
+	$(RUN) pocket.evaluate world=$(EVALUATION)/world --prompts $(EVALUATION)/prompts.txt \
+		--common "--text-encoder $(EVALUATION)/gemma --dtype float32" \
+		--sampler "teacher=--checkpoint $(EVALUATION)/teacher" \
+		--sampler "student=--checkpoint $(EVALUATION)/student --seconds 2" \
+		--output $(EVALUATION)/tables
+	@echo
+	@echo "$(EVALUATION)/tables/page.html   the table, with clips side by side"

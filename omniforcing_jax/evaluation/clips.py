@@ -48,7 +48,8 @@ def find_clips(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder of clips")
-    found = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES}
+    files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))  # one is half written
+    found = {p.stem: p for p in files if p.suffix.lower() in SUFFIXES}
     if not found:
         raise ValueError(f"{folder}: there is no clip in it ({', '.join(SUFFIXES)})")
     return found

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Iterator
 
 DEFAULT_COLUMN = "caption"
+BENCHMARK_COLUMNS = ("caption", "text", "prompt", "prompt_en")  # ours, JavisBench's, VBench's
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -80,6 +81,61 @@ def read_prompts(path: str | os.PathLike, column: str | None = None) -> PromptLi
         num_blank=num_blank,
         num_duplicates=num_duplicates,
     )
+
+
+def read_benchmark(path: str | os.PathLike, column: str | None = None) -> list[str]:
+    """All prompts of a file in their order, repeated ones too: clip n is of prompt n.
+
+    Args:
+      path: see `read_column`, such as JavisBench's CSV or VBench's all_dimension.txt; or a `.json`
+        with a list of texts or objects, as VBench_full_info.json.
+      column: None takes the first of "caption", "text", "prompt" and "prompt_en" that is there.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: see `read_column`; no such column; a prompt that is empty, or none at all.
+    """
+    path = pathlib.Path(path)
+    rows = _read_list(path, column) if path.suffix.lower() == ".json" else _guess(path, column)
+    prompts = []
+    for line, text in rows:
+        if not text.strip():
+            raise ValueError(f"{path}, line {line}: an empty prompt; every line is a clip's")
+        prompts.append(text.strip())
+    if not prompts:
+        raise ValueError(f"{path}: no prompts")
+    return prompts
+
+
+def _guess(path: pathlib.Path, column: str | None) -> Iterator[tuple[int, str]]:
+    if column is not None or path.suffix.lower() == ".txt" or path.is_dir():
+        return read_column(path, column)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file of captions")
+    first = next(_lines(path), "")
+    try:
+        names = json.loads(first) if path.suffix.lower() == ".jsonl" else next(csv.reader([first]))
+        found = [name for name in BENCHMARK_COLUMNS if name in [x.strip() for x in names]]
+    except (ValueError, StopIteration, TypeError, AttributeError, csv.Error):
+        found = []  # the reader says what is wrong
+    return read_column(path, found[0] if found else None)
+
+
+def _read_list(path: pathlib.Path, column: str | None) -> Iterator[tuple[int, str]]:
+    """Entries, from 1, of a JSON list."""
+    try:
+        rows = json.loads("".join(_lines(path)))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: broken JSON ({error}); expected a list of prompts") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: a JSON {type(rows).__name__}; expected a list of prompts")
+    names = (column,) if column else BENCHMARK_COLUMNS
+    for number, row in enumerate(rows, start=1):
+        texts = [row.get(name) for name in names] if isinstance(row, dict) else [row]
+        text = next((text for text in texts if isinstance(text, str)), None)
+        if text is None:
+            raise ValueError(f"{path}, entry {number}: no text, and none under {', '.join(names)}")
+        yield number, text
 
 
 def read_column(path: str | os.PathLike, column: str | None = None) -> Iterator[tuple[int, str]]:

@@ -1,13 +1,23 @@
 """Folders of clips to one table, with clips that are written and read as users' are."""
 
+import csv
 import json
 import re
+import threading
+import types
+import wave
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from launch import evaluate
-from omniforcing_jax import ClipWriter
+from launch import clip_measures, evaluate, sample_teacher, sampled_clips, stream
+from launch.shard_job import ShardProgress
+from omniforcing_jax import Chunk, ClipWriter, read_clip
+from omniforcing_jax.evaluation import distances
+from omniforcing_jax.streaming.chunks import Timings
+from omniforcing_jax.text import prompt_files
 from tests.evaluation.test_measures import FRAME_RATE, FRAMES, SAMPLE_RATE, WAVEFORM, brighter
 
 SECONDS = 3
@@ -71,10 +81,10 @@ def test_table_and_page(folders, tmp_path, monkeypatch):
 
     # killed and resumed, it measures only what is missing, and finds the same
     before = (output / "table.json").read_bytes()
-    (output / "measures" / "student" / "0001.json").write_text('{"about"')
-    measured, measure = [], evaluate.measure_clip
+    (output / "measures" / "pixels" / "student" / "0001.json").write_text('{"about"')
+    measured, measure = [], clip_measures.measure_clip
     monkeypatch.setattr(
-        evaluate,
+        clip_measures,
         "measure_clip",
         lambda path, layout: measured.append(path) or measure(path, layout),
     )
@@ -83,17 +93,25 @@ def test_table_and_page(folders, tmp_path, monkeypatch):
     assert (output / "table.json").read_bytes() == before
 
 
+PROMPTS = ("--prompts", "{0}/prompts.txt")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["teacher"], "is not NAME=VALUE"),
-        (["a={0}/teacher", "a={0}/student"], "two folders have one name"),
+        (["a={0}/teacher", "a={0}/student"], "two of them have one name"),
         (["a={0}/nothing"], "there is no such folder"),
         (["a={0}"], "there is no clip in it"),
         (["a={0}/teacher", "--layout", "b=prefix"], "the folders are a"),
         (["a={0}/teacher", "--layout", "a=whole"], "layouts are prefix, merged"),
-        (["a={0}/teacher", "--prompts", "{0}/prompts.txt"], "2 lines for 3 clips"),
+        (["a={0}/teacher", "--prompts", "{0}/prompts.txt"], "2 prompts for 3 clips"),
         (["a={0}/broken"], "is damaged|no clip|not a clip|cannot"),
+        ([], "give clips as NAME=FOLDER, or samplers"),
+        (["--sampler", "a=--seed 1"], "needs --prompts"),
+        ([*PROMPTS, "--sampler", "a=--dtype float32"], "a: the sampler has no --checkpoint"),
+        ([*PROMPTS, "--sampler", "a='"], 'a: "\'" is no command line'),
+        ([*PROMPTS, "--sampler", "a=--checkpoint {0}"], "config.json"),
     ],
 )
 def test_bad_input(folders, tmp_path, capsys, arguments, message):
@@ -107,3 +125,221 @@ def test_bad_input(folders, tmp_path, capsys, arguments, message):
         status = error.code
     assert status in (1, 2)
     assert re.search(message, capsys.readouterr().err)
+
+
+CAPTIONS = ["a bell", "a drum", "rain", "a bell"]  # a repeated one is a clip of its own
+SIZE = "--random-features --height 64 --width 64 --seconds 0.5 --no-verify"
+
+
+class Sampling:
+    """In place of the networks: clips that tell by what they were made."""
+
+    def __init__(self, monkeypatch):
+        self.made, self.interrupt_at = [], None
+        monkeypatch.setattr(sampled_clips, "_load", self.load)
+
+    def load(self, sampler, prompts):
+        return lambda about: self.make(sampler, about)
+
+    def make(self, sampler, about):
+        self.made.append((sampler.name, about["seed"]))
+        if len(self.made) == self.interrupt_at:
+            raise KeyboardInterrupt
+        random = np.random.default_rng([len(about["prompt"]), about["seed"], len(sampler.name)])
+        for block in range(3):
+            frames = random.integers(0, 255, (1, 4, 64, 64, 3), np.uint8)
+            sound = random.uniform(-0.5, 0.5, (1, 4000, 2)).astype(np.float32)
+            yield Chunk(block, 4 * block, 4000 * block, frames, sound, Timings(0, 0, 0, 0, 0))
+
+
+@pytest.fixture
+def sampling(monkeypatch):
+    return Sampling(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory):
+    """As JavisBench's."""
+    file = tmp_path_factory.mktemp("prompts") / "bench.csv"
+    rows = [["id", "text"], *([str(n), text] for n, text in enumerate(CAPTIONS))]
+    with file.open("w", newline="") as stream_of:
+        csv.writer(stream_of).writerows(rows)
+    return file
+
+
+def sampled(random_checkpoint, prompt_file, output, *more):
+    checkpoint = random_checkpoint("2.0")
+    options = ["--prompts", str(prompt_file), "--seed", "5", f"--common={SIZE}"]
+    for name, own in (("teacher", "--stg-block 1"), ("student", "--bidirectional")):
+        options += ["--sampler", f"{name}=--checkpoint {checkpoint} {own}"]
+    return [*options, "--output", str(output), *more]
+
+
+def test_samplers_are_sampled_and_a_killed_run_goes_on(
+    sampling, random_checkpoint, prompt_file, tmp_path, capsys
+):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert not evaluate.main(sampled(random_checkpoint, prompt_file, whole))
+    seeds = [5, 6, 7, 8]
+    # the first clip of each is made once more, so that nothing is compiled while others are timed
+    assert sampling.made == [(n, s) for n in ("teacher", "student") for s in (5, *seeds)]
+    sampling.made, sampling.interrupt_at = [], 4
+    assert evaluate.main(sampled(random_checkpoint, prompt_file, resumed)) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert len(list((resumed / "clips" / "teacher").glob("sample*.mp4"))) == 2
+    sampling.made, sampling.interrupt_at = [], None
+    assert not evaluate.main(sampled(random_checkpoint, prompt_file, resumed))
+    assert [seed for name, seed in sampling.made if name == "teacher"] == [7, 7, 8]
+
+    def rows(folder):
+        content = json.loads((folder / "table.json").read_text())
+        return {row["measure"]: row for row in content["rows"]}
+
+    found = rows(whole)
+    timed = {name: found[name] for name in found if name in sampled_clips.TIMINGS}
+    assert {"first_chunk", "chunk_gap", "longest_chunk_gap", "fps"} <= timed.keys()
+    assert timed["fps"]["reached"]["student"]["count"] == 4
+    same = {name: row for name, row in found.items() if name not in sampled_clips.TIMINGS}
+    assert same == {n: r for n, r in rows(resumed).items() if n not in sampled_clips.TIMINGS}
+    assert found["seams"]["reached"]["teacher"]["count"] == 0  # made as a whole
+
+    # as public tools read them
+    names = [path.name for path in sorted((whole / "clips" / "student").iterdir())]
+    assert names == [f"sample_{n:04d}.{kind}" for n in range(4) for kind in ("mp4", "wav")]
+    with wave.open(str(whole / "clips" / "student" / "sample_0001.wav")) as file:
+        assert (file.getnchannels(), file.getnframes()) == (2, 12_000)
+    vbench = json.loads((whole / "prompts" / "student.json").read_text())
+    assert list(vbench.values()) == CAPTIONS
+    assert all(read_clip(path)[0].shape == (12, 64, 64, 3) for path in vbench)
+    assert "a drum" in (whole / "page.html").read_text()
+
+    # what another command line made is made anew, and nothing else
+    sampling.made = []
+    more = sampled(random_checkpoint, prompt_file, whole)
+    more = [word.replace("--stg-block 1", "--stg-block 1 --steps 3") for word in more]
+    assert not evaluate.main(more)
+    assert [name for name, _ in sampling.made] == ["teacher"] * 5
+    more = [word.replace("--stg-block 1", "--stg-block 1 --seed 3") for word in more]
+    assert evaluate.main(more) == 2
+    assert "teacher: no --seed here" in capsys.readouterr().err
+
+
+def test_hosts_share_the_clips(sampling, random_checkpoint, prompt_file, tmp_path, monkeypatch):
+    """Two hosts in step: every clip is made by one of them, and both know all."""
+    barrier, here = threading.Barrier(2, timeout=60), threading.local()
+    monkeypatch.setattr(sampled_clips.multihost, "barrier", lambda name: barrier.wait())
+    fake = types.SimpleNamespace(
+        process_index=lambda: here.rank, process_count=lambda: 2,
+        local_devices=sampled_clips.jax.local_devices,
+    )  # fmt: skip
+    args = evaluate.parse_arguments(sampled(random_checkpoint, prompt_file, tmp_path))
+    prompts = evaluate.read_prompts(args, {})
+    samplers = evaluate.make_samplers(args, CAPTIONS)
+    monkeypatch.setattr(sampled_clips, "jax", fake)
+
+    def host(rank):
+        here.rank = rank
+        progress = ShardProgress("sampling", "clips")
+        progress.console = Console(quiet=True)
+        return sampled_clips.sample_missing(samplers, prompts, args.seed, progress)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(host, range(2))
+    assert first == second
+    assert len(first["student"]) == 4
+    assert len(sampling.made) == 2 * (4 + 2)  # the first one of a host twice
+    assert len(set(sampling.made)) == 8
+
+
+@pytest.mark.slow
+def test_clips_are_those_of_the_programs(random_checkpoint, prompt_file, tmp_path):
+    """Of launch.stream and launch.sample_teacher, for the same prompt and seed, bit for bit."""
+    more = sampled(random_checkpoint, prompt_file, tmp_path / "out")
+    assert not evaluate.main(
+        [word.replace("--stg-block 1", "--stg-block 1 --steps 2") for word in more]
+    )
+    checkpoint = ["--checkpoint", str(random_checkpoint("2.0")), *SIZE.split()]
+    clip = ["--prompt", CAPTIONS[1], "--seed", "6", "--output"]
+    one = [*clip, str(tmp_path / "stream.mp4"), "--bidirectional"]
+    assert not stream.main([*checkpoint, *one])
+    two = [*clip, str(tmp_path / "teacher.mp4"), "--stg-block", "1", "--steps", "2"]
+    assert not sample_teacher.main([*checkpoint, *two])
+    for name, made in (("student", "stream"), ("teacher", "teacher")):
+        ours = read_clip(tmp_path / "out" / "clips" / name / "sample_0001.mp4")
+        theirs = read_clip(tmp_path / f"{made}.mp4")
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("a.txt", "one\ntwo\none\n", ["one", "two", "one"]),
+        ("a.jsonl", '{"prompt": "one"}\n{"prompt": "two"}\n', ["one", "two"]),
+        ("a.csv", "caption,text\nours,theirs\n", ["ours"]),
+        ("a.json", '[{"prompt_en": "one", "dimension": []}, "two"]', ["one", "two"]),
+        ("a.txt", "one\n\ntwo\n", "line 2: an empty prompt"),
+        ("a.csv", "id,name\n1,x\n", "no column 'caption'"),
+        ("a.json", '{"prompt_en": "one"}', "expected a list of prompts"),
+        ("a.json", '[{"text": 3}]', "entry 1: no text, and none under caption"),
+        ("a.txt", "", "no prompts"),
+    ],
+)
+def test_prompts_of_benchmarks(tmp_path, name, text, found):
+    (tmp_path / name).write_text(text)
+    if isinstance(found, list):
+        assert prompt_files.read_benchmark(tmp_path / name) == found
+    else:
+        with pytest.raises(ValueError, match=found):
+            prompt_files.read_benchmark(tmp_path / name)
+
+
+FAKE_JAVISBENCH = """
+import csv, json, pathlib, sys
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+texts = [row["text"] for row in csv.DictReader(open(given["--input_file"]))]
+clips = pathlib.Path(given["--infer_data_dir"])
+names = [f"sample_{n:04d}{suffix}" for n in range(len(texts)) for suffix in (".mp4", ".wav")]
+assert all((clips / name).exists() for name in names)
+result = {"ib_tv": 0.25, "desync": {"overall": 0.5, "all": []}, "other": 1.0, "texts": texts}
+pathlib.Path(given["--output_file"]).write_text(json.dumps(result))
+"""
+
+
+def test_features_and_public_tools(folders, tmp_path, capsys):
+    """Distances from files of features, and the figures that JavisBench's program writes."""
+    random = np.random.default_rng(0)
+    for kind in ("fvd", "fad"):
+        (tmp_path / "features" / kind).mkdir(parents=True)
+        for name in ("real", "teacher"):
+            np.save(tmp_path / "features" / kind / f"{name}.npy", random.normal(size=(9, 3)))
+    checkout = tmp_path / "JavisDiT"
+    (checkout / "eval" / "javisbench").mkdir(parents=True)
+    (checkout / "eval" / "javisbench" / "main.py").write_text(FAKE_JAVISBENCH)
+    for clip in folders.glob("*/*.mp4"):
+        sampled_clips.write_wav(clip.with_suffix(".wav"), WAVEFORM, SAMPLE_RATE)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\nthree\n")
+    options = ["--features", str(tmp_path / "features"), "--javisbench", str(checkout)]
+    assert not run(folders, tmp_path / "out", *options, "--prompts", str(prompts))
+    content = json.loads((tmp_path / "out" / "table.json").read_text())
+    rows = {row["measure"]: row for row in content["rows"]}
+    real, teacher = (
+        np.load(tmp_path / "features" / "fvd" / f"{name}.npy") for name in ("real", "teacher")
+    )
+    expected = distances.frechet_distance(real, teacher)
+    assert rows["fvd"]["reached"]["teacher"]["mean"] == pytest.approx(expected)
+    assert rows["kad"]["reached"]["student"]["mean"] is None  # no file of its features
+    assert rows["ib_tv"]["differences"]["student"]["mean"] == 0
+    assert rows["desync"]["reached"]["student"]["mean"] == 0.5
+    assert "other" not in rows
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "stillness wins" in table
+
+    (tmp_path / "features" / "fvd" / "real.npy").unlink()
+    assert run(folders, tmp_path / "out", *options, "--prompts", str(prompts)) == 2
+    assert "real.npy, the features of real clips, is missing" in capsys.readouterr().err
+    assert run(folders, tmp_path / "out", *options[2:]) == 2
+    assert "give --prompts" in capsys.readouterr().err
+    options[-1] = str(tmp_path)
+    assert run(folders, tmp_path / "out", *options[2:], "--prompts", str(prompts)) == 2
+    assert "non-commercial use only" in capsys.readouterr().err
