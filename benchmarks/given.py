@@ -89,7 +89,9 @@ class Stream:
         """Bytes that the program of a later block works with, besides arguments and results."""
         session = self.session
         condition = session._media.kinds(session._steering.given, first=False)[-1]
-        arguments, how = session._block_arguments(session._cache, condition, first=False)
+        arguments, how = session._blocks.arguments(
+            session._steering, session._blocks.cache, condition, first=False
+        )
         return (
             generate_block.lower(*arguments, **how).compile().memory_analysis().temp_size_in_bytes
         )
@@ -108,8 +110,9 @@ def streams(args: argparse.Namespace) -> list[Stream]:
     count = layout.pixel_frames(2)
     film = rng.integers(0, 256, (1, count, height, width, 3), dtype=np.uint8)
     sound = rng.uniform(-0.5, 0.5, (1, round(layout.block_seconds * rate), 2)).astype(np.float32)
+    how = {"timings": True}
     return [
-        Stream(mode, pipeline.session(rollout, contexts, given=given), sound, film, rate)
+        Stream(mode, pipeline.session(rollout, contexts, given=given, **how), sound, film, rate)
         for mode, given in MODES.items()
     ]
 

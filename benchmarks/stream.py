@@ -250,6 +250,7 @@ def make_session(
         implementation=args.attention,
         max_blocks=None if args.positions == "relative" else 10 * args.blocks,
         decode_mode=args.decode,
+        timings=True,
         **options.decoder_settings(args),
     )
 

@@ -449,6 +449,7 @@ def stream(
             max_blocks=request.length and request.length.blocks + given.unshown,
             given=given.stream,
             text_length=padded_length(request.prompts.values(), args.attention),
+            timings=True,
             **session_options(args),
         )
         given.start(session)

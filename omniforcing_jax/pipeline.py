@@ -281,6 +281,8 @@ class Pipeline:
         blend: int = 0,
         given: str | None = None,
         wait: bool = False,
+        steerable: bool = False,
+        timings: bool = False,
         log: Callable[[Turn], None] | None = None,
     ) -> StreamingSession:
         """A live session; see `StreamingSession` and `StreamingVideoDecoder` for the options.
@@ -295,7 +297,8 @@ class Pipeline:
           decode_mode: one of `streaming.video.MODES`; None is "tiny" if that decoder was loaded,
             else "causal" for a decoder that was trained so, else "window".
           look_back, look_ahead, blend: latent frames, of a "window" decoder only.
-          given, wait, log: see `StreamingSession`; what is given needs the pipeline's encoders.
+          given, wait, steerable, timings, log: see `StreamingSession`; what is given needs the
+            pipeline's encoders.
 
         Raises:
           ValueError: see `StreamingSession` and `StreamingVideoDecoder`.
@@ -339,6 +342,8 @@ class Pipeline:
             text_length=text_length,
             given=given,
             wait=wait,
+            steerable=steerable,
+            timings=timings,
             log=log,
             **encoders,
         )

@@ -35,10 +35,12 @@ def generate_block(
     batch,
     first,
     full=False,
+    exit_step=None,
 ) -> tuple[AVLatents, RollingCache]:
     """`student.block_step` with its noise drawn from (key, block index): latents and cache."""
     noise = student.block_noise(key, cache.num_blocks, config, model, batch, first=first)
     how = {"first": first, "full": full, "text_mask": text_mask, "condition": condition}
+    how["exit_step"] = exit_step
     trace, cache = student.block_step(model, params, cache, text, rope, noise, config, **how)
     return trace.x0, cache
 

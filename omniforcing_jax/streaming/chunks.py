@@ -1,8 +1,11 @@
 """What a stream gives out, block after block."""
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import numpy as np
+from flax import struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,7 +13,9 @@ class Timings:
     """Wall seconds of a block's parts.
 
     `text` is nonzero for the first block of a prompt: its keys and values, and what came before
-    them if the session was given a sentence.
+    them if the session was given a sentence. `host` is what was not spent on waiting for the
+    device. Its parts are told apart only where a session has `timings`, as they cost a
+    synchronisation each; elsewhere `generate` is all waiting.
     """
 
     text: float
@@ -70,9 +75,52 @@ class Chunk:
         waveform = self.waveform[:, : max(num_samples - self.first_sample, 0)]
         return dataclasses.replace(self, frames=frames, waveform=waveform)
 
-    def behind(self, earlier: "Chunk") -> "Chunk":
-        """With what an earlier chunk showed in front of it."""
-        frames = np.concatenate([earlier.frames, self.frames], axis=1)
-        waveform = np.concatenate([earlier.waveform, self.waveform], axis=1)
-        place = {"first_frame": earlier.first_frame, "first_sample": earlier.first_sample}
-        return dataclasses.replace(self, frames=frames, waveform=waveform, **place)
+
+@dataclasses.dataclass(frozen=True)
+class PendingBlock:
+    """A block that the device was asked for and may still be making.
+
+    Attributes:
+      num_frames: that its chunk has.
+      waiting: whether it was not begun, as it waits for what is given.
+      chunk: waits for it, and copies it to the host; to be called once, in the order of the blocks.
+        Raises FloatingPointError if latents, pictures or sound are not finite.
+    """
+
+    num_frames: int
+    waiting: bool
+    chunk: Callable[[], Chunk]
+
+
+@struct.dataclass
+class ChunkPart:
+    """What a block, or the end of a course that is rewound, adds to a chunk.
+
+    Attributes:
+      block: by which it was made.
+      place: frames and samples of the stream before it.
+      frames: [B, n, H, W, 3] uint8, and waveform: [B, m, 2] float32; on the device, as a rule.
+      skip: frames and samples of their beginnings that are not shown.
+      finite: [] boolean, whether its latents, and its pictures, are numbers.
+    """
+
+    block: int
+    place: tuple[int, int]
+    frames: jax.Array | np.ndarray
+    waveform: jax.Array | np.ndarray
+    skip: tuple[int, int]
+    finite: tuple[jax.Array | bool, jax.Array | bool]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Frames and samples that are shown."""
+        return self.frames.shape[1] - self.skip[0], self.waveform.shape[1] - self.skip[1]
+
+    @staticmethod
+    def join(parts: list["ChunkPart"]) -> tuple[np.ndarray, np.ndarray]:
+        """Frames and waveform of parts on the host."""
+        frames = [part.frames[:, part.skip[0] :] for part in parts]
+        waveform = [part.waveform[:, part.skip[1] :] for part in parts]
+        if len(parts) == 1:
+            return frames[0], waveform[0]
+        return np.concatenate(frames, axis=1), np.concatenate(waveform, axis=1)

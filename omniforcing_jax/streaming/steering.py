@@ -22,6 +22,41 @@ from omniforcing_jax.streaming.turns import MEDIA_TURNS, Turn, TurnQueue, Waitin
 from omniforcing_jax.text.prompts import PromptEncoder
 
 
+@dataclasses.dataclass(frozen=True)
+class Blend:
+    """A change of prompt over some blocks.
+
+    Attributes:
+      old, new: text contexts of video and audio [B, S, text_dim]; on the host if they are mixed.
+      begun: blocks made before the first of it.
+      blocks: between the prompts.
+      recache: whether the cache is written anew when the new prompt stands alone.
+      done: blocks that it has gone.
+    """
+
+    old: tuple[np.ndarray, np.ndarray]
+    new: tuple[np.ndarray, np.ndarray]
+    begun: int
+    blocks: int
+    recache: bool
+    done: int = 0
+
+    def contexts(self, done: int) -> tuple[np.ndarray, ...]:
+        """Those of the `done`-th block, from 1: the shorter ones are as if zeros followed."""
+        weight = np.float32(done / (self.blocks + 1))
+
+        def mixed(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+            length = max(old.shape[1], new.shape[1])
+            both = (
+                np.pad(x.astype(np.float32), ((0, 0), (0, length - x.shape[1]), (0, 0)))
+                for x in (old, new)
+            )
+            before, after = both
+            return ((1 - weight) * before + weight * after).astype(new.dtype)
+
+        return tuple(mixed(*pair) for pair in zip(self.old, self.new, strict=True))
+
+
 class Steering:
     """The turns of a session, and what they have made of its prompt, noise and conditions.
 
@@ -33,7 +68,8 @@ class Steering:
       text_mask: [B, S] boolean, True = attend; None where all contexts have one length.
       text_seconds: spent on sentences since the last block.
       key: of the noise.
-      prompt_changed: whether the last turns changed the prompt.
+      steps: of denoising.
+      recache_due: whether the next block finds what the cache holds written anew.
     """
 
     def __init__(
@@ -48,6 +84,7 @@ class Steering:
         seed: int,
         text_length: int | None,
         max_blocks: int | None,
+        steerable: bool,
         device: Sharding | None,
         log: Callable[[Turn], None] | None,
     ):
@@ -62,16 +99,22 @@ class Steering:
         self.media, self.given = media, media.init()
         self._model, self._params, self._prompts = model, params, prompts
         self._text_length, self._max_blocks = text_length, max_blocks
-        self._device, self._log, self._queue = device, log, TurnQueue()
+        self._steerable, self._device, self._log = steerable, device, log
+        self._queue, self._blend = TurnQueue(), None
         self._check_contexts(contexts)
         self._set_contexts(contexts)
-        self.text_seconds, self.prompt_changed = text_seconds, False
-        self.key = jax.random.key(seed)
+        self.text_seconds, self.recache_due = text_seconds, False
+        self.key, self.steps = jax.random.key(seed), media.rollout.num_steps
 
     # Turns
 
-    def add(self, turn: Turn, num_blocks: int) -> None:
-        """Queues a turn for a stream that has made `num_blocks` blocks.
+    @property
+    def waiting_turns(self) -> tuple[Turn, ...]:
+        """Those that are not applied yet."""
+        return tuple(waiting.turn for waiting in self._queue.waiting)
+
+    def add(self, turn: Turn, num_made: int) -> None:
+        """Queues a turn for a stream that has made `num_made` blocks.
 
         Raises:
           ValueError, RuntimeError: see `StreamingSession.add`.
@@ -80,15 +123,16 @@ class Steering:
         if turn.kind == "prompt":
             contexts, seconds = encoded(turn.payload["prompt"], self._prompts)
             self._check_contexts(contexts)
-        if turn.block is not None and turn.block < num_blocks:
+        if turn.block is not None and turn.block < num_made:
             raise ValueError(
-                f"the turn is for block {turn.block}, and {num_blocks} blocks are made already"
+                f"the turn is for block {turn.block}, and {num_made} blocks are made already"
             )
         self._queue.add(WaitingTurn(turn, contexts, seconds), self._check)
 
     def _check(self, turn: Turn, before: tuple[WaitingTurn, ...]) -> None:
         """Raises unless a turn can follow those that were applied and those that wait."""
         if turn.kind not in MEDIA_TURNS:
+            self._check_numbers(turn)
             return
         self.media.check(turn)
         waiting = [w.turn for w in before if w.turn.kind in MEDIA_TURNS]
@@ -110,25 +154,55 @@ class Steering:
                     f"session was made for {self._max_blocks}: give a larger max_blocks"
                 )
 
-    def apply_turns(self, num_blocks: int) -> None:
-        """Applies, in order, the turns that are due behind `num_blocks` blocks.
+    def _check_numbers(self, turn: Turn) -> None:
+        """Raises ValueError for numbers that cannot be, or of a session that is not steerable."""
+        payload, most = turn.payload, self.media.rollout.num_steps
+        steered = turn.kind in ("rewind", "steps") or payload.get("recache")
+        if steered and not (self._steerable or (turn.kind == "prompt" and self._recaches)):
+            what = "recache" if turn.kind == "prompt" else turn.kind
+            raise ValueError(f"{what!r} is for sessions that are steerable, and this one is not")
+        if turn.kind == "rewind" and self.media.stream is not None:
+            raise ValueError(f"the {self.media.stream} is given as it comes, and never again")
+        for name, least in (("blend", 0), ("block", 0), ("steps", 1)):
+            if payload.get(name, least) < least:
+                raise ValueError(f"{name} must be at least {least}, not {payload[name]}")
+        if payload.get("steps", 1) > most:
+            raise ValueError(f"a block has at most {most} steps, not {payload['steps']}")
+
+    @property
+    def _recaches(self) -> bool:
+        return self.media.rollout.recache
+
+    def apply_turns(self, num_made: int, rewind: Callable[[int], None]) -> None:
+        """Applies, in order, the turns that are due behind `num_made` blocks.
+
+        Args:
+          rewind: takes the stream to a block.
 
         Raises:
           ValueError: a turn that no longer fits, as sound of another rate came in the moment in
             which silence took its place. It is left out.
         """
-        while waiting := self._queue.next(num_blocks):
+        while waiting := self._queue.next(num_made):
             turn = waiting.turn
             if turn.kind == "prompt":
-                self._set_contexts(waiting.contexts)
-                self.text_seconds += waiting.seconds
-                self.prompt_changed = True
+                self._set_prompt(waiting, num_made)
             elif turn.kind == "seed":
                 self.key = jax.random.key(turn.payload["seed"])
+            elif turn.kind == "steps":
+                self.steps = turn.payload["steps"]
+            elif turn.kind == "rewind":
+                rewind(turn.payload["block"])
+                self._blend_until(None)
             else:
                 self.given = self.media.apply(self.given, turn)
             if self._log is not None:
-                self._log(dataclasses.replace(turn, block=num_blocks))
+                self._log(dataclasses.replace(turn, block=num_made))
+        self._blend_until(num_made)
+
+    def skip(self, frames: int, samples: int) -> None:
+        """Leaves so much of what the decoders give next out of the stream."""
+        self.given = self.given.replace(skip=(frames, samples))
 
     # Text
 
@@ -143,6 +217,27 @@ class Steering:
         length, longest = contexts[0].shape[1], self._text_length
         if longest is not None and length > longest:
             raise ValueError(f"the text has {length} tokens; this session takes up to {longest}")
+
+    def _set_prompt(self, waiting: WaitingTurn, num_made: int) -> None:
+        payload = waiting.turn.payload
+        recache = self._recaches if payload["recache"] is None else payload["recache"]
+        contexts = self.contexts, waiting.contexts
+        if payload["blend"]:
+            contexts = jax.device_get(contexts)
+        self._blend = Blend(*contexts, num_made, payload["blend"], recache)
+        self.text_seconds += waiting.seconds
+
+    def _blend_until(self, num_made: int | None) -> None:
+        """Takes the contexts to those of the next block; None ends the blending."""
+        if (blend := self._blend) is None:
+            return
+        done = blend.blocks + 1 if num_made is None else num_made - blend.begun + 1
+        if done > blend.blocks:
+            self._set_contexts(blend.new)
+            self.recache_due, self._blend = self.recache_due or blend.recache, None
+        elif done != blend.done:  # a block that waits for its sound was blended before
+            self._set_contexts(blend.contexts(done))
+            self._blend = dataclasses.replace(blend, done=done)
 
     def _set_contexts(self, contexts: tuple[jax.Array, jax.Array]) -> None:
         # committed to the model's device, as what is computed there: or each program is made twice
@@ -195,14 +290,12 @@ class Steering:
         self.given, waveform = self.media.played(*played, flushed=flushed)
         return waveform
 
-    def without_references(
-        self, frames: np.ndarray, waveform: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What a block adds to the stream, without what is not shown of the references."""
+    def skipped(self, num_frames: int, num_samples: int) -> tuple[int, int]:
+        """How many of the next frames and samples are not shown, of references for instance."""
         left = self.given.skip
-        skip = [min(n, x.shape[1]) for n, x in zip(left, (frames, waveform), strict=True)]
-        self.given = self.given.replace(skip=(left[0] - skip[0], left[1] - skip[1]))
-        return frames[:, skip[0] :], waveform[:, skip[1] :]
+        frames, samples = min(left[0], num_frames), min(left[1], num_samples)
+        self.skip(left[0] - frames, left[1] - samples)
+        return frames, samples
 
     # State
 
@@ -213,16 +306,19 @@ class Steering:
             "contexts": jax.device_get(self.contexts),
             "given": jax.device_get(self.given),
             "turns": tuple(map(WaitingTurn.on_host, self._queue.waiting)),
-            "prompt_changed": self.prompt_changed,
+            "blend": self._blend,
+            "steps": self.steps,
+            "recache_due": self.recache_due,
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Continues from a `snapshot`; what was said since is forgotten."""
-        self.key = jax.random.wrap_key_data(jnp.asarray(snapshot["key"]))
+        self.key = jax.random.wrap_key_data(jax.device_put(snapshot["key"]))
         self._set_contexts(snapshot["contexts"])
         self.given = snapshot["given"]
         self._queue.restore(snapshot["turns"])
-        self.prompt_changed = snapshot["prompt_changed"]
+        self._blend, self.steps = snapshot["blend"], snapshot["steps"]
+        self.recache_due = snapshot["recache_due"]
 
 
 def encoded(

@@ -62,21 +62,21 @@ def join(chunks):
 
 
 def probe_of(live):
-    return random_latents(live._model.config, 3 * 4, 25, seed=3)
+    return random_latents(live._blocks.model.config, 3 * 4, 25, seed=3)
 
 
 def history_of(live, cache):
-    model = live._model, live._params
-    return student.bind(*model, cache, live._rope, live.config, first=False).history
+    model = live._blocks.model, live._blocks.params
+    return student.bind(*model, cache, live._blocks.rope, live.config, first=False).history
 
 
 def check_cache(live, contexts, held):
     """The next block sees what one uncached, masked pass over the held blocks would show it."""
-    model, params, config = live._model, live._params, live.config
+    model, params, config = live._blocks.model, live._blocks.params, live.config
     layout = config.cache.layout
     clip = ClipGeometry.from_blocks(layout, held + 1, 2, 2)
     probe = probe_of(live)
-    cleans = [condition.clean for _, condition in sorted(live._held.items())]
+    cleans = [condition.clean for _, condition in sorted(live._blocks.held.items())]
     assert len(cleans) == held
     x = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *cleans, probe)
     sigma = AVLatents(
@@ -86,7 +86,9 @@ def check_cache(live, contexts, held):
     streams = modalities(x, sigma, clip.stream_ropes(model), contexts)
     whole = model.clone(causal=clip.mask(layout))
     (video, audio), _ = jax.jit(whole.apply)({"params": params}, *streams)
-    forward = student.bind(model, params, live._cache, live._rope, config, first=False)
+    forward = student.bind(
+        model, params, live._blocks.cache, live._blocks.rope, config, first=False
+    )
     found, _ = forward(probe, jnp.float32(0.6), live._steering.text)
     expected = probe.video - 0.6 * video[:, -12:], probe.audio - 0.6 * audio[:, -25:]
     np.testing.assert_allclose(found.video, expected[0], atol=2e-5)
@@ -215,7 +217,7 @@ def test_a_picture_begins_the_stream(pipeline):
     live.set_image(picture())
     found = live.step().frames
     latent = MediaEncoder.from_pipeline(pipeline).encode_image(picture()).reshape(1, 1, 2, 2, -1)
-    decoder = live._video_decoder
+    decoder = live._decoders.video
     _, expected = decoder.push(decoder.init(1, *PIXELS), latent)
     np.testing.assert_array_equal(found, expected)
     following = live.step().frames
@@ -228,14 +230,14 @@ def test_goes_on_from_a_clip(pipeline):
     """The clip's own blocks come out as the VAEs keep them, and the decoders go on behind them."""
     live, clip = session(pipeline), film(30)
     live.extend(clip, sound(1.25), RATE)
-    live._steering.apply_turns(0)
+    live._apply_turns()
     assert live._steering.given.video.shape[1] == 4 and live._steering.given.audio.shape[1] == 26
     first, second = live.step(), live.step()
     frames = np.concatenate([first.frames, second.frames], axis=1)
     latents = MediaEncoder.from_pipeline(pipeline).encode_frames(
         clip[:, :25] / np.float32(127.5) - 1
     )
-    decoder = live._video_decoder
+    decoder = live._decoders.video
     latents = latents.reshape(1, 4, 2, 2, -1)
     state, start = decoder.push(decoder.init(1, *PIXELS), latents[:, :1])
     _, rest = decoder.push(state, latents[:, 1:])
@@ -244,7 +246,7 @@ def test_goes_on_from_a_clip(pipeline):
     assert (third.block, third.first_frame, third.frames.shape[1]) == (2, 25, 24)
     chunks = [first, second, third, live.finish()]
     # the clip and what was generated behind it, decoded in one go
-    blocks = [condition.clean for _, condition in sorted(live._held.items())]
+    blocks = [condition.clean for _, condition in sorted(live._blocks.held.items())]
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *blocks)
     np.testing.assert_allclose(whole.video[:, :16], latents.reshape(1, 16, -1), atol=1e-5)
     tokens = whole.video.reshape(1, 7, 2, 2, -1)
@@ -252,8 +254,8 @@ def test_goes_on_from_a_clip(pipeline):
     expected = np.concatenate([expected, decoder.flush(state)[1]], axis=1)
     frames, waveform = join(chunks)
     np.testing.assert_allclose(frames.astype(int), expected, atol=1)
-    state, expected = live._audio_decoder.push(live._audio_decoder.init(1), whole.audio)
-    expected = np.concatenate([expected, live._audio_decoder.flush(state)[1]], axis=1)
+    state, expected = live._decoders.audio.push(live._decoders.audio.init(1), whole.audio)
+    expected = np.concatenate([expected, live._decoders.audio.flush(state)[1]], axis=1)
     np.testing.assert_allclose(waveform, expected, atol=1e-5)
     assert waveform.shape[1] == 2 * RATE + 240
 
@@ -348,7 +350,7 @@ def test_frames_are_encoded_a_few_at_a_time(pipeline, monkeypatch):
         monkeypatch.setattr(given, "_FRAMES_AT_A_TIME", count)
         live = session(pipeline, given="video")
         live.push_frames(film(40))
-        live._steering.apply_turns(0)
+        live._apply_turns()
         latents.append(live._steering.given.video)
     assert latents[0].shape[1] == 4
     np.testing.assert_array_equal(*latents)
@@ -373,8 +375,8 @@ def test_recache_is_the_masked_pass(pipeline):
         live.step()
     before = live.snapshot()["cache"]
     live.set_prompt(contexts(pipeline, seed=1))
-    live._steering.apply_turns(live.num_blocks)
-    live._recache()
+    live._apply_turns()
+    live._blocks.recache(live._steering, live.num_blocks)
     forward = check_cache(live, contexts(pipeline, seed=1), held=4)
     old = dataclasses.replace(forward, history=history_of(live, before))
     probe = probe_of(live)

@@ -50,17 +50,17 @@ def test_no_block_compiles_anything_and_clocks_are_exact(
     the stream holds the frames and samples that the arithmetic says."""
     pipeline, parts = random_pipeline("2.0"), []
     jax.clear_caches()  # of other tests
-    options = {"rate": rate, "decode_mode": decode_mode, "text_length": 24}
+    options = {"rate": rate, "decode_mode": decode_mode, "text_length": 24, "steerable": True}
     session = make_session(pipeline, layout, **options)
     with counting() as before:
         session.warm_up(parts.append)
-    assert len(before) >= 6 and sorted(parts) == PARTS
+    assert len(before) >= 6 and sorted(parts) == sorted([*PARTS, "recache"])
     blocks = session.config.cache.layout
     held_back = 0 if decode_mode == "causal" else 2  # look-ahead, in latents
     with counting() as found:
         for block, length in enumerate((16, 16, 24, 24, 5, 5)):
             if length != session.contexts[0].shape[1]:
-                session.set_prompt(contexts(pipeline, length))
+                session.set_prompt(contexts(pipeline, length), blend=block % 2)
             chunk = session.step()
             latents = blocks.num_video_frames(block + 1)
             frames = max(0, 8 * (latents - held_back - 1) + 1) if latents > held_back else 0
@@ -79,7 +79,14 @@ def test_no_block_compiles_anything_and_clocks_are_exact(
     other = make_session(pipeline, layout, **options)
     with counting() as found:
         other.warm_up()
-        other.step()
+        for block in range(4):
+            other.step()
+            if block == 1:
+                other.restore(other.snapshot())
+            if block == 2:
+                other.rewind(1)
+                other.set_steps(1)
+        other.finish()
     assert not found
     with pytest.raises(RuntimeError, match="before its first block"):
         other.warm_up()
