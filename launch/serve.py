@@ -6,14 +6,16 @@ Then open http://localhost:8000. Programs talk to the same address, see docs/pro
 is compiled before the first client is let in. It answers this machine only, unless --host names
 another address; then clients need a token, which is printed, or given with --token.
 
-SIGTERM and Ctrl-C finish the block that is being made, and tell the clients.
+SIGTERM and Ctrl-C finish the blocks that are being made, save the sessions, and tell the clients.
 """
 
 import argparse
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import logging
+import pathlib
 import secrets
 import socket
 import sys
@@ -23,6 +25,7 @@ from collections.abc import Callable
 import jax
 from rich.console import Console
 
+from checkpoint_converters import lora
 from launch import compilation, options
 from omniforcing_jax import (
     Pipeline,
@@ -32,14 +35,21 @@ from omniforcing_jax import (
     load_pipeline,
     programs,
 )
+from omniforcing_jax.io import checkpoints
+from omniforcing_jax.io.paths import user_cache
+from omniforcing_jax.models.lora import KernelUpdate
 from omniforcing_jax.sampling.kv_cache import cache_bytes
 from omniforcing_jax.scaling.devices import check_memory
-from omniforcing_jax.serving.runtime import Limits, Runtime
+from omniforcing_jax.serving.events import Limits
+from omniforcing_jax.serving.load import Load
+from omniforcing_jax.serving.runtime import Runtime
 
 try:
     import uvicorn
 
     from omniforcing_jax.serving.service import Service, SessionRequest
+    from omniforcing_jax.serving.snapshots import SnapshotStore
+    from omniforcing_jax.serving.turn_log import TurnLog
     from omniforcing_jax.serving.web import make_app
 except ImportError as error:
     raise SystemExit(f"{error}; serving needs it: pip install -e '.[serve]'") from None
@@ -61,6 +71,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_cache(parser)
     options.add_cache_dtype(parser)
     add("--recache", action="store_true", help="write the cache anew when a prompt changes")
+    lora.add_option(
+        parser, "LoRA to add to the transformer's weights in memory (strength 1); may be repeated"
+    )
     options.add_decoder(parser)
     options.add_dtype(parser)
     options.add_quantize(parser)
@@ -74,6 +87,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     server.add_argument("--hosts", nargs="+", default=[], metavar="NAME",
                         help="names by which browsers reach it, besides --host")  # fmt: skip
     server.add_argument("--token", help="that clients need (default: none on this machine only)")
+    server.add_argument("--least-steps", type=int, metavar="N",
+                        help="denoising steps left under load (default: half)")  # fmt: skip
+    server.add_argument("--snapshots", type=pathlib.Path, metavar="FOLDER",
+                        help="of sessions without client (default: user's cache)")  # fmt: skip
+    server.add_argument("--snapshot-limit", type=float, default=10.0, metavar="GIB",
+                        help="of all, the oldest go first (default 10; 0: none)")  # fmt: skip
+    server.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     for name, text in (
         ("sessions", "streams side by side"),
         ("waiting", "clients in the queue"),
@@ -88,9 +108,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_arguments(
-    args: argparse.Namespace,
-) -> tuple[PipelineConfig, RolloutConfig, PromptEncoder, Limits]:
+@dataclasses.dataclass(frozen=True)
+class ServeRequest:
+    """A checked command line.
+
+    Attributes:
+      config: of the checkpoint.
+      rollout: how blocks are generated.
+      encoder: of the prompts.
+      limits: of the runtime.
+      least_steps: of denoising that are left under load.
+      loras: what is added to the transformer's weights.
+      fingerprint: of all that a saved session depends on.
+    """
+
+    config: PipelineConfig
+    rollout: RolloutConfig
+    encoder: PromptEncoder
+    limits: Limits
+    least_steps: int
+    loras: list[KernelUpdate]
+    fingerprint: str
+
+
+def check_arguments(args: argparse.Namespace) -> ServeRequest:
     """Checks everything before any weight is read.
 
     Raises:
@@ -101,6 +142,8 @@ def check_arguments(
         raise ValueError(f"--port must be from 0 to {2**16 - 1}, not {args.port}")
     if args.enlarge < 1:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
+    if not 0 <= args.snapshot_limit < float("inf"):
+        raise ValueError(f"--snapshot-limit must be 0 or more, not {args.snapshot_limit}")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     config.check_complete()
     if not config.trained.causal:
@@ -115,11 +158,23 @@ def check_arguments(
     cache = dataclasses.replace(cache, dtype=args.cache_dtype)
     sigmas = config.sigmas(args.timesteps)
     rollout = config.rollout(args.height, args.width, cache=cache, sigmas=sigmas)
+    rollout = dataclasses.replace(rollout, recache=args.recache)
     rollout.cache.blocks_in_positions(None)  # streams have no end that is known
+    least = (rollout.num_steps + 1) // 2 if args.least_steps is None else args.least_steps
+    Load(rollout.num_steps, least)
     size = cache_bytes(cache, config.transformer, batch=1, patches=rollout.patches,
                        dtype=options.compute_dtype(args), per_layer=True)  # fmt: skip
     check_memory(f"the caches of {limits.sessions} sessions", limits.sessions * size)
-    return config, rollout, options.make_encoder(args, keep=True), limits
+    loras, metadata = [], checkpoints.load_config(args.checkpoint)
+    if args.loras:
+        loras, lines = lora.updates(args.loras, metadata["config"])
+        for line in lines:
+            programs.say(line)
+    encoder = options.make_encoder(args, keep=True)
+    names = ("loras", "dtype", "quantize", "decode", "attention")
+    known = metadata, rollout, encoder.length, [vars(args)[name] for name in names]
+    fingerprint = hashlib.sha256(repr(known).encode()).hexdigest()
+    return ServeRequest(config, rollout, encoder, limits, least, loras, fingerprint)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -141,21 +196,33 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def streams(args: argparse.Namespace, pipeline: Pipeline, rollout: RolloutConfig, length: int):
-    """What opens a stream for a request; prompts up to `length` tokens share their programs."""
+def streams(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    rollout: RolloutConfig,
+    encoder: PromptEncoder,
+):
+    """What opens a stream for a request; prompts up to `encoder.length` share their programs."""
 
     def open_stream(request: SessionRequest):
-        return pipeline.session(
+        log = request.log
+        stream = pipeline.session(
             rollout,
             request.contexts,
-            seed=request.seed,
-            text_length=length,
+            prompts=encoder,
+            seed=log.seed,
+            text_length=encoder.length,
             implementation=args.attention,
             decode_mode=args.decode,
-            given="audio" if request.sound else None,
-            wait=request.sound,
+            given="audio" if log.sound else None,
+            wait=log.sound,
+            steerable=True,
+            log=log.append,
             **options.decoder_settings(args),
         )
+        if request.snapshot is not None:
+            stream.restore(request.snapshot)
+        return stream
 
     return open_stream
 
@@ -189,17 +256,17 @@ def count_compilations() -> Callable[[], int]:
     return lambda: len(events)
 
 
-def warm_up(open_stream, blocks: int, encoder: PromptEncoder, console: Console) -> None:
+def warm_up(open_stream, request: ServeRequest, console: Console) -> Load:
     """Compiles all that streams with and without pushed sound will need, and makes some blocks.
 
     A program is slow when it runs for the first time; the first client shall not notice.
 
-    Args:
-      blocks: after which a stream has run all of its programs.
+    Returns:
+      What blocks cost, with all steps and with the least.
     """
-    start = time.perf_counter()
+    start, frame_rate = time.perf_counter(), request.rollout.cache.layout.frame_rate
     with console.status("compiling ...") as status:
-        contexts = encoder.contexts("a calm sea")
+        contexts = request.encoder.contexts("a calm sea")
         for sound in (True, False):
             done = []
 
@@ -207,19 +274,46 @@ def warm_up(open_stream, blocks: int, encoder: PromptEncoder, console: Console) 
                 done.append(part)
                 status.update(f"compiling: {', '.join(done)} done")
 
-            stream = open_stream(SessionRequest(contexts, 0, sound))
+            stream = open_stream(SessionRequest(contexts, TurnLog("", "", 0, sound)))
             stream.warm_up(show)
-        for _ in stream.stream(blocks):
-            pass
+        for _ in range(request.rollout.cache.capacity + 3):  # a stream has run all programs then
+            stream.step()
+        stream.rewind(stream.num_blocks - 1)
+        stream.step()
+        costs = {}
+        for steps in (request.rollout.num_steps, request.least_steps):
+            stream.set_steps(steps)
+            begin, frames = time.perf_counter(), 0
+            for _ in range(3):
+                frames += stream.step().frames.shape[1]
+            costs[steps] = (time.perf_counter() - begin) * frame_rate / frames
+        stream.finish()
     console.print(f"compiling  {time.perf_counter() - start:6.2f} s")
+    told = ", ".join(f"{cost:.2f} s with {steps} steps" for steps, cost in costs.items())
+    console.print(f"a second   takes {told}")
+    return Load(request.rollout.num_steps, request.least_steps, costs)
+
+
+def snapshot_store(args: argparse.Namespace, request: ServeRequest) -> SnapshotStore | None:
+    """Where sessions wait for their clients; None if none are kept."""
+    if not args.snapshot_limit:
+        return None
+    folder = args.snapshots or user_cache("sessions")
+    return SnapshotStore(folder, int(args.snapshot_limit * 2**30), request.fingerprint)
+
+
+def device_memory() -> int | None:
+    """Bytes that are in use on the device, or None where it does not tell."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
 
 
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse_arguments(argv)
-    config, rollout, encoder, limits = check_arguments(args)
+    request = check_arguments(args)
     bound = bind(args.host, args.port)
+    store = snapshot_store(args, request)
     open_to_all = args.host not in LOOPBACK
     token = args.token or (secrets.token_urlsafe(16) if open_to_all else None)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -227,27 +321,31 @@ def main(argv: list[str] | None = None) -> int:
     dtype = options.compute_dtype(args)
     console.print(options.loading(args))
     how = {"verify": args.verify, "encoders": True, "tiny": args.decode == "tiny"}
-    how["quantize"] = args.quantize
+    how |= {"quantize": args.quantize, "loras": request.loras}
     pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
     compilations = count_compilations()
-    open_stream = streams(args, pipeline, rollout, encoder.length)
+    open_stream = streams(args, pipeline, request.rollout, request.encoder)
     with options.plain_warnings(console):
-        warm_up(open_stream, rollout.cache.capacity + 3, encoder, console)
+        load = warm_up(open_stream, request, console)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("omniforcing_jax.serving").setLevel(logging.INFO)
-    with Runtime(open_stream, args.fps, limits) as runtime:
+    save = store and (lambda order, snapshot: store.save(order.log, snapshot))
+    with Runtime(open_stream, args.fps, request.limits, load, save) as runtime:
         service = Service(
             runtime,
-            encoder.contexts,
+            request.encoder.contexts,
             args.width,
             args.height,
             args.fps,
-            config.vocoder.sample_rate,
+            request.config.vocoder.sample_rate,
             enlarge=args.enlarge,
-            image_crf=config.image_crf,
+            image_crf=request.config.image_crf,
             hosts=(*LOOPBACK[:2], "[::1]", args.host, *args.hosts),
             token=token,
             compilations=compilations,
+            device_memory=device_memory,
+            snapshots=store,
+            log_prompts=args.log_prompts,
         )
         settings = uvicorn.Config(
             make_app(service),

@@ -1,7 +1,7 @@
 """A small client: streams into a file, and steers.
 
     python -m omniforcing_jax.serving.client ws://localhost:8000 --prompt "a calm sea" \\
-        --at 5 "a storm comes up" --seconds 12 --output sea.mp4
+        --at 5 "a storm comes up" --rewind 8 4 --new-seed 8 1 --seconds 12 --output sea.mp4
 """
 
 import asyncio
@@ -10,7 +10,8 @@ import pathlib
 import sys
 import time
 import urllib.parse
-from collections.abc import AsyncIterator
+import urllib.request
+from collections.abc import AsyncIterator, Sequence
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -18,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from omniforcing_jax import programs
 from omniforcing_jax.io.paths import new_file
 from omniforcing_jax.serving import protocol
-from omniforcing_jax.serving.protocol import Message
+from omniforcing_jax.serving.protocol import WireMessage
 
 
 class Session:
@@ -31,13 +32,13 @@ class Session:
     def __init__(self, connection: ClientConnection, hello: protocol.Hello):
         self._connection, self.hello = connection, hello
 
-    async def send(self, message: Message, data: bytes | None = None) -> None:
+    async def send(self, message: WireMessage, data: bytes | None = None) -> None:
         """Sends a message, and the binary one that it announces."""
         await self._connection.send(message.to_json())
         if data is not None:
             await self._connection.send(data)
 
-    async def __aiter__(self) -> AsyncIterator[Message | bytes]:
+    async def __aiter__(self) -> AsyncIterator[WireMessage | bytes]:
         """What comes: messages, and the MP4 in pieces; `protocol.Ended` is the last.
 
         The server is told how far the stream is there, as it makes no more than it is taken.
@@ -51,8 +52,9 @@ class Session:
                 yield received
                 continue
             message = protocol.read(received, protocol.SERVER)
-            if isinstance(message, protocol.Block):
-                await self.send(protocol.Progress(message.end))
+            if isinstance(message, protocol.BlockMade):
+                with contextlib.suppress(ConnectionClosed):  # why is still to be read
+                    await self.send(protocol.Progress(message.end))
             yield message
             if isinstance(message, protocol.Ended):
                 return
@@ -96,10 +98,12 @@ async def record(
     path: pathlib.Path,
     seconds: float,
     *,
-    turns: dict[float, Message] | None = None,
+    turns: Sequence[tuple[float, WireMessage]] = (),
     seed: int | None = None,
     token: str | None = None,
-) -> list[tuple[float, protocol.Block]]:
+    log: pathlib.Path | None = None,
+    take_up: str | None = None,
+) -> list[tuple[float, protocol.BlockMade]]:
     """Streams until so many seconds are there.
 
     Args:
@@ -108,6 +112,8 @@ async def record(
       path: of the MP4; an older file is replaced when the new one is complete.
       seconds: of the clip, at least.
       turns: messages to be sent as soon as so many seconds are there.
+      log: file for the log of the turns, if it is wanted (`serving.turn_log`).
+      take_up: name of a session that is taken up again, in place of a new one.
 
     Returns:
       The blocks with the time at which they came, in seconds since the session began.
@@ -115,24 +121,51 @@ async def record(
     Raises:
       RuntimeError: the server ended the session because of an error, which it names.
     """
-    due, blocks = dict(sorted((turns or {}).items())), []
+    due, blocks, name = sorted(turns, key=lambda turn: turn[0]), [], None
     async with open_session(address, token) as session:
         start = time.monotonic()
-        await session.send(protocol.Start(prompt, seed))
+        first = protocol.Start(prompt, seed) if take_up is None else protocol.TakeUp(take_up)
+        await session.send(first)
         with new_file(pathlib.Path(path)) as temporary, temporary.open("wb") as file:
             async for received in session:
                 match received:
                     case bytes():
                         file.write(received)
-                    case protocol.Block(end=end):
+                    case protocol.BlockMade(end=end):
                         blocks.append((time.monotonic() - start, received))
-                        for when in [when for when in due if when <= end]:
-                            await session.send(due.pop(when))
+                        while due and due[0][0] <= end:
+                            await session.send(due.pop(0)[1])
                         if end >= seconds:
                             await session.send(protocol.Stop())
+                    case protocol.Begun(session=name):
+                        programs.say(f"session {name}")
+                    case protocol.ProblemFound(problem):
+                        programs.say(f"refused: {problem}")
                     case protocol.Ended(reason, True):
                         raise RuntimeError(reason)
+    if log is not None:
+        await asyncio.to_thread(fetch_log, address, name, log, token)
     return blocks
+
+
+def fetch_log(address: str, name: str, path: pathlib.Path, token: str | None = None) -> None:
+    """Writes the log of a session's turns.
+
+    Raises:
+      OSError: the server has none, or does not answer.
+    """
+    http = address.rstrip("/").replace("ws", "http", 1)
+    request = urllib.request.Request(f"{http}/turns/{name}")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request) as response, new_file(path) as temporary:
+        temporary.write_bytes(response.read())
+
+
+def _whole(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError(f"blocks and seeds are whole numbers, not {number:g}")
+    return int(number)
 
 
 @programs.entry
@@ -141,19 +174,29 @@ def main(argv: list[str] | None = None) -> int:
     parser = programs.Parser("omniforcing_jax.serving.client", __doc__)
     add = parser.add_argument
     add("address", help="ws://HOST:PORT")
-    add("--prompt", required=True, help="what to show")
+    add("--prompt", default="", help="what to show")
     add("--at", nargs=2, action="append", default=[], metavar=("SECOND", "TEXT"),
         help="another prompt once so many seconds are there")  # fmt: skip
+    add("--rewind", nargs=2, type=float, action="append", default=[], metavar=("SECOND", "BLOCK"),
+        help="back to this block once so many seconds are there")  # fmt: skip
+    add("--new-seed", nargs=2, type=float, action="append", default=[], metavar=("SECOND", "SEED"),
+        help="other noise once so many seconds are there")  # fmt: skip
+    add("--take-up", metavar="SESSION", help="go on with a session that was saved, by its name")
+    add("--turns", type=pathlib.Path, metavar="FILE", help="write the log of the turns there, too")
     add("--seconds", type=float, default=10.0, help="at least (default 10)")
     add("--seed", type=int)
     add("--token")
     add("--output", type=pathlib.Path, required=True, help="MP4 file")
     args = parser.parse_args(argv)
-    turns = {float(second): protocol.Prompt(text) for second, text in args.at}
+    if not (args.prompt or args.take_up):
+        raise ValueError("give --prompt, or --take-up to go on with a session")
+    turns = [(float(second), protocol.NewPrompt(text)) for second, text in args.at]
+    turns += [(second, protocol.GoBack(_whole(block))) for second, block in args.rewind]
+    turns += [(second, protocol.NewSeed(_whole(seed))) for second, seed in args.new_seed]
     blocks = asyncio.run(
         record(
             args.address, args.prompt, args.output, args.seconds,
-            turns=turns, seed=args.seed, token=args.token,
+            turns=turns, seed=args.seed, token=args.token, log=args.turns, take_up=args.take_up,
         )
     )  # fmt: skip
     first, late = blocks[0][0], sum(block.late > 0 for _, block in blocks)

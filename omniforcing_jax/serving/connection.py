@@ -1,6 +1,7 @@
 """One WebSocket: what comes in becomes turns, what the runtime makes goes out."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from omniforcing_jax.serving import protocol, runtime, uploads
+from omniforcing_jax.serving import events, protocol, uploads
+from omniforcing_jax.serving.events import Full
 from omniforcing_jax.serving.protocol import ProtocolError
-from omniforcing_jax.serving.runtime import Full, Seat
+from omniforcing_jax.serving.runtime import Seat
 from omniforcing_jax.serving.service import LARGEST_UPLOAD, Service, SessionRequest, Workers
 
 START_SECONDS = 30  # for the first message
+SAVE_SECONDS = 60  # for a session that is taken up elsewhere
 MESSAGES_PER_SECOND = 100
 SOUND_AHEAD = 30.0  # seconds of pushed sound beyond what is made
 _log = logging.getLogger(__name__)
@@ -26,8 +29,9 @@ class Connection:
 
     def __init__(self, service: Service, workers: Workers, socket: WebSocket):
         self._service, self._workers, self._socket = service, workers, socket
-        self._events: asyncio.Queue[runtime.Event] = asyncio.Queue()
+        self._events: asyncio.Queue[events.Event] = asyncio.Queue()
         self._seat: Seat | None = None
+        self._over = asyncio.Event()  # the place is free again, and the session saved
         self._name = secrets.token_hex(4)  # in logs
         self._made = self._pushed = 0.0  # seconds
         self._window, self._count = 0.0, 0  # messages in this second
@@ -36,15 +40,8 @@ class Connection:
         """Until the last message; raises WebSocketDisconnect when the client is gone."""
         await self._send(self._service.hello())
         try:
-            async with asyncio.timeout(START_SECONDS):
-                start = protocol.read(await self._text(), (protocol.Start,))
-                self._service.runtime.check_room()  # before a text is encoded for nothing
-                contexts = await self._workers.encode(start.prompt)
-            request = SessionRequest.of(contexts, start.seed, start.sound)
-            loop = asyncio.get_running_loop()
-            self._seat = self._service.runtime.join(
-                request, lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event)
-            )
+            request = await self._request()
+            self._join(request)
         except TimeoutError:
             await self._end(f"no 'start' came within {START_SECONDS} s", failed=True)
             return
@@ -63,10 +60,46 @@ class Connection:
                 task.cancel()
             await asyncio.gather(receiving, sending, return_exceptions=True)
 
+    async def _request(self) -> SessionRequest:
+        """What the first message asks for."""
+        async with asyncio.timeout(START_SECONDS):
+            first = protocol.read(await self._text(), (protocol.Start, protocol.TakeUp))
+        if isinstance(first, protocol.TakeUp):
+            return await self._workers.saved(first.session)
+        self._service.runtime.check_room()  # before a text is encoded for nothing
+        contexts = await self._workers.encode(first.prompt)
+        if self._service.log_prompts:
+            self._log("start", prompt=first.prompt)
+        return SessionRequest.of(first.prompt, contexts, first.seed, first.sound)
+
+    def _join(self, request: SessionRequest) -> None:
+        loop, workers, name = asyncio.get_running_loop(), self._workers, request.log.name
+
+        async def end() -> None:
+            self._seat.leave("the session was taken up elsewhere", keep=True)
+            async with asyncio.timeout(SAVE_SECONDS):
+                await self._over.wait()
+
+        def on_event(event: events.Event) -> None:
+            self._events.put_nowait(event)
+            if isinstance(event, events.Over):
+                self._over.set()
+                if workers.seated.get(name) is end:
+                    del workers.seated[name]
+                    workers.logs.end(name)
+
+        def told(event: events.Event) -> None:  # in the runtime's thread
+            with contextlib.suppress(RuntimeError):  # the server is over, and its loop closed
+                loop.call_soon_threadsafe(on_event, event)
+
+        self._seat = self._service.runtime.join(request, told)
+        workers.seated[name] = end
+        workers.logs.add(request.log)
+
     def leave(self) -> None:
-        """Gives the place back."""
+        """The client is gone without a word: gives the place back, and has the session saved."""
         if self._seat is not None:
-            self._seat.leave()
+            self._seat.leave(keep=True)
             self._log("left")
 
     async def _text(self) -> str:
@@ -96,47 +129,42 @@ class Connection:
     async def _receive(self) -> None:
         """Ends when the client breaks the protocol; raises WebSocketDisconnect when it is gone."""
         while True:
-            try:
-                message = protocol.read(await self._text())
-            except ProtocolError as error:
-                await self._end(str(error), failed=True)
-                return
             data = None
             try:
+                message = protocol.read(await self._text())
                 if isinstance(message, protocol.Image | protocol.Audio):
                     data = await self._binary()
                 await self._apply(message, data)
             except ProtocolError as error:
+                self._seat.leave(str(error))
                 await self._end(str(error), failed=True)
                 return
             except ValueError as error:
-                await self._send(protocol.Problem(str(error)))
+                await self._send(protocol.ProblemFound(str(error)))
 
-    async def _apply(self, message: protocol.Message, data: bytes | None) -> None:
+    async def _apply(self, message: protocol.WireMessage, data: bytes | None) -> None:
         seat = self._seat
         match message:
-            case protocol.Prompt(text):
-                contexts = await self._workers.encode(text)
-                seat.turn(lambda stream: stream.set_prompt(contexts))
-                self._log("prompt", characters=len(text))
+            case protocol.NewPrompt(text, blend, recache):
+                # encoded there, beside the stream
+                await self._workers.with_text(
+                    text, lambda text: seat.set_prompt(text, blend=blend, recache=recache)
+                )
+                said = {"text": text} if self._service.log_prompts else {}
+                self._log("prompt", characters=len(text), **said)
+            case protocol.NewSeed(seed):
+                seat.set_seed(seed)
+            case protocol.GoBack(block):
+                seat.rewind(block)
+                self._log("rewind", block=block)
             case protocol.Image(strength):
                 async with self._workers.decoding:
                     decoded = await uploads.decode_image(data)
-                loop = asyncio.get_running_loop()
-                pixels = await loop.run_in_executor(
-                    self._workers.encoders, self._service.fitted, decoded
-                )
-                seat.turn(lambda stream: stream.set_image(pixels, strength))
+                pixels = await self._workers.beside(self._service.fitted, decoded)
+                seat.set_image(pixels, strength)
                 self._log("image", bytes=len(data))
             case protocol.Audio(rate):
-                waveform = _samples(data)
-                self._pushed += len(waveform) / rate
-                if self._pushed > self._made + SOUND_AHEAD:
-                    self._pushed -= len(waveform) / rate
-                    raise ValueError(f"at most {SOUND_AHEAD:g} s of sound are kept ahead")
-                seat.turn(
-                    lambda stream: stream.push_audio(waveform[None], rate), limited=False
-                )  # `SOUND_AHEAD` is its limit
+                self._push(_samples(data), rate)
             case protocol.Progress(seconds):
                 # no more than was sent: what a client claims beyond would pile up here
                 seat.taken(min(seconds, self._made))
@@ -146,12 +174,19 @@ class Connection:
                 seat.resume()
             case protocol.Stop():
                 seat.leave("stopped")
-            case protocol.Start():
+            case protocol.Start() | protocol.TakeUp():
                 raise ProtocolError("the session has begun already")
+
+    def _push(self, waveform: np.ndarray, rate: int) -> None:
+        seconds = len(waveform) / rate
+        if self._pushed + seconds > self._made + SOUND_AHEAD:
+            raise ValueError(f"at most {SOUND_AHEAD:g} s of sound are kept ahead")
+        self._seat.push_audio(waveform[None], rate)
+        self._pushed += seconds
 
     async def _give(self, request: SessionRequest) -> None:
         """Sends what the runtime makes, until it ends."""
-        loop, fragments = asyncio.get_running_loop(), self._service.fragments()
+        fragments, beside = self._service.fragments(), self._workers.beside
         announced = False
 
         async def give(data: bytes) -> None:
@@ -164,34 +199,40 @@ class Connection:
 
         while True:
             match await self._events.get():
-                case runtime.Queued(position):
+                case events.Queued(position):
                     await self._send(protocol.Waiting(position))
-                case runtime.Opened():
-                    self._log("begun", seed=request.seed)
-                    await self._send(protocol.Begun(request.seed))
-                case runtime.Refused(problem):
-                    await self._send(protocol.Problem(problem))
-                case runtime.Made(chunk, seconds, lead, late):
-                    data = await loop.run_in_executor(
-                        self._workers.encoders, fragments.push, chunk.frames[0], chunk.waveform[0]
-                    )
-                    shown = chunk.first_frame + chunk.frames.shape[1]
-                    self._made = shown / self._service.frame_rate
-                    figures = (round(x, 4) for x in (self._made, seconds, lead, late, chunk.late))
-                    await self._send(protocol.Block(chunk.block, *figures))
+                case events.Opened():
+                    seed, name = request.log.seed, request.log.name
+                    self._log("begun", seed=seed, again=request.snapshot is not None)
+                    if request.snapshot is not None:
+                        await beside(self._service.snapshots.remove, name)
+                    await self._send(protocol.Begun(seed, name))
+                case events.Refused(problem):
+                    await self._send(protocol.ProblemFound(problem))
+                case events.Shed(steps, waiting):
+                    self._log("load", steps=steps, waiting=waiting)
+                    await self._send(protocol.LoadShed(steps, waiting))
+                case events.Made() as made:
+                    chunk = made.chunk
+                    data = await beside(fragments.push, chunk.frames[0], chunk.waveform[0])
+                    self._made += chunk.frames.shape[1] / self._service.frame_rate
+                    figures = self._made, made.seconds, made.lead, made.late, chunk.late
+                    figures = (round(x, 4) for x in figures)
+                    await self._send(protocol.BlockMade(chunk.block, *figures, made.steps))
                     await give(data)
-                case runtime.Over(reason, error):
-                    await give(await loop.run_in_executor(self._workers.encoders, fragments.close))
-                    self._log("ended", reason=reason, failed=error is not None)
-                    await self._end(reason, failed=error is not None)
+                case events.Over(reason, error, saved):
+                    await give(await beside(fragments.close))
+                    failed = error is not None
+                    self._log("ended", reason=reason, failed=failed, saved=saved)
+                    await self._end(reason, failed=failed, saved=saved)
                     return
 
-    async def _send(self, message: protocol.Message) -> None:
+    async def _send(self, message: protocol.WireMessage) -> None:
         await self._socket.send_text(message.to_json())
 
-    async def _end(self, reason: str, *, failed: bool) -> None:
+    async def _end(self, reason: str, *, failed: bool, saved: bool = False) -> None:
         if self._socket.application_state is WebSocketState.CONNECTED:
-            await self._send(protocol.Ended(reason, failed))
+            await self._send(protocol.Ended(reason, failed, saved))
             await self._socket.close()
 
     def _log(self, event: str, **fields: Any) -> None:

@@ -1,6 +1,6 @@
-"""The messages between a server and its clients, version 1; docs/protocol.md explains them.
+"""The messages between a server and its clients, version 2; docs/protocol.md explains them.
 
-Text messages are JSON objects whose `type` names one of these classes in lower case; binary ones
+Text messages are JSON objects whose `type` is the `wire_type` of one of these classes; binary ones
 are MP4 to the client, and to the server the file or the samples that the message before announced.
 """
 
@@ -11,8 +11,9 @@ import types
 import typing
 from typing import Any, Self
 
-VERSION = 1
+VERSION = 2
 LONGEST_TEXT_MESSAGE = 64 * 1024  # characters
+LONGEST_BLEND = 60  # blocks
 SAMPLE_RATES = (8_000, 96_000)  # of pushed sound, lowest and highest
 
 
@@ -21,8 +22,17 @@ class ProtocolError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Message:
-    """A text message; reads and writes itself."""
+class WireMessage:
+    """A text message; reads and writes itself.
+
+    Attributes:
+      wire_type: what `type` says of it.
+    """
+
+    wire_type: typing.ClassVar[str]
+
+    def __init_subclass__(cls, wire_type: str):
+        cls.wire_type = wire_type
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
@@ -31,7 +41,7 @@ class Message:
         Raises:
           ProtocolError: a field is missing, unknown, or of another type.
         """
-        hints, name = typing.get_type_hints(cls), cls.__name__.lower()
+        hints, name = typing.get_type_hints(cls), cls.wire_type
         known = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(fields.keys() - known):
             raise ProtocolError(f"{name!r} has no field {unknown[0][:40]!r}")
@@ -50,7 +60,7 @@ class Message:
 
     def to_json(self) -> str:
         """The message as it is sent."""
-        return json.dumps({"type": type(self).__name__.lower()} | dataclasses.asdict(self))
+        return json.dumps({"type": self.wire_type} | dataclasses.asdict(self))
 
 
 def check_seed(seed: int | None) -> None:
@@ -71,7 +81,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start(Message):
+class Start(WireMessage, wire_type="start"):
     """Begins the session; the first message.
 
     Attributes:
@@ -89,14 +99,59 @@ class Start(Message):
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt(Message):
-    """Another prompt from the next block on."""
+class TakeUp(WireMessage, wire_type="take_up"):
+    """Goes on with a session that was saved; the first message, in place of `Start`.
 
-    text: str
+    Attributes:
+      session: its name, from `Begun`.
+    """
+
+    session: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Image(Message):
+class NewPrompt(WireMessage, wire_type="prompt"):
+    """Another prompt from the next block on.
+
+    Attributes:
+      text: what to show.
+      blend: blocks that are between the old prompt and the new one.
+      recache: whether what was made is written anew into the model's memory, under the new prompt;
+        None as the server usually does.
+    """
+
+    text: str
+    blend: int = 0
+    recache: bool | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.blend <= LONGEST_BLEND:
+            raise ProtocolError(f"'blend' must be from 0 to {LONGEST_BLEND}")
+
+
+@dataclasses.dataclass(frozen=True)
+class NewSeed(WireMessage, wire_type="seed"):
+    """Other noise from the next block on."""
+
+    seed: int
+
+    def __post_init__(self):
+        check_seed(self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class GoBack(WireMessage, wire_type="rewind"):
+    """The next block takes the place of an earlier one, as if those from it on were not made.
+
+    Attributes:
+      block: its index, as `BlockMade` told it.
+    """
+
+    block: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Image(WireMessage, wire_type="image"):
     """The next block begins with a picture, whose file (PNG, JPEG, …) is the next binary message.
 
     Attributes:
@@ -111,7 +166,7 @@ class Image(Message):
 
 
 @dataclasses.dataclass(frozen=True)
-class Audio(Message):
+class Audio(WireMessage, wire_type="audio"):
     """The next sound, whose samples (int16, little endian, one channel) are the next binary one.
 
     Attributes:
@@ -127,7 +182,7 @@ class Audio(Message):
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress(Message):
+class Progress(WireMessage, wire_type="progress"):
     """How far the client has the stream, about once a second; silent clients lose their place.
 
     Attributes:
@@ -138,17 +193,17 @@ class Progress(Message):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pause(Message):
+class Pause(WireMessage, wire_type="pause"):
     """Makes no more blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Resume(Message):
+class Resume(WireMessage, wire_type="resume"):
     """Goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Stop(Message):
+class Stop(WireMessage, wire_type="stop"):
     """Ends the stream; what is made is still sent."""
 
 
@@ -156,7 +211,7 @@ class Stop(Message):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hello(Message):
+class Hello(WireMessage, wire_type="hello"):
     """The first message: what streams are like here, and what is taken."""
 
     protocol: int
@@ -170,33 +225,40 @@ class Hello(Message):
 
 
 @dataclasses.dataclass(frozen=True)
-class Waiting(Message):
+class Waiting(WireMessage, wire_type="waiting"):
     """All places are taken; the position in the queue, from 1."""
 
     position: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Begun(Message):
-    """The stream has its place."""
+class Begun(WireMessage, wire_type="begun"):
+    """The stream has its place; turns are taken from now on.
+
+    Attributes:
+      seed: of all noise.
+      session: a name that nobody else knows, by which the session can be taken up again.
+    """
 
     seed: int
+    session: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Media(Message):
+class Media(WireMessage, wire_type="media"):
     """What the binary messages are from now on, as MediaSource takes it."""
 
     mime: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Block(Message):
+class BlockMade(WireMessage, wire_type="block"):
     """A block was made; its bytes follow.
 
     Attributes:
-      block: its index; -1 for the rest at the end.
-      end: seconds of the stream that are made.
+      block: its index; a rewind goes back in it.
+      end: seconds that are made since `Begun`.
+      steps: of denoising that it had, as far as is known.
       took: seconds that it took.
       lead: seconds that are made and not played.
       late: seconds that playback stood still for.
@@ -209,32 +271,48 @@ class Block(Message):
     lead: float
     late: float
     missing: float
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem(Message):
+class LoadShed(WireMessage, wire_type="load"):
+    """The server leaves something out as it has too much to do, or brings it back.
+
+    Attributes:
+      steps: of denoising that all sessions have.
+      waiting: clients that may wait for a place.
+    """
+
+    steps: int
+    waiting: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemFound(WireMessage, wire_type="problem"):
     """A message or a turn that was refused; the stream goes on."""
 
     message: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended(Message):
+class Ended(WireMessage, wire_type="ended"):
     """The last message.
 
     Attributes:
       failed: whether that is an error's doing.
+      saved: whether the session can be taken up again.
     """
 
     reason: str
     failed: bool
+    saved: bool = False
 
 
-CLIENT = (Start, Prompt, Image, Audio, Progress, Pause, Resume, Stop)
-SERVER = (Hello, Waiting, Begun, Media, Block, Problem, Ended)
+CLIENT = (Start, TakeUp, NewPrompt, NewSeed, GoBack, Image, Audio, Progress, Pause, Resume, Stop)
+SERVER = (Hello, Waiting, Begun, Media, BlockMade, LoadShed, ProblemFound, Ended)
 
 
-def read(text: str, kinds: tuple[type[Message], ...] = CLIENT) -> Message:
+def read(text: str, kinds: tuple[type[WireMessage], ...] = CLIENT) -> WireMessage:
     """A text message.
 
     Args:
@@ -250,7 +328,7 @@ def read(text: str, kinds: tuple[type[Message], ...] = CLIENT) -> Message:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("a text message must be JSON") from error
-    names = {kind.__name__.lower(): kind for kind in kinds}
+    names = {kind.wire_type: kind for kind in kinds}
     if not isinstance(fields, dict) or not isinstance(fields.get("type"), str):
         raise ProtocolError("a message must be an object with a 'type'")
     if (kind := names.get(fields.pop("type"))) is None:

@@ -13,6 +13,8 @@ from omniforcing_jax.io.media_files import check_enlargement, compress_image, fi
 from omniforcing_jax.serving import protocol
 from omniforcing_jax.serving.fragments import Fragments
 from omniforcing_jax.serving.runtime import Runtime
+from omniforcing_jax.serving.snapshots import SnapshotStore
+from omniforcing_jax.serving.turn_log import TurnLog, TurnLogs
 
 LARGEST_UPLOAD = 16 << 20  # bytes
 LONGEST_PROMPT = 4000  # characters
@@ -24,18 +26,21 @@ class SessionRequest:
 
     Attributes:
       contexts: of the first prompt, as the text encoder gives them.
-      seed: of all noise.
-      sound: whether the sound is pushed.
+      log: prompt, seed, whether the sound is pushed, and the turns, as they are applied.
+      snapshot: that the stream goes on from, if it was saved.
     """
 
     contexts: Any
-    seed: int
-    sound: bool = False
+    log: TurnLog
+    snapshot: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, contexts: Any, seed: int | None, sound: bool = False) -> "SessionRequest":
-        """With the seed that was asked for, or a new one."""
-        return cls(contexts, secrets.randbits(32) if seed is None else seed, sound)
+    def of(
+        cls, prompt: str, contexts: Any, seed: int | None, sound: bool = False
+    ) -> "SessionRequest":
+        """A new session, with the seed that was asked for, or a new one."""
+        seed = secrets.randbits(32) if seed is None else seed
+        return cls(contexts, TurnLog(secrets.token_urlsafe(16), prompt, seed, sound))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,9 @@ class Service:
       hosts: names by which the server may be called, without port; "*" for any.
       token: that clients must have; None lets all in.
       compilations: how many programs the process has compiled, a figure that must stand still.
+      device_memory: bytes that are in use on the device; None where that is the host's.
+      snapshots: of sessions whose clients have vanished; None keeps none.
+      log_prompts: whether the logs hold what clients ask for.
     """
 
     runtime: Runtime
@@ -65,6 +73,9 @@ class Service:
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     token: str | None = None
     compilations: Callable[[], int] = lambda: 0
+    device_memory: Callable[[], int | None] = lambda: None
+    snapshots: SnapshotStore | None = None
+    log_prompts: bool = False
 
     def fragments(self) -> Fragments:
         """An encoder of one stream."""
@@ -104,8 +115,10 @@ class Workers:
     """What is done beside the runtime's thread, as it would make blocks late.
 
     Attributes:
-      encoders: threads that encode fragments and fit pictures.
+      encoders: threads that encode fragments, fit pictures, and read and write logs and snapshots.
       decoding: held while a client's picture is decoded; one at a time, as each may use gigabytes.
+      logs: of the sessions' turns.
+      seated: what ends the session of a name that runs, and waits for that.
     """
 
     def __init__(self, service: Service):
@@ -113,9 +126,15 @@ class Workers:
         self._text_thread = ThreadPoolExecutor(1, "text")
         self.encoders = ThreadPoolExecutor(max(2, service.runtime.limits.sessions), "encoder")
         self.decoding = asyncio.Semaphore(1)
+        self.logs = TurnLogs()
+        self.seated: dict[str, Callable[[], Any]] = {}
 
-    async def encode(self, text: str) -> Any:
-        """Contexts of a prompt.
+    async def beside(self, function: Callable, *args: Any) -> Any:
+        """The result of a function, in one of the `encoders`."""
+        return await asyncio.get_running_loop().run_in_executor(self.encoders, function, *args)
+
+    async def with_text(self, text: str, function: Callable[[str], Any]) -> Any:
+        """The result of a function that encodes a prompt, in the thread where that is done.
 
         Raises:
           ValueError: it is empty, too long, or none that the text encoder takes.
@@ -125,7 +144,27 @@ class Workers:
         if len(text) > LONGEST_PROMPT:
             raise ValueError(f"a prompt has at most {LONGEST_PROMPT} characters")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._text_thread, self._service.encode, text)
+        return await loop.run_in_executor(self._text_thread, function, text)
+
+    async def encode(self, text: str) -> Any:
+        """Contexts of a prompt; raises as `with_text`."""
+        return await self.with_text(text, self._service.encode)
+
+    async def saved(self, name: str) -> SessionRequest:
+        """A session that was saved; one that still runs is ended and saved before.
+
+        Raises:
+          ValueError: see `SnapshotStore.read`.
+        """
+        if self._service.snapshots is None:
+            raise ValueError("this server keeps no sessions; begin a new one")
+        if (end := self.seated.get(name)) is not None:
+            try:
+                await end()
+            except TimeoutError:
+                raise ValueError("the session is still being saved; try again soon") from None
+        log, snapshot = await self.beside(self._service.snapshots.read, name)
+        return SessionRequest(snapshot["contexts"], log, snapshot)
 
     def close(self) -> None:
         """Starts nothing more."""

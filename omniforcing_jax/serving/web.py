@@ -13,7 +13,7 @@ import json
 import pathlib
 from collections.abc import AsyncIterator
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -24,13 +24,15 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from omniforcing_jax.serving import protocol, runtime
+from omniforcing_jax.serving import events, protocol
 from omniforcing_jax.serving.connection import Connection
+from omniforcing_jax.serving.events import Full
 from omniforcing_jax.serving.protocol import ProtocolError
-from omniforcing_jax.serving.runtime import Full, Seat
+from omniforcing_jax.serving.runtime import Seat
 from omniforcing_jax.serving.service import Service, SessionRequest, Workers
 
 PAGE = pathlib.Path(__file__).parent / "page"
+_NO_TOKEN = "the token is missing or wrong"
 REFUSED = 1008  # WebSocket's status for a breach of policy
 _HEADERS = {
     "Content-Security-Policy": (
@@ -56,6 +58,7 @@ def make_app(service: Service) -> Starlette:
         routes=[
             WebSocketRoute("/session", server.session),
             Route("/clip", server.clip, methods=["POST"]),
+            Route("/turns/{name}", server.turns),
             Route("/healthz", server.health),
             Route("/metrics", server.metrics),
             Mount("/", _Page(directory=PAGE, html=True)),
@@ -81,6 +84,7 @@ class _Server:
         self.service, self.workers = service, workers
         self._registry = CollectorRegistry()
         self._registry.register(_Figures(service))
+        ProcessCollector(registry=self._registry)  # memory and time of the process
 
     def is_allowed(self, connection: Request | WebSocket) -> bool:
         """Whether it comes from here, or from a program, and has the token."""
@@ -95,11 +99,26 @@ class _Server:
 
     async def health(self, request: Request) -> Response:
         """200 as long as streams are taken."""
-        return PlainTextResponse("ok\n")
+        if self.service.runtime.is_open:
+            return PlainTextResponse("ok\n")
+        return PlainTextResponse("no sessions are taken any more\n", 503)
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text format."""
+        if not self.is_allowed(request):
+            return JSONResponse({"problem": _NO_TOKEN}, 403)
         return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+
+    async def turns(self, request: Request) -> Response:
+        """The log of a session's turns, for whoever knows its name."""
+        if not self.is_allowed(request):
+            return JSONResponse({"problem": _NO_TOKEN}, 403)
+        log = self.workers.logs.get(request.path_params["name"])
+        if log is None:
+            return JSONResponse({"problem": "no such session is known here"}, 404)
+        headers = {"Content-Disposition": 'attachment; filename="turns.json"'}
+        text = await self.workers.beside(log.to_json)
+        return Response(text, media_type="application/json", headers=headers)
 
     async def session(self, socket: WebSocket) -> None:
         """One session, from the first message to the last."""
@@ -118,7 +137,7 @@ class _Server:
     async def clip(self, request: Request) -> Response:
         """One whole clip: {"prompt": …, "seconds": …, "seed": …} -> an MP4."""
         if not self.is_allowed(request):
-            return JSONResponse({"problem": "the token is missing or wrong"}, 403)
+            return JSONResponse({"problem": _NO_TOKEN}, 403)
         body = b""
         async for piece in request.stream():
             body += piece
@@ -131,30 +150,30 @@ class _Server:
                 raise ValueError(f"'seconds' must be above 0 and at most {longest:g}")
             self.service.runtime.check_room()  # before a text is encoded for nothing
             contexts = await self.workers.encode(wanted.prompt)
-            order = SessionRequest.of(contexts, wanted.seed)
-            events: asyncio.Queue = asyncio.Queue()
+            order = SessionRequest.of(wanted.prompt, contexts, wanted.seed)
+            told: asyncio.Queue = asyncio.Queue()
             loop = asyncio.get_running_loop()
             seat = self.service.runtime.join(
-                order, lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
+                order, lambda event: loop.call_soon_threadsafe(told.put_nowait, event),
                 paced=False,
             )  # fmt: skip
         except ValueError as error:
             return JSONResponse({"problem": str(error)}, 400)
         except Full as error:
             return JSONResponse({"problem": str(error)}, 503)
-        pieces = self._clip_pieces(seat, events, wanted.seconds)
+        pieces = self._clip_pieces(seat, told, wanted.seconds)
         return StreamingResponse(pieces, media_type="video/mp4")
 
-    async def _clip_pieces(self, seat: Seat, events: asyncio.Queue, seconds: float):
+    async def _clip_pieces(self, seat: Seat, told: asyncio.Queue, seconds: float):
         loop, fragments = asyncio.get_running_loop(), self.service.fragments()
         frames = round(seconds * self.service.frame_rate)
         samples = round(seconds * self.service.sample_rate)
         try:
             while True:
-                event = await events.get()
-                if isinstance(event, runtime.Over):
+                event = await told.get()
+                if isinstance(event, events.Over):
                     raise RuntimeError(event.reason)  # the connection is cut, as headers are out
-                if not isinstance(event, runtime.Made):
+                if not isinstance(event, events.Made):
                     continue
                 chunk = event.chunk.until(frames, samples)
                 yield await loop.run_in_executor(
@@ -171,7 +190,7 @@ class _Server:
 
 
 @dataclasses.dataclass(frozen=True)
-class _ClipRequest(protocol.Message):
+class _ClipRequest(protocol.WireMessage, wire_type="clip"):
     prompt: str
     seconds: float = 5.0
     seed: int | None = None
@@ -199,15 +218,24 @@ class _Figures:
     def collect(self):
         figures = dataclasses.asdict(self._service.runtime.figures())
         figures["compilations"] = self._service.compilations()
+        figures["device_memory_bytes"] = self._service.device_memory()
         for kind, name, text in (
             (GaugeMetricFamily, "sessions", "that are stepped"),
             (GaugeMetricFamily, "waiting", "sessions that wait"),
             (CounterMetricFamily, "blocks", "blocks made"),
             (CounterMetricFamily, "late_blocks", "of them after their deadline"),
             (CounterMetricFamily, "seconds", "spent on making blocks"),
+            (CounterMetricFamily, "host_seconds", "of them, not spent on waiting for the device"),
             (CounterMetricFamily, "refused", "sessions refused"),
+            (CounterMetricFamily, "saved", "sessions saved to be taken up again"),
+            (GaugeMetricFamily, "steps", "of denoising; fewer under load"),
+            (GaugeMetricFamily, "load", "share of the device's time that the sessions need"),
+            (GaugeMetricFamily, "queue_places", "places in the queue; none under load"),
+            (GaugeMetricFamily, "device_memory_bytes", "in use on the device"),
             (CounterMetricFamily, "compilations", "programs compiled"),
         ):
+            if figures[name] is None:
+                continue
             metric = kind(f"omniforcing_{name}", text)
             metric.add_metric([], figures[name])
             yield metric

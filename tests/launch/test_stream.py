@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_converters import lora, ltx2, omniforcing, synthetic, tiny_decoder
 from checkpoint_converters.shapes import model_shapes
-from launch import sample_teacher, stream
+from launch import sample_teacher, serve, stream
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.tiny_decoder import TinyDecoderConfig
@@ -483,7 +483,8 @@ def test_loras_are_added_before_weights_are_quantised(checkpoint, tmp_path):
         load_pipeline(checkpoint, **how, quantize="int8", per_layer=False)
 
 
-def test_loras_are_added_to_the_weights(checkpoint, tmp_path, monkeypatch, capsys):
+def test_loras_are_added_to_the_weights(checkpoint, random_gemma, tmp_path, monkeypatch, capsys):
+    """Of a stream, and of the server's model."""
     synthetic.write_lora(tmp_path / "style.safetensors", "tiny", "2.0")
 
     def load(folder, **how):
@@ -498,6 +499,11 @@ def test_loras_are_added_to_the_weights(checkpoint, tmp_path, monkeypatch, capsy
     said = capsys.readouterr().err
     assert "merged: style.safetensors, strength 0.5, 48 layers" in said
     assert "36 leaves changed" in said  # of each layer 24, some of them joined, makes 18
+    monkeypatch.setattr(TrainedSettings, "causal", True)
+    sizes = ["--height", "64", "--width", "64", "--prompt-cache", "none"]
+    served = ["--checkpoint", checkpoint, "--text-encoder", str(random_gemma), *more[1:], *sizes]
+    request = serve.check_arguments(serve.parse_arguments(served))
+    assert request.loras
 
 
 @pytest.fixture(scope="module")

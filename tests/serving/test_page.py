@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 
+from omniforcing_jax.serving.snapshots import SnapshotStore
+from omniforcing_jax.serving.turn_log import TurnLog
 from tests.serving.test_web import serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -30,9 +32,9 @@ def wait(page, condition: str) -> None:
     page.wait_for_function(condition, timeout=60_000)
 
 
-def test_a_person_steers_a_stream(browser):
-    """Types, sees it, changes the prompt, stops, and takes the clip along."""
-    with serving(lead=1.0) as port:
+def test_a_person_steers_a_stream(browser, tmp_path):
+    """Types, sees it, changes it, goes back, leaves, comes again, stops, and takes it along."""
+    with serving(lead=1.0, store=SnapshotStore(tmp_path, 1 << 20, "")) as port:
         # Playwright's waiting evaluates strings, which the page's own policy forbids
         page = browser.new_context(bypass_csp=True).new_page()
         errors, asked = [], []
@@ -52,14 +54,24 @@ def test_a_person_steers_a_stream(browser):
         page.fill("#prompt", "purple")
         page.press("#prompt", "Enter")
         wait(page, "document.querySelector('#state').textContent.includes('no colour')")
+        page.click("#back")
+        assert "Back to block" in page.inner_text("#state")
+        page.click("#reseed")
         page.click("#pause")
         assert page.inner_text("#pause") == "Resume"
         page.click("#pause")
+        page.reload()
+        page.click("#again")
+        wait(page, "document.querySelector('#video').currentTime > 0.5")
         page.keyboard.press("Escape")
         wait(page, "!document.querySelector('#download').hidden")
         with page.expect_download() as download:
             page.click("#download")
         assert download.value.path().stat().st_size > 1000
+        with page.expect_download() as download:
+            page.click("#turns")
+        kinds = [turn.kind for turn in TurnLog.from_json(download.value.path().read_text()).turns]
+        assert kinds == ["prompt", "rewind", "seed"]
         prompts = [button.inner_text() for button in page.query_selector_all("#history button")]
         assert prompts[:3] == ["purple", "blue", "red"]
         # neither wider than a phone nor dependent on anybody else

@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from omniforcing_jax.serving.runtime import (
-    MOST_TURNS,
+from omniforcing_jax.serving.events import (
     Full,
     Limits,
     Made,
@@ -14,9 +13,12 @@ from omniforcing_jax.serving.runtime import (
     Over,
     Queued,
     Refused,
-    Runtime,
+    Shed,
 )
-from omniforcing_jax.streaming.chunks import Chunk, Timings
+from omniforcing_jax.serving.load import Load
+from omniforcing_jax.serving.runtime import MOST_TURNS, Runtime
+from omniforcing_jax.streaming.chunks import Chunk, PendingBlock, Timings
+from omniforcing_jax.streaming.turns import Turn
 
 FRAME_RATE = 24
 
@@ -34,12 +36,33 @@ class FakeStream:
     def __init__(self, request, clock, log):
         self.name, self.cost = request
         self.clock, self.log = clock, log
-        self.prompt, self.block, self.waiting = "first", 0, False
+        self.prompt, self.block, self.waiting, self.num_steps = "first", 0, False, 4
+        self.waiting_turns, self.order = (), []
 
-    def step(self) -> Chunk:
+    def add(self, turn: Turn) -> None:
+        self.waiting_turns += (turn,)
+
+    def begin(self) -> PendingBlock:
+        while self.waiting_turns:
+            turn, *others = self.waiting_turns
+            self.waiting_turns = tuple(others)
+            if turn.kind == "rewind":
+                raise ValueError("block 9 cannot be gone back to")
+            if turn.kind == "prompt":
+                self.prompt = turn.payload["prompt"]
+            self.num_steps = turn.payload.get("steps", self.num_steps)
+        self.order.append("begin")
+        self.waiting = self.prompt == "wait"
+        return PendingBlock(0 if self.waiting else FRAME_RATE, self.waiting, self.chunk)
+
+    def snapshot(self) -> dict:
+        return {"block": self.block}
+
+    def chunk(self) -> Chunk:
         if self.prompt == "break":
             raise FloatingPointError("block 3 has latents that are not finite")
-        self.clock.now += self.cost
+        self.order.append("chunk")
+        self.clock.now += self.cost * (self.num_steps + 1) / 5
         self.log.append((self.name, self.block, self.prompt))
         frames = np.zeros((1, 0 if self.waiting else FRAME_RATE, 2, 2, 3), np.uint8)
         waveform = np.zeros((1, 0, 2), np.float32)
@@ -53,10 +76,14 @@ class World:
     runtime: Runtime
     clock: Clock
     log: list
+    saved: list
 
     def client(self, name, cost=0.1):
         events = []
         return self.runtime.join((name, cost), events.append), events
+
+    def wait_for_saver(self) -> None:
+        self.runtime._saver.submit(int).result(10)  # it has one thread
 
     def run(self, seconds: float, *seats) -> None:
         """Lets the time pass; the clients take what is made."""
@@ -71,12 +98,17 @@ class World:
 
 @pytest.fixture
 def world():
-    def make(**limits):
-        clock, log = Clock(), []
+    def make(load=None, **limits):
+        clock, log, saved = Clock(), [], []
         runtime = Runtime(
-            lambda request: FakeStream(request, clock, log), FRAME_RATE, Limits(**limits), clock
+            lambda request: FakeStream(request, clock, log),
+            FRAME_RATE,
+            Limits(**limits),
+            load,
+            lambda request, snapshot: not saved.append((request[0], snapshot)),
+            clock,
         )
-        return World(runtime, clock, log)
+        return World(runtime, clock, log, saved)
 
     return make
 
@@ -97,29 +129,38 @@ def test_generation_keeps_its_lead(world):
     assert min(event.lead for event in blocks[3:]) > 1
 
 
+def test_the_next_block_is_begun_before_this_one_is_copied(world):
+    """As long as one is due; ahead of that nothing is, so that a turn is seen soon."""
+    w = world(lead=5)
+    seat, _ = w.client("a")
+    w.run(1, seat)
+    assert seat._stream.order[:5] == ["begin", "begin", "chunk", "begin", "chunk"]
+    w.run(20, seat)
+    assert seat._stream.order[-4:] == ["begin", "chunk", "begin", "chunk"]
+
+
 def test_a_turn_is_applied_at_the_next_border_and_in_order(world):
     w = world()
     seat, events = w.client("a")
     w.run(5, seat)
-    seat.turn(lambda stream: setattr(stream, "prompt", "second"))
-    seat.turn(lambda stream: setattr(stream, "prompt", stream.prompt + "!"))
-
-    def refuse(stream):
-        raise ValueError("the text has 2000 tokens")
-
-    seat.turn(refuse)
+    seat.set_prompt("second")
+    seat.set_prompt("third")
+    seat.rewind(9)  # is refused
     for _ in range(MOST_TURNS - 3):
-        seat.turn(lambda stream: None)
+        seat.set_seed(1)
     with pytest.raises(ValueError, match="wait for the next block"):
-        seat.turn(lambda stream: setattr(stream, "prompt", "one too many"))
-    seat.turn(lambda stream: None, limited=False)
+        seat.set_prompt("one too many")
+    seat.push_audio(np.zeros((1, 8, 2)), 16_000)  # of which there is another limit
     before = len(w.log)
     w.run(3, seat)
-    seat.turn(lambda stream: None)  # there is room again
-    assert {prompt for _, _, prompt in w.log[before:]} == {"second!"}
+    seat.set_prompt("fourth")  # there is room again
+    assert {prompt for _, _, prompt in w.log[before:]} == {"third"}
     assert [event.problem for event in events if isinstance(event, Refused)] == [
-        "the text has 2000 tokens"
+        "block 9 cannot be gone back to"
     ]
+    late, _ = w.client("late")
+    with pytest.raises(ValueError, match="has not begun"):
+        late.set_seed(1)
 
 
 def test_sessions_share_the_device_by_their_leads(world):
@@ -130,6 +171,32 @@ def test_sessions_share_the_device_by_their_leads(world):
     for events in (heard_a, heard_b):
         assert len(made(events)) >= 29
         assert sum(event.late for event in made(events)) == 0
+
+
+def test_what_is_left_out_under_load_and_comes_back(world):
+    """Steps of all first, then the queue; nobody is let in who would make others late."""
+    w = world(Load(4, 2, {4: 0.35, 2: 0.21}), sessions=9, waiting=4)
+    clients = [w.client(name, 0.35) for name in "abcd"]
+    w.run(60, *(seat for seat, _ in clients))
+    assert w.runtime.load.steps == 2
+    assert [event.steps for event in clients[0][1] if isinstance(event, Shed)][:2] == [3, 2]
+    assert sum(event.late > 0 for event in made(clients[0][1])) <= 4
+    assert [event.steps for event in made(clients[0][1])][-1] == 2
+    fifth, heard = w.client("e", 0.35)
+    w.run(5, *(seat for seat, _ in clients))
+    assert heard == [Queued(1)], "four need 84 % of the time at two steps, five more than there is"
+    for seat, _ in clients[2:]:
+        seat.leave()
+    w.run(3, *(seat for seat, _ in clients[:2]), fifth)
+    assert isinstance(heard[1], Opened)
+    fifth.leave()
+    w.run(60, *(seat for seat, _ in clients[:2]))
+    assert w.runtime.load.steps == 3, "two at four steps need 70 %"
+    load = Load(2, 1, {2: 1.2, 1: 0.95})
+    changes = [(load.steps, load.queue_open) for _ in range(9) if load.adjust(1, True)]
+    assert changes == [(1, True), (1, False)]
+    with pytest.raises(ValueError, match="at most all, not 5"):
+        Load(4, 5)
 
 
 def test_too_slow_is_said(world):
@@ -148,9 +215,13 @@ def test_places_and_the_queue(world):
     with pytest.raises(Full, match="2 wait"):
         w.client("d")
     assert [events[0].position for _, events in seats[1:]] == [1, 2]
-    seats[0][0].leave()
+    seats[0][0].leave(keep=True)
+    while not w.saved:  # in a thread of its own, and the place is free behind it
+        w.run(0.1)
+    w.wait_for_saver()
     w.run(1, seats[1][0])
-    assert isinstance(seats[0][1][-1], Over)
+    assert seats[0][1][-1] == Over("the client has left", saved=True)
+    assert w.saved == [("a", {"block": 3})]
     assert any(isinstance(event, Opened) for event in seats[1][1])
     assert seats[2][1][-1] == Queued(1)
     figures = w.runtime.figures()
@@ -170,6 +241,7 @@ def test_clients_that_stall_pause_or_vanish(world):
     assert len(made(p)) >= before + 3
     assert all(event.late == 0 for event in made(p))
     w.run(10, honest, paused)
+    w.wait_for_saver()
     assert isinstance(s[-1], Over)
     assert "nothing was heard" in s[-1].reason
     assert len(made(h)) >= 17
@@ -180,7 +252,7 @@ def test_sound_that_has_not_arrived_holds_nobody_else_up(world):
     w = world(sessions=2)
     (a, _), (b, heard_b) = w.client("a", 0.01), w.client("b", 0.1)
     w.run(0.5, a, b)
-    a.turn(lambda stream: setattr(stream, "waiting", True))
+    a.set_prompt("wait")
     w.run(10, a, b)
     assert len(made(heard_b)) >= 10
     assert all(event.late == 0 for event in made(heard_b))
@@ -190,7 +262,7 @@ def test_one_that_fails_ends_alone(world):
     w = world(sessions=2)
     (a, heard_a), (b, heard_b) = w.client("a"), w.client("b")
     w.run(3, a, b)
-    a.turn(lambda stream: setattr(stream, "prompt", "break"))
+    a.set_prompt("break")
     w.run(5, a, b)
     assert isinstance(heard_a[-1].error, FloatingPointError)
     assert len(made(heard_b)) >= 8
@@ -218,9 +290,9 @@ def test_the_thread():
     import time
 
     class Stream(FakeStream):
-        def step(self):
+        def chunk(self):
             time.sleep(0.005)
-            return super().step()
+            return super().chunk()
 
     begun, ended, events = threading.Event(), threading.Event(), []
 
@@ -233,7 +305,7 @@ def test_the_thread():
     with Runtime(lambda request: Stream(request, Clock(), log), FRAME_RATE) as runtime:
         seat = runtime.join(("a", 0), on_event)
         assert begun.wait(10)
-        seat.turn(lambda stream: setattr(stream, "prompt", "second"))
+        seat.set_prompt("second")
         seat.taken(100)
     assert ended.is_set()
     assert "shut down" in events[-1].reason

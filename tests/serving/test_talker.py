@@ -21,24 +21,25 @@ from examples import talker
 from omniforcing_jax.streaming.chunks import Chunk, Timings
 from omniforcing_jax.streaming.encoders import StreamingResampler
 from omniforcing_jax.streaming.media import read_clip
-from tests.serving.test_web import FRAME_RATE, HEIGHT, SAMPLE_RATE, WIDTH, serving
+from tests.serving.test_web import FRAME_RATE, HEIGHT, SAMPLE_RATE, WIDTH, TurnsStream, serving
 
 RATE = 22_050  # espeak-ng's
 BLOCK = 12  # frames
 
 
-class EchoStream:
+class EchoStream(TurnsStream):
     """Its sound is what is pushed; a block waits for half a second of it."""
 
     def __init__(self, request):
-        assert request.sound
+        assert request.log.sound
+        super().__init__()
         self.resampler = StreamingResampler(RATE, SAMPLE_RATE)
         self.state, self.block = self.resampler.init(1), 0
         self.sound = np.zeros((1, 0, 2), np.float32)
 
-    def push_audio(self, waveform, rate):
-        assert rate == RATE
-        self.state, played = self.resampler.push(self.state, waveform)
+    def apply(self, turn):
+        assert turn.payload["rate"] == RATE
+        self.state, played = self.resampler.push(self.state, turn.payload["waveform"])
         self.sound = np.concatenate([self.sound, played], axis=1)
 
     def step(self) -> Chunk:

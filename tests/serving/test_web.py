@@ -1,7 +1,9 @@
 """The server over real sockets, with streams that need no model."""
 
 import asyncio
+import collections
 import contextlib
+import dataclasses
 import io
 import json
 import socket
@@ -21,33 +23,76 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from launch.serve import Server
 from omniforcing_jax.serving import client, protocol, uploads, web
 from omniforcing_jax.serving.connection import Connection
-from omniforcing_jax.serving.runtime import Limits, Runtime
+from omniforcing_jax.serving.events import Limits
+from omniforcing_jax.serving.runtime import Runtime
 from omniforcing_jax.serving.service import Service
+from omniforcing_jax.serving.snapshots import SnapshotStore
+from omniforcing_jax.serving.turn_log import TurnLog
 from omniforcing_jax.serving.web import make_app
-from omniforcing_jax.streaming.chunks import Chunk, Timings
+from omniforcing_jax.streaming.chunks import Chunk, PendingBlock, Timings
 from omniforcing_jax.streaming.media import read_clip
 
 WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE = 64, 48, 24, 16_000
 COLOURS = {"red": (250, 20, 20), "blue": (20, 20, 250), "green": (20, 250, 20)}
 
 
-class ColourStream:
+class TurnsStream:
+    """Applies the turns that came before it makes a block."""
+
+    num_steps = 1
+
+    def __init__(self, turns=()):
+        self.turns = collections.deque(turns)
+
+    @property
+    def waiting_turns(self):
+        return tuple(self.turns.copy())
+
+    def add(self, turn):
+        self.turns.append(turn)
+
+    def begin(self) -> PendingBlock:
+        while self.turns:
+            self.apply(self.turns.popleft())
+        chunk = self.step()
+        return PendingBlock(chunk.frames.shape[1], chunk.waiting, lambda: chunk)
+
+
+class ColourStream(TurnsStream):
     """Shows the colour that the prompt names, or the picture that is given."""
 
     def __init__(self, request):
-        self.shown, self.block, self.sound = COLOURS[request.contexts], 0, request.sound
+        self.log, self.sound = request.log, request.log.sound
+        self.shown, self.block = COLOURS[request.contexts], 0
         self.heard = []
+        super().__init__()
+        if request.snapshot is not None:
+            self.shown, self.block = request.snapshot["shown"], request.snapshot["block"]
+            super().__init__(request.snapshot["turns"])
 
-    def set_prompt(self, contexts):
-        self.shown = COLOURS[contexts]
+    def add(self, turn):
+        if turn.kind == "prompt":
+            encode(turn.payload["prompt"])
+        super().add(turn)
 
-    def set_image(self, pixels, strength):
-        if strength < 0.5:
-            raise ValueError("the strength is too low for this stream")
-        self.shown = ((pixels.mean((0, 1)) + 1) * 127.5).tolist()
+    def snapshot(self):
+        turns = {"turns": self.waiting_turns}
+        return {"shown": self.shown, "block": self.block, "contexts": "red"} | turns
 
-    def push_audio(self, waveform, rate):
-        self.heard.append((waveform.shape, rate))
+    def apply(self, turn):
+        payload = turn.payload
+        match turn.kind:
+            case "prompt":
+                self.shown = COLOURS[payload["prompt"]]
+            case "image":
+                if payload["strength"] < 0.5:
+                    raise ValueError("the strength is too low for this stream")
+                self.shown = ((payload["pixels"].mean((0, 1)) + 1) * 127.5).tolist()
+            case "audio":
+                self.heard.append(payload["rate"])
+            case "rewind":
+                self.block = payload["block"]
+        self.log.append(dataclasses.replace(turn, block=self.block))
 
     def step(self) -> Chunk:
         waiting = self.sound and len(self.heard) <= self.block
@@ -58,7 +103,12 @@ class ColourStream:
         place = self.block * FRAME_RATE, self.block * SAMPLE_RATE
         self.block += count
         return Chunk(
-            self.block, *place, frames, waveform, Timings(0, 0, 0, 0, 0), waiting=bool(waiting)
+            self.block - count,
+            *place,
+            frames,
+            waveform,
+            Timings(0, 0, 0, 0, 0),
+            waiting=bool(waiting),
         )
 
 
@@ -69,14 +119,16 @@ def encode(text: str) -> str:
 
 
 @contextlib.contextmanager
-def serving(token=None, hosts=("localhost", "127.0.0.1"), stream=ColourStream, **limits):
+def serving(token=None, hosts=("localhost", "127.0.0.1"), stream=None, store=None, **limits):
     """Runs a server; yields its port."""
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     bound.listen()
-    with Runtime(stream, FRAME_RATE, Limits(**{"lead": 2.0} | limits)) as runtime:
+    limits = Limits(**{"lead": 2.0} | limits)
+    save = store and (lambda request, snapshot: store.save(request.log, snapshot))
+    with Runtime(stream or ColourStream, FRAME_RATE, limits, save=save) as runtime:
         service = Service(runtime, encode, WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE,
-                          token=token, hosts=hosts)  # fmt: skip
+                          token=token, hosts=hosts, snapshots=store)  # fmt: skip
         config = uvicorn.Config(make_app(service), log_level="error", ws_max_size=32 << 20)
         server = Server(config, runtime)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
@@ -111,21 +163,21 @@ def test_a_clip_is_recorded_and_steered(port, tmp_path):
             await session.send(protocol.Start("red", seed=7))
             received, problems = [], []
             async for message in session:
-                if isinstance(message, protocol.Block) and message.end == 2:
-                    await session.send(protocol.Prompt("blue"))
-                    await session.send(protocol.Prompt("purple"))
+                if isinstance(message, protocol.BlockMade) and message.end == 2:
+                    await session.send(protocol.NewPrompt("blue"))
+                    await session.send(protocol.NewPrompt("purple"))
                     await session.send(protocol.Image(), file.getvalue())
                     await session.send(protocol.Image(0.1), file.getvalue())
                     await session.send(protocol.Image(), b"no picture")
-                if isinstance(message, protocol.Block) and message.end == 8:
+                if isinstance(message, protocol.BlockMade) and message.end == 8:
                     await session.send(protocol.Stop())
-                problems += [message.message] if isinstance(message, protocol.Problem) else []
+                problems += [message.message] if isinstance(message, protocol.ProblemFound) else []
                 received.append(message)
         return received, problems
 
     received, problems = asyncio.run(run())
     texts = [message for message in received if not isinstance(message, bytes)]
-    assert texts[0] == protocol.Begun(7)
+    assert (texts[0].seed, len(texts[0].session) > 16) == (7, True)
     assert texts[-1] == protocol.Ended("stopped", False)
     (media,) = [message for message in texts if isinstance(message, protocol.Media)]
     assert media.mime.startswith('video/mp4; codecs="avc1.')
@@ -141,9 +193,23 @@ def test_a_clip_is_recorded_and_steered(port, tmp_path):
 def test_the_client_program(port, tmp_path, capsys):
     path = tmp_path / "clip.mp4"
     arguments = [f"ws://127.0.0.1:{port}", "--prompt", "red", "--at", "1", "blue"]
-    assert not client.main([*arguments, "--seconds", "4", "--output", str(path)])
+    steered = [
+        "--rewind",
+        "3",
+        "1",
+        "--new-seed",
+        "3",
+        "9",
+        "--turns",
+        str(tmp_path / "turns.json"),
+    ]
+    assert not client.main([*arguments, *steered, "--seconds", "6", "--output", str(path)])
     assert colours(path) == ["red", "blue"]
     assert "0 late" in capsys.readouterr().out
+    log = TurnLog.from_json((tmp_path / "turns.json").read_text())
+    assert (log.prompt, log.complete) == ("red", True)
+    assert [turn.kind for turn in log.turns] == ["prompt", "rewind", "seed"]
+    assert [turn.payload for turn in log.turns[1:]] == [{"block": 1}, {"seed": 9}]
     assert client.main([*arguments[:2], "purple", "--output", str(path)]) == 1
     assert "'purple' is no colour" in capsys.readouterr().err
     assert client.main(["ws://127.0.0.1:1", *arguments[1:3], "--output", str(path)]) == 1
@@ -240,7 +306,7 @@ def test_clients_are_told_of_the_end():
         async with client.open_session(f"ws://127.0.0.1:{port}") as session:
             await session.send(protocol.Start("red"))
             async for message in session:
-                if isinstance(message, protocol.Block):
+                if isinstance(message, protocol.BlockMade):
                     begun.set()
             return message
 
@@ -249,6 +315,68 @@ def test_clients_are_told_of_the_end():
             message = pool.submit(lambda: asyncio.run(last(port)))
             assert begun.wait(20)
         assert message.result(20) == protocol.Ended("the server is being shut down", False)
+
+
+def test_sessions_are_taken_up_again(tmp_path):
+    """After a client has vanished, after the server was shut down, and while it still runs."""
+    store = SnapshotStore(tmp_path, 1 << 20, "this model")
+
+    async def begin(port, first, count=2):
+        """Goes away without a word; the name, and the blocks that came."""
+        blocks = []
+        async with client.open_session(f"ws://127.0.0.1:{port}") as session:
+            await session.send(first)
+            async for message in session:
+                match message:
+                    case protocol.Begun(session=name):
+                        await session.send(protocol.NewPrompt("blue"))
+                    case protocol.BlockMade(block=block):
+                        blocks.append(block)
+                        if len(blocks) == count:
+                            return name, blocks
+                    case protocol.Ended():
+                        return message, blocks
+
+    async def twice(port):
+        async with client.open_session(f"ws://127.0.0.1:{port}") as first:
+            await first.send(protocol.Start("red"))
+            async for message in first:
+                if isinstance(message, protocol.BlockMade):
+                    break
+                name = message.session if isinstance(message, protocol.Begun) else None
+            again, blocks = await begin(port, protocol.TakeUp(name), 1)
+            async for message in first:
+                if isinstance(message, protocol.Ended):
+                    return again == name, blocks[0] > 0, message
+
+    with serving(store=store) as port:
+        name, blocks = asyncio.run(begin(port, protocol.Start("red")))
+        again, later = asyncio.run(begin(port, protocol.TakeUp(name)))
+        assert (again, later[0] > blocks[-1]) == (name, True)
+        same, went_on, message = asyncio.run(twice(port))
+        assert same and went_on
+        assert (message.reason, message.saved) == ("the session was taken up elsewhere", True)
+    with serving(store=store) as port:
+        assert asyncio.run(begin(port, protocol.TakeUp(name)))[0] == name
+        ended, _ = asyncio.run(begin(port, protocol.TakeUp("../../etc/passwd")))
+        assert "is not kept any more" in ended.reason
+    log, snapshot = store.read(name)
+    assert [turn.payload["prompt"] for turn in log.turns][:2] == ["blue", "blue"]
+    with pytest.raises(ValueError, match="made with another model"):
+        SnapshotStore(tmp_path, 1 << 20, "another").read(name)
+    file = store._path(name)
+    whole = file.read_bytes()
+    for data in (whole[:-1], b"", b"something else", whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match="is damaged"):
+            store.read(name)
+    small = SnapshotStore(tmp_path / "small", 3 * len(whole), "this model")
+    for number in range(5):
+        assert small.save(dataclasses.replace(log, name=str(number)), snapshot)
+    assert len(list((tmp_path / "small").iterdir())) <= 3
+    with pytest.raises(ValueError, match="not kept"):
+        small.read("0")
+    assert not SnapshotStore(tmp_path, 10, "").save(log, snapshot)
 
 
 def test_who_is_let_in(tmp_path):
@@ -272,6 +400,9 @@ def test_who_is_let_in(tmp_path):
         own = {"Origin": f"http://127.0.0.1:{port}"}
         assert asyncio.run(connects(port, "/session?token=secret", **own))
         assert post(port, b'{"prompt": "red"}')[0] == 403
+        for path, status in (("metrics", 403), ("turns/x", 403), ("turns/x?token=secret", 404)):
+            with pytest.raises(urllib.error.HTTPError, match=str(status)):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}")
         arguments = [
             f"ws://127.0.0.1:{port}",
             "--prompt",
@@ -311,6 +442,7 @@ def test_a_full_house_and_its_figures(port):
     figures = asyncio.run(run())
     assert "omniforcing_sessions 2.0" in figures
     assert "omniforcing_waiting 1.0" in figures
+    assert "process_resident_memory_bytes" in figures
 
 
 def test_sound_is_pushed_and_waited_for(port):
@@ -325,9 +457,9 @@ def test_sound_is_pushed_and_waited_for(port):
                     assert not ends
                     for _ in range(40):
                         await session.send(protocol.Audio(16_000), second)
-                if isinstance(message, protocol.Block):
+                if isinstance(message, protocol.BlockMade):
                     ends.append(message.end)
-                problems += [message] if isinstance(message, protocol.Problem) else []
+                problems += [message] if isinstance(message, protocol.ProblemFound) else []
                 if len(ends) >= 3 and problems:
                     return ends, problems
 

@@ -18,10 +18,15 @@ from omniforcing_jax.pipeline import PipelineConfig
 from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
-from omniforcing_jax.streaming import session as session_module
-from omniforcing_jax.streaming import steering
+from omniforcing_jax.serving.events import Limits, Made
+from omniforcing_jax.serving.load import Load
+from omniforcing_jax.serving.runtime import Runtime
+from omniforcing_jax.serving.snapshots import SnapshotStore
+from omniforcing_jax.serving.turn_log import TurnLog
+from omniforcing_jax.streaming import block_maker, steering
 from omniforcing_jax.streaming.block_programs import generate_block
 from omniforcing_jax.streaming.session import Chunk
+from omniforcing_jax.streaming.turns import Turn, turns_from_json, turns_to_json
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +94,60 @@ def test_equals_offline_rollout_and_full_decode(pipeline):
     np.testing.assert_allclose(waveform, expected, atol=1e-4)
 
 
-def test_replays_from_its_seed(pipeline):
-    first, again, other = (join(session(pipeline, seed=s).stream(3)) for s in (1, 1, 2))
-    for a, b in zip(first, again, strict=True):
+def test_what_is_said_replays_from_its_log(pipeline):
+    """Rewound, given another seed, fewer steps, a blended prompt and a recache; also as text."""
+    config, log, found = make_config(pipeline), [], []
+    how = {"seed": 1, "decode_mode": "window", "steerable": True}
+    live = session(pipeline, config, log=log.append, **how)
+    found += [live.step() for _ in range(3)]
+    live.rewind(2)  # what follows is nearly what came before
+    pending = [live.begin(), live.begin()]  # the second is begun before the first is looked at
+    live.set_prompt(contexts(pipeline, seed=1), blend=2)
+    pending += [live.begin(), live.begin()]
+    found += [block.chunk() for block in pending]
+    assert [chunk.block for chunk in found] == [0, 1, 2, 2, 3, 4, 5]
+    decoded = [pipeline.config.video_vae.pixel_frames(3 * n + 1) for n in range(6)]
+    again = np.concatenate([chunk.frames for chunk in found[:4]], axis=1)
+    again = again[:, decoded[2] : decoded[2] + 8], again[:, decoded[1] : decoded[1] + 8]
+    assert np.abs(again[0].astype(int) - again[1]).mean() < 2
+    live.rewind(4)
+    live.set_seed(9)
+    live.set_steps(1)
+    live.set_prompt(contexts(pipeline, seed=2), recache=True)
+    found += [live.step(), live.step(), live.finish()]
+    # every course is shown to its end, in picture and sound
+    assert live.num_frames == decoded[2] + (decoded[5] - decoded[1]) + (decoded[5] - decoded[3])
+    samples = [240 * (4 * (1 + 25 * n) - 3) for n in range(6)]
+    assert live.num_samples == samples[2] + (samples[5] - samples[1]) + (samples[5] - samples[3])
+    assert [(turn.kind, turn.block) for turn in log] == [
+        ("rewind", 3), ("prompt", 5), ("rewind", 7), ("seed", 7), ("steps", 7), ("prompt", 7)
+    ]  # fmt: skip
+    other = session(pipeline, config, **how)
+    other.add(*turns_from_json(turns_to_json(log)))
+    replayed = join([*(other.step() for _ in range(9)), other.finish()])
+    for a, b in zip(replayed, join(found), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(first[0], other[0])
+    other = session(pipeline, config, **how)
+    for turn in (t for t in log if t.kind != "steps"):
+        other.add(turn)
+    shown = join([*(other.step() for _ in range(9)), other.finish()])
+    assert np.array_equal(shown[0][:, :100], replayed[0][:, :100])
+    assert not np.array_equal(shown[0], replayed[0]), "fewer steps are another picture"
+
+
+def test_rewinds_that_cannot_be(pipeline):
+    live = session(pipeline, steerable=True)
+    live.rewind(3)
+    with pytest.raises(ValueError, match="block 3 cannot be gone back to: 0 are made"):
+        live.step()
+    live.step()  # without it
+    for turn in (Turn("rewind", {"block": -1}), Turn("steps", {"steps": 3})):
+        with pytest.raises(ValueError, match=r"at (least 0|most 2)"):
+            live.add(turn)
+    with pytest.raises(ValueError, match="'rewind' is for sessions that are steerable"):
+        session(pipeline).rewind(0)
+    with pytest.raises(ValueError, match="'recache' is for sessions"):
+        session(pipeline).set_prompt(contexts(pipeline), recache=True)
 
 
 def test_snapshot_continues_bit_for_bit(pipeline):
@@ -167,6 +221,56 @@ def test_sentences(pipeline):
         pipeline.session(config, "sea")
 
 
+def test_what_a_server_has_logged_replays(pipeline, tmp_path):
+    """Turns that came at any time, steps left out under load, and a pause on the disk."""
+    prompts = Sentences(sea=contexts(pipeline), storm=contexts(pipeline, seed=1))
+    store, found = SnapshotStore(tmp_path, 1 << 30, "this model"), []
+
+    def open_stream(order):
+        log, snapshot = order
+        how = {"seed": log.seed, "prompts": prompts, "decode_mode": "window", "steerable": True}
+        live = pipeline.session(make_config(pipeline), log.prompt, log=log.append, **how)
+        if snapshot is not None:
+            live.restore(snapshot)
+        return live
+
+    runtime = Runtime(
+        open_stream,
+        24.0,
+        Limits(lead=1e6),
+        Load(2, 1, {2: 5.0}),  # too slow for two steps
+        lambda order, snapshot: store.save(order[0], snapshot),
+        lambda: 0.0,
+    )
+
+    def run(seat, blocks):
+        seat.taken(1e6)
+        while len(found) < blocks:
+            runtime.advance()
+
+    def hear(event):
+        found.extend([event.chunk] if isinstance(event, Made) else [])
+
+    seat = runtime.join((TurnLog("its name", "sea", 3, False), None), hear)
+    run(seat, 3)
+    seat.set_prompt("storm", blend=1)
+    run(seat, 6)
+    seat.rewind(2)
+    run(seat, 8)
+    seat.leave(keep=True)
+    runtime.advance()
+    runtime._saver.submit(int).result(60)
+    log, snapshot = store.read("its name")
+    run(runtime.join((log, snapshot), hear), len(found) + 2)
+    log = TurnLog.from_json(log.to_json())
+    assert [turn.kind for turn in log.turns] == ["steps", "prompt", "rewind"]
+    other = open_stream((TurnLog("", log.prompt, log.seed, False), None))
+    other.add(*log.turns)
+    replayed = join([other.step() for _ in found])
+    for a, b in zip(join(found), replayed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_runs_past_its_window_without_recompiling(pipeline):
     live = session(pipeline, make_config(pipeline, window=1))
     for _ in range(4):
@@ -228,7 +332,7 @@ def test_a_failed_step_says_how_to_go_on(pipeline, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(session_module, "block_program", lambda condition: out_of_memory)
+        patched.setattr(block_maker, "block_program", lambda condition: out_of_memory)
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as caught:
             live.step()
     assert "restore(snapshot)" in caught.value.__notes__[0]

@@ -3,6 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const video = $("video");
 const token = new URLSearchParams(location.search).get("token");
+const query = token ? `?token=${encodeURIComponent(token)}` : "";
 const EXAMPLES = [
   "a small red ball bounces in a light room",
   "a large blue ball and a small yellow ball bounce in a dark room",
@@ -13,6 +14,7 @@ const AHEAD = 15; // seconds of it that are sent beyond what is made
 
 let stream = null; // the one that runs
 let given = null; // {name, kind: "image" | "sound" | "microphone", ...} for the next start
+let left = sessionStorage.getItem("session"); // name of a session that can be taken up again
 let history = JSON.parse(localStorage.getItem("history") || "[]");
 
 function say(text, problem = false) {
@@ -83,25 +85,23 @@ class Player {
 // One session
 
 class Stream {
-  constructor(prompt, seed, given) {
+  constructor(first, given) {
     this.player = new Player();
-    this.prompt = prompt;
+    this.first = first;
     this.given = given;
+    this.blocks = []; // {block, end} of each that was made
     this.made = 0;
     this.late = 0;
     this.asked = performance.now();
     this.switched = null; // [when, from which second on] of the last prompt
     const scheme = location.protocol === "https:" ? "wss" : "ws";
-    const query = token ? `?token=${encodeURIComponent(token)}` : "";
     this.socket = new WebSocket(`${scheme}://${location.host}/session${query}`);
     this.socket.binaryType = "arraybuffer";
     this.socket.onmessage = ({ data }) => {
       if (data instanceof ArrayBuffer) this.player.push(data);
       else this.receive(JSON.parse(data));
     };
-    this.socket.onclose = () => this.end("the server is gone", true);
-    const sound = given !== null && given.kind !== "image";
-    this.first = { type: "start", prompt, seed, sound };
+    this.socket.onclose = () => this.end("the server is gone", true, true);
   }
 
   send(message, data) {
@@ -115,13 +115,15 @@ class Stream {
       case "hello":
         this.hello = message;
         this.send(this.first);
-        say("The prompt is being encoded …");
+        say(this.first.prompt ? "The prompt is being encoded …" : "The session is being looked for …");
         break;
       case "waiting":
         say(`All places are taken: you are number ${message.position} in the queue.`);
         break;
       case "begun":
         say("The stream begins …");
+        keep(message.session);
+        this.session = message.session;
         $("seed").placeholder = `a new one each time (this one: ${message.seed})`;
         this.give();
         break;
@@ -133,11 +135,15 @@ class Stream {
       case "block":
         this.block(message);
         break;
+      case "load":
+        say(`Much to do here: ${message.steps} steps a block` +
+          (message.waiting ? "." : ", and nobody may wait for a place."));
+        break;
       case "problem":
         say(message.message, true);
         break;
       case "ended":
-        this.end(message.reason, message.failed);
+        this.end(message.reason, message.failed, message.saved);
         break;
     }
   }
@@ -145,6 +151,7 @@ class Stream {
   block(message) {
     const rate = message.end - this.made;
     this.made = message.end;
+    this.blocks.push({ block: message.block, end: message.end });
     this.late += message.late;
     if (rate > 0) show("speed", `${(rate * this.hello.frame_rate / message.took).toFixed(0)} FPS`);
     show("lead", seconds(message.lead));
@@ -175,21 +182,40 @@ class Stream {
     }
   }
 
-  change(prompt) {
-    this.prompt = prompt;
+  change(prompt, blend) {
     this.switched = [performance.now(), this.made];
-    this.send({ type: "prompt", text: prompt });
+    this.send({ type: "prompt", text: prompt, blend });
     say(`Next: ${prompt}`);
   }
 
-  end(reason, failed) {
+  // What follows is as if the last seconds had not been
+  back(by) {
+    const from = Math.max(0, video.currentTime - by);
+    const shown = this.blocks.find(({ end }) => end > from);
+    if (!shown) return;
+    this.send({ type: "rewind", block: shown.block });
+    say(`Back to block ${shown.block}, once what is made was shown.`);
+  }
+
+  reseed(seed) {
+    this.send({ type: "seed", seed });
+    $("seed").placeholder = `a new one each time (this one: ${seed})`;
+    say(`Seed ${seed} from the next block on.`);
+  }
+
+  end(reason, failed, saved = false) {
     if (this.over) return;
     this.over = true;
     clearInterval(this.progress);
     this.given?.stop?.();
     this.player.close();
     this.socket.close();
-    say(failed ? `The stream ended: ${reason}` : "The stream has ended.", failed);
+    say(failed || saved ? `The stream ended: ${reason}` : "The stream has ended.", failed);
+    keep(saved ? this.session || left : null);
+    if (this.session && !saved) {
+      $("turns").href = `/turns/${this.session}${query}`;
+      $("turns").hidden = false;
+    }
     if (this.player.parts.length) {
       $("download").href = URL.createObjectURL(new Blob(this.player.parts, { type: "video/mp4" }));
       $("download").download = "stream.mp4";
@@ -218,7 +244,16 @@ video.addEventListener("timeupdate", () => {
 
 // Steering
 
+// Remembers a session that can be taken up again, also when the page is left
+function keep(session) {
+  left = session;
+  if (session) sessionStorage.setItem("session", session);
+  else sessionStorage.removeItem("session");
+}
+
 function buttons(running) {
+  $("back").disabled = $("reseed").disabled = !running;
+  $("again").hidden = running || !left;
   $("go").textContent = running ? "Change prompt" : "Start";
   $("pause").disabled = $("stop").disabled = !running;
   $("pause").textContent = "Pause";
@@ -260,16 +295,27 @@ function go() {
   }
   remember(prompt);
   if (stream && !stream.over) {
-    stream.change(prompt);
+    stream.change(prompt, number("blend"));
     return;
   }
+  const sound = given !== null && given.kind !== "image";
+  begin({ type: "start", prompt, seed: seed ? Number(seed) : null, sound }, given);
+}
+
+// A number field, within its bounds
+function number(id) {
+  const { value, min, max } = $(id);
+  return Math.min(Math.max(Math.round(Number(value) || 0), Number(min)), Number(max));
+}
+
+function begin(first, given) {
   if (!("MediaSource" in window)) {
     say("This browser has no MediaSource and cannot play the stream; use a recent one.", true);
     return;
   }
   for (const id of ["first", "speed", "lead", "switch", "late", "position"]) show(id, "–");
-  $("download").hidden = true;
-  stream = new Stream(prompt, seed ? Number(seed) : null, given);
+  $("download").hidden = $("turns").hidden = true;
+  stream = new Stream(first, given);
   video.play().catch(() => say("Press play: this browser does not start sound by itself.", true));
   hear();
   buttons(true);
@@ -302,6 +348,9 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
 });
 $("stop").onclick = stop;
+$("back").onclick = () => stream.back(number("back-by"));
+$("reseed").onclick = () => stream.reseed(Math.floor(Math.random() * 2 ** 32));
+$("again").onclick = () => begin({ type: "take_up", session: left }, null);
 $("pause").onclick = pause;
 
 // Pictures, sounds, the microphone
