@@ -499,7 +499,11 @@ def test_loras_are_added_to_the_weights(checkpoint, random_gemma, tmp_path, monk
     said = capsys.readouterr().err
     assert "merged: style.safetensors, strength 0.5, 48 layers" in said
     assert "36 leaves changed" in said  # of each layer 24, some of them joined, makes 18
-    monkeypatch.setattr(TrainedSettings, "causal", True)
+    config = PipelineConfig.from_checkpoint(checkpoint)
+    student = dataclasses.replace(
+        config, trained=dataclasses.replace(config.trained, layout="prefix")
+    )
+    monkeypatch.setattr(PipelineConfig, "from_checkpoint", lambda folder: student)
     sizes = ["--height", "64", "--width", "64", "--prompt-cache", "none"]
     served = ["--checkpoint", checkpoint, "--text-encoder", str(random_gemma), *more[1:], *sizes]
     request = serve.check_arguments(serve.parse_arguments(served))
