@@ -18,9 +18,8 @@ stderr says what it was doing. Sizes are those of `checkpoint_converters.synthet
   the prompt's text features to the first chunk that has frames and sound. It has the connectors and
   the text's keys and values (text), and the RoPE tables and the allocation of the cache (setup). It
   does not have Gemma, whose time `benchmarks.text` measures.
-* A block's time in the transformer is split in the rotation of the history's keys, once for all
-  passes; the refresh, with the write to the cache; and denoising, which is the rest. The first two
-  are timed as programs of their own.
+* A block's time in the transformer is split in the refresh, with the write to the cache, which is
+  timed as a program of its own, and denoising, which is the rest.
 * Error at seams is measured up to size "small" unless it is asked for: it decodes a clip at once,
   which is long to compile for a large decoder and says little of random weights.
 
@@ -60,8 +59,6 @@ from omniforcing_jax.models.audio import bigvgan, vocoder
 from omniforcing_jax.models.audio.vae import AudioDecoder
 from omniforcing_jax.models.text.connectors import ConnectorConfig, TextConnectors
 from omniforcing_jax.models.tiny_decoder import TinyDecoderConfig
-from omniforcing_jax.models.transformer.inputs import Pathways
-from omniforcing_jax.models.transformer.layers import Slots
 from omniforcing_jax.models.transformer.model import TextKV, Transformer, init_params
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.models.video_vae import model as video_vae
@@ -294,21 +291,11 @@ def connector_seconds(args: argparse.Namespace, repeats: int = 5) -> float:
     return float(np.median(seconds[1:]))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"))
-def rotated_keys(
-    model: Transformer, params, cache: RollingCache, rope: ClipRope, *, config: RolloutConfig
-) -> tuple[Pathways, ...]:
-    """The history's keys at their positions, which all passes of a block share."""
-    history = student.bind(model, params, cache, rope, config, first=False).history
-    return jax.tree.map(lambda h: h.rotated, history, is_leaf=lambda h: isinstance(h, Slots))
-
-
 @functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("cache",))
 def refresh_block(
     model: Transformer,
     params,
     cache: RollingCache,
-    keys: tuple[Pathways, ...],
     text: TextKV,
     rope: ClipRope,
     x0: AVLatents,
@@ -316,24 +303,14 @@ def refresh_block(
     *,
     config: RolloutConfig,
 ) -> RollingCache:
-    """The end of a block that has `rotated_keys` at hand: refresh pass, and write of its K/V."""
-
+    """The end of a block: refresh pass, and write of its K/V."""
     forward = student.bind(model, params, cache, rope, config, first=False)
-    history = jax.tree.map(
-        lambda slots, k: slots.replace(rotated=k),
-        forward.history,
-        keys,
-        is_leaf=lambda h: isinstance(h, Slots),
-    )
-    forward = dataclasses.replace(forward, history=history)
     kv = student.refresh(forward, text, x0, noise, config)
     return kv_cache.write(cache, kv, config.patches, first=False)
 
 
-def block_parts(
-    pipeline: Pipeline, args, config: RolloutConfig, repeats: int = 5
-) -> dict[str, float]:
-    """Median wall seconds of `rotated_keys` and of `refresh_block`, on a full cache."""
+def refresh_seconds(pipeline: Pipeline, args, config: RolloutConfig, repeats: int = 5) -> float:
+    """Median wall seconds of `refresh_block`, on a full cache."""
     model, params = pipeline.transformer(args.attention), pipeline.params["transformer"]
     held = config.cache.capacity + 1
     cache = student.new_cache(model, config, 1, params).replace(num_blocks=jnp.int32(held))
@@ -343,15 +320,11 @@ def block_parts(
     x0 = jax.tree.map(lambda n: n[0], noise)
     seconds = []
     for _ in range(repeats + 1):  # the first one compiles
-        marks = [time.perf_counter()]
-        keys = jax.block_until_ready(rotated_keys(model, params, cache, rope, config=config))
-        marks.append(time.perf_counter())
-        cache = refresh_block(model, params, cache, keys, text, rope, x0, noise, config=config)
+        start = time.perf_counter()
+        cache = refresh_block(model, params, cache, text, rope, x0, noise, config=config)
         jax.block_until_ready(cache)
-        marks.append(time.perf_counter())
-        seconds.append(np.diff(marks))
-    rotation, refresh = np.median(seconds[1:], axis=0).tolist()
-    return {"rotation": rotation, "refresh": refresh}
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))
 
 
 def measure_seams(
@@ -408,8 +381,8 @@ def run(args: argparse.Namespace, report: Callable[[dict], None] = lambda result
     first = first | {part: first[part] + connectors for part in ("total", "text")}
     result = result | {"ttfc_seconds": first, "connector_seconds": connectors}
     progress("timing the parts of a block")
-    parts = result["part_seconds"] | block_parts(pipeline, args, config)
-    parts["denoise"] = parts["generate"] - parts["rotation"] - parts["refresh"]
+    parts = result["part_seconds"] | {"refresh": refresh_seconds(pipeline, args, config)}
+    parts["denoise"] = parts["generate"] - parts["refresh"]
     result = result | {"part_seconds": parts}
     report(result)
     seam_blocks = args.seam_blocks

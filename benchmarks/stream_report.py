@@ -106,7 +106,7 @@ def markdown(result: dict) -> str:
     """One table row with its header; what was not measured, or not yet, is a dash."""
     p, t = result["part_seconds"], result["ttfc_seconds"]
     chunk, drift = result["chunk_seconds"], result["late_over_early"]
-    parts = ("rotation", "denoise", "refresh", *PARTS[1:])
+    parts = ("denoise", "refresh", *PARTS[1:])
     ttfc = ("text", "setup", "generate", "decode_video", "decode_audio")
     memory = (result["memory_in_use_bytes"], result["peak_memory_bytes"])
     seams = "–"
@@ -122,7 +122,7 @@ def markdown(result: dict) -> str:
         + " + ".join(f"{t[part]:.2f}" for part in ttfc)
         + ")",
         "chunk p50 / p95 / p99 s": " / ".join(f"{chunk[q]:.3f}" for q in ("50", "95", "99")),
-        "rotation / denoise / refresh / video / sound / host s": " / ".join(
+        "denoise / refresh / video / sound / host s": " / ".join(
             _number(p.get(part), ".3f") for part in parts
         ),
         "deadlines met": f"{result['deadline_attainment']:.0%}",

@@ -20,6 +20,7 @@ from omniforcing_jax.models.transformer.rope import (
     VIDEO_SPATIAL_COMPRESSION,
     VIDEO_TEMPORAL_COMPRESSION,
     ClipRope,
+    GridRope,
     Rope,
     audio_time_bounds,
     rope_at,
@@ -212,8 +213,8 @@ class StreamRopes(NamedTuple):
         clip (keyframes, references) is not marked either, as in LTX-2's own code.
     """
 
-    video: Rope
-    video_cross: Rope
+    video: Rope | GridRope
+    video_cross: Rope | GridRope
     audio: Rope
     audio_cross: Rope
     first_latent: jax.Array

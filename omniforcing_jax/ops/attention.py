@@ -95,7 +95,7 @@ def attention(
     if isinstance(kv_length, int | np.integer):
         k, v, kv_length = k[:, :kv_length], v[:, :kv_length], None
     if implementation == "auto":
-        implementation = "chunked" if bias is not None else _choose(q, k, kv_end, mask)
+        implementation = "chunked" if bias is not None else choose(q, k, kv_end, mask)
     if bias is not None and implementation not in ("xla", "chunked"):
         raise ValueError(f"{implementation!r} attention takes no bias; use 'chunked' or 'auto'")
     if mask is not None and implementation != "xla":
@@ -105,9 +105,9 @@ def attention(
         chunk = CHUNK if implementation == "chunked" else q.shape[1]
         return constrain(_biased(q, k, v, bias, scale, chunk), "batch", WHOLE, "attention_heads")
     with jax.named_scope("attention"):
-        q, k, v = (_as_for_cudnn(x, implementation) for x in (q, k, v))
+        q, k, v = (_as_stored(x, implementation) for x in (q, k, v))
         out = _run(q, k, v, kv_end, kv_length, mask, scale, implementation)
-        out = _as_for_cudnn(out, implementation)
+        out = _as_stored(out, implementation)
     return constrain(out, "batch", WHOLE, "attention_heads")
 
 
@@ -147,16 +147,23 @@ def platform() -> str:
     return device.platform
 
 
-def _as_for_cudnn(x: jax.Array, implementation: str) -> jax.Array:
-    """Lays out [B, T, N, H] as cuDNN does, where `chunked` stands in for it on one GPU that is not
-    here: the program around it is compiled as it will be there."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if implementation != "chunked" or platform() != "absent gpu" or mesh.size > 1:
+def _as_stored(x: jax.Array, implementation: str) -> jax.Array:
+    """Lays out [B, T, N, H] on one GPU as caches are, where plain products attend: those want
+    other layouts, and XLA would hold all layers' buffers in both, over all passes of a block.
+
+    Where `chunked` stands in for cuDNN, as the GPU is not here, operands are laid out as cuDNN has
+    them and kept apart: the program around it is compiled as it will be there.
+    """
+    stands_in = implementation == "chunked" and platform() == "absent gpu"
+    plain = implementation == "xla" and platform() in ("gpu", "absent gpu")
+    if not (stands_in or plain) or jax.sharding.get_abstract_mesh().size > 1:
         return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return jax.lax.optimization_barrier(x) if stands_in else x
 
 
-def _choose(q, k, kv_end, mask) -> str:
+def choose(q, k, kv_end=None, mask=None) -> str:
+    """The implementation that `auto` stands for, without a bias."""
     if mask is not None:
         return "xla"
     if platform() == "tpu" and splash.supports(q.shape[1], k.shape[1], q.shape[-1]):

@@ -14,10 +14,11 @@ block that is made is written into its slot in every pass, so that attention rea
 place (`slots`). Elsewhere the layers' buffers are stacked, and a block's keys and values join those
 of the history (`history`).
 
-Keys are stored unrotated. `history` and `slots` rotate them once per block for all its forward
-passes, at positions that are absolute or relative to the window: there, evicting e blocks moves
-everything but the anchors back by e blocks on both clocks, so positions stay within the range seen
-in training.
+Keys are stored unrotated, and rotated for a block at positions that are absolute or relative to
+the window: there, evicting e blocks moves everything but the anchors back by e blocks on both
+clocks, so positions stay within the range seen in training. `history` rotates them once for all
+forward passes of a block; with `slots` a layer rotates its own when it reads them, so that those of
+the other layers need no memory.
 
 One type serves the self-attention of both streams and both directions between them: `video` and
 `v2a` hold video tokens, `audio` and `a2v` audio tokens.
@@ -40,7 +41,7 @@ from omniforcing_jax.models.quantization import QuantizedArray
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.layers import KV, History, Slots
 from omniforcing_jax.models.transformer.model import Pathways
-from omniforcing_jax.models.transformer.rope import ClipRope, Rope
+from omniforcing_jax.models.transformer.rope import ClipRope, GridRope, Rope
 
 POSITIONS = ("absolute", "relative")
 DTYPES = ("int8",)  # other than the model's
@@ -125,15 +126,15 @@ class CacheConfig:
         Empty slots get a position inside the tables; they are never attended to.
 
         Args:
-          ring: slots of the ring, `window` by default.
+          ring: slots of the ring, where it has one for block `block` as well; else it has `window`.
         """
         first, size = 1 + self.anchors, ring or self.window
-        ring = jnp.arange(size)
-        # The youngest block in ring slot r is the largest b < block with (b - first) % size == r.
-        held = block - 1 - (block - 1 - first - ring) % size
+        youngest = block if ring else block - 1
+        # The youngest block in ring slot r is the largest b with (b - first) % size == r.
+        held = youngest - (youngest - first - jnp.arange(size)) % size
         if self.positions == "relative":
             held = held - self.evicted(block)
-        held = jnp.maximum(held, first + 0 * ring)
+        held = jnp.maximum(held, first)
         return jnp.concatenate([jnp.arange(1, first), held])
 
 
@@ -251,18 +252,20 @@ def write(
 
     Args:
       new: Pathways of KV [L, B, S, N, H], keys not rotated; or, per layer, a tuple of Pathways of
-        KV [B, S, N, H], or of the `Slots` that hold them already.
+        KV [B, S, N, H]: of block 0, and later the buffers, which hold the block already.
       first: whether this is block 0, whose shape differs. It must be the first write.
       detach: let no gradient through to what made them.
     """
     block = cache.num_blocks
+    if isinstance(cache.kv, tuple) and not first:
+        return cache.replace(kv=new, num_blocks=block + 1)
     video, audio = (0, 0) if first else cache.starts(cache.slot(block), patches)
 
-    def put(old: KV, kv: KV | Slots, start) -> KV:
+    def put(old: KV, kv: KV, start) -> KV:
         def update(buffer, x):
             return quantization.put(buffer, jax.lax.stop_gradient(x) if detach else x, start, -3)
 
-        return kv.kv if isinstance(kv, Slots) else KV(update(old.k, kv.k), update(old.v, kv.v))
+        return KV(update(old.k, kv.k), update(old.v, kv.v))
 
     starts = Pathways(video=video, audio=audio, a2v=audio, v2a=video)
     kv = jax.tree.map(put, cache.kv, new, _like(cache.kv, starts), is_leaf=_is_kv)
@@ -335,16 +338,14 @@ def history(cache: RollingCache, rope: ClipRope, rope_type: str, patches: int) -
     lengths = Pathways(video_length, audio_length, audio_length, video_length)
     num_layers = cache.kv.video.k.shape[0]
 
-    def rotated(kv: KV, table: Rope, length) -> History:
+    def rotated(kv: KV, table: Rope | GridRope, length) -> History:
         k = table.rotate(kv.k, rope_type)
         return History(KV(k, kv.v), jnp.broadcast_to(length, (num_layers,)))
 
     return jax.tree.map(rotated, cache.kv, _slot_ropes(cache, rope), lengths, is_leaf=_is_kv)
 
 
-def slots(
-    cache: RollingCache, rope: ClipRope, rope_type: str, patches: int, *, full: bool
-) -> tuple[Pathways, ...]:
+def slots(cache: RollingCache, rope: ClipRope, patches: int, *, full: bool) -> tuple[Pathways, ...]:
     """A cache per layer as block `cache.num_blocks` (>= 1) reads and writes it: `Slots` each.
 
     Args:
@@ -362,13 +363,7 @@ def slots(
 
     def of_layer(kv: Pathways) -> Pathways:
         def of(name: str) -> Slots:
-            own, table = getattr(kv, name), getattr(tables, name)
-            if isinstance(own.k, QuantizedArray):
-                k = table.rotate(quantization.dequantize(own.k, jnp.float32), rope_type)
-                rotated = quantization.quantize(k, -1)
-            else:
-                rotated = table.rotate(own.k, rope_type)
-            return Slots(own, rotated, getattr(starts, name), getattr(lengths, name))
+            return Slots(*(getattr(of_name, name) for of_name in (kv, tables, starts, lengths)))
 
         return Pathways(**{name: of(name) for name in ("video", "audio", "a2v", "v2a")})
 
@@ -376,9 +371,10 @@ def slots(
 
 
 def _slot_ropes(cache: RollingCache, rope: ClipRope) -> Pathways:
-    """Tables [1, S, N, H/2] of all slots of each pathway."""
+    """Tables of all slots of each pathway."""
     layout, sinks = cache.config.layout, cache.num_sinks > 0
-    positions = cache.config.slot_positions(cache.num_blocks, cache.ring)
+    ring = cache.ring if isinstance(cache.kv, tuple) else None
+    positions = cache.config.slot_positions(cache.num_blocks, ring)
     video_frames = _frames(positions, layout.first_video_frames, layout.video_frames)
     audio_frames = _frames(positions, layout.first_audio_frames, layout.audio_frames)
     return Pathways(

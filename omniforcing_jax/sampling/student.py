@@ -30,6 +30,7 @@ from omniforcing_jax.geometry import (
 )
 from omniforcing_jax.models import quantization
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
+from omniforcing_jax.models.transformer.layers import Slots
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import kv_cache
@@ -171,6 +172,16 @@ class BlockForward:
         )
         return velocity_to_x0(x, AVLatents(video, audio), sigma, condition), kv
 
+    def over(self, buffers: tuple[Pathways, ...]) -> "BlockForward":
+        """The same with other contents of the `Slots`."""
+        history = jax.tree.map(
+            lambda slots, kv: slots.replace(kv=kv),
+            self.history,
+            buffers,
+            is_leaf=lambda x: isinstance(x, Slots),
+        )
+        return dataclasses.replace(self, history=history)
+
 
 @flax.struct.dataclass
 class BlockTrace:
@@ -224,7 +235,7 @@ def block_step(
     """
     how = {"first": first, "full": full, "text_mask": text_mask}
     forward = bind(model, params, cache, rope, config, **how)
-    kv = forward.history
+    kv = cache.kv
     if first or not is_per_layer(params):
         kv = kv_cache.empty_block(cache, config.patches, model.dtype, first=first)
     x0, exit_input, kv = passes(forward, text, noise, kv, config, exit_step, condition)
@@ -271,7 +282,8 @@ def passes(
     """Denoising (predict x0, add fresh noise of the next level, repeat), then the refresh.
 
     Args:
-      kv: what a pass writes: a history of `Slots`, or zeros of the shapes of keys and values.
+      kv: what a pass writes: the buffers of a cache per layer, or zeros of the shapes of the
+        block's keys and values.
 
     Returns:
       The last prediction of x0 [B, T, C], the input [B, T, C] it was made from, and keys and values
@@ -287,7 +299,7 @@ def passes(
         refreshing = i > last
         level = jnp.where(refreshing, steps, i)
         text_i = text_at(forward.model, text, text_level(level, config, condition))
-        here = dataclasses.replace(forward, history=kv) if in_slots else forward
+        here = forward.over(kv) if in_slots else forward
         prediction, kv = here(x, levels[level], text_i, condition, return_kv=True)
         keep = functools.partial(jax.tree.map, lambda old, new: jnp.where(refreshing, old, new))
         x0, exit_input = keep(x0, prediction), keep(exit_input, x)
@@ -394,11 +406,10 @@ def bind(
         video_frames = video_frames + jnp.arange(layout.video_frames)
         audio_frames = layout.first_audio_frames + position * layout.audio_frames
         audio_frames = audio_frames + jnp.arange(layout.audio_frames)
-        with jax.named_scope("rotate_history"):
-            if is_per_layer(params):
-                where = rope, model.config.rope_type, patches
-                history = kv_cache.slots(cache, *where, full=full)
-            else:
+        if is_per_layer(params):
+            history = kv_cache.slots(cache, rope, patches, full=full)
+        else:
+            with jax.named_scope("rotate_history"):
                 history = kv_cache.history(cache, rope, model.config.rope_type, patches)
     sinks = first and model.config.num_audio_sinks > 0
     ropes = stream_ropes(rope, video_frames, audio_frames, sinks=sinks)

@@ -75,8 +75,8 @@ def test_one_cache_at_a_time(args, pipeline, quick_steps, monkeypatch):
     first, parts = result["ttfc_seconds"], result["part_seconds"]
     assert first["text"] == 0.75
     assert reports[0]["ttfc_seconds"]["total"] == pytest.approx(first["total"] - 0.25)
-    assert min(parts["rotation"], parts["refresh"]) > 0
-    assert parts["rotation"] + parts["denoise"] + parts["refresh"] == pytest.approx(1)
+    assert parts["refresh"] > 0
+    assert parts["denoise"] + parts["refresh"] == pytest.approx(1)
     # 4 blocks to warm up and 3 to fill the cache: 107 and 108 are the first tenth of 20
     drift = result["late_over_early"]["memory"]
     assert drift["tenths"] == pytest.approx([x / 107.5 for x in np.arange(107.5, 127.5, 2)])
@@ -136,8 +136,7 @@ def test_row():
         "TTFC without Gemma (text + setup + generate + video + sound) s": "2.50 (0.25 + 0.50 + "
         "1.00 + 0.50 + 0.12)",
         "chunk p50 / p95 / p99 s": "0.500 / 0.750 / 1.000",
-        "rotation / denoise / refresh / video / sound / host s": "– / – / – / 0.250 / 0.125 / "
-        "0.062",
+        "denoise / refresh / video / sound / host s": "– / – / 0.250 / 0.125 / 0.062",
         "deadlines met": "100%",
         "memory in use / peak GiB": "1.5 / 2.0",
         "TFLOP per s of video": "231",
@@ -147,12 +146,11 @@ def test_row():
         "late / early memory (tenths between)": "1.000 (– to –)",
     }
     assert {name: early[name] for name in expected} == expected
-    result["part_seconds"] |= {"rotation": 0.01, "denoise": 0.4, "refresh": 0.09}
+    result["part_seconds"] |= {"denoise": 0.41, "refresh": 0.09}
     result |= {"mfu": 0.41, "seams": {"seam": 3.0, "median": 2.0, "ratio": 1.5}}
     late = cells(stream_report.markdown(result))
     assert {name: late[name] for name in late if late[name] != early[name]} == {
-        "rotation / denoise / refresh / video / sound / host s": "0.010 / 0.400 / 0.090 / 0.250 / "
-        "0.125 / 0.062",
+        "denoise / refresh / video / sound / host s": "0.410 / 0.090 / 0.250 / 0.125 / 0.062",
         "MFU": "41%",
         "error at seams / median, grey levels": "3 / 2 = 1.5",
     }
@@ -257,24 +255,15 @@ def test_parts_of_a_block_are_what_a_block_does(args, pipeline):
     text = random(jax.eval_shape(lambda: stream.text_kv(pipeline, args, config, "a prompt")))
     cache = jax.eval_shape(functools.partial(student.new_cache, model, config, 1, params))
     cache = cache.replace(kv=random(cache.kv), num_blocks=jnp.int32(3))  # the next one evicts
-    keys = stream.rotated_keys(model, params, cache, rope, config=config)
-    same, other = (jax.tree.map(jnp.copy, cache) for _ in range(2))
+    same = jax.tree.map(jnp.copy, cache)
     key = jax.random.key(3)
     latents, whole = block_programs.generate_block(
         model, params, cache, text, rope, key, config=config, batch=1, first=False
     )
-
-    def refreshed(cache, keys):
-        return stream.refresh_block(
-            model, params, cache, keys, text, rope, latents, None, config=config
-        )
-
-    parts, wrong = refreshed(same, keys), refreshed(other, jax.tree.map(jnp.zeros_like, keys))
+    parts = stream.refresh_block(model, params, same, text, rope, latents, None, config=config)
     assert whole.num_blocks == parts.num_blocks == 4
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, parts.kv, whole.kv)
-    # the keys are not rotated a second time
-    assert abs(wrong.kv[1].video.v - whole.kv[1].video.v).max() > 1e-2
 
 
 def test_random_weights_stand_where_converted_ones_do(args, pipeline, monkeypatch):

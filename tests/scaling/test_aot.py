@@ -22,7 +22,7 @@ LAYERS = 2
 PARAMETERS = {"2.0": 1_116_741_888, "2.3": 1_200_851_584}
 # Bytes of the block step of full width with jaxlib 0.10.2, so that nothing grows unseen:
 # temporaries, with the arguments the peak, and what is moved. A change writes new ones here.
-BLOCK_STEP = {("h200:1", "none"): (1_506_160_920, 4_017_217_552, 830_404_096)}
+BLOCK_STEP = {("h200:1", "none"): (1_186_408_712, 3_688_476_980, 521_139_712)}
 CPU_TEMPORARIES = {"2.0": 8_590_983_208}
 TEST_FLAGS = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")  # of tests/conftest.py
 
@@ -53,6 +53,7 @@ def test_block_step_of_full_width_compiles(version):
     # No weights are sliced out of a stack (8 GB a block of two layers), and none are joined.
     kernels = traffic.read(text)
     weights = 2 * (PARAMETERS[version] - unused)
+    kernels = [k for k in kernels if "rotate_keys" not in k.place]  # both halves of a head
     sliced = sum(k.written * k.count for k in kernels if k.kind in ("slice", "concatenate"))
     assert sliced < weights
     known = jaxlib.__version__.startswith("0.10.") and version in CPU_TEMPORARIES

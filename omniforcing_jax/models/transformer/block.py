@@ -119,7 +119,7 @@ class Block(nn.Module):
 
         Returns:
           The new hidden states, and with `return_kv` this layer's new keys and values (`Pathways`
-          of `KV`, keys not rotated, or of the `Slots` that hold them), else None.
+          of `KV`, keys not rotated: the block's, or the buffers of `Slots`), else None.
         """
         v, a = carry
         history, keep = history or Pathways(), keep or Pathways()

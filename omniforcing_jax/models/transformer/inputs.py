@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from omniforcing_jax.blocks import BlockLayout, KvEnds
 from omniforcing_jax.models.transformer.layers import KV, History, Slots
-from omniforcing_jax.models.transformer.rope import Rope
+from omniforcing_jax.models.transformer.rope import GridRope, Rope
 
 
 @flax.struct.dataclass
@@ -32,8 +32,8 @@ class Modality:
 
     latents: jax.Array
     sigma: jax.Array
-    rope: Rope
-    cross_rope: Rope
+    rope: Rope | GridRope
+    cross_rope: Rope | GridRope
     context: jax.Array | None = None
     context_mask: jax.Array | None = None
     global_sigma: jax.Array | None = None
@@ -89,8 +89,8 @@ class Conditioning:
     prompt_modulation: jax.Array | None = None
     context: jax.Array | None = None
     context_mask: jax.Array | None = None
-    rope: Rope | None = None
-    cross_rope: Rope | None = None
+    rope: Rope | GridRope | None = None
+    cross_rope: Rope | GridRope | None = None
     self_bias: jax.Array | None = None
 
 

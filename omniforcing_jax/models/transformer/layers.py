@@ -15,7 +15,7 @@ from einops import rearrange
 from omniforcing_jax.distributed.partitioning import WeightRules, constrain, product
 from omniforcing_jax.models import quantization
 from omniforcing_jax.models.norms import layer_norm, rms_norm
-from omniforcing_jax.models.transformer.rope import Rope
+from omniforcing_jax.models.transformer.rope import GridRope, Rope
 from omniforcing_jax.ops.attention import attention, attention_entropy
 
 
@@ -38,17 +38,18 @@ class History:
     kv: KV
     length: jax.Array
 
-    def join(self, new: KV, rotated: jax.Array) -> tuple[KV, jax.Array, KV]:
+    def join(self, new: KV, rope: Rope | GridRope, rope_type: str) -> tuple[KV, jax.Array, KV]:
         """What a block attends to: itself, and behind it the history, so that valid keys are a
         prefix and need no mask.
 
         Args:
           new: the block's own keys, not rotated, and values [B, T, N, H].
-          rotated: its keys rotated.
+          rope: of its keys.
 
         Returns:
           Keys, rotated, and values [B, S, N, H]; how many of them are valid; and what was new.
         """
+        rotated = rope.rotate(new.k, rope_type)
         k = jnp.concatenate([rotated, self.kv.k], axis=1)
         v = jnp.concatenate([new.v, self.kv.v], axis=1)
         return KV(k, v), rotated.shape[1] + self.length, new
@@ -58,29 +59,34 @@ class History:
 class Slots:
     """The buffers of a layer's rolling cache, in which the block that is being made has slots, too.
 
-    Nothing is joined or copied then: each pass over a block overwrites its slots.
+    Nothing is joined or copied then: each pass over a block overwrites its slots. Keys are rotated
+    when they are read, so that no layer's rotated keys are held while the others run.
 
     Attributes:
       kv: keys, not rotated, and values [B, S, N, H].
-      rotated: the keys at their positions [B, S, N, H].
+      rope: of all slots, those of the block as well.
       start: [] int32, the block's first slot.
       length: [] int32, only slots [0, length) are valid; None: all are.
     """
 
     kv: KV
-    rotated: jax.Array
+    rope: Rope | GridRope
     start: jax.Array
     length: jax.Array | None
 
-    def join(self, new: KV, rotated: jax.Array) -> tuple[KV, jax.Array | None, "Slots"]:
-        """As `History.join`; what is new are the buffers."""
+    def join(
+        self, new: KV, rope: Rope | GridRope, rope_type: str
+    ) -> tuple[KV, jax.Array | None, KV]:
+        """As `History.join`; what is new are the buffers. `rope` is where `self.rope` says."""
+        del rope
 
         def put(buffer, x: jax.Array):
             return quantization.put(buffer, x, self.start, axis=1)
 
         kv = KV(put(self.kv.k, new.k), put(self.kv.v, new.v))
-        slots = self.replace(kv=kv, rotated=put(self.rotated, rotated))
-        return KV(slots.rotated, kv.v), self.length, slots
+        with jax.named_scope("rotate_keys"):
+            rotated = self.rope.rotate(quantization.expanded(kv.k, new.k.dtype), rope_type)
+        return KV(rotated, kv.v), self.length, kv
 
 
 class Linear(nn.Dense):
@@ -328,14 +334,14 @@ class Attention(nn.Module):
         q: jax.Array,
         kv: KV,
         *,
-        rope: Rope | None = None,
-        k_rope: Rope | None = None,
+        rope: Rope | GridRope | None = None,
+        k_rope: Rope | GridRope | None = None,
         history: History | Slots | None = None,
         kv_end: np.ndarray | None = None,
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
         keep: jax.Array | None = None,
-    ) -> tuple[jax.Array, KV | Slots]:
+    ) -> tuple[jax.Array, KV]:
         """Attends from x to `kv` and, if given, to `history`.
 
         Args:
@@ -351,15 +357,17 @@ class Attention(nn.Module):
           keep: [B] one or zero; zero skips this attention for that sample.
 
         Returns:
-          [B, T, out_dim], and what this call adds to the history: `kv`, or the history's slots.
+          [B, T, out_dim], and what this call adds to the history: `kv`, or its buffers with `kv` in
+          the block's slots.
         """
         k, v, length, new = kv.k, kv.v, None, kv
         if rope is not None:
             q = rope.rotate(q, self.rope_type)
-            k = (k_rope or rope).rotate(k, self.rope_type)
         if history is not None:
-            joined, length, new = history.join(kv, k)
+            joined, length, new = history.join(kv, k_rope or rope, self.rope_type)
             k, v = joined.k, joined.v  # [B, S + history, N, H]
+        elif rope is not None:
+            k = (k_rope or rope).rotate(k, self.rope_type)
         k, v = (quantization.expanded(x, self.dtype) for x in (k, v))
         if self.measured and self.is_mutable_collection("diagnostics"):
             self.sow("diagnostics", "entropy", attention_entropy(q, k, kv_end))

@@ -5,7 +5,8 @@ in the reference's order of operations (float64 frequencies rounded to fp32, the
 never inside a jitted function whose fusions might reorder them.
 
 A clip's table factorises over its axes. `ClipRope` holds one small table per axis and assembles the
-rows of any frames on the device without arithmetic, so a stream of an hour needs a few megabytes.
+rows of any frames on the device (exactly: it adds zeros), so a stream of an hour needs a few
+megabytes.
 """
 
 from functools import partial
@@ -18,6 +19,7 @@ import numpy as np
 from einops import rearrange
 
 from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.ops.attention import platform
 
 VIDEO_TEMPORAL_COMPRESSION = 8  # pixel frames per latent frame, after the first
 VIDEO_SPATIAL_COMPRESSION = 32  # pixels per latent, both directions
@@ -42,6 +44,21 @@ class Rope:
         cos, sin = jnp.expand_dims(self.cos, new_axes), jnp.expand_dims(self.sin, new_axes)
         half = x.shape[-1] // 2
         x32 = x.astype(jnp.float32)
+        if platform() == "tpu":
+            # Halves of 64 channels fill half a register, and are written padded. A product with
+            # ones and minus ones is exact, and goes on in the kernel that rotates.
+            if rope_type == "split":
+                cos, sin = (jnp.concatenate([t, t], axis=-1) for t in (cos, sin))
+            else:
+                cos, sin = (jnp.repeat(t, 2, axis=-1) for t in (cos, sin))
+            partner = jnp.einsum(
+                "...h,hk->...k",
+                x,
+                jnp.asarray(_partners(x.shape[-1], rope_type), x.dtype),
+                precision="highest",
+                preferred_element_type=jnp.float32,
+            )
+            return (x32 * cos + partner * sin).astype(x.dtype)
         if rope_type == "split":
             x1, x2 = x32[..., :half], x32[..., half:]
             out = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
@@ -50,6 +67,17 @@ class Rope:
             x1, x2 = pairs[..., 0], pairs[..., 1]
             out = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(x.shape)
         return out.astype(x.dtype)
+
+
+def _partners(channels: int, rope_type: str) -> np.ndarray:
+    """[H, H] that takes each pair of channels (x1, x2) to (-x2, x1)."""
+    index = np.arange(channels)
+    first, second = (index[: channels // 2], index[channels // 2 :])
+    if rope_type != "split":
+        first, second = index[::2], index[1::2]
+    matrix = np.zeros((channels, channels))
+    matrix[second, first], matrix[first, second] = -1, 1
+    return matrix
 
 
 def frequencies(num: int, theta: float, dtype: str = "float64") -> np.ndarray:
@@ -104,6 +132,41 @@ class AxisTable:
 
 
 @flax.struct.dataclass
+class GridRope:
+    """A `Rope` of F x h x w tokens, as the sum of a small table for each axis.
+
+    Every channel belongs to one axis; the tables of the others are zero there, so that the sum is
+    exact. It is formed where it is used, in the kernel that rotates: that reads three small tables
+    then, and not two float32 numbers for every pair of channels.
+
+    Attributes:
+      parts: tables that broadcast to [F, h, w, N, H/2].
+      shape: F, h, w.
+    """
+
+    parts: tuple[AxisTable, ...]
+    shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)
+
+    @property
+    def cos(self) -> jax.Array:
+        """[1, T, N, H/2] of T = F h w tokens."""
+        return self._sum([part.cos for part in self.parts])
+
+    @property
+    def sin(self) -> jax.Array:
+        """[1, T, N, H/2]."""
+        return self._sum([part.sin for part in self.parts])
+
+    def _sum(self, parts: list[jax.Array]) -> jax.Array:
+        table = jnp.broadcast_to(sum(parts[1:], parts[0]), (*self.shape, *parts[0].shape[3:]))
+        return table.reshape(1, -1, *table.shape[3:])
+
+    def rotate(self, x: jax.Array, rope_type: str) -> jax.Array:
+        """As `Rope.rotate`."""
+        return Rope(self.cos, self.sin).rotate(x, rope_type)
+
+
+@flax.struct.dataclass
 class ClipRope:
     """All rotation tables of a grid of latents, one small table per axis.
 
@@ -122,33 +185,36 @@ class ClipRope:
     heads: int = flax.struct.field(pytree_node=False)
     video_dim: int = flax.struct.field(pytree_node=False)
 
-    def video_rope(self, frames: jax.Array) -> Rope:
-        """Self-attention table [1, F*P, N, H/2] of the latent frames with indices `frames` [F]."""
-        time = self.video_time.rows(frames)
-        return Rope(
-            self._assemble(time.cos, self.video_rows.cos, self.video_columns.cos, 1.0),
-            self._assemble(time.sin, self.video_rows.sin, self.video_columns.sin, 0.0),
+    def video_rope(self, frames: jax.Array) -> GridRope:
+        """Self-attention table of the latent frames with indices `frames` [F]."""
+        axes = (self.video_time.rows(frames), self.video_rows, self.video_columns)
+        parts = tuple(
+            AxisTable(self._of_axis(table.cos, axis, 1.0), self._of_axis(table.sin, axis, 0.0))
+            for axis, table in enumerate(axes)
         )
+        return GridRope(parts, self._grid(frames))
 
-    def _assemble(self, time, rows, columns, padding):
-        shape = (time.shape[0], rows.shape[0], columns.shape[0], time.shape[1])
-        angles = jnp.stack(
-            [
-                jnp.broadcast_to(time[:, None, None], shape),
-                jnp.broadcast_to(rows[None, :, None], shape),
-                jnp.broadcast_to(columns[None, None, :], shape),
-            ],
-            axis=-1,
-        )  # [F, h, w, n, 3]
-        angles = angles.reshape(shape[0] * shape[1] * shape[2], -1)
-        pad = self.video_dim // 2 - angles.shape[-1]
-        angles = jnp.pad(angles, ((0, 0), (pad, 0)), constant_values=padding)
-        return rearrange(angles, "T (N h) -> 1 T N h", N=self.heads)
+    def _of_axis(self, table: jax.Array, axis: int, padding: float) -> jax.Array:
+        """[positions, n] -> what an axis adds; channels go round time, rows and columns, and
+        those that are left over come first and are not rotated."""
+        table = jnp.pad(table[..., None], ((0, 0), (0, 0), (axis, 2 - axis)))
+        table = table.reshape(table.shape[0], -1)
+        pad = self.video_dim // 2 - table.shape[1]
+        table = jnp.pad(table, ((0, 0), (pad, 0)), constant_values=padding if axis == 0 else 0.0)
+        table = rearrange(table, "T (N h) -> T N h", N=self.heads)
+        return jnp.expand_dims(table, [other for other in range(3) if other != axis])
 
-    def video_cross_rope(self, frames: jax.Array) -> Rope:
-        """Cross-modal table [1, F*P, N, H/2]; the P tokens of a frame share one row."""
-        patches = self.video_rows.cos.shape[0] * self.video_columns.cos.shape[0]
-        return self._heads(self.video_cross.rows(jnp.repeat(frames, patches)))
+    def _grid(self, frames: jax.Array) -> tuple[int, int, int]:
+        return frames.shape[0], self.video_rows.cos.shape[0], self.video_columns.cos.shape[0]
+
+    def video_cross_rope(self, frames: jax.Array) -> GridRope:
+        """Cross-modal table; the tokens of a frame share one row."""
+
+        def part(table: jax.Array) -> jax.Array:
+            return rearrange(table, "F (N h) -> F 1 1 N h", N=self.heads)
+
+        table = self.video_cross.rows(frames)
+        return GridRope((AxisTable(part(table.cos), part(table.sin)),), self._grid(frames))
 
     def audio_rope(self, frames: jax.Array, sinks: bool = False) -> Rope:
         """Self-attention table [1, (S +) T, N, H/2] of the audio latents `frames` [T]."""

@@ -12,6 +12,7 @@ from einops import rearrange
 
 from checkpoint_converters.reading import load_component
 from omniforcing_jax.models.quantization import QuantizedArray
+from omniforcing_jax.models.transformer import rope as rope_module
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Modality, Pathways, Transformer
 from omniforcing_jax.models.transformer.rope import Rope, axis_angles, frequencies
@@ -237,3 +238,15 @@ def test_rope_tables(reference):
                 table = a[f"e_rope_{stream}{name}_{part}"]  # [B, N, T, H/2]
                 ours = np.swapaxes(getattr(rope, part), 1, 2)
                 np.testing.assert_allclose(ours, table, atol=2e-6)
+
+
+@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+def test_rotation_on_tpus_is_the_same(rope_type, monkeypatch):
+    """There the other channel of each pair comes from a product, which is exact."""
+    angles = np.random.default_rng(0).uniform(0, 7, (1, 5, 2, 8)).astype(np.float32)
+    rope = Rope(jnp.cos(angles), jnp.sin(angles))
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2, 16), jnp.bfloat16)
+    expected = rope.rotate(x, rope_type)
+    monkeypatch.setattr(rope_module, "platform", lambda: "tpu")
+    np.testing.assert_array_equal(rope.rotate(x, rope_type), expected)
+    assert not np.array_equal(Rope(rope.cos, -rope.sin).rotate(x, rope_type), expected)
