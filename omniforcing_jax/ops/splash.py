@@ -16,16 +16,15 @@ from jax.sharding import PartitionSpec as P
 
 from omniforcing_jax.distributed.partitioning import BATCH_AXES, HEAD_AXES
 
-# Largest first: blocks are multiples of the kernel's 128 lanes, and large ones are faster.
-BLOCK_SIZES = (512, 256, 128)
-# Padding, as a share of the length, that a larger block may cost.
-MAX_PADDING = 1 / 8
+# Blocks are multiples of the kernel's lanes. The backward pass holds more tiles at a time.
+LANES, LARGEST, LARGEST_BACKWARD = 128, 1024, 512
+# What a block costs beside its tokens, in tokens: large blocks are better, padding is worse.
+OVERHEAD = 64
 
 
 def supports(q_len: int, kv_len: int, head_dim: int) -> bool:
     """Whether the kernel can run these sizes without much padding: at least one block each way."""
-    smallest = BLOCK_SIZES[-1]
-    return head_dim % 64 == 0 and q_len >= smallest and kv_len >= smallest
+    return head_dim % 64 == 0 and q_len >= LANES and kv_len >= LANES
 
 
 class BlockCausalMask(splash_mask._ComputableMask):
@@ -123,15 +122,16 @@ def splash_attention(
 
 def _make_kernel(ends, kv_padded, q_block, kv_block, *, interpret):
     """Splash kernel on q [N, T, H], k and v [N, S, H] for any N: all heads share one mask."""
+    q_backward, kv_backward = _backward_block(len(ends)), _backward_block(kv_padded)
     sizes = splash_kernel.BlockSizes(
         block_q=q_block,
         block_kv=kv_block,
         block_kv_compute=kv_block,
-        block_q_dkv=q_block,
-        block_kv_dkv=kv_block,
-        block_kv_dkv_compute=kv_block,
-        block_q_dq=q_block,
-        block_kv_dq=kv_block,
+        block_q_dkv=q_backward,
+        block_kv_dkv=kv_backward,
+        block_kv_dkv_compute=kv_backward,
+        block_q_dq=q_backward,
+        block_kv_dq=kv_backward,
     )
     return splash_kernel.make_splash_mha(
         splash_mask.MultiHeadMask([BlockCausalMask(ends, kv_padded)]),
@@ -144,12 +144,17 @@ def _make_kernel(ends, kv_padded, q_block, kv_block, *, interpret):
 
 def _block_and_padded(length: int) -> tuple[int, int]:
     """Block size for a sequence and its length after padding to whole blocks."""
-    shortest = -(-length // BLOCK_SIZES[-1]) * BLOCK_SIZES[-1]
-    for block in BLOCK_SIZES:
-        padded = -(-length // block) * block
-        if padded <= shortest * (1 + MAX_PADDING):
-            return block, padded
-    raise AssertionError("the smallest block always fits")
+
+    def cost(block: int) -> float:
+        return -(-length // block) * (block + OVERHEAD)
+
+    block = min(range(LANES, LARGEST + 1, LANES), key=cost)
+    return block, -(-length // block) * block
+
+
+def _backward_block(padded: int) -> int:
+    """The largest block of the backward pass for a padded length."""
+    return next(b for b in range(LARGEST_BACKWARD, 0, -LANES) if padded % b == 0)
 
 
 def _sharded(run, batch: int, heads: int):

@@ -448,10 +448,14 @@ def test_masks_with_equal_content_are_equal():
 
 @pytest.mark.parametrize(
     "length, expected",
-    [(1, (128, 128)), (126, (128, 128)), (300, (128, 384)), (400, (512, 512)), (6144, (512, 6144))],
-)
+    [(1, (128, 128)), (300, (384, 384)), (1152, (384, 1152)), (6144, (1024, 6144)),
+     (9600, (640, 9600))],
+)  # fmt: skip
 def test_splash_padding(length, expected):
-    assert splash._block_and_padded(length) == expected
+    block, padded = splash._block_and_padded(length)
+    assert (block, padded) == expected
+    backward = splash._backward_block(padded)
+    assert padded % backward == backward % 128 == 0 and backward <= 512
 
 
 # Input checks and FLOPs
