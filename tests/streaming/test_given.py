@@ -1,6 +1,6 @@
 """Streams of which something is given: it comes out as it went in, and they replay with it."""
 
-import dataclasses
+import functools
 import pickle
 import threading
 
@@ -13,6 +13,7 @@ from omniforcing_jax import ClipGeometry, load_pipeline
 from omniforcing_jax.encoding import MediaEncoder
 from omniforcing_jax.geometry import modalities
 from omniforcing_jax.sampling import student
+from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming import given
@@ -65,18 +66,30 @@ def probe_of(live):
     return random_latents(live._blocks.model.config, 3 * 4, 25, seed=3)
 
 
-def history_of(live, cache):
-    model = live._blocks.model, live._blocks.params
-    return student.bind(*model, cache, live._blocks.rope, live.config, first=False).history
+@functools.partial(jax.jit, static_argnames=("model", "config"))
+def seen(params, cache, rope, text, probe, *, model, config):
+    """Prediction of x0 of a later block with this cache."""
+    forward = student.bind(model, params, cache, rope, config, first=False)
+    return forward(probe, jnp.float32(0.6), text)[0]
+
+
+def next_block(live, cache):
+    """What the next block, made from a probe, sees in a cache."""
+    arguments = live._blocks.params, cache, live._blocks.rope, live._steering.text, probe_of(live)
+    return seen(*arguments, model=live._blocks.model, config=live.config)
+
+
+def held_blocks(live):
+    """Conditions of the blocks that the cache holds, their latents all clean."""
+    return [condition for _, condition in sorted(live._blocks.held.items())]
 
 
 def check_cache(live, contexts, held):
     """The next block sees what one uncached, masked pass over the held blocks would show it."""
-    model, params, config = live._blocks.model, live._blocks.params, live.config
-    layout = config.cache.layout
+    model, params, layout = live._blocks.model, live._blocks.params, live.config.cache.layout
     clip = ClipGeometry.from_blocks(layout, held + 1, 2, 2)
     probe = probe_of(live)
-    cleans = [condition.clean for _, condition in sorted(live._blocks.held.items())]
+    cleans = [condition.clean for condition in held_blocks(live)]
     assert len(cleans) == held
     x = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *cleans, probe)
     sigma = AVLatents(
@@ -86,14 +99,48 @@ def check_cache(live, contexts, held):
     streams = modalities(x, sigma, clip.stream_ropes(model), contexts)
     whole = model.clone(causal=clip.mask(layout))
     (video, audio), _ = jax.jit(whole.apply)({"params": params}, *streams)
-    forward = student.bind(
-        model, params, live._blocks.cache, live._blocks.rope, config, first=False
-    )
-    found, _ = forward(probe, jnp.float32(0.6), live._steering.text)
+    found = next_block(live, live._blocks.cache)
     expected = probe.video - 0.6 * video[:, -12:], probe.audio - 0.6 * audio[:, -25:]
     np.testing.assert_allclose(found.video, expected[0], atol=2e-5)
     np.testing.assert_allclose(found.audio, expected[1], atol=2e-5)
-    return forward
+
+
+def check_keys(live, contexts):
+    """The cache, nothing evicted, is what one uncached, masked pass makes of its blocks.
+
+    Unlike `check_cache` of any version: all tokens of the pass have one noise level, 0.
+    """
+    layout, model = live.config.cache.layout, live._blocks.model
+    cleans = [condition.clean for condition in held_blocks(live)]
+    assert len(cleans) == live.num_blocks == live.config.cache.capacity
+    clip = ClipGeometry.from_blocks(layout, len(cleans), 2, 2)
+    clean = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *cleans)
+    level = jnp.zeros((live._batch, 1))
+    streams = modalities(clean, AVLatents(level, level), clip.stream_ropes(model), contexts)
+    whole = model.clone(causal=clip.mask(layout), return_kv=True)
+    _, kv = jax.jit(whole.apply)({"params": live._blocks.params}, *streams)
+    for found, expected in zip(jax.tree.leaves(live._blocks.cache.kv), jax.tree.leaves(kv), strict=True):
+        np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=5e-5)
+
+
+def check_scan(live):
+    """The first three blocks are those of `rollout` for a clip of which the same is given."""
+    *blocks, last = held_blocks(live)[:3]
+    assert blocks[0].clean.video.shape[1] < last.clean.video.shape[1]
+    join_all = functools.partial(jax.tree.map, lambda *x: jnp.concatenate(x, axis=1))
+    found, mask = (join_all(*(getattr(b, n) for b in [*blocks, last])) for n in ("clean", "mask"))
+    # what was not given is not shown to it
+    given = jax.tree.map(
+        lambda x, m: x * (jnp.repeat(m, x.shape[1] // m.shape[1], axis=1) == 0)[..., None],
+        found, mask,
+    )  # fmt: skip
+    steering, model = live._steering, (live._blocks.model, live._blocks.params)
+    expected = student.rollout(
+        *model, steering.text, live._blocks.rope, steering.key, config=live.config, num_blocks=3,
+        batch=1, condition=Condition(given, mask, last.frozen),
+    )  # fmt: skip
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
 
 
 def test_sound_given_is_sound_out(pipeline):
@@ -109,6 +156,7 @@ def test_sound_given_is_sound_out(pipeline):
     assert border == 3 * RATE and live.num_samples == 3 * RATE + 240  # a mel frame more
     np.testing.assert_array_equal(played, waveform[:, : played.shape[1]])
     assert not any(chunk.late or chunk.waiting for chunk in chunks)
+    check_scan(live)
 
     live.restore(start)
     look_ahead = live._media.audio_encoder.look_ahead(RATE)
@@ -221,6 +269,8 @@ def test_a_picture_begins_the_stream(pipeline):
     _, expected = decoder.push(decoder.init(1, *PIXELS), latent)
     np.testing.assert_array_equal(found, expected)
     following = live.step().frames
+    live.step()
+    check_scan(live)
     live.restore(plain)
     assert not np.array_equal(live.step().frames, found)
     assert not np.array_equal(live.step().frames, following)
@@ -245,8 +295,9 @@ def test_goes_on_from_a_clip(pipeline):
     third = live.step()
     assert (third.block, third.first_frame, third.frames.shape[1]) == (2, 25, 24)
     chunks = [first, second, third, live.finish()]
+    check_scan(live)
     # the clip and what was generated behind it, decoded in one go
-    blocks = [condition.clean for _, condition in sorted(live._blocks.held.items())]
+    blocks = [condition.clean for condition in held_blocks(live)]
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *blocks)
     np.testing.assert_allclose(whole.video[:, :16], latents.reshape(1, 16, -1), atol=1e-5)
     tokens = whole.video.reshape(1, 7, 2, 2, -1)
@@ -287,7 +338,8 @@ def test_a_minute_of_given_sound(pipeline):
     "version, layout, batch", [("2.0", "merged", 1), ("2.3", "prefix", 1), ("2.3", "merged", 2)]
 )
 def test_every_kind_of_session(random_checkpoint, version, layout, batch):
-    """A picture, given sound and a new prompt with recache: the sound comes out, blocks replay."""
+    """A picture, given sound and a new prompt with recache: the sound comes out, blocks replay, and
+    the cache is that of a masked pass; so it is behind references."""
     pipeline = load_pipeline(random_checkpoint(version), dtype=jnp.float32, encoders=True)
     live = session(pipeline, given="audio", layout=layout, batch=batch)
     rate = pipeline.config.vocoder.sample_rate
@@ -305,6 +357,12 @@ def test_every_kind_of_session(random_checkpoint, version, layout, batch):
     live.restore(snapshot)
     for a, b in zip(join([live.step(), live.step()]), join(chunks[2:]), strict=True):
         np.testing.assert_array_equal(a, b)
+    check_keys(live, contexts(pipeline, seed=1, batch=batch))
+    live = session(pipeline, layout=layout, batch=batch)
+    live.set_reference(picture(), waveform[:, :rate], rate)
+    while live.num_blocks < live.config.cache.capacity:
+        live.step()
+    check_keys(live, contexts(pipeline, batch=batch))
 
 
 @pytest.mark.slow
@@ -366,6 +424,7 @@ def test_a_picture_given_is_shown_as_it_was(pipeline):
     np.testing.assert_array_equal(frames[:, :40], clip[:, :40])
     np.testing.assert_array_equal(frames[:, 40:], clip[:, 39:40].repeat(9, axis=1))
     assert waveform.shape[1] == live.num_samples > RATE
+    check_scan(live)
 
 
 def test_recache_is_the_masked_pass(pipeline):
@@ -377,12 +436,8 @@ def test_recache_is_the_masked_pass(pipeline):
     live.set_prompt(contexts(pipeline, seed=1))
     live._apply_turns()
     live._blocks.recache(live._steering, live.num_blocks)
-    forward = check_cache(live, contexts(pipeline, seed=1), held=4)
-    old = dataclasses.replace(forward, history=history_of(live, before))
-    probe = probe_of(live)
-    found, other = (
-        f(probe, jnp.float32(0.6), live._steering.text)[0].video for f in (forward, old)
-    )
+    check_cache(live, contexts(pipeline, seed=1), held=4)
+    found, other = (next_block(live, cache).video for cache in (live._blocks.cache, before))
     assert np.abs(found - other).max() > 1e-3
 
 

@@ -125,6 +125,7 @@ def test_conditions(full_size, monkeypatch):
     batch = assembly.abstract_batch(e, mesh)
     assert batch["video"].shape == (32, 16 * 384, 128) and batch["audio"].shape == (32, 126, 128)
     assert experiment.make_stage(e).given.mixture.a2v == 0.5
+    assert "tokens" in planning.describe(e, planning.plan_step(e))  # --plan
     plain = checked("stage3", full_size)
     assert "video" not in assembly.abstract_batch(plain, mesh)
     assert experiment.make_stage(plain).given is None
