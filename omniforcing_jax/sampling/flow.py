@@ -21,6 +21,7 @@ DISTILLED_STAGE2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
 # sigma is stretched to the terminal value.
 _MU_POINTS = ((1024, 0.95), (4096, 2.05))
 _TERMINAL_SIGMA = 0.1
+MOST_STEPS = 1000  # of a schedule, as of the noise levels that models are trained on
 SCHEDULE_STEPS = 40  # of the schedule that the student's levels are picked from
 STUDENT_TIMESTEPS = (1000, 909, 725, 421)  # of OmniForcing's four-step students
 SCHEDULES = ("ltx2", "distilled")
@@ -34,17 +35,21 @@ def ltx2_schedule(num_steps: int, num_tokens: int = 4096) -> np.ndarray:
     4096 tokens whatever the size of the video, hence the default.
 
     Args:
-      num_steps: number of denoising steps N, at least 2.
+      num_steps: number of denoising steps N, 2 to `MOST_STEPS`.
       num_tokens: video token count that sets the shift mu.
 
     Returns:
       [N + 1] float32, strictly decreasing from 1 to 0.
 
     Raises:
-      ValueError: fewer than 2 steps (the first and the terminal sigma would coincide) or no tokens.
+      ValueError: fewer than 2 steps (the first and the terminal sigma would coincide), or more than
+        anybody takes, or no tokens.
     """
-    if num_steps < 2:
-        raise ValueError(f"num_steps is {num_steps}; the schedule needs at least 2 steps")
+    if not 2 <= num_steps <= MOST_STEPS:
+        raise ValueError(
+            f"num_steps is {num_steps}; the schedule needs at least 2 steps, and has at most "
+            f"{MOST_STEPS}"
+        )
     if num_tokens < 1:
         raise ValueError(f"num_tokens is {num_tokens}; it must be positive")
     (tokens_0, mu_0), (tokens_1, mu_1) = _MU_POINTS
