@@ -39,6 +39,7 @@ from checkpoint_converters import lora
 from launch import compilation, given_stream, options
 from launch.given_stream import GivenToStream
 from launch.interrupt import Interrupt
+from launch.prompt_times import prompts_by_block, turns
 from launch.stream_report import StreamReport
 from omniforcing_jax import (
     BlockLayout,
@@ -48,15 +49,18 @@ from omniforcing_jax import (
     PromptEncoder,
     RolloutConfig,
     StreamingSession,
+    Transformer,
     load_pipeline,
     programs,
 )
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.models.lora import KernelUpdate
 from omniforcing_jax.ops.attention import attention
+from omniforcing_jax.pipeline import transformer_shapes
 from omniforcing_jax.sampling.kv_cache import cache_bytes
 from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.streaming import media
+from omniforcing_jax.streaming.ahead import BlocksAhead
 from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
 from omniforcing_jax.types import Contexts
@@ -228,56 +232,6 @@ def _check_attention(args: argparse.Namespace, config: PipelineConfig) -> None:
         jax.eval_shape(attend, tokens, tokens, tokens)
 
 
-def turns(args: argparse.Namespace) -> list[tuple[float, str]]:
-    """(second from which on, text or file) as the command line gives them.
-
-    The first one is for the start and is read as it stands, whatever it ends with. One behind it
-    needs a time, so that there an @SECOND cannot be anything else.
-
-    Raises:
-      ValueError: one has no time, or the time is not a number.
-    """
-    first, *later = args.features or args.prompt or [""]
-    found = [(0.0, first)]
-    for spec in later:
-        text, _, start = spec.rpartition("@")
-        if not text or _number(start) is None:
-            raise ValueError(f"{spec!r} has no time to start at: give it as --at SECOND TEXT")
-        found.append((_number(start), text))
-    for start, text in args.at or []:
-        if _number(start) is None:
-            raise ValueError(f"--at {start} {text!r}: {start!r} is not a number of seconds")
-        found.append((_number(start), text))
-    return found
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def prompts_by_block(
-    turns: list[tuple[float, str]], layout: BlockLayout, num_blocks: int | None, notes: list[str]
-) -> dict[int, str]:
-    """{block it starts at: text or file}; notes it where that is later than asked for."""
-    result: dict[int, str] = {}
-    for start, text in turns:
-        if not 0 <= start < math.inf:
-            raise ValueError(f"{text!r} must start at a second from 0 on, not {start:g}")
-        block = layout.blocks_for_seconds(start) if start > 0 else 0
-        if block in result:
-            raise ValueError(f"{text!r} starts in the same second as {result[block]!r}")
-        if num_blocks is not None and block >= num_blocks:
-            raise ValueError(f"{text!r} starts after the end of the clip")
-        begin = layout.pixel_frames(block) / layout.frame_rate if block else 0.0
-        if (begin - start) * layout.frame_rate > 1.5:  # a block starts one frame after the second
-            notes.append(f"{text!r} starts with its block, at {begin:.2f} s, not {start:g} s")
-        result[block] = text
-    return result
-
-
 def clip_length(
     args: argparse.Namespace, config: PipelineConfig, layout: BlockLayout, notes: list[str]
 ) -> ClipLength | None:
@@ -340,6 +294,46 @@ def encode_sentences(request: StreamRequest, report: StreamReport) -> StreamRequ
     report.text(request.encoder.times)
     encoded = dict(zip(due, contexts, strict=True))
     return dataclasses.replace(request, prompts=request.prompts | encoded)
+
+
+def compile_ahead(
+    args: argparse.Namespace, config: PipelineConfig, request: StreamRequest
+) -> BlocksAhead | None:
+    """Begins to compile blocks where sentences are encoded before, only text is given, and the
+    weights will be as they are in the checkpoint."""
+    if request.encoder is None or request.given.encoders or args.quantize != "none":
+        return None
+    dtype = options.compute_dtype(args)
+    return BlocksAhead(
+        Transformer(config.transformer, dtype, args.attention),
+        transformer_shapes(args.checkpoint, dtype),
+        request.rollout,
+        text_length=request.encoder.length,
+        max_blocks=request.length and request.length.blocks,
+    )
+
+
+def open_session(
+    args: argparse.Namespace, request: StreamRequest, report: StreamReport
+) -> tuple[StreamingSession, StreamRequest]:
+    """Encodes the text and reads the weights: a session, and the request with its contexts."""
+    request = encode_sentences(request, report)
+    report.console.print(options.loading(args))
+    given, pipeline = request.given, load(args, request)
+    session = pipeline.session(
+        request.rollout,
+        request.prompts[0],
+        prompts=request.encoder,
+        seed=args.seed,
+        max_blocks=request.length and request.length.blocks + given.unshown,
+        given=given.stream,
+        text_length=padded_length(request.prompts.values(), args.attention),
+        timings=True,
+        **session_options(args),
+    )
+    given.start(session)
+    report.start = time.perf_counter()
+    return session, request
 
 
 def run(
@@ -438,24 +432,17 @@ def stream(
         ) as clip,
     ):
         interrupt.before_exit = clip.release
-        request = encode_sentences(request, report)
-        report.console.print(options.loading(args))
-        given, pipeline = request.given, load(args, request)
-        session = pipeline.session(
-            request.rollout,
-            request.prompts[0],
-            prompts=request.encoder,
-            seed=args.seed,
-            max_blocks=request.length and request.length.blocks + given.unshown,
-            given=given.stream,
-            text_length=padded_length(request.prompts.values(), args.attention),
-            timings=True,
-            **session_options(args),
-        )
-        given.start(session)
-        report.start = time.perf_counter()
+        ahead = compile_ahead(args, config, request)
         try:
-            report.compiling(session)
+            session, request = open_session(args, request, report)
+        except BaseException as error:
+            if ahead is not None:
+                if isinstance(error, KeyboardInterrupt):
+                    interrupt.leave()
+                ahead.wait()
+            raise
+        try:
+            report.compiling(session, ahead)
         except KeyboardInterrupt:  # its threads cannot be stopped, nor Python end under them
             interrupt.leave()
         with BackgroundWriter(clip, args.enlarge) as writer:

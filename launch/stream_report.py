@@ -8,6 +8,7 @@ from rich.table import Table
 
 from launch import options
 from omniforcing_jax import Chunk, StreamingSession
+from omniforcing_jax.streaming.ahead import BlocksAhead
 from omniforcing_jax.text.prompts import TextTimes
 
 # Parts of a block's time as the report names them.
@@ -38,8 +39,9 @@ class StreamReport:
         self.encoding = times.total
         self.console.print(f"text        {options.describe_times(times)}")
 
-    def compiling(self, session: StreamingSession) -> None:
-        """Compiles what the stream needs; shows what is done, then how long it took."""
+    def compiling(self, session: StreamingSession, ahead: BlocksAhead | None) -> None:
+        """Compiles what the stream needs, or waits for it; shows what is done, and how long it
+        took."""
         start, done = time.perf_counter(), []
 
         def show(part: str) -> None:
@@ -47,7 +49,7 @@ class StreamReport:
             status.update(f"compiling: {', '.join(done)} done")
 
         with self.console.status("compiling ...") as status:
-            session.warm_up(show)
+            session.warm_up(show, ahead)
         self.compilation = time.perf_counter() - start
         self.console.print(f"compiling  {self.compilation:6.2f} s")
 

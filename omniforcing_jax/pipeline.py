@@ -423,6 +423,19 @@ def _host(quantize: str, per_layer: bool) -> jax.sharding.Sharding:
         ) from error
 
 
+def transformer_shapes(directory: str | pathlib.Path, dtype: jnp.dtype) -> Any:
+    """Shapes of the transformer's weights as `load_pipeline` prepares them for streaming.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_pipeline`.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
+        checkpoints.param_shapes(directory, "transformer"),
+    )
+    return jax.eval_shape(weights.per_layer, shapes)
+
+
 def decode_clip(
     config: PipelineConfig,
     params: dict[str, Any],

@@ -142,13 +142,16 @@ class BlockMaker:
         seen = [other for other in self.held if not other or other >= block - DECODED_ANEW]
         return [self.held[other].clean for other in sorted(seen)]
 
-    def parts(self, now: Steering, media: GivenMedia) -> dict[str, Callable[[], None]]:
-        """What compiles the programs, by its name."""
+    def parts(
+        self, now: Steering, media: GivenMedia, wait: Callable[[], None]
+    ) -> dict[str, Callable[[], None]]:
+        """What compiles the programs, by its name; what makes blocks waits before."""
         # as a block gives them back
         cache = jax.tree.map(lambda x: on_device(x.shape, x.dtype, self._device), self.cache)
         first, later = map(self.shapes, (0, 1))
 
         def compile_block(cache: RollingCache, shapes: AVLatents, **how: bool) -> None:
+            wait()
             for condition in media.programs(now.given, first=how["first"]):
                 arguments, options = self.arguments(now, cache, condition, **how)
                 block_program(condition).lower(*arguments, **options).compile()

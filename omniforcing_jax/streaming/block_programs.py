@@ -1,12 +1,15 @@
 """The jitted programs that a session runs for each block."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
 from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.ops.attention import platform
 from omniforcing_jax.sampling import kv_cache, student
 from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.kv_cache import RollingCache
@@ -73,8 +76,13 @@ def block_program(condition: Condition | None):
 
 
 def fills_cache(params, config: RolloutConfig, num_blocks: int | None) -> bool:
-    """Whether so many blocks (None: without end) fill all slots of a cache per layer."""
-    return is_per_layer(params) and (num_blocks is None or num_blocks > config.cache.capacity)
+    """Whether so many blocks (None: without end) fill all slots of a cache per layer.
+
+    Attention needs no mask then, and there is a program for it, but not on a CPU, where a mask
+    costs little and a program seconds of the time to the first picture.
+    """
+    fills = num_blocks is None or num_blocks > config.cache.capacity
+    return is_per_layer(params) and fills and platform() != "cpu"
 
 
 jitted_prompt_kv = jax.jit(student.prompt_kv, static_argnames=("model", "levels", "dtype"))
@@ -93,6 +101,12 @@ def latent_shapes(
             for size in zip(tokens, channels, strict=True)
         )
     )
+
+
+def placed(state: Any, device: Sharding | None) -> Any:
+    """A decoder's state where programs expect it; its counters, which are numbers, as they are."""
+    arrays = jax.Array, np.ndarray
+    return jax.tree.map(lambda x: jax.device_put(x, device) if isinstance(x, arrays) else x, state)
 
 
 def on_device(shape: tuple, dtype: jnp.dtype, device: Sharding | None) -> jax.ShapeDtypeStruct:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder, StreamingAudioState
+from omniforcing_jax.streaming.block_programs import placed
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, StreamState
 
 
@@ -26,20 +28,22 @@ class SessionDecoders:
         audio: StreamingAudioDecoder,
         batch: int,
         pixels: tuple[int, int],
+        device: Sharding | None,
     ):
         """
         Args:
           batch: B, streams.
           pixels: height and width of the frames.
+          device: where the states are put; None leaves that to JAX.
         """
         self.video, self.audio = video, audio
-        self._batch, self._pixels = batch, pixels
+        self._batch, self._pixels, self._device = batch, pixels, device
         self.restart()
 
     def restart(self) -> None:
         """Before a first block."""
-        self.video_state = self.video.init(self._batch, *self._pixels)
-        self.audio_state = self.audio.init(self._batch)
+        self.video_state = placed(self.video.init(self._batch, *self._pixels), self._device)
+        self.audio_state = placed(self.audio.init(self._batch), self._device)
 
     def pictures(self, latents: jax.Array) -> jax.Array:
         """Frames [B, n, H, W, 3] of the next latents [B, f, h, w, C]."""
@@ -92,4 +96,5 @@ class SessionDecoders:
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Goes on from a `snapshot`."""
-        self.video_state, self.audio_state = snapshot["video_state"], snapshot["audio_state"]
+        states = (snapshot["video_state"], snapshot["audio_state"])
+        self.video_state, self.audio_state = (placed(state, self._device) for state in states)

@@ -28,6 +28,7 @@ from jax.sharding import SingleDeviceSharding
 
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.streaming.ahead import BlocksAhead
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.block_maker import BlockMaker
 from omniforcing_jax.streaming.block_programs import all_finite
@@ -111,7 +112,9 @@ class StreamingSession(TakesTurns):
         self._batch = contexts[0].shape[0]
         size = video_decoder.config.spatial_compression
         pixels = config.height * size, config.width * size
-        self._decoders = SessionDecoders(video_decoder, audio_decoder, self._batch, pixels)
+        self._decoders = SessionDecoders(
+            video_decoder, audio_decoder, self._batch, pixels, self._device
+        )
         how = {"batch": self._batch, "max_blocks": max_blocks, "steerable": steerable}
         self._blocks = BlockMaker(model, params, config, device=self._device, **how)
         self._media = GivenMedia(
@@ -247,7 +250,9 @@ class StreamingSession(TakesTurns):
                 error.add_note(f"this streaming session lost its cache: {HOW_TO_GO_ON}")
             raise
 
-    def warm_up(self, on_done: Callable[[str], None] = lambda part: None) -> None:
+    def warm_up(
+        self, on_done: Callable[[str], None] = lambda part: None, ahead: BlocksAhead | None = None
+    ) -> None:
         """Compiles in parallel all that the stream will need, before its first block.
 
         Nothing is compiled in a block then, unless a prompt is longer or shorter (`text_length`),
@@ -256,6 +261,7 @@ class StreamingSession(TakesTurns):
 
         Args:
           on_done: called with the name of each part that is done.
+          ahead: compiles blocks already.
 
         Raises:
           RuntimeError: the stream has begun.
@@ -265,7 +271,8 @@ class StreamingSession(TakesTurns):
         self._apply_turns()
         jax.block_until_ready(self._steering.text)
         parts = {"encoders": lambda: self._media.warm_up(self._steering.given)}
-        parts |= self._blocks.parts(self._steering, self._media)
+        wait = ahead.wait if ahead is not None else lambda: None
+        parts |= self._blocks.parts(self._steering, self._media, wait)
         blocks, decoders = self._blocks.zeros, self._decoders
         if self._media.stream != "video":
             parts["pictures"] = lambda: decoders.video.warm_up(

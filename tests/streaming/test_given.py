@@ -119,7 +119,9 @@ def check_keys(live, contexts):
     streams = modalities(clean, AVLatents(level, level), clip.stream_ropes(model), contexts)
     whole = model.clone(causal=clip.mask(layout), return_kv=True)
     _, kv = jax.jit(whole.apply)({"params": live._blocks.params}, *streams)
-    for found, expected in zip(jax.tree.leaves(live._blocks.cache.kv), jax.tree.leaves(kv), strict=True):
+    for found, expected in zip(
+        jax.tree.leaves(live._blocks.cache.kv), jax.tree.leaves(kv), strict=True
+    ):
         np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=5e-5)
 
 

@@ -27,6 +27,7 @@ from omniforcing_jax.streaming import block_maker, steering
 from omniforcing_jax.streaming.block_programs import generate_block
 from omniforcing_jax.streaming.session import Chunk
 from omniforcing_jax.streaming.turns import Turn, turns_from_json, turns_to_json
+from omniforcing_jax.training.metrics import num_compilations
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +160,10 @@ def test_snapshot_continues_bit_for_bit(pipeline):
     end = live.snapshot()
     live.restore(snapshot)  # the same compiled programs: the same bits
     assert live.num_blocks == 3
+    compiled = num_compilations()
     for a, b in zip(expected, join([live.step() for _ in range(3)]), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert num_compilations() == compiled
     # Another session has its own decoders, but shares the block step.
     fresh = session(pipeline, seed=99)
     fresh.restore(snapshot)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from omniforcing_jax import load_pipeline
+from omniforcing_jax.pipeline import transformer_shapes
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.streaming import block_programs
+from omniforcing_jax.streaming.ahead import BlocksAhead
 from omniforcing_jax.streaming.parallel import parallel
 
 PARTS = ["blocks", "encoders", "first block", "full cache", "pictures", "sound"]
@@ -41,20 +44,24 @@ def make_session(pipeline, layout="prefix", rate=24.0, **options):
 
 
 @pytest.mark.parametrize(
-    "layout, rate, decode_mode", [("prefix", 30.0, "causal"), ("merged", 24.0, "window")]
+    "layout, rate, decode_mode, platform",
+    [("prefix", 30.0, "causal", "cpu"), ("merged", 24.0, "window", "gpu")],
 )
 def test_no_block_compiles_anything_and_clocks_are_exact(
-    random_pipeline, layout, rate, decode_mode
+    random_pipeline, monkeypatch, layout, rate, decode_mode, platform
 ):
-    """Neither the first ones, whose shapes differ, nor a new prompt, nor the end; after every block
-    the stream holds the frames and samples that the arithmetic says."""
+    """Neither the first ones, whose shapes differ, nor a new prompt, nor the end, also with the
+    program for a full cache, which CPUs do without; after every block the stream holds the frames
+    and samples that the arithmetic says."""
     pipeline, parts = random_pipeline("2.0"), []
+    monkeypatch.setattr(block_programs, "platform", lambda: platform)
     jax.clear_caches()  # of other tests
     options = {"rate": rate, "decode_mode": decode_mode, "text_length": 24, "steerable": True}
     session = make_session(pipeline, layout, **options)
     with counting() as before:
         session.warm_up(parts.append)
-    assert len(before) >= 6 and sorted(parts) == sorted([*PARTS, "recache"])
+    expected = [part for part in PARTS if part != "full cache" or platform == "gpu"]
+    assert len(before) >= 6 and sorted(parts) == sorted([*expected, "recache"])
     blocks = session.config.cache.layout
     held_back = 0 if decode_mode == "causal" else 2  # look-ahead, in latents
     with counting() as found:
@@ -114,6 +121,25 @@ def test_what_is_given_compiles_nothing(random_checkpoint, given):
         session.finish()
     programs = ("_block", "written_anew", "_encode", "_resample")
     assert not [program for program in found if any(name in program for name in programs)]
+
+
+def test_blocks_are_compiled_before_there_are_weights(random_checkpoint, random_pipeline):
+    """And so that the session finds them: in its warm-up and its blocks none is compiled again."""
+    pipeline, checkpoint = random_pipeline("2.0"), random_checkpoint("2.0")
+    jax.clear_caches()
+    cache = CacheConfig(pipeline.config.layout("prefix"), window=1)
+    config = RolloutConfig(cache=cache, sigmas=(1.0, 0.7, 0.0), height=2, width=2)
+    how = {"text_length": 16, "max_blocks": 4}
+    shapes = transformer_shapes(checkpoint, pipeline.dtype)
+    with counting() as before:
+        ahead = BlocksAhead(pipeline.transformer(), shapes, config, **how)
+        ahead.wait()
+    assert len([program for program in before if "generate_block" in program]) == 2
+    session = pipeline.session(config, contexts(pipeline), decode_mode="causal", max_blocks=4)
+    with counting() as found:
+        session.warm_up(ahead=ahead)
+        list(session.stream(4))
+    assert not [program for program in found if "generate_block" in program]
 
 
 def test_it_changes_nothing_and_padding_is_not_attended_to(random_pipeline):
