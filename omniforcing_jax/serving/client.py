@@ -6,6 +6,7 @@
 
 import asyncio
 import contextlib
+import math
 import pathlib
 import sys
 import time
@@ -168,6 +169,16 @@ def _whole(number: float) -> int:
     return int(number)
 
 
+def _second(word: str) -> float:
+    try:
+        second = float(word)
+    except ValueError:
+        second = math.nan
+    if not 0 <= second < math.inf:
+        raise ValueError(f"--at takes a second from 0 on, not {word!r}")
+    return second
+
+
 @programs.entry
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
@@ -190,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.prompt or args.take_up):
         raise ValueError("give --prompt, or --take-up to go on with a session")
-    turns = [(float(second), protocol.NewPrompt(text)) for second, text in args.at]
+    turns = [(_second(second), protocol.NewPrompt(text)) for second, text in args.at]
     turns += [(second, protocol.GoBack(_whole(block))) for second, block in args.rewind]
     turns += [(second, protocol.NewSeed(_whole(seed))) for second, seed in args.new_seed]
     blocks = asyncio.run(
