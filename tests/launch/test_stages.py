@@ -229,11 +229,20 @@ def generator_at_start(changes: dict) -> dict:
 
 @pytest.mark.slow
 def test_adapters_over_one_base(world, tmp_path, capsys):
-    """Stage I and III: resumes to the bit, checkpoints of adapters alone, exports, refusals."""
+    """Stage I and III: resumes to the bit, under conditions as well, checkpoints of adapters alone,
+    exports, refusals."""
     folder, checkpoint = world
     common = {"checkpoint": checkpoint, "data": folder / "prompts"}
-    changes = SETTINGS | {name: str(path) for name, path in common.items()}
+    clips = tmp_path / "clips"
+    assert not ode_pairs.main(
+        ["--text", str(common["data"]), "--checkpoint", str(checkpoint), "--output", str(clips),
+         "--layout", "prefix", "--frames", "25", "--height", "64", "--width", "64", "--steps", "4",
+         "--timesteps", "1000", "900", "400", "--stg-block", "1", "--previews", "0"]
+    )  # fmt: skip
+    changes = SETTINGS | {"checkpoint": str(checkpoint), "data": str(clips), "tensorboard": False}
     changes["student.timesteps"] = (1000.0, 725.0)
+    mixture = {"t2av": 0.2, "i2av": 0.2, "extend": 0.2, "a2v": 0.2, "v2a": 0.2}
+    changes |= {f"conditions.{mode}": share for mode, share in mixture.items()}
     whole, state = whole_and_resumed("stage1", changes, tmp_path)
     average, trained = flatten_dict(state.generator.ema), flatten_dict(state.generator.params)
     assert all(np.any(x) and np.any(x != trained[path]) for path, x in average.items())

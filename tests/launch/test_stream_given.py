@@ -72,6 +72,22 @@ def test_a_face_and_a_voice(checkpoint, files, tmp_path, monkeypatch):
     assert changes == [(25, 4)]  # behind the frame at second 1, and two blocks not shown
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flag, shown", [("--extend", 25), ("--foley", 36)])
+def test_a_film_goes_on_or_gets_its_sound(checkpoint, files, tmp_path, flag, shown):
+    """From the file to the file: all of a film that is to be heard, the beginning of another."""
+    film, clip = tmp_path / "film.mp4", tmp_path / "clip.mp4"
+    grey = np.linspace(40, 200, shown, dtype=np.uint8)[:, None, None, None]
+    pixels = np.broadcast_to(grey, (shown, 64, 64, 3))
+    with media.ClipWriter(film, width=64, height=64, frame_rate=24, sample_rate=RATE) as writer:
+        writer.write(pixels, np.full((shown * RATE // 24, 2), 0.1, np.float32))
+    assert stream.main(arguments(checkpoint, files, clip, "--video", str(film), flag)) == 0
+    frames, _, waveform, _ = media.read_clip(clip)
+    assert frames.shape == (36, 64, 64, 3) and len(waveform) >= 1.5 * RATE
+    if flag == "--foley":  # it is shown as it came
+        assert np.abs(frames.astype(int) - pixels).mean() < 3
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
