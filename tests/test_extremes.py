@@ -101,6 +101,7 @@ EXPENSIVE = {
     "benchmarks.train": "run",
     "pocket.demo": "stream.stream measure_file",
     "pocket.experiments": "pretrain.run compare",
+    "pocket.given": "make_clip",
     "pocket.measure": "measure_file",
     "pocket.make_world": "make",
     "pocket.reconstruct": "make_clip",
@@ -309,7 +310,7 @@ def test_every_option_ends_well(parsers, there, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_every_option_ends_well_many_times(parsers, there, tmp_path, capsys, monkeypatch):
-    check_options(parsers, there, tmp_path, capsys, monkeypatch, 3000)
+    check_options(parsers, there, tmp_path, capsys, monkeypatch, 15_000)
 
 
 def check_options(parsers, there, folder, capsys, monkeypatch, examples: int) -> None:

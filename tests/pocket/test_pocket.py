@@ -17,7 +17,7 @@ from checkpoint_converters import gemma3, ltx2, reading
 from launch import stream
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.streaming import media
-from pocket import demo, experiments, pretrain, pretrain_config, report, sample
+from pocket import demo, experiments, given, pretrain, pretrain_config, report, sample
 from pocket.measure import shrink
 from pocket.measures.scalars import MEANINGS
 from pocket.world.physics import WorldConfig
@@ -99,6 +99,18 @@ def test_samples_are_measured(pocket, tmp_path, sampler):
     assert len(rows) == 3 and rows[2].startswith(f"| {tmp_path.name} | 1–2 | ")
     assert all(row.startswith(f"| {tmp_path.name} | 3 | ") for row in rows[:2])
     assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_what_is_given_is_kept(pocket, capsys):
+    """By the student that is shipped; also where it goes on from a clip."""
+    assert given.main([*pocket, "--clips", "4", "--seconds", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"sound: {3 * WorldConfig().sample_rate:,} of {3 * WorldConfig().sample_rate:,}" in printed
+    )
+    assert float(re.search(r"first frame: ([\d.]+) dB", printed)[1]) > 28
+    assert float(re.search(r"extend: \d+ balls at the seam, ([\d.]+) px", printed)[1]) < 3
 
 
 def test_the_world_itself_and_chance_bound_the_measures(tmp_path):
