@@ -57,6 +57,7 @@ SAMPLERS = ("teacher", "few-step", "stream", "world", "chance")
 MODEL_FREE = ("world", "chance")
 WORLD = WorldConfig()
 TIMED_CLIPS = 5
+MOST_CLIPS = 10_000  # whose contexts and measures are in memory together
 
 
 class SampledClips(NamedTuple):
@@ -281,6 +282,8 @@ def real_features(count: int, balls: int | None, length: int) -> list[dict[str, 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises ValueError for numbers that cannot be, and clips that are more than there is room."""
+    if args.clips > MOST_CLIPS:
+        raise ValueError(f"--clips must be at most {MOST_CLIPS}, not {args.clips}")
     if not args.seconds > 0 or (args.every is not None and not args.every > 0):
         raise ValueError("--seconds and --every must be more than 0")
     if args.batch_size < 1 or args.steps < 1:
