@@ -57,6 +57,13 @@ CASES = (
     ("v6e:1x2", "stream", "tensor=2", {}),
     ("h100:1", "stream", "tensor=1", {}),
 )
+# Adapters over one base, variant 19b-lora.
+ADAPTER_CASES = (
+    ("h200:1", "stage3", "fsdp=1", {"microbatches": 32}),
+    ("h100:8", "stage3", "fsdp=4,tensor=2", {"microbatches": 2}),
+    ("v5p:2x2x1", "stage3", "fsdp=4", {"microbatches": 4}),
+    ("v6e:2x4", "stage3", "fsdp=4,tensor=2", {"microbatches": 8}),
+)
 
 RESULTS, PAGE = pathlib.Path("docs/scaling.json"), pathlib.Path("docs/scaling.md")
 
@@ -118,6 +125,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "target": args.target,
         "program": args.program,
+        "variant": args.variant,
         "mesh": dry_run.mesh_text(case.mesh.shape),
         "settings": changes,
         "size": args.size,
@@ -179,13 +187,17 @@ def run_all(args: argparse.Namespace) -> int:
     """Compiles every case in a process of its own; those in the output file are kept."""
     output = args.output or RESULTS
     status = 0
-    for target, program, mesh, settings in CASES:
+    full = [("19b", case) for case in CASES]
+    for variant, (target, program, mesh, settings) in [
+        *full, *(("19b-lora", case) for case in ADAPTER_CASES)
+    ]:  # fmt: skip
         done = read_results(output)
         case = {"target": target, "program": program, "mesh": mesh, "settings": settings}
+        case["variant"] = variant
         if any(_key(case) == _key(r) for r in done):
             continue
         command = [sys.executable, "-m", "launch.aot", "--target", target, "--program", program]
-        command += ["--mesh", mesh, "--output", str(output)]
+        command += ["--mesh", mesh, "--variant", variant, "--output", str(output)]
         if settings:
             command += ["--set", *(f"{k}={json.dumps(v)}" for k, v in settings.items())]
         status = max(status, subprocess.run(command, check=False).returncode)
@@ -212,7 +224,8 @@ def _key(result: dict[str, Any]) -> tuple:
     axes = sorted(p for p in result["mesh"].split(",") if not p.endswith("=1") and p != "1")
     settings = json.dumps(result["settings"], sort_keys=True)
     size, layers = result.get("size", "full"), result.get("layers")
-    return result["target"], result["program"], axes, settings, size, layers
+    variant = result.get("variant", "19b")
+    return result["target"], result["program"], variant, axes, settings, size, layers
 
 
 # Kinds of messages that stand together in the table.
@@ -233,10 +246,11 @@ def write_table(results: pathlib.Path, page: pathlib.Path) -> None:
     text = page.read_text()
     if _START not in text or _END not in text:
         raise ValueError(f"{page} needs the lines {_START!r} and {_END!r}")
-    order = {(case[0], case[1]): i for i, case in enumerate(CASES)}
+    order = {("19b", *case[:2]): i for i, case in enumerate(CASES)}
+    order |= {("19b-lora", *case[:2]): len(CASES) + i for i, case in enumerate(ADAPTER_CASES)}
     rows = sorted(
         read_results(results),
-        key=lambda r: order.get((r["target"], r["program"]), len(order)),
+        key=lambda r: order.get((r.get("variant", "19b"), r["target"], r["program"]), len(order)),
     )
     lines = [
         "| program, target | mesh, settings | part | arguments / temporaries / peak, GiB "
@@ -253,7 +267,8 @@ def _table_rows(r: dict[str, Any]) -> list[str]:
     settings = ", ".join(f"{k}={v}" for k, v in r["settings"].items())
     lines = []
     for i, (name, part) in enumerate(r["parts"].items()):
-        cells = [f"{r['program']}, {r['target']}", f"{r['mesh']} {settings}".strip()]
+        adapters = " adapters" if r.get("variant", "19b").endswith("-lora") else ""
+        cells = [f"{r['program']}{adapters}, {r['target']}", f"{r['mesh']} {settings}".strip()]
         cells = cells if i == 0 else ["", ""]
         if "refused" in part:
             lines.append(f"| {' | '.join(cells)} | {name} | refused | | | | | |")

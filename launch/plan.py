@@ -160,9 +160,10 @@ def compare(file: pathlib.Path) -> str:
             continue
         target = Target.parse(r["target"])
         mesh = dry_run.parse_mesh(r["mesh"])
-        # these rows were compiled when gradients of weights were added up in the compute dtype
-        changes = {"compute.reduce_dtype": "bfloat16"} | r["settings"]
-        c = dry_run.stage_config(r["program"], "19b", changes, mesh)
+        changes, variant = r["settings"], r.get("variant")
+        if variant is None:  # compiled when gradients were added up in the compute dtype
+            changes, variant = {"compute.reduce_dtype": "bfloat16"} | changes, "19b"
+        c = dry_run.stage_config(r["program"], variant, changes, mesh)
         planned = planning.evaluate(dry_run.make_experiment(c, target.num_devices), target)
         peak = max(part["peak"] for part in r["parts"].values())
         share = {"generator_step": 1 / c.get("critic_updates", 1)}
@@ -170,7 +171,8 @@ def compare(file: pathlib.Path) -> str:
         for name, part in r["parts"].items():
             moved += sum(part["moved"].values()) * share.get(name, 1.0)
         lines.append(
-            f"| {r['program']}, {r['target']} | {r['mesh']} "
+            f"| {r['program']}{'' if variant == '19b' else f' {variant}'}, {r['target']} "
+            f"| {r['mesh']} "
             f"| {planned.bytes / GIB:.1f} / {peak / GIB:.1f} | {planned.bytes / peak - 1:+.0%} "
             f"| {sent / 1e9:.0f} / {moved / 1e9:.0f} | {sent / moved - 1:+.0%} |"
         )

@@ -111,7 +111,10 @@ def stage_case(e: Experiment, target: Target, devices: Sequence[Any]) -> Case:
             "generator_step": program(module.generator_step, "generator", share),
             "critic_step": program(module.critic_step, "critic", 1.0),
         }
-    read = 2 * planning.count(state.generator.params) / e.mesh_shape["tensor"]
+    read = planning.count(state.generator.params)
+    if e.config.adapters.used:
+        read += planning.count(frozen.teacher)
+    read = 2 * read / e.mesh_shape["tensor"]
     held = 2 * planning.bytes_on_device(state.generator)
     return Case(target, mesh, programs, read, held)
 

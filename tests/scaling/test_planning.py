@@ -14,8 +14,8 @@ from omniforcing_jax.training.config.problems import ConfigError
 COMPILED = pathlib.Path(__file__).parents[2] / "docs" / "scaling.json"
 
 
-def experiment(stage: str, devices: int, mesh: dict, **changes):
-    return dry_run.make_experiment(dry_run.stage_config(stage, "19b", changes, mesh), devices)
+def experiment(stage: str, devices: int, mesh: dict, variant: str = "19b", **changes):
+    return dry_run.make_experiment(dry_run.stage_config(stage, variant, changes, mesh), devices)
 
 
 def test_work_of_a_stage_by_hand():
@@ -75,7 +75,8 @@ def test_allowances_fitted_to_some_machines_hold_for_others(monkeypatch):
         if r["step"] and r["program"] != "stream":
             target = Target.parse(r["target"])
             mesh = dry_run.parse_mesh(r["mesh"])
-            e = experiment(r["program"], target.num_devices, mesh, **r["settings"])
+            variant = r.get("variant", "19b")
+            e = experiment(r["program"], target.num_devices, mesh, variant, **r["settings"])
             peak = max(part["peak"] for part in r["parts"].values())
             rows[target.device.torus > 0].append((e, planning.plan_step(e), peak))
 
