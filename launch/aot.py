@@ -60,6 +60,7 @@ CASES = (
 # Adapters over one base, variant 19b-lora.
 ADAPTER_CASES = (
     ("h200:1", "stage3", "fsdp=1", {"microbatches": 32}),
+    ("h100:1", "stage3", "fsdp=1", {"microbatches": 32, "compute.base_precision": "int8"}),
     ("h100:8", "stage3", "fsdp=4,tensor=2", {"microbatches": 2}),
     ("v5p:2x2x1", "stage3", "fsdp=4", {"microbatches": 4}),
     ("v6e:2x4", "stage3", "fsdp=4,tensor=2", {"microbatches": 8}),

@@ -27,8 +27,8 @@ MACHINES = {
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "tpu7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
-    "h100": ("8", "16", "32", "64", "128"),
-    "h200": ("8", "16", "32", "64"),
+    "h100": ("1", "8", "16", "32", "64", "128"),
+    "h200": ("1", "8", "16", "32", "64"),
 }
 
 
@@ -170,11 +170,12 @@ def compare(file: pathlib.Path) -> str:
         sent, moved = sum(planned.sent.values()), 0.0
         for name, part in r["parts"].items():
             moved += sum(part["moved"].values()) * share.get(name, 1.0)
+        error = sent / moved - 1 if moved else 0.0  # one device sends nothing
         lines.append(
             f"| {r['program']}{'' if variant == '19b' else f' {variant}'}, {r['target']} "
             f"| {r['mesh']} "
             f"| {planned.bytes / GIB:.1f} / {peak / GIB:.1f} | {planned.bytes / peak - 1:+.0%} "
-            f"| {sent / 1e9:.0f} / {moved / 1e9:.0f} | {sent / moved - 1:+.0%} |"
+            f"| {sent / 1e9:.0f} / {moved / 1e9:.0f} | {error:+.0%} |"
         )
     return "\n".join(lines)
 

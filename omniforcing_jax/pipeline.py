@@ -406,7 +406,7 @@ def load_pipeline(
 
 
 def _host(quantize: str, per_layer: bool) -> jax.sharding.Sharding:
-    """The computer's memory, where weights wait to be quantised.
+    """Where weights wait to be quantised.
 
     Raises:
       ValueError: no such precision, not for weights that are stacked, or JAX has no CPU.
@@ -414,13 +414,7 @@ def _host(quantize: str, per_layer: bool) -> jax.sharding.Sharding:
     quantization.check_mode(quantize, ("none", *quantization.PRECISIONS))
     if not per_layer:
         raise ValueError(f"quantize={quantize!r} is for streaming: leave per_layer as it is")
-    try:
-        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError as error:
-        raise ValueError(
-            "weights are read into the computer's memory to be quantised, by JAX on its CPU: name "
-            "that in JAX_PLATFORMS, too, such as cuda,cpu"
-        ) from error
+    return quantization.host_memory()
 
 
 def transformer_shapes(directory: str | pathlib.Path, dtype: jnp.dtype) -> Any:

@@ -88,6 +88,21 @@ def quantize(
     return QuantizedArray(values, scale, precision.products)
 
 
+def host_memory() -> jax.sharding.Sharding:
+    """The computer's memory, where weights wait to be quantised.
+
+    Raises:
+      ValueError: JAX has no CPU.
+    """
+    try:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        raise ValueError(
+            "weights are read into the computer's memory to be quantised, by JAX on its CPU: name "
+            "that in JAX_PLATFORMS, too, such as cuda,cpu"
+        ) from error
+
+
 def dequantize(array: QuantizedArray, dtype: jnp.dtype) -> jax.Array:
     """The array that the 8-bit numbers stand for, [...] in `dtype`."""
     return (array.values.astype(jnp.float32) * array.scale).astype(dtype)

@@ -86,8 +86,8 @@ class Case:
 def stage_case(e: Experiment, target: Target, devices: Sequence[Any]) -> Case:
     """The steps of a training stage, on the target's devices."""
     steps = len(e.sigmas) - 1
-    # of the loops that end at a drawn step: stage I's last sample's, or the average
-    open_loops = steps - 1.0 if e.config.stage == "stage1" else (steps + 1) / 2
+    # of the loops that end at a drawn step: stage I's last sample's, or the average and the refresh
+    open_loops = steps - 1.0 if e.config.stage == "stage1" else (steps + 1) / 2 + 1
     if e.config.compute.separate_scores:
         return _split_case(e, target, devices, open_loops)
     mesh = partitioning.make_mesh(**e.mesh_shape, devices=devices)
@@ -111,10 +111,10 @@ def stage_case(e: Experiment, target: Target, devices: Sequence[Any]) -> Case:
             "generator_step": program(module.generator_step, "generator", share),
             "critic_step": program(module.critic_step, "critic", 1.0),
         }
-    read = planning.count(state.generator.params)
+    read = 2 * planning.count(state.generator.params)
     if e.config.adapters.used:
-        read += planning.count(frozen.teacher)
-    read = 2 * read / e.mesh_shape["tensor"]
+        read += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen.teacher))
+    read /= e.mesh_shape["tensor"]
     held = 2 * planning.bytes_on_device(state.generator)
     return Case(target, mesh, programs, read, held)
 

@@ -299,7 +299,8 @@ def plan_step(e: Experiment) -> StepPlan:
         memory["critic: compute weights"] = bytes_on_device(compute)
     if state.critic is not None or adapters.used:
         name = "base and teacher" if adapters.used else "teacher"
-        parameters[name], memory[name] = count(teacher), bytes_on_device(teacher)
+        parameters[name] = count(teacher)
+        memory[name] = bytes_on_device(assembly.abstract_base(e, mesh))
     if e.config.compute.remat == "full":
         memory[_ACTIVATIONS] = _activation_bytes(e)
     if e.config.stage == "stage3":

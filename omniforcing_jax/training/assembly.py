@@ -8,10 +8,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.paths import locate
+from omniforcing_jax.models.quantization import (
+    PRECISIONS,
+    QuantizedArray,
+    host_memory,
+    quantize,
+)
 from omniforcing_jax.models.text.connectors import TextConnectors
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import (
@@ -19,6 +28,7 @@ from omniforcing_jax.models.transformer.model import (
     init_boxed_params,
     init_params,
 )
+from omniforcing_jax.sampling.weights import QUANTIZED
 from omniforcing_jax.training import adapters
 from omniforcing_jax.training.adapters import NEW_PARAMETERS, AdapterConfig
 from omniforcing_jax.training.batches import text_arrays
@@ -51,6 +61,60 @@ def abstract_trained(
     if not config.used:
         return abstract_params(model, mesh, dtype)
     return _placed(adapters.boxed_trained(_boxed(model), config), mesh, dtype)
+
+
+def abstract_base(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes and places of the frozen weights: of the teacher, which is the base of adapters."""
+    params = abstract_params(e.model(e.teacher), mesh, e.dtype)
+    precision = PRECISIONS.get(e.config.compute.base_precision)
+    if precision is None:
+        return params
+
+    def leaf(path: tuple[str, ...], x: jax.ShapeDtypeStruct):
+        if not _in_low_precision(path):
+            return x
+        layers, _, outputs = x.shape
+        layer_axis, _, output_axis = (*x.sharding.spec, None, None, None)[:3]
+        place = NamedSharding(mesh, PartitionSpec(layer_axis, None, output_axis))
+        scale = jax.ShapeDtypeStruct((layers, 1, outputs), jnp.float32, sharding=place)
+        values = jax.ShapeDtypeStruct(x.shape, precision.dtype, sharding=x.sharding)
+        return QuantizedArray(values, scale)
+
+    return unflatten_dict({path: leaf(path, x) for path, x in flatten_dict(params).items()})
+
+
+def _in_low_precision(path: tuple[str, ...]) -> bool:
+    return path[0] == "blocks" and path[-1] == "kernel" and path[-2] in QUANTIZED
+
+
+def _load_base(e: Experiment, mesh: jax.sharding.Mesh) -> Any:
+    """Weights as `abstract_base` says. Those in 8 bits are read into the computer's memory, and
+    rounded on the devices a layer at a time, which need not hold them as they were."""
+    expected, folder = abstract_base(e, mesh), e.config.checkpoint
+    precision = PRECISIONS.get(e.config.compute.base_precision)
+    if precision is None:
+        return load_generator(folder, expected, verify=False)
+    host = host_memory()
+    plain = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
+        abstract_params(e.model(e.teacher), mesh, e.dtype),
+    )
+    weights = flatten_dict(load_generator(folder, plain, verify=False))
+    round_layer = jax.jit(lambda kernel: quantize(kernel, -2, precision))
+
+    def place(path: tuple[str, ...], leaf: Any):
+        array = np.asarray(weights.pop(path))
+        if not _in_low_precision(path):
+            return jax.device_put(array, leaf.sharding)
+        layer_place = NamedSharding(mesh, PartitionSpec(*leaf.values.sharding.spec[1:]))
+        layers = [round_layer(jax.device_put(kernel, layer_place)) for kernel in array]
+        stack = jax.jit(
+            lambda layers: jax.tree.map(lambda *x: jnp.stack(x), *layers),
+            out_shardings=jax.tree.map(lambda x: x.sharding, leaf),
+        )
+        return stack(layers)
+
+    return unflatten_dict({path: place(path, x) for path, x in flatten_dict(expected).items()})
 
 
 def _placed(boxed: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Any:
@@ -206,7 +270,7 @@ def abstract_frozen(e: Experiment, mesh: jax.sharding.Mesh) -> Frozen:
     """What `load_frozen` will return, as shapes and places."""
     connectors = abstract_connectors(e, mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    teacher = abstract_params(e.model(e.teacher), mesh, e.dtype) if _has_teacher(e) else None
+    teacher = abstract_base(e, mesh) if _has_teacher(e) else None
     if e.config.stage == "stage2":
         return Frozen(teacher, connectors, None)
     negative = jax.eval_shape(_text_contexts(e), connectors, _abstract_text(e, 1, everywhere))
@@ -264,8 +328,7 @@ def load_frozen(e: Experiment, mesh: jax.sharding.Mesh, *, teacher: bool = True)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     weights = None
     if _has_teacher(e) and teacher:
-        teacher = abstract_params(e.model(e.teacher), mesh, e.dtype)
-        weights = load_generator(c.checkpoint, teacher, verify=False)
+        weights = _load_base(e, mesh)
     places = jax.tree.map(lambda x: x.sharding, abstract_connectors(e, mesh))
 
     def place(path: tuple[str, ...], shape: tuple[int, ...]):

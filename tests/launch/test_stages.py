@@ -273,6 +273,13 @@ def test_adapters_over_one_base(world, tmp_path, capsys):
     assert "which only a stage with adapters starts from" in refused.stderr
 
     small = {"rollout_blocks": 2, "generator": str(whole), "student.num_sinks": 2}
+    settings = changes | {"variant": "tiny-lora", "compute.base_precision": "int8"}
+    done = launch(1, f"--workdir={tmp_path / 'int8'}", **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, other in zip(records(whole), records(tmp_path / "int8"), strict=True):
+        if "critic/loss" in one:
+            assert other["critic/loss"] == pytest.approx(one["critic/loss"], rel=0.1)
+            assert other["critic/loss"] != one["critic/loss"]
     third, _ = whole_and_resumed("stage3", changes | small, tmp_path)
     assert export_run.main(["--run", str(third), "--lora", str(tmp_path / "no.safetensors")])
     assert "a LoRA cannot hold what the run trains besides" in capsys.readouterr().err

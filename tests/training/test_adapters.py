@@ -17,8 +17,10 @@ from launch import dry_run
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.geometry import ClipGeometry
+from omniforcing_jax.models import quantization
 from omniforcing_jax.models.lora import layers_of
 from omniforcing_jax.models.transformer.config import TransformerConfig, tiny
+from omniforcing_jax.models.transformer.layers import linear
 from omniforcing_jax.models.transformer.model import Transformer, init_boxed_params
 from omniforcing_jax.sampling.whole_clip import clip_velocity
 from omniforcing_jax.training import adapters, assembly
@@ -106,6 +108,25 @@ def test_gradients_are_finite_differences(network):
             slope = (at(1e-3) - at(-1e-3)) / 2e-3
             expected = float(jnp.sum(gradient[path] * direction))
             np.testing.assert_allclose(slope, expected, rtol=2e-2, atol=2e-3, err_msg=str(path))
+
+
+def test_over_a_kernel_in_8_bits():
+    """As over the numbers that it stands for; gradients of the adapters as well."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+    x, bias, module = draw(2, 5, 16), draw(24), linear(24, ("embed", "mlp"), jnp.float32)
+    rounded = quantization.quantize(draw(16, 24), -2, quantization.PRECISIONS["int8"])
+
+    def loss(trained, kernel):
+        y = module.apply({"params": {"kernel": kernel, "bias": bias, **trained}}, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    trained = {"lora_A": draw(16, 3), "lora_B": draw(3, 24)}
+    found, expected = (
+        jax.grad(loss, has_aux=True)(trained, kernel)
+        for kernel in (rounded, quantization.dequantize(rounded, jnp.float32))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
 
 
 def test_only_adapters_and_new_parameters_are_trained():

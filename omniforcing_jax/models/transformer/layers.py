@@ -103,8 +103,9 @@ class Linear(nn.Dense):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.get_variable("params", "kernel")
         if isinstance(kernel, quantization.QuantizedArray):
-            return self._quantized(x.astype(self.dtype), kernel)
-        y = super().__call__(x)
+            y = self._quantized(x.astype(self.dtype), kernel)
+        else:
+            y = super().__call__(x)
         if not self.has_variable("params", "lora_A"):
             return y
         x = x.astype(self.dtype)

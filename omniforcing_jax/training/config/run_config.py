@@ -119,6 +119,7 @@ BEFORE = {
     "adapters.products": list(PRODUCTS),
     "adapters.ranks": [],
     "adapters.alphas": [],
+    "compute.base_precision": "none",
     **{f"conditions.{mode}": float(mode == "t2av") for mode in MODES},
     "guidance": 1.5,  # of pre-training
 }

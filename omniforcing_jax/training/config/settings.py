@@ -142,6 +142,8 @@ class ComputeConfig:
         layer by layer in every pass of a rollout: faster, and they have to fit on a device.
       separate_scores: teacher and critic on half of the devices, the student on the others, `mesh`
         being the shape of either half.
+      base_precision: in which the frozen base of adapters is kept: "none" is `dtype`, "int8" and
+        "fp8" are weights in 8 bits (see `models.quantization`), multiplied in `dtype`.
     """
 
     dtype: str = "bfloat16"
@@ -150,6 +152,7 @@ class ComputeConfig:
     reduce_dtype: str = "float32"
     gather_weights: bool = False
     separate_scores: bool = False
+    base_precision: str = "none"
 
     def __post_init__(self):
         for name in ("dtype", "reduce_dtype"):
@@ -160,6 +163,10 @@ class ComputeConfig:
         if self.attention not in IMPLEMENTATIONS:
             raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, not {self.attention!r}")
         check_remat(self.remat)
+        if self.base_precision not in BASE_PRECISIONS:
+            raise ValueError(
+                f"base_precision must be one of {BASE_PRECISIONS}, not {self.base_precision!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +193,8 @@ class RegressionConfig:
         if not 0 <= self.clean_history <= 1:
             raise ValueError(f"clean_history must lie in [0, 1], not {self.clean_history}")
 
+
+BASE_PRECISIONS = ("none", "int8", "fp8")
 
 # AdamW on float32 masters. A schedule counts the updates of its own network.
 OPTIMIZER = OptimizerConfig(learning_rate=2e-5, weight_decay=0.01)
@@ -309,6 +318,8 @@ class StageConfig:
         for name in ("separate_scores", "gather_weights"):
             if self.adapters.used and getattr(self.compute, name):
                 yield f"compute.{name}: adapters share one base, which lies where the networks are"
+        if self.compute.base_precision != "none" and not self.adapters.used:
+            yield "compute.base_precision: without adapters no weights are frozen in all networks"
         if self.sample_every < 0:
             yield f"sample_every: must be 0 (no sample clips) or more, not {self.sample_every}"
         if self.sample_every > 0 and self.sample_clips < 1:
