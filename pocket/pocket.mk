@@ -261,7 +261,7 @@ pocket-evaluate: $(VENV)/.installed-pocket
 	$(RUN) pocket.evaluate world=$(EVALUATION)/world --prompts $(EVALUATION)/prompts.txt \
 		--common "--text-encoder $(EVALUATION)/gemma --dtype float32" \
 		--sampler "teacher=--checkpoint $(EVALUATION)/teacher" \
-		--sampler "student=--checkpoint $(EVALUATION)/student --seconds 2" \
+		--sampler "student=--checkpoint $(EVALUATION)/student --seconds 2.0417" \
 		--output $(EVALUATION)/tables
 	@echo
 	@echo "$(EVALUATION)/tables/page.html   the table, with clips side by side"

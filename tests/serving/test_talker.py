@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import wave
 
@@ -18,6 +19,9 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from examples import talker
+from omniforcing_jax.io.checkpoints import write_json
+from omniforcing_jax.io.checksums import SEAL
+from omniforcing_jax.sampling.trained import TrainedSettings
 from omniforcing_jax.streaming.chunks import Chunk, Timings
 from omniforcing_jax.streaming.encoders import StreamingResampler
 from omniforcing_jax.streaming.media import read_clip
@@ -205,3 +209,41 @@ def test_what_goes_wrong_is_said_and_the_stream_goes_on(said):
     with pytest.raises(ValueError, match=f"{RATE} Hz"):
         talker.samples_of(speech("a"), 16_000)
     assert talker.samples_of(b"\x01\x00\x02\x00", RATE) == b"\x01\x00\x02\x00"
+
+
+@pytest.mark.slow
+def test_a_talk_with_a_model(random_checkpoint, random_gemma, tmp_path, said):
+    """The whole way, with launch.serve and a tiny model of random weights."""
+    from tests.test_extremes import link_files, write_run
+
+    checkpoint = random_checkpoint("2.0")
+    config = write_run(tmp_path / "run", checkpoint)
+    content = json.loads((checkpoint / "config.json").read_text())
+    content |= {"trained": TrainedSettings.of_run(config).to_json()}
+    student = link_files(checkpoint, tmp_path / "student")
+    write_json(student / "config.json", {k: v for k, v in content.items() if k != SEAL})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "launch.serve", "--checkpoint", student, "--port", port]
+    command += ["--text-encoder", random_gemma, "--prompt-cache", "none"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    file = io.BytesIO()
+    try:
+        assert any(line.startswith("ready") for line in process.stderr)
+        with answering() as (base, models):
+
+            async def lines():
+                yield "hello\n"
+
+            more = ("--prompt", "a person talks", "--ahead", "2")
+            asyncio.run(talker.converse(arguments(port, base, *more), lines(), file))
+    finally:
+        process.terminate()
+        process.wait()
+    assert said == models.spoken == ["Good day.", "It is late."]
+    file.seek(0)
+    frames, _, waveform, _ = read_clip(file)
+    assert frames.shape[1:] == (64, 64, 3)
+    assert len(frames) > 24
+    assert np.abs(waveform).max() > 0.1
