@@ -17,9 +17,8 @@ from pocket.measure import measure_file
 from pocket.measures.scalars import MEANINGS
 from pocket.world.captions import scene_from_caption
 
-_MORE = {
-    *("pitch_right", "colour_right", "size_right", "count_right", "prompt_pitch_right"),
-}
+_OF_SCENE = {"colour_right", "size_right", "count_right", "prompt_pitch_right"}
+_MORE = {*_OF_SCENE, "pitch_right"}
 _LESS = {
     *("abs_offset_ms", "miss_rate", "phantom_rate", "unmatched_rate", "pan_error"),
     *("parabola_error", "energy_spread", "air_kicks_per_second", "vanishings_per_second"),
@@ -36,6 +35,8 @@ def measure_world(
     except ValueError:
         scene = None
     values = measure_file(path, layout, scene=scene).total.scalars()
+    if scene is None:  # it would be compared with what it shows itself
+        values |= dict.fromkeys(_OF_SCENE)
     return {f"world {name}": value for name, value in values.items()}
 
 

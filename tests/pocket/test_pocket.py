@@ -14,12 +14,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from checkpoint_converters import gemma3, ltx2, reading
-from launch import stream
+from launch import evaluate, sample_teacher, stream
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.streaming import media
 from pocket import demo, experiments, given, pretrain, pretrain_config, report, sample
+from pocket import evaluate as pocket_evaluate
 from pocket.measure import shrink
 from pocket.measures.scalars import MEANINGS
+from pocket.world.dataset import make_clip, split_seeds
 from pocket.world.physics import WorldConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -343,3 +345,34 @@ def test_make_evaluates_all_rows(target, program, rows):
             assert command[-1].rsplit("/", 1)[1] in ("3", "4")
             assert any(word.startswith("--config.student.num_sinks=") for word in command)
             assert read_config(command).seed in (3, 4)
+
+
+def test_make_compares_teacher_and_student_with_true_clips():
+    """One run of launch.evaluate, whose samplers are command lines of the programs."""
+    (run,) = (c[1:] for c in commands(dry_run("pocket-evaluate")) if c[0] == "pocket.evaluate")
+    args = evaluate.parse_arguments(run)
+    assert (list(args.clips), list(args.sampler)) == (["world"], ["teacher", "student"])
+    common, clip = shlex.split(args.common), ["--prompt", PROMPT, "--output", "clip.mp4"]
+    for name, program in (("teacher", sample_teacher), ("student", stream)):
+        program.parse_arguments([*common, *shlex.split(args.sampler[name]), *clip])
+
+
+def test_the_worlds_measures_in_the_table(tmp_path):
+    """Of a true clip they are perfect; those of the scene need a prompt of this world."""
+    world, path = WorldConfig(), tmp_path / "clip.mp4"
+    clip = make_clip(next(iter(split_seeds("test", 1))), 49, world)
+    rates = {"frame_rate": world.frame_rate, "sample_rate": world.sample_rate}
+    with media.ClipWriter(path, width=world.width, height=world.height, **rates) as writer:
+        writer.write(clip.frames, clip.waveform)
+    values = pocket_evaluate.measure_world(path, None, clip.caption)
+    assert values.keys() == pocket_evaluate.WORLD.meanings.keys()
+    assert values["world pitch_right"] == values["world count_right"] == 1
+    assert values["world miss_rate"] == values["world phantom_rate"] == 0
+    other = pocket_evaluate.measure_world(path, None, "a street musician in the rain")
+    assert other["world colour_right"] is None and other["world pitch_right"] == 1
+    signs = {name: sign for name, (sign, _) in pocket_evaluate.WORLD.meanings.items()}
+    assert (signs["world miss_rate"], signs["world pitch_right"], signs["world speed"]) == (
+        -1,
+        1,
+        0,
+    )
