@@ -51,6 +51,8 @@ class Rope:
                 cos, sin = (jnp.concatenate([t, t], axis=-1) for t in (cos, sin))
             else:
                 cos, sin = (jnp.repeat(t, 2, axis=-1) for t in (cos, sin))
+            # by heads, as attention reads it: or the product's operands are laid out anew
+            x, cos, sin = (jnp.swapaxes(t, -3, -2) for t in (x, cos, sin))  # [..., N, T, H]
             partner = jnp.einsum(
                 "...h,hk->...k",
                 x,
@@ -58,7 +60,8 @@ class Rope:
                 precision="highest",
                 preferred_element_type=jnp.float32,
             )
-            return (x32 * cos + partner * sin).astype(x.dtype)
+            out = x.astype(jnp.float32) * cos + partner * sin
+            return jnp.swapaxes(out.astype(x.dtype), -3, -2)
         if rope_type == "split":
             x1, x2 = x32[..., :half], x32[..., half:]
             out = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
