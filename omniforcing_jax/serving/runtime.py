@@ -101,9 +101,9 @@ class Seat(TakesTurns):
     def taken(self, seconds: float) -> None:
         """The client has taken the stream up to here; no more than the lead is made beyond."""
         with self._runtime.changed:
-            self._taken = max(self._taken, seconds)
-            self._heard = self._runtime.clock()
-            self._runtime.changed.notify()
+            if seconds > self._taken:  # a client that is paused, or stalls, may say the same again
+                self._taken, self._heard = seconds, self._runtime.clock()
+                self._runtime.changed.notify()
 
     def pause(self) -> None:
         """Makes no more blocks until `resume`; playback stands still as well."""

@@ -117,30 +117,12 @@ class StreamingSession(TakesTurns):
         )
         how = {"batch": self._batch, "max_blocks": max_blocks, "steerable": steerable}
         self._blocks = BlockMaker(model, params, config, device=self._device, **how)
-        self._media = GivenMedia(
-            config,
-            self._batch,
-            (model.config.video_channels, model.config.audio_channels),
-            pixels,
-            audio_decoder.sample_rate,
-            given,
-            audio_encoder,
-            video_encoder,
-        )
-        self._steering = Steering(
-            model,
-            params,
-            self._media,
-            prompts,
-            contexts,
-            text_seconds=text_seconds,
-            seed=seed,
-            text_length=text_length,
-            max_blocks=max_blocks,
-            steerable=steerable,
-            device=self._device,
-            log=log,
-        )
+        channels = model.config.video_channels, model.config.audio_channels
+        sizes = config, self._batch, channels, pixels, audio_decoder.sample_rate
+        self._media = GivenMedia(*sizes, given, audio_encoder, video_encoder)
+        how = {"text_seconds": text_seconds, "seed": seed, "text_length": text_length, "log": log}
+        how |= {"max_blocks": max_blocks, "steerable": steerable, "device": self._device}
+        self._steering = Steering(model, params, self._media, prompts, contexts, **how)
         self.num_blocks = self.num_made = self.num_frames = self.num_samples = 0
         self._wait, self._timings = wait, timings
         self._parts: list[ChunkPart] = []  # of the next chunk

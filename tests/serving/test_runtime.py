@@ -244,6 +244,10 @@ def test_clients_that_stall_pause_or_vanish(world):
     w.wait_for_saver()
     assert isinstance(s[-1], Over)
     assert "nothing was heard" in s[-1].reason
+    paused.pause()
+    w.run(11, honest, paused)  # its player goes on telling where it stands
+    w.wait_for_saver()
+    assert "nothing was heard" in p[-1].reason
     assert len(made(h)) >= 17
     assert all(event.late == 0 for event in made(h))
 
