@@ -42,6 +42,8 @@ SERVE = [
     "websockets>=14",
     "prometheus-client>=0.20",
 ]
+# launch.serve --replicas; beside "serve", as Ray is as large as all the rest
+REPLICAS = [*SERVE, "ray[serve]>=2.50"]
 # examples/talker.py: chat and speech models over HTTP, whose answers are read as they come
 TALKER = [*SERVE, "httpx>=0.27"]
 # The world of balls in pocket/: filters and matching of its measures.
@@ -59,6 +61,7 @@ EXTRAS_REQUIRE = {
     "pocket": POCKET,
     # live streams in a browser
     "serve": SERVE,
+    "replicas": REPLICAS,
     "talker": TALKER,
     # tables of clips
     "eval": EVAL,

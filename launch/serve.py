@@ -6,6 +6,9 @@ Then open http://localhost:8000. Programs talk to the same address, see docs/pro
 is compiled before the first client is let in. It answers this machine only, unless --host names
 another address; then clients need a token, which is printed, or given with --token.
 
+With --replicas there are several processes behind that address, each with an accelerator, by Ray
+Serve: on this machine, or in the cluster of RAY_ADDRESS.
+
 SIGTERM and Ctrl-C finish the blocks that are being made, save the sessions, and tell the clients.
 """
 
@@ -13,14 +16,17 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import pathlib
 import secrets
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from rich.console import Console
@@ -46,6 +52,7 @@ from omniforcing_jax.serving.runtime import Runtime
 
 try:
     import uvicorn
+    from starlette.applications import Starlette
 
     from omniforcing_jax.serving.service import Service, SessionRequest
     from omniforcing_jax.serving.snapshots import SnapshotStore
@@ -87,6 +94,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     server.add_argument("--hosts", nargs="+", default=[], metavar="NAME",
                         help="names by which browsers reach it, besides --host")  # fmt: skip
     server.add_argument("--token", help="that clients need (default: none on this machine only)")
+    server.add_argument("--replicas", type=int, nargs="+", metavar="N",
+                        help="processes with an accelerator each, by Ray Serve; of two numbers "
+                        "Ray chooses between, by the load")  # fmt: skip
     server.add_argument("--least-steps", type=int, metavar="N",
                         help="denoising steps left under load (default: half)")  # fmt: skip
     server.add_argument("--snapshots", type=pathlib.Path, metavar="FOLDER",
@@ -138,6 +148,11 @@ def check_arguments(args: argparse.Namespace) -> ServeRequest:
       ValueError, OSError: what is wrong, and what would be right.
     """
     limits = Limits(**{field.name: vars(args)[field.name] for field in dataclasses.fields(Limits)})
+    if args.replicas and (len(args.replicas) > 2 or not 1 <= args.replicas[0] <= args.replicas[-1]):
+        found = " ".join(map(str, args.replicas))
+        raise ValueError(
+            f"--replicas takes one number from 1 on, or the least and the most: {found}"
+        )
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must be from 0 to {2**16 - 1}, not {args.port}")
     if args.enlarge < 1:
@@ -307,22 +322,16 @@ def device_memory() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
 
 
-@programs.entry
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    args = parse_arguments(argv)
-    request = check_arguments(args)
-    bound = bind(args.host, args.port)
+def load_service(
+    args: argparse.Namespace, request: ServeRequest, token: str | None, console: Console
+) -> Service:
+    """Loads the weights and compiles everything; the runtime is not started."""
     store = snapshot_store(args, request)
-    open_to_all = args.host not in LOOPBACK
-    token = args.token or (secrets.token_urlsafe(16) if open_to_all else None)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     compilation.use_cache(not args.no_compilation_cache)
-    dtype = options.compute_dtype(args)
     console.print(options.loading(args))
     how = {"verify": args.verify, "encoders": True, "tiny": args.decode == "tiny"}
     how |= {"quantize": args.quantize, "loras": request.loras}
-    pipeline = load_pipeline(args.checkpoint, dtype=dtype, **how)
+    pipeline = load_pipeline(args.checkpoint, dtype=options.compute_dtype(args), **how)
     compilations = count_compilations()
     open_stream = streams(args, pipeline, request.rollout, request.encoder)
     with options.plain_warnings(console):
@@ -330,23 +339,77 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("omniforcing_jax.serving").setLevel(logging.INFO)
     save = store and (lambda order, snapshot: store.save(order.log, snapshot))
-    with Runtime(open_stream, args.fps, request.limits, load, save) as runtime:
-        service = Service(
-            runtime,
-            request.encoder.contexts,
-            args.width,
-            args.height,
-            args.fps,
-            request.config.vocoder.sample_rate,
-            enlarge=args.enlarge,
-            image_crf=request.config.image_crf,
-            hosts=(*LOOPBACK[:2], "[::1]", args.host, *args.hosts),
-            token=token,
-            compilations=compilations,
-            device_memory=device_memory,
-            snapshots=store,
-            log_prompts=args.log_prompts,
-        )
+    return Service(
+        Runtime(open_stream, args.fps, request.limits, load, save),
+        request.encoder.contexts,
+        args.width,
+        args.height,
+        args.fps,
+        request.config.vocoder.sample_rate,
+        enlarge=args.enlarge,
+        image_crf=request.config.image_crf,
+        hosts=(*LOOPBACK[:2], "[::1]", args.host, *args.hosts),
+        token=token,
+        compilations=compilations,
+        device_memory=device_memory,
+        snapshots=store,
+        log_prompts=args.log_prompts,
+    )
+
+
+def make_replica(args: argparse.Namespace, token: str | None) -> Starlette:
+    """The application of one of several replicas, in its own process, until it ends."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    service = load_service(args, check_arguments(args), token, console)
+    service.runtime.__enter__()  # the application's end is its end
+    return make_app(service)
+
+
+def run_replicas(
+    args: argparse.Namespace, limits: Limits, token: str | None, on_ready: Callable[[], None]
+) -> NoReturn:
+    """Serves with several replicas until Ctrl-C or SIGTERM.
+
+    Raises:
+      ImportError: Ray is not installed.
+      ValueError, RuntimeError: see `replicas.running`.
+    """
+    from launch import replicas
+
+    wanted = replicas.Replicas(
+        least=args.replicas[0],
+        most=args.replicas[-1],
+        sessions=limits.sessions,
+        waiting=limits.waiting,
+        host=args.host,
+        port=args.port,
+    )
+    with replicas.running(functools.partial(replicas.live_app, args, token), wanted):
+        on_ready()
+        while True:
+            signal.pause()
+
+
+@programs.entry
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parse_arguments(argv)
+    if args.replicas:
+        jax.config.update("jax_platforms", "cpu")  # this process only checks
+    request = check_arguments(args)
+    bound = bind(args.host, args.port)
+    open_to_all = args.host not in LOOPBACK
+    token = args.token or (secrets.token_urlsafe(16) if open_to_all else None)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    port, suffix = bound.getsockname()[1], f"/?token={token}" if token else ""
+    name = "localhost" if args.host in LOOPBACK else args.host
+    ready = f"ready      http://{name}:{port}{suffix}"
+    if args.replicas:
+        bound.close()
+        args.port = port  # 0 is any that is free
+        run_replicas(args, request.limits, token, lambda: console.print(ready))
+    service = load_service(args, request, token, console)
+    with service.runtime as runtime:
         settings = uvicorn.Config(
             make_app(service),
             log_level="warning",
@@ -354,9 +417,7 @@ def main(argv: list[str] | None = None) -> int:
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         server = Server(settings, runtime)
-        port, suffix = bound.getsockname()[1], f"/?token={token}" if token else ""
-        name = "localhost" if args.host in LOOPBACK else args.host
-        console.print(f"ready      http://{name}:{port}{suffix}")
+        console.print(ready)
         server.run(sockets=[bound])
     return 0
 

@@ -89,7 +89,7 @@ EXPENSIVE = {
     "launch.ode_pairs": "TrajectorySampler make_manifest",
     "launch.sample_teacher": "load_pipeline",
     "launch.stream": "load_pipeline",
-    "launch.serve": "load_pipeline",
+    "launch.serve": "load_pipeline run_replicas",
     "benchmarks.serve": "start",
     "examples.talker": "converse",
     "benchmarks.stream": "run",

@@ -1,0 +1,117 @@
+"""Replicas of the live server behind one address, on Ray Serve: `launch.serve --replicas`.
+
+Each replica is a process with an accelerator and a runtime of its own. A WebSocket is one request,
+so a session stays with the replica that has taken it; Ray gives it to one that has less to do. A
+replica that has died is started again, and with two numbers Ray starts and ends them by the load.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+try:
+    import ray
+    from ray import serve
+except ImportError as error:
+    raise ImportError(f"{error}; --replicas needs it: pip install -e '.[replicas]'") from None
+
+APPLICATION = "omniforcing"
+_STORE = 1 << 27  # bytes; nothing goes through it
+OTHER_REQUESTS = 16  # beside the sessions: the page, health, metrics, clips
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicas:
+    """How many, and where they are reached.
+
+    Attributes:
+      least, most: number of replicas; Ray's autoscaler chooses between them.
+      sessions: that a replica steps side by side; waiting: that wait for one of those places.
+      host, port: of the address that all share.
+    """
+
+    least: int
+    most: int
+    sessions: int
+    waiting: int
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+def accelerator() -> dict[str, Any]:
+    """What a replica takes: a GPU or a TPU chip, or a CPU where Ray has neither (yet)."""
+    resources = ray.cluster_resources()
+    if resources.get("GPU"):
+        return {"num_gpus": 1}
+    if resources.get("TPU"):
+        return {"resources": {"TPU": 1}}
+    return {"num_cpus": 1}
+
+
+def _start(make_app: Callable[[], Any], replicas: Replicas) -> None:
+    if cluster := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=cluster)
+    else:
+        ray.init(address="local", object_store_memory=_STORE)
+    takes = accelerator()
+    kind = {"num_gpus": "GPU", "resources": "TPU", "num_cpus": "CPU"}[next(iter(takes))]
+    there = int(ray.cluster_resources().get(kind, 0))
+    if not cluster and there < replicas.least:  # a cluster may grow
+        raise ValueError(f"{replicas.least} replicas need one {kind} each, and Ray has {there}")
+
+    def build():  # Ray takes functions only
+        return make_app()
+
+    deployment = serve.deployment(
+        serve.ingress(build)(),
+        name=APPLICATION,
+        ray_actor_options=takes,
+        max_ongoing_requests=replicas.sessions + replicas.waiting + OTHER_REQUESTS,
+        graceful_shutdown_timeout_s=20,
+        **scale(replicas),
+    )
+    serve.start(http_options={"host": replicas.host, "port": replicas.port})
+    serve.run(deployment.bind(), name=APPLICATION, route_prefix="/")
+
+
+def scale(replicas: Replicas) -> dict[str, Any]:
+    """Settings of the number of replicas: as many as there are full houses."""
+    if replicas.least == replicas.most:
+        return {"num_replicas": replicas.least}
+    return {
+        "autoscaling_config": {
+            "min_replicas": replicas.least,
+            "max_replicas": replicas.most,
+            "target_ongoing_requests": replicas.sessions,
+        }
+    }
+
+
+@contextlib.contextmanager
+def running(make_app: Callable[[], Any], replicas: Replicas) -> Iterator[None]:
+    """All replicas, in the Ray cluster that there is or a new one; they end with the block.
+
+    Args:
+      make_app: called in every replica; loads, compiles, and returns the ASGI application.
+      replicas: see `Replicas`.
+
+    Raises:
+      ValueError: this machine has fewer accelerators than replicas.
+      RuntimeError: a replica could not be started; says why.
+    """
+    try:
+        _start(make_app, replicas)
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def live_app(args: argparse.Namespace, token: str | None) -> Any:
+    """The application of launch.serve, in a replica."""
+    from launch import serve as program
+
+    return program.make_replica(args, token)
