@@ -51,8 +51,7 @@ _SCALE = Range(-1e4, 1e4)
 OPTIONS = {
     "seed": Range(0, 2**32 - 1),
     **dict.fromkeys(("height", "width"), Range(_LOW, 2**14)),
-    "fps": Range(-1e3, 1e3),
-    "frame_rate": Range(0.01, 1000),
+    **dict.fromkeys(("fps", "frame_rate"), Range(0.01, 1000)),
     **dict.fromkeys(("seconds", "every"), Range(-1e6, 1e6)),
     **dict.fromkeys(("frames", "clips", "repeats", "blocks", "steps", "batch", "points"), _MOST),
     **dict.fromkeys(("batch_size", "samples", "window", "anchors", "previews", "show"), _MOST),
