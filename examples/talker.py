@@ -158,7 +158,7 @@ async def stream(session: client.Session, talk: Talk, args: argparse.Namespace, 
             case bytes():
                 file.write(received)
                 file.flush()
-            case protocol.Begun() | object(end=_):  # a place, or a block
+            case protocol.Begun() | protocol.BlockMade():
                 made = getattr(received, "end", 0.0)
                 if talk.is_over:
                     end = min(end, pushed)
