@@ -122,7 +122,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             (args.hlo / file).write_text(text)
         print(describe_part(name, parts[name]), file=sys.stderr, flush=True)
         if "traffic" in parts[name]:
-            print(describe_traffic(parts[name]["traffic"]), file=sys.stderr, flush=True)
+            print(traffic.describe(parts[name]["traffic"]), file=sys.stderr, flush=True)
     return {
         "target": args.target,
         "program": args.program,
@@ -154,23 +154,6 @@ def describe_part(name: str, part: dict[str, Any]) -> str:
 
 def _gib(part: dict[str, Any]) -> list[float]:
     return [part[key] / devices.GIB for key in ("arguments", "temporaries", "peak")]
-
-
-def describe_traffic(report: dict[str, Any]) -> str:
-    """What a part moves in memory, as lines of text."""
-    lines = ["  in a run, GB:       read  written"]
-    for name, (read, written) in report["bytes"].items():
-        indent = "" if name in traffic.GROUPS else "  "
-        lines.append(f"    {indent + name:14s} {read / 1e9:8.1f} {written / 1e9:8.1f}")
-    lines.append("  most is moved by:")
-    lines += [
-        f"    {size / 1e9:8.2f}  {kind:12s} {place}" for kind, place, size in report["largest"]
-    ]
-    if seconds := report["seconds"]:
-        total = sum(seconds.values())
-        shares = ", ".join(f"{k} {v:.4f} s ({v / total:.0%})" for k, v in seconds.items())
-        lines.append(f"  roofline: {shares}; {total:.3f} s in all")
-    return "\n".join(lines)
 
 
 def describe_step(step: dict[str, float]) -> str:

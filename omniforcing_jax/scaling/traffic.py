@@ -17,7 +17,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from omniforcing_jax.scaling.collectives import BYTES, run_computations
 
@@ -282,3 +282,20 @@ def largest(kernels: list[Kernel], number: int = 12) -> list[tuple[str, str, flo
             places[kernel.kind, kernel.place] += kernel.written * kernel.count
     ranked = sorted(places.items(), key=lambda item: -item[1])[:number]
     return [(kind, place, size) for (kind, place), size in ranked]
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """A report of `aot.traffic_report` as lines of text."""
+    lines = ["  in a run, GB:       read  written"]
+    for name, (read, written) in report["bytes"].items():
+        indent = "" if name in GROUPS else "  "
+        lines.append(f"    {indent + name:14s} {read / 1e9:8.1f} {written / 1e9:8.1f}")
+    lines.append("  most is moved by:")
+    lines += [
+        f"    {size / 1e9:8.2f}  {kind:12s} {place}" for kind, place, size in report["largest"]
+    ]
+    if seconds := report["seconds"]:
+        total = sum(seconds.values())
+        shares = ", ".join(f"{k} {v:.4f} s ({v / total:.0%})" for k, v in seconds.items())
+        lines.append(f"  roofline: {shares}; {total:.3f} s in all")
+    return "\n".join(lines)

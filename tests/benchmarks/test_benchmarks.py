@@ -2,6 +2,10 @@
 
 import functools
 import json
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -343,3 +347,21 @@ def test_measures_of_sound():
     assert np.median(distance[:40]) == pytest.approx(20 * np.log10(2), abs=0.01)
     assert np.all(distance[60:] == 0)
     assert np.all(decoders.spectral_distance(0 * exact, 1e-6 * rough, 24000) == 0)
+
+
+@pytest.mark.slow
+def test_a_day_on_a_bare_machine(tmp_path):
+    """At tiny size, without what only training data and clips need: two minutes of one core."""
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    for name in ("grain", "av", "tensorflow_datasets", "array_record", "tensorboardX"):
+        (absent / f"{name}.py").write_text(f"raise ImportError('no {name}')\n")
+    parts = ["machine", "kernels_3", "stream_3", "kernels_int8", "stage2"]
+    environment = {"PYTHON": sys.executable, "PYTHONPATH": str(absent), "PARTS": " ".join(parts)}
+    script = pathlib.Path(stream.__file__).parent / "device_day.sh"
+    command = ["bash", str(script), str(tmp_path / "day"), "tiny"]
+    subprocess.run(command, env=os.environ | environment, check=True)
+    summary = (tmp_path / "day" / "summary.md").read_text()
+    assert summary.count("status 0") == summary.count("## ") == len(parts), summary
+    tables = ("| v2a | ", "most is moved by", "| kernel | ms per block | share |", "| FPS |")
+    assert all(text in summary for text in tables), summary
