@@ -24,7 +24,7 @@ full) stream=(--size full) train=(--size full --layers 4 --height 512 --width 76
     --text-tokens 1024 --dtype bfloat16 --remat full)
     precisions=(int8 w8a8-fp8 w8a8-int8) ;;
 tiny) stream=(--size tiny --height 64 --width 64 --text-tokens 128 --blocks 3 --dtype float32)
-    train=(--size tiny --steps 2 --text-tokens 16) precisions=(int8) ;;
+    train=(--size tiny --steps 2) precisions=(int8) ;;
 *) echo "device_day.sh: the size is full or tiny, not $size" >&2; exit 2 ;;
 esac
 
