@@ -18,10 +18,10 @@ import subprocess
 import sys
 import time
 
-from benchmarks.memory import peak_resident_bytes
 from checkpoint_converters import ltx2, synthetic
 from checkpoint_converters.converting import parse_mesh
 from omniforcing_jax import programs
+from omniforcing_jax.scaling.memory import peak_resident_bytes
 
 COPY_BYTES = 16 << 20
 

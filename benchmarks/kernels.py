@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import stream
-from benchmarks.memory import peak_bytes
 from omniforcing_jax import programs
 from omniforcing_jax.ops import attention as ops
 from omniforcing_jax.sampling import student
 from omniforcing_jax.scaling import traffic
+from omniforcing_jax.scaling.memory import peak_bytes
 from omniforcing_jax.streaming.block_programs import generate_block
 
 BLOCKS, KERNELS = 3, 30

@@ -48,7 +48,6 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks import stream_report
-from benchmarks.memory import peak_bytes
 from benchmarks.stream_report import measure_stream
 from checkpoint_converters import synthetic
 from launch import options
@@ -68,6 +67,7 @@ from omniforcing_jax.sampling.kv_cache import CacheConfig, RollingCache, cache_b
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.scaling import flops
 from omniforcing_jax.scaling.devices import check_memory, check_products, peak_flops
+from omniforcing_jax.scaling.memory import peak_bytes
 from omniforcing_jax.streaming.block_programs import jitted_prompt_kv
 from omniforcing_jax.streaming.session import StreamingSession
 from omniforcing_jax.streaming.video import StreamingVideoDecoder, seam_error, to_uint8

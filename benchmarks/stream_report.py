@@ -8,9 +8,9 @@ import time
 import jax
 import numpy as np
 
-from benchmarks.memory import bytes_in_use
 from omniforcing_jax.io import outputs
 from omniforcing_jax.io.paths import new_file
+from omniforcing_jax.scaling.memory import bytes_in_use
 from omniforcing_jax.streaming.session import StreamingSession, Timings
 
 PROGRAM = "benchmarks.stream"

@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import pathlib
-import resource
 import statistics
 import time
 import wave
@@ -38,6 +37,7 @@ from omniforcing_jax import sample as sample_whole
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.io.paths import new_file
 from omniforcing_jax.sampling.teacher import Prompt
+from omniforcing_jax.scaling.memory import peak_bytes
 from omniforcing_jax.streaming.background import BackgroundWriter
 from omniforcing_jax.streaming.chunks import Timings
 from omniforcing_jax.types import Contexts
@@ -215,7 +215,8 @@ def _write_prompts(sampler: Sampler, prompts: Mapping[str, str]) -> None:
 
 def _make_clips(sampler: Sampler, abouts: Mapping[str, dict[str, Any]]) -> Iterator[None]:
     """Makes clips, the first one twice: at its first time it compiles."""
-    before = peak_memory()
+    device = jax.local_devices()[0]
+    before, _ = peak_bytes(device)
     make = _load(sampler, [about["prompt"] for about in abouts.values()])
     for _ in make(next(iter(abouts.values()))):
         pass
@@ -237,7 +238,7 @@ def _make_clips(sampler: Sampler, abouts: Mapping[str, dict[str, Any]]) -> Itera
                 background.put(chunk)
         write_wav(clip.with_suffix(".wav"), np.concatenate(sound), settings["sample_rate"])
         partial.replace(clip)
-        peak = peak_memory()
+        peak, _ = peak_bytes(device)
         timings = _timings(start, came, frames, peak if peak > before else None)
         with new_file(sampler.record(name)) as temporary:
             temporary.write_text(json.dumps({"about": about, "timings": timings}) + "\n")
@@ -255,12 +256,6 @@ def _timings(
         "fps": frames / (came[-1] - start),
         "peak_memory": peak and peak / 1e9,
     }
-
-
-def peak_memory() -> int:
-    """Bytes that this process has used at most: of its device, or on CPU of the host."""
-    found = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return found or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write_wav(path: pathlib.Path, waveform: np.ndarray, sample_rate: int) -> None:

@@ -49,6 +49,7 @@ from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.serving.events import Limits
 from omniforcing_jax.serving.load import Load
 from omniforcing_jax.serving.runtime import Runtime
+from omniforcing_jax.training.metrics import num_compilations
 
 try:
     import uvicorn
@@ -259,18 +260,6 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def count_compilations() -> Callable[[], int]:
-    """Counts what is compiled, or taken from the compilation cache, from now on."""
-    events: list[str] = []
-
-    def listen(event: str, duration: float, **labels: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return lambda: len(events)
-
-
 def warm_up(open_stream, request: ServeRequest, console: Console) -> Load:
     """Compiles all that streams with and without pushed sound will need, and makes some blocks.
 
@@ -332,7 +321,7 @@ def load_service(
     how = {"verify": args.verify, "encoders": True, "tiny": args.decode == "tiny"}
     how |= {"quantize": args.quantize, "loras": request.loras}
     pipeline = load_pipeline(args.checkpoint, dtype=options.compute_dtype(args), **how)
-    compilations = count_compilations()
+    num_compilations()  # counts from here on
     open_stream = streams(args, pipeline, request.rollout, request.encoder)
     with options.plain_warnings(console):
         load = warm_up(open_stream, request, console)
@@ -350,7 +339,7 @@ def load_service(
         image_crf=request.config.image_crf,
         hosts=(*LOOPBACK[:2], "[::1]", args.host, *args.hosts),
         token=token,
-        compilations=compilations,
+        compilations=num_compilations,
         device_memory=device_memory,
         snapshots=store,
         log_prompts=args.log_prompts,

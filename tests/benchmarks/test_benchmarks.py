@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decoders, memory, stream, stream_report, text
+from benchmarks import decoders, stream, stream_report, text
 from omniforcing_jax.sampling import student
 from omniforcing_jax.streaming import block_programs
 from omniforcing_jax.streaming.session import Chunk, StreamingSession, Timings
@@ -223,29 +223,6 @@ def test_time_to_first_chunk(args, monkeypatch):
         "host": 16,
         "blocks": 4,
     }
-
-
-def test_memory_in_use_falls():
-    """Unlike its peak."""
-    size = 1 << 28
-    before = memory.resident_bytes()
-    block = np.ones(size, np.uint8)
-    during, peak = memory.resident_bytes(), memory.peak_resident_bytes()
-    del block
-    after = memory.resident_bytes()
-    assert during - before > 0.9 * size and during - after > 0.9 * size
-    assert peak >= 0.99 * during and memory.peak_resident_bytes() >= peak
-
-
-def test_the_device_is_asked_for_its_memory():
-    device = types.SimpleNamespace(
-        memory_stats=lambda: {"bytes_in_use": 5, "peak_bytes_in_use": 7, "num_allocs": 1}
-    )
-    assert memory.bytes_in_use(device) == 5
-    assert memory.peak_bytes(device) == (7, "device")
-    silent = types.SimpleNamespace(memory_stats=lambda: None)
-    assert memory.bytes_in_use(silent) > 1 << 20
-    assert memory.peak_bytes(silent)[1] == "process"
 
 
 def test_parts_of_a_block_are_what_a_block_does(args, pipeline):

@@ -4,13 +4,11 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import socket
 import subprocess
 import sys
 import textwrap
-import types
 
 import jax
 import ml_dtypes
@@ -20,7 +18,6 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.memory import peak_resident_bytes
 from checkpoint_converters import (
     converting,
     export,
@@ -292,14 +289,6 @@ def test_systems_without_advice_on_caching(tiny, tmp_path, monkeypatch):
     expected = raw(source)
     monkeypatch.delattr(os, "posix_fadvise")
     assert raw(source) == expected
-
-
-@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
-def test_peak_memory_is_in_bytes(monkeypatch, system, unit):
-    usage = types.SimpleNamespace(ru_maxrss=12345)
-    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
-    monkeypatch.setattr(sys, "platform", system)
-    assert peak_resident_bytes() == 12345 * unit
 
 
 # -- chunks and shardings ------------------------------------------------------------------------

@@ -343,7 +343,7 @@ def test_missing_tensors_are_shortened_by_kind(scaled, tmp_path):
 
 _CONVERT = """
 import sys
-from benchmarks.memory import peak_resident_bytes
+from omniforcing_jax.scaling.memory import peak_resident_bytes
 from checkpoint_converters import ltx2
 from checkpoint_converters.converting import stay_on_host
 stay_on_host()
