@@ -275,7 +275,7 @@ class StreamingSession(TakesTurns):
         while True:
             if self._wait and steering.late(self.num_blocks):
                 return PendingBlock(0, True, self._chunk_that_waits)
-            block, late = self.num_blocks - steering.unshown, 0.0
+            block = self.num_blocks - steering.unshown
             part, late, marks = self._next_part()
             self._parts.append(part)
             if block >= 0:  # it is no reference
@@ -413,10 +413,6 @@ class StreamingSession(TakesTurns):
         state = jax.device_get(state)
         return state | {name: getattr(self, name) for name in COUNTERS} | self._steering.snapshot()
 
-    def _to_device(self, x: Any) -> Any:
-        """Arrays, but not the host's counters."""
-        return jax.device_put(x, self._device) if isinstance(x, np.ndarray) and x.ndim else x
-
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Continues from a `snapshot` of a session with the same weights and configuration.
 
@@ -427,9 +423,7 @@ class StreamingSession(TakesTurns):
         self._failed = False
         self._blocks.restore(snapshot)
         self._steering.restore(snapshot)
-        # where they would be if they had been computed here, as all programs expect
-        states = {name: snapshot[name] for name in self._decoders.snapshot()}
-        self._decoders.restore(jax.tree.map(self._to_device, states))
+        self._decoders.restore(snapshot)
         self._parts = list(snapshot["parts"])
         for name in COUNTERS:
             setattr(self, name, snapshot[name])

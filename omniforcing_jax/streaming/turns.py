@@ -9,6 +9,7 @@ configuration and seed, to which the logged turns are added (`session.add(*log)`
 blocks bit for bit, as each turn waits for the block that it was applied before.
 """
 
+import abc
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
@@ -64,12 +65,12 @@ class Turn:
         object.__setattr__(self, "payload", payload)
 
 
-class TakesTurns:
+class TakesTurns(abc.ABC):
     """The turns as methods, of whatever takes them by `add`."""
 
+    @abc.abstractmethod
     def add(self, *turns: Turn) -> None:
         """Takes turns; see `StreamingSession.add`."""
-        raise NotImplementedError
 
     def set_prompt(
         self,
