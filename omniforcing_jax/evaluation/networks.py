@@ -63,12 +63,11 @@ def _load(folder: str | os.PathLike, kind: str, model_class: str):
     import torch
     import transformers
 
-    torch.set_grad_enabled(False)
     transformers.utils.logging.disable_progress_bar()
     model = getattr(transformers, model_class).from_pretrained(folder, local_files_only=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    return model.eval().to(device), processor
+    return model.eval().requires_grad_(False).to(device), processor
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -135,7 +135,10 @@ def main(stage: str, axes: dict[str, int]) -> list[dict[str, float]]:
         for step in range(2):
             state, metrics = trained.train_step(state, frozen, batch, step)
             kept = {k: float(v) for k, v in metrics.items() if "loss" in k or "grad_norm" in k}
-            found.append(kept | {"ema": float(optax.global_norm(state.generator.ema))})
+            # on the host: small programs over many devices, begun one after the other without
+            # waiting, can wait for each other on a CPU
+            average = jax.device_get(state.generator.ema)
+            found.append(kept | {"ema": float(optax.global_norm(average))})
         # what is split stays split
         after = jax.tree.map(lambda x: x.sharding, state.generator.params)
         assert jax.tree.leaves(after) == jax.tree.leaves(places)
