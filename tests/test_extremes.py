@@ -92,6 +92,7 @@ EXPENSIVE = {
     "launch.serve": "load_pipeline run_replicas",
     "benchmarks.serve": "start",
     "examples.talker": "converse",
+    "benchmarks.kernels": "stream.random_pipeline",
     "benchmarks.stream": "run",
     "benchmarks.given": "load_pipeline",
     "benchmarks.precision": "tables",
