@@ -100,7 +100,8 @@ def table(folder: pathlib.Path, budget: float) -> tuple[str, dict[str, Curves]]:
     rows, curves = [], {}
     for setting in SETTINGS:
         c = config_of(setting, folder, budget)
-        if not (folder / c.name / JSONL).is_file():
+        records = folder / c.name / JSONL
+        if not records.is_file() or not records.stat().st_size:  # begun, and no step is written yet
             continue
         run = read_run(folder / c.name)
         if "heldout/mean" not in run:

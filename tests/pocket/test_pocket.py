@@ -251,6 +251,9 @@ def test_experiments_cost_the_same_and_are_put_side_by_side(tmp_path, monkeypatc
     assert wide.num_steps < 0.6 * base.num_steps and 4 * batch.num_steps == base.num_steps // 4 * 4
     assert wide.conditions == base.conditions and 0 < base.conditions.t2av < 1
     capsys.readouterr()
+    begun = tmp_path / experiments.config_of("deep", tmp_path, 40.0).name
+    begun.mkdir(parents=True)
+    (begun / "metrics.jsonl").touch()  # stopped before its first record
     assert experiments.main([*arguments, "base", "--table"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["batch_16", "wide", "base"]
