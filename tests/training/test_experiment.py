@@ -16,7 +16,7 @@ from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.sampling import flow
 from omniforcing_jax.sampling.trained import LTX2_DISTILLED, TrainedSettings
 from omniforcing_jax.scaling import planning
-from omniforcing_jax.training import assembly
+from omniforcing_jax.training import adapters, assembly
 from omniforcing_jax.training.config import experiment, parsing, run_config, settings
 from omniforcing_jax.training.config.problems import ConfigError, Problems
 
@@ -389,6 +389,29 @@ def test_a_student_goes_on_as_it_was_trained(full_size, tmp_path):
     experiment.check(changed, 32, allow_config_change=True)
     write("stage1")
     checked("stage2", full_size, generator=str(run), **other)
+
+    # A run, its export and its LoRA say alike what they were trained with.
+    write("stage2")
+    content = json.loads((run / "config.json").read_text())
+    content["config"]["student"]["timesteps"] = [1000.0, 500.0]
+    content["config"]["clip"]["layout"] = "merged"
+    (run / "config.json").write_text(json.dumps(content))
+    trained = run_config.RunConfig.read(run).trained
+    content = json.loads((full_size / "config.json").read_text()) | {"trained": trained.to_json()}
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "config.json").write_text(json.dumps(content))
+    lora = tmp_path / "lora.safetensors"
+    lora.touch()
+    stored = adapters.StoredAdapters(trained, dict)
+    for start, variant in ((run, "19b"), (export, "19b"), (lora, "19b-lora")):
+        c = config_of("stage3", full_size, variant, generator=str(start))
+        with pytest.raises(ConfigError) as error:
+            experiment.check(c, 32, read_lora=lambda *over: stored)
+        problems = [text for text in error.value.problems if "was trained with another" in text]
+        assert len(problems) == 1, error.value.problems
+        assert "clip.layout (merged there, prefix here)" in problems[0]
+        assert "student.timesteps ((1000.0, 500.0) there" in problems[0]
 
 
 def test_a_damaged_source_is_a_problem_among_others(full_size, tmp_path):

@@ -197,10 +197,10 @@ def check(
     elif is_lora:
         stored = attempt("generator", lambda: read_lora(c.generator, content, c.adapters))
     if source is not None:
-        settings = {} if allow_config_change else source.settings
-        found = attempt(
-            "generator", lambda: fit.source_problems(c, source.version, settings, pipeline)
-        )
+        problems += fit.version_problems(c, source.version, pipeline)
+    if (start := source or stored) is not None and not allow_config_change:
+        settings = source.settings if source else {}
+        found = attempt("generator", lambda: fit.start_problems(c, settings, start.trained))
         problems += found or []
     if content is not None and c.generator and not is_lora:
         problems += fit.adapter_problems(c, source and source.settings, content)

@@ -15,15 +15,7 @@ from omniforcing_jax.training.config.settings import STAGES, StageConfig
 
 DECODERS = ("video_vae", "audio_vae", "vocoder")  # of sample clips
 # Settings that a causal student passes on to the one that starts from it.
-INHERITED = (
-    ("student", "num_sinks"),
-    ("student", "sink_rope"),
-    ("student", "extra_qk_norm"),
-    ("student", "tanh_gated_attention"),
-    ("student", "timesteps"),
-    ("student", "schedule"),
-    ("clip", "layout"),
-)
+PARAMETERS = ("num_sinks", "sink_rope", "extra_qk_norm", "tanh_gated_attention")
 
 
 def head_problems(student: TransformerConfig, mesh_shape: Mapping[str, int]) -> list[str]:
@@ -40,37 +32,45 @@ def head_problems(student: TransformerConfig, mesh_shape: Mapping[str, int]) -> 
     return []
 
 
-def source_problems(
-    c: StageConfig, version: str, run: Mapping[str, Any], pipeline: PipelineConfig
-) -> list[str]:
-    """Where the student starts must be of the teacher's version, and, if it is a causal student
-    already, be made like this one: parameters that it lacks would start anew.
+def version_problems(c: StageConfig, version: str, pipeline: PipelineConfig) -> list[str]:
+    """Student and teacher are versions of one model; `version` is that of the start."""
+    if version.split(".")[:2] == pipeline.model_version.split(".")[:2]:
+        return []
+    return [
+        f"generator: {c.generator} is of version {version}, the teacher of "
+        f"{pipeline.model_version}; student and teacher must be of the same model"
+    ]
+
+
+def start_problems(c: StageConfig, run: Mapping[str, Any], trained: TrainedSettings) -> list[str]:
+    """A start that is a causal student already must be made and trained like this one: parameters
+    that it lacks would start anew.
 
     Args:
-      version, run: of the source; the settings of its run, {} where they may differ.
+      run: its settings, {} if it is no run.
+      trained: what it was trained with.
     """
-    problems = []
-    if version.split(".")[:2] != pipeline.model_version.split(".")[:2]:
-        problems.append(
-            f"generator: {c.generator} is of version {version}, the teacher of "
-            f"{pipeline.model_version}; student and teacher must be of the same model"
-        )
-    if run.get("stage") in ("stage2", "stage3"):
-        ours, usual = to_dict(c), to_dict(STAGES[run["stage"]]())
-        differing = []
-        for group, name in INHERITED:
-            now = ours[group][name]
-            # a run from before the setting existed did what the setting's default does
-            then = run.get(group, {}).get(name, usual[group][name])
-            then = tuple(then) if isinstance(then, list) else then
-            if then != now:
-                differing.append(f"{group}.{name} ({then} there, {now} here)")
-        if differing:
-            problems.append(
-                f"generator: {c.generator} was trained with another {', '.join(differing)}; set "
-                "them alike, or give --allow_config_change if this is meant"
-            )
-    return problems
+    if not trained.causal:
+        return []
+    then = {("clip", "layout"): trained.layout, ("student", "schedule"): trained.schedule}
+    if trained.timesteps is not None:
+        then["student", "timesteps"] = trained.timesteps
+    if run:
+        # a run from before the setting existed did what the setting's default does
+        usual = to_dict(STAGES[run["stage"]]())["student"]
+        then |= {("student", name): run["student"].get(name, usual[name]) for name in PARAMETERS}
+    now = to_dict(c)
+    differing = [
+        f"{group}.{name} ({value} there, {now[group][name]} here)"
+        for (group, name), value in then.items()
+        if value != now[group][name]
+    ]
+    if not differing:
+        return []
+    return [
+        f"generator: {c.generator} was trained with another {', '.join(differing)}; set "
+        "them alike, or give --allow_config_change if this is meant"
+    ]
 
 
 def adapter_problems(
