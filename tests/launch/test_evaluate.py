@@ -3,6 +3,9 @@
 import csv
 import json
 import re
+import socket
+import subprocess
+import sys
 import threading
 import types
 import wave
@@ -249,6 +252,42 @@ def test_hosts_share_the_clips(sampling, random_checkpoint, prompt_file, tmp_pat
     assert len(first["student"]) == 3
     assert len(sampling.made) == 2 * (3 + 2)  # the first one of a host twice
     assert len(set(sampling.made)) == 6
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_table_of_one(random_checkpoint, prompt_file, tmp_path):
+    """Real ones, which share a folder and nothing else."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    quick = lambda output: [  # noqa: E731
+        word.replace("--stg-block 1", "--stg-block 1 --steps 2")
+        for word in sampled(random_checkpoint, prompt_file, output)
+    ]
+    assert not evaluate.main(quick(alone))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    program = (
+        "import sys, jax; from launch import evaluate; "
+        "from omniforcing_jax.distributed import multihost; "
+        "jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2])); "
+        "multihost.end(evaluate.main(sys.argv[3:]))"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, address, str(i), *quick(shared)],
+                         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]  # fmt: skip
+    texts = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert ["first_chunk" in out for out, _ in texts] == [True, False]  # one has the table
+
+    def rows(folder):
+        found = json.loads((folder / "table.json").read_text())["rows"]
+        return [row for row in found if row["measure"] not in sampled_clips.TIMINGS]
+
+    assert rows(shared) == rows(alone)
+    records = [json.loads(path.read_text())["timings"] for path in shared.rglob("records/*/*.json")]
+    assert len(records) == 6 and all(record["fps"] > 0 for record in records)
 
 
 @pytest.mark.slow
