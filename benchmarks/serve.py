@@ -150,7 +150,7 @@ def summarise(streams: list, before: dict, after: dict, seconds: float) -> dict[
     for stream in streams:
         steady = [when for when, block in stream if block.end > 5]  # the lead is built up
         gaps += [b - a for a, b in itertools.pairwise(steady)]
-    late = after["late_blocks_total"] - before["late_blocks_total"]
+    late = sum(block.late > 0 for block in blocks)  # of these clients, not of those that do harm
     busy, host = (after[name] - before[name] for name in ("seconds_total", "host_seconds_total"))
     return {
         "first block after, s (worst)": max(stream[0][0] for stream in streams),

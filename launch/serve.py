@@ -38,6 +38,7 @@ from omniforcing_jax import (
     PipelineConfig,
     PromptEncoder,
     RolloutConfig,
+    StreamingSession,
     load_pipeline,
     programs,
 )
@@ -221,10 +222,10 @@ def streams(
     """What opens a stream for a request; prompts up to `encoder.length` share their programs."""
 
     def open_stream(request: SessionRequest):
-        log = request.log
+        log, snapshot = request.log, request.snapshot
         stream = pipeline.session(
             rollout,
-            request.contexts,
+            log.prompt if snapshot is None else snapshot["contexts"],
             prompts=encoder,
             seed=log.seed,
             text_length=encoder.length,
@@ -236,8 +237,8 @@ def streams(
             log=log.append,
             **options.decoder_settings(args),
         )
-        if request.snapshot is not None:
-            stream.restore(request.snapshot)
+        if snapshot is not None:
+            stream.restore(snapshot)
         return stream
 
     return open_stream
@@ -270,7 +271,6 @@ def warm_up(open_stream, request: ServeRequest, console: Console) -> Load:
     """
     start, frame_rate = time.perf_counter(), request.rollout.cache.layout.frame_rate
     with console.status("compiling ...") as status:
-        contexts = request.encoder.contexts("a calm sea")
         for sound in (True, False):
             done = []
 
@@ -278,7 +278,7 @@ def warm_up(open_stream, request: ServeRequest, console: Console) -> Load:
                 done.append(part)
                 status.update(f"compiling: {', '.join(done)} done")
 
-            stream = open_stream(SessionRequest(contexts, TurnLog("", "", 0, sound)))
+            stream = open_stream(SessionRequest(TurnLog("", "a calm sea", 0, sound)))
             stream.warm_up(show)
         for _ in range(request.rollout.cache.capacity + 3):  # a stream has run all programs then
             stream.step()
@@ -287,15 +287,19 @@ def warm_up(open_stream, request: ServeRequest, console: Console) -> Load:
         costs = {}
         for steps in (request.rollout.num_steps, request.least_steps):
             stream.set_steps(steps)
-            begin, frames = time.perf_counter(), 0
-            for _ in range(3):
-                frames += stream.step().frames.shape[1]
-            costs[steps] = (time.perf_counter() - begin) * frame_rate / frames
+            costs[steps] = min(_cost(stream, frame_rate) for _ in range(4))
         stream.finish()
     console.print(f"compiling  {time.perf_counter() - start:6.2f} s")
     told = ", ".join(f"{cost:.2f} s with {steps} steps" for steps, cost in costs.items())
     console.print(f"a second   takes {told}")
     return Load(request.rollout.num_steps, request.least_steps, costs)
+
+
+def _cost(stream: StreamingSession, frame_rate: float) -> float:
+    """Seconds that a second of the next block takes."""
+    start = time.perf_counter()
+    frames = stream.step().frames.shape[1]
+    return (time.perf_counter() - start) * frame_rate / frames
 
 
 def snapshot_store(args: argparse.Namespace, request: ServeRequest) -> SnapshotStore | None:
@@ -330,7 +334,7 @@ def load_service(
     save = store and (lambda order, snapshot: store.save(order.log, snapshot))
     return Service(
         Runtime(open_stream, args.fps, request.limits, load, save),
-        request.encoder.contexts,
+        lambda text: request.encoder.check([text]),
         args.width,
         args.height,
         args.fps,

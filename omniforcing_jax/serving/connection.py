@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from omniforcing_jax.serving import events, protocol, uploads
 from omniforcing_jax.serving.events import Full
 from omniforcing_jax.serving.protocol import ProtocolError
-from omniforcing_jax.serving.runtime import Seat
+from omniforcing_jax.serving.seat import Seat
 from omniforcing_jax.serving.service import LARGEST_UPLOAD, Service, SessionRequest, Workers
 
 START_SECONDS = 30  # for the first message
@@ -66,11 +66,11 @@ class Connection:
             first = protocol.read(await self._text(), (protocol.Start, protocol.TakeUp))
         if isinstance(first, protocol.TakeUp):
             return await self._workers.saved(first.session)
-        self._service.runtime.check_room()  # before a text is encoded for nothing
-        contexts = await self._workers.encode(first.prompt)
+        self._service.runtime.check_room()
+        await self._workers.check(first.prompt)
         if self._service.log_prompts:
             self._log("start", prompt=first.prompt)
-        return SessionRequest.of(first.prompt, contexts, first.seed, first.sound)
+        return SessionRequest.of(first.prompt, first.seed, first.sound)
 
     def _join(self, request: SessionRequest) -> None:
         loop, workers, name = asyncio.get_running_loop(), self._workers, request.log.name
@@ -186,8 +186,7 @@ class Connection:
 
     async def _give(self, request: SessionRequest) -> None:
         """Sends what the runtime makes, until it ends."""
-        fragments, beside = self._service.fragments(), self._workers.beside
-        announced = False
+        fragments, beside, announced = None, self._workers.beside, False
 
         async def give(data: bytes) -> None:
             nonlocal announced
@@ -204,6 +203,7 @@ class Connection:
                 case events.Opened():
                     seed, name = request.log.seed, request.log.name
                     self._log("begun", seed=seed, again=request.snapshot is not None)
+                    fragments = await beside(self._service.fragments)
                     if request.snapshot is not None:
                         await beside(self._service.snapshots.remove, name)
                     await self._send(protocol.Begun(seed, name))
@@ -221,7 +221,8 @@ class Connection:
                     await self._send(protocol.BlockMade(chunk.block, *figures, made.steps))
                     await give(data)
                 case events.Over(reason, error, saved):
-                    await give(await beside(fragments.close))
+                    if fragments is not None:
+                        await give(await beside(fragments.close))
                     failed = error is not None
                     self._log("ended", reason=reason, failed=failed, saved=saved)
                     await self._end(reason, failed=failed, saved=saved)

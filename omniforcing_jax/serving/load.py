@@ -35,6 +35,7 @@ class Load:
             )
         self.queue_open = True
         self._costs: dict[int, float] = dict(costs or {})
+        self._spread = 0.0  # mean distance of a block from them, as a share
         self._wait = 0  # blocks before the next change
 
     @property
@@ -42,10 +43,13 @@ class Load:
         """Whether steps may be left out at all."""
         return self.least_steps < self.most_steps
 
-    def measured(self, cost: float) -> None:
-        """A block has taken so many seconds for each of the stream's, at the steps that are."""
-        before = self._costs.get(self.steps, cost)
-        self._costs[self.steps] = before + _NEW * (cost - before)
+    def measured(self, cost: float, steps: int) -> None:
+        """A block of so many steps has taken so many seconds for each of the stream's."""
+        before = self._costs[steps] = self._costs.get(steps) or cost
+        if before:  # what makes it slower or faster now does so at all numbers of steps
+            share = cost / before - 1
+            self._costs = {n: known * (1 + _NEW * share) for n, known in self._costs.items()}
+            self._spread += _NEW * (abs(share) - self._spread)
 
     def cost(self, steps: int) -> float:
         """Seconds that a second of a stream takes; 0 as long as nothing was measured.
@@ -58,13 +62,17 @@ class Load:
         nearest = min(self._costs, key=lambda known: abs(known - steps))
         return self._costs[nearest] * (steps + 1) / (nearest + 1)
 
+    def slow(self, steps: int) -> float:
+        """What few blocks exceed, where `cost` is the mean."""
+        return self.cost(steps) * (1 + 2 * self._spread)
+
     def needed(self, sessions: int, steps: int | None = None) -> float:
         """Share of the device's time that so many sessions need."""
         return sessions * self.cost(self.steps if steps is None else steps)
 
     def fits(self, sessions: int) -> bool:
         """Whether so many keep their deadlines, with steps left out if need be."""
-        return sessions <= 1 or self.needed(sessions, self.least_steps) <= MOST
+        return sessions <= 1 or sessions * self.slow(self.least_steps) <= MOST
 
     def adjust(self, sessions: int, late: bool) -> bool:
         """After each block: leaves something out, or brings it back.

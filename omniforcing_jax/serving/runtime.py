@@ -8,9 +8,11 @@
 Of the sessions whose lead over their playback is below `Limits.lead` the one with the smallest is
 stepped next, so that device time is shared fairly and a new prompt is seen soon: a turn waits for
 the block that is being made, and is seen when the lead has been played. Where more blocks are due,
-the next one is begun before the pixels of this one are copied to the host. When sessions need more
-than the device can give, `load` says what is left out. It knows neither the model nor the network:
-a stream is anything that makes chunks.
+the next one is begun before the pixels of this one are copied to the host. One that has just begun
+comes behind those that would miss a deadline by its block, streams are opened in a thread of their
+own, and none as long as a lead is short: whoever comes and goes takes what time is left. When
+sessions need more than the device can give, `load` says what is left out. It knows neither the
+model nor the network: a stream is anything that makes chunks.
 """
 
 import collections
@@ -20,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from omniforcing_jax.serving.events import (
     Event,
@@ -35,107 +37,11 @@ from omniforcing_jax.serving.events import (
     Shed,
 )
 from omniforcing_jax.serving.load import Load
+from omniforcing_jax.serving.seat import Seat, Stream
 from omniforcing_jax.streaming.chunks import PendingBlock
-from omniforcing_jax.streaming.turns import TakesTurns, Turn
+from omniforcing_jax.streaming.turns import Turn
 
 POLL = 0.02  # seconds after which a stream that waits for its sound is asked again
-MOST_TURNS = 8  # of one session that wait for a block border, sound aside: some hold megabytes
-
-
-class Stream(Protocol):
-    """What the runtime needs of a session (`StreamingSession`)."""
-
-    waiting_turns: tuple[Turn, ...]
-    num_steps: int
-
-    def add(self, *turns: Turn) -> None:
-        """Queues turns for the next block border."""
-
-    def begin(self) -> PendingBlock:
-        """Asks the device for the next block."""
-
-    def snapshot(self) -> dict[str, Any]:
-        """All that it goes on from."""
-
-
-class Seat(TakesTurns):
-    """A client's session. Its methods may be called from any thread, in any state."""
-
-    def __init__(
-        self, runtime: "Runtime", request: Any, on_event: Callable[[Event], None], paced: bool
-    ):
-        self._runtime, self._request, self._on_event = runtime, request, on_event
-        self._paced = paced
-        self._stream: Stream | None = None
-        self._steps: int | None = None  # of its stream
-        self._begun = self._made = self._taken = 0.0  # seconds of the stream
-        self._started: float | None = None  # when its first block began to play
-        self._paused_at: float | None = None
-        self._heard = runtime.clock()  # of the client
-        self._not_before = 0.0  # its sound has not arrived
-        self._leaving: str | None = None
-        self._keep = False  # a snapshot, when it leaves
-
-    def add(self, *turns: Turn) -> None:
-        """Queues turns for the next block border, in the order of the calls.
-
-        One that does not fit then any more gives `Refused`, and the stream goes on.
-
-        Raises:
-          ValueError: the stream is not open, `MOST_TURNS` wait already, or the turn does not fit.
-        """
-        with self._runtime.changed:
-            self._heard, stream = self._runtime.clock(), self._stream
-        if stream is None:
-            raise ValueError("the stream has not begun, or is over: there is nothing to steer")
-        for turn in turns:
-            waiting = [other for other in stream.waiting_turns if other.kind != "audio"]
-            if turn.kind != "audio" and len(waiting) >= MOST_TURNS:
-                raise ValueError(
-                    f"{MOST_TURNS} changes wait for the next block; send more when it is made"
-                )
-            stream.add(turn)
-        with self._runtime.changed:
-            self._runtime.changed.notify()
-
-    def taken(self, seconds: float) -> None:
-        """The client has taken the stream up to here; no more than the lead is made beyond."""
-        with self._runtime.changed:
-            if seconds > self._taken:  # a client that is paused, or stalls, may say the same again
-                self._taken, self._heard = seconds, self._runtime.clock()
-                self._runtime.changed.notify()
-
-    def pause(self) -> None:
-        """Makes no more blocks until `resume`; playback stands still as well."""
-        with self._runtime.changed:
-            if self._paused_at is None:
-                self._paused_at = self._heard = self._runtime.clock()
-
-    def resume(self) -> None:
-        """Goes on."""
-        with self._runtime.changed:
-            if self._paused_at is not None:
-                now = self._runtime.clock()
-                if self._started is not None:
-                    self._started += now - self._paused_at
-                self._paused_at, self._heard = None, now
-                self._runtime.changed.notify()
-
-    def leave(self, reason: str = "the client has left", *, keep: bool = False) -> None:
-        """Gives the place back, after the block that is being made.
-
-        Args:
-          reason: that the client is told.
-          keep: save the session, so that it can be taken up again.
-        """
-        with self._runtime.changed:
-            if self._leaving is None:
-                self._leaving, self._keep = reason, keep
-            self._runtime.changed.notify()
-
-    def _lead(self, now: float, seconds: float) -> float:
-        """Of so much of the stream over its playback."""
-        return seconds - (0.0 if self._started is None else now - self._started)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +51,7 @@ class _Begun:
     seat: Seat
     pending: PendingBlock
     start: float
+    steps: int
 
 
 class Runtime:
@@ -166,7 +73,7 @@ class Runtime:
     ):
         """
         Args:
-          open_stream: makes the stream of a request, in the runtime's thread. What it raises ends
+          open_stream: makes the stream of a request, in a thread of its own. What it raises ends
             the session.
           frame_rate: frames per second of all streams.
           limits: see `Limits`.
@@ -184,7 +91,7 @@ class Runtime:
         self._done = 0.0  # when the last block was
         self._longest_chunk = 0
         self._save, self._being_saved = save, 0
-        self._saver = ThreadPoolExecutor(1, "saver")
+        self._opener, self._saver = (ThreadPoolExecutor(1, name) for name in ("opener", "saver"))
         self._closing: str | None = None
         self._figures = Figures()
         self._thread = threading.Thread(target=self._run, name="runtime", daemon=True)
@@ -211,7 +118,7 @@ class Runtime:
         """
         with self.changed:
             self.check_room()
-            seat = Seat(self, request, on_event, paced)
+            seat = Seat(request, on_event, paced, self.changed, self.clock)
             self._queue.append(seat)
             if (position := len(self._queue) - self._admissible) > 0:
                 on_event(Queued(position))
@@ -269,6 +176,7 @@ class Runtime:
             self.changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self._opener.shutdown()
         self._saver.shutdown()
 
     def _run(self) -> None:
@@ -283,10 +191,12 @@ class Runtime:
     def _serve(self) -> None:
         while True:
             if self._closing is not None:
+                self._opener.shutdown()
                 with self.changed:
                     for seat in [*self._seats, *self._queue]:
                         if seat._leaving is None:
                             seat._leaving, seat._keep = self._closing, seat._paced
+                self._take_opened()
                 self._drop_those_who_left()
                 return
             wait = self.advance()
@@ -296,21 +206,20 @@ class Runtime:
                     self.changed.wait(0.0 if self._something_to_do() else wait)
 
     def advance(self) -> float | None:
-        """Does the next piece of work: opens a stream, or begins a block and ends an earlier one.
+        """Does the next piece of work: begins a block and ends an earlier one, or lets sessions in.
 
         Returns:
           0 if there was something to do, otherwise seconds until there is, None if there is not.
         """
+        self._take_opened()
         self._drop_those_who_left()
         with self.changed:
             now = self.clock()
-            opening = self._admit()
-            seat = opening or self._most_urgent(now)
+            while self._lets_in(now):
+                self._admit()
+            seat = self._most_urgent(now)
             if seat is None and not self._pending:
                 return self._until_something_is_due(now)
-        if opening:
-            self._open_seat(seat)
-            return 0.0
         if seat is not None:
             self._begin_block(seat)
         if self._pending and (seat is None or len(self._pending) > 1):
@@ -319,21 +228,25 @@ class Runtime:
 
     def _something_to_do(self) -> bool:
         now, places = self.clock(), [*self._seats, *self._queue]
-        left = self._closing is not None or any(seat._leaving for seat in places)
-        return bool(left or (self._queue and self._admissible) or self._most_urgent(now))
+        opening = [seat for seat in self._seats if seat._opening is not None]
+        left = any(seat._leaving for seat in places if seat not in opening)
+        opened = any(seat._opening.done() for seat in opening)
+        ready = left or opened or self._lets_in(now) or self._most_urgent(now)
+        return self._closing is not None or bool(ready)
 
     def _drop_those_who_left(self) -> None:
         with self.changed:
             now, limits = self.clock(), self.limits
             for seat in self._seats:
-                if seat._leaving is not None:
+                if seat._leaving is not None or seat._opening is not None:
                     continue
                 if now - seat._heard > limits.idle:
                     seat._leaving = f"nothing was heard of the client for {limits.idle:g} s"
                     seat._keep = seat._paced
                 elif seat._begun >= limits.longest:
                     seat._leaving = f"streams end after {limits.longest:g} s here"
-            leaving = [seat for seat in [*self._seats, *self._queue] if seat._leaving]
+            places = [*self._seats, *self._queue]
+            leaving = [seat for seat in places if seat._leaving and seat._opening is None]
         while self._pending and any(begun.seat in leaving for begun in self._pending):
             self._end_block()
         with self.changed:
@@ -347,7 +260,7 @@ class Runtime:
             return
         places.remove(seat)
         stream, seat._stream = seat._stream, None
-        if self._save is None or not seat._keep or stream is None:
+        if self._save is None or not seat._keep or not seat._made:
             self._tell(seat, Over(seat._leaving))
             return
         self._being_saved += 1
@@ -366,18 +279,40 @@ class Runtime:
             self.changed.notify()
         self._tell(seat, Over(seat._leaving, saved=saved))
 
-    def _admit(self) -> Seat | None:
-        """The next of the queue, if there is a place; those behind move up."""
-        if not self._queue or not self._admissible:
-            return None
+    def _lets_in(self, now: float) -> bool:
+        """Whether the next of the queue may have a place: if there is one, and no lead is short."""
+        return bool(self._queue and self._admissible and self._has_time(now))
+
+    def _has_time(self, now: float) -> bool:
+        """Whether a block of a session that has had no lead yet would make no other late."""
+        settled = [seat for seat in self._seats if seat._settled and self._due(seat, now)]
+        margin = self._margin(len(self._pending))
+        return all(seat._lead(now, seat._begun) >= margin for seat in settled)
+
+    def _admit(self) -> None:
+        """Has the stream of the next of the queue opened; those behind move up."""
         seat = self._queue.pop(0)
         self._seats.append(seat)
         for position, other in enumerate(self._queue[self._admissible :], 1):
             self._tell(other, Queued(position))
-        return seat
+        seat._opening = self._opener.submit(self._open, seat._request)
+        seat._opening.add_done_callback(self._notify)
+
+    def _notify(self, *_: Any) -> None:
+        with self.changed:
+            self.changed.notify()
+
+    def _margin(self, pending: int) -> float:
+        """Lead with which a session is in time behind so many blocks, one more, and all others'."""
+        block = self.load.slow(self.load.steps) * self._longest_chunk / self._frame_rate
+        margin = (pending + 1 + sum(seat._settled for seat in self._seats)) * block
+        # no session has more lead when it is not due: the device would stand still
+        return margin if pending else min(margin, self.limits.lead)
 
     def _due(self, seat: Seat, now: float) -> bool:
         """Whether a block may be made now but for its lead."""
+        if seat._stream is None:
+            return False
         ahead = seat._begun - seat._taken  # what the client has not taken: it may have stalled
         reach = max(2 * self.limits.lead, 3.0)
         return seat._paused_at is None and ahead <= reach and now >= seat._not_before
@@ -389,24 +324,32 @@ class Runtime:
             for seat in self._seats
             if self._due(seat, now) and (seat._lead(now, seat._begun) <= lead or not seat._paced)
         ]
+        if not self._has_time(now):
+            due = [seat for seat in due if seat._settled]
         return min(due, key=lambda seat: seat._lead(now, seat._begun), default=None)
 
     def _until_something_is_due(self, now: float) -> float | None:
-        times = [self.limits.idle - (now - seat._heard) for seat in self._seats]
+        there = [seat for seat in self._seats if seat._opening is None]
+        times = [self.limits.idle - (now - seat._heard) for seat in there]
         times += [seat._not_before - now for seat in self._seats if seat._not_before > now]
         due = [seat for seat in self._seats if self._due(seat, now)]
         times += [seat._lead(now, seat._begun) - self.limits.lead for seat in due]
         return max(min(times), 0.0) + 1e-3 if times else None
 
-    def _open_seat(self, seat: Seat) -> None:
-        try:
-            stream = self._open(seat._request)
-        except Exception as error:
-            self._end(seat, error)
-            return
+    def _take_opened(self) -> None:
+        """Gives sessions their streams, as far as they are open."""
         with self.changed:
-            seat._stream, seat._steps, seat._heard = stream, stream.num_steps, self.clock()
-        self._tell(seat, Opened())
+            opened = [seat for seat in self._seats if seat._opening and seat._opening.done()]
+        for seat in opened:
+            with self.changed:
+                opening, seat._opening = seat._opening, None
+            if (error := opening.exception()) is not None:
+                self._end(seat, error)
+                continue
+            stream = opening.result()
+            with self.changed:
+                seat._stream, seat._steps, seat._heard = stream, stream.num_steps, self.clock()
+            self._tell(seat, Opened())
 
     def _begin_block(self, seat: Seat) -> None:
         start = self.clock()
@@ -426,7 +369,7 @@ class Runtime:
                 seat._not_before = self.clock() + POLL
                 return
             seat._begun += pending.num_frames / self._frame_rate
-        self._pending.append(_Begun(seat, pending, start))
+        self._pending.append(_Begun(seat, pending, start, self.load.steps))
 
     def _end_block(self) -> None:
         """Waits for the oldest of the blocks that were begun."""
@@ -451,21 +394,23 @@ class Runtime:
             self._figures.late_blocks += late > 0
             self._figures.seconds += took
             self._figures.host_seconds += chunk.timings.host
-            made = Made(chunk, took, seat._lead(now, seat._made), self.load.steps, late)
-            shed = self._measure(chunk.frames.shape[1], took, late > 0)
+            lead = seat._lead(now, seat._made)
+            made = Made(chunk, took, lead, self.load.steps, late)
+            seat._settled = seat._settled or (seat._paced and lead >= self._margin(0))
+            shed = self._measure(chunk.frames.shape[1], took, begun.steps, late > 0)
             seats = list(self._seats)
         self._tell(seat, made)
         for other in seats if shed else ():
             self._tell(other, Shed(self.load.steps, self._queue_places))
 
-    def _measure(self, frames: int, took: float, late: bool) -> bool:
+    def _measure(self, frames: int, took: float, steps: int, late: bool) -> bool:
         """Whether load is shed otherwise from now on."""
         self._longest_chunk = max(self._longest_chunk, frames)
         if frames > 0.7 * self._longest_chunk:  # a stream's first blocks show less than they cost
-            self.load.measured(took * self._frame_rate / frames)
+            self.load.measured(took * self._frame_rate / frames, steps)
         return self.load.adjust(sum(seat._paced for seat in self._seats), late)
 
-    def _end(self, seat: Seat, error: Exception) -> None:
+    def _end(self, seat: Seat, error: BaseException) -> None:
         with self.changed:
             with contextlib.suppress(ValueError):
                 self._seats.remove(seat)

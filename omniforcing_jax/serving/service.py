@@ -25,22 +25,18 @@ class SessionRequest:
     """What the runtime opens a stream for.
 
     Attributes:
-      contexts: of the first prompt, as the text encoder gives them.
       log: prompt, seed, whether the sound is pushed, and the turns, as they are applied.
       snapshot: that the stream goes on from, if it was saved.
     """
 
-    contexts: Any
     log: TurnLog
     snapshot: dict[str, Any] | None = None
 
     @classmethod
-    def of(
-        cls, prompt: str, contexts: Any, seed: int | None, sound: bool = False
-    ) -> "SessionRequest":
+    def of(cls, prompt: str, seed: int | None, sound: bool = False) -> "SessionRequest":
         """A new session, with the seed that was asked for, or a new one."""
         seed = secrets.randbits(32) if seed is None else seed
-        return cls(contexts, TurnLog(secrets.token_urlsafe(16), prompt, seed, sound))
+        return cls(TurnLog(secrets.token_urlsafe(16), prompt, seed, sound))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +45,8 @@ class Service:
 
     Attributes:
       runtime: steps the sessions.
-      encode: text to contexts; called beside the runtime's thread, by one thread at a time. Raises
-        ValueError for a text that it cannot take.
+      check: raises ValueError for a text that cannot be encoded. A session's first one is encoded
+        when its stream is opened: a client without a place costs nothing.
       width, height, frame_rate, sample_rate: of the streams.
       enlarge: every pixel is sent as so many by so many.
       image_crf: H.264 quality that pictures are given, see `media_files.compress_image`.
@@ -63,7 +59,7 @@ class Service:
     """
 
     runtime: Runtime
-    encode: Callable[[str], Any]
+    check: Callable[[str], None]
     width: int
     height: int
     frame_rate: float
@@ -146,9 +142,9 @@ class Workers:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._text_thread, function, text)
 
-    async def encode(self, text: str) -> Any:
-        """Contexts of a prompt; raises as `with_text`."""
-        return await self.with_text(text, self._service.encode)
+    async def check(self, text: str) -> None:
+        """Raises as `with_text` for what cannot be a first prompt."""
+        await self.with_text(text, self._service.check)
 
     async def saved(self, name: str) -> SessionRequest:
         """A session that was saved; one that still runs is ended and saved before.
@@ -163,8 +159,7 @@ class Workers:
                 await end()
             except TimeoutError:
                 raise ValueError("the session is still being saved; try again soon") from None
-        log, snapshot = await self.beside(self._service.snapshots.read, name)
-        return SessionRequest(snapshot["contexts"], log, snapshot)
+        return SessionRequest(*await self.beside(self._service.snapshots.read, name))
 
     def close(self) -> None:
         """Starts nothing more."""

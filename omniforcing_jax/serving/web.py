@@ -28,7 +28,7 @@ from omniforcing_jax.serving import events, protocol
 from omniforcing_jax.serving.connection import Connection
 from omniforcing_jax.serving.events import Full
 from omniforcing_jax.serving.protocol import ProtocolError
-from omniforcing_jax.serving.runtime import Seat
+from omniforcing_jax.serving.seat import Seat
 from omniforcing_jax.serving.service import Service, SessionRequest, Workers
 
 PAGE = pathlib.Path(__file__).parent / "page"
@@ -148,9 +148,9 @@ class _Server:
             longest = self.service.runtime.limits.longest
             if not 0 < wanted.seconds <= longest:
                 raise ValueError(f"'seconds' must be above 0 and at most {longest:g}")
-            self.service.runtime.check_room()  # before a text is encoded for nothing
-            contexts = await self.workers.encode(wanted.prompt)
-            order = SessionRequest.of(wanted.prompt, contexts, wanted.seed)
+            self.service.runtime.check_room()
+            await self.workers.check(wanted.prompt)
+            order = SessionRequest.of(wanted.prompt, wanted.seed)
             told: asyncio.Queue = asyncio.Queue()
             loop = asyncio.get_running_loop()
             seat = self.service.runtime.join(

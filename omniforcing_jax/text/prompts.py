@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ class PromptCache:
 
 
 class PromptEncoder:
-    """Encodes prompts one by one, remembering them on disk.
+    """Encodes prompts one by one, remembering them on disk; of several threads one at a time.
 
     Attributes:
       keep: the encoder stays in memory after a prompt.
@@ -172,7 +173,7 @@ class PromptEncoder:
             dims = (connectors.video_dim, connectors.audio_dim)
             self._cache = PromptCache(cache, fingerprint, dims)
         self.keep, self.length = keep, self._files.length
-        self.times = TextTimes()
+        self.times, self._lock = TextTimes(), threading.Lock()
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises ValueError for a prompt that cannot be encoded; reads no weights."""
@@ -194,14 +195,15 @@ class PromptEncoder:
           FloatingPointError: contexts are not finite.
         """
         self.check(prompts)
-        found = {prompt: self._lookup(prompt) for prompt in prompts}
-        try:
-            for prompt in found:
-                if found[prompt] is None:
-                    found[prompt] = self._compute(prompt)
-        finally:
-            if not self.keep:
-                self.close()
+        with self._lock:
+            found = {prompt: self._lookup(prompt) for prompt in prompts}
+            try:
+                for prompt in found:
+                    if found[prompt] is None:
+                        found[prompt] = self._compute(prompt)
+            finally:
+                if not self.keep:
+                    self.close()
         return [found[prompt] for prompt in prompts]
 
     def _lookup(self, prompt: str) -> Contexts | None:

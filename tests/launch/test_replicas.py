@@ -13,7 +13,7 @@ from omniforcing_jax.serving.events import Limits
 from omniforcing_jax.serving.runtime import Runtime
 from omniforcing_jax.serving.service import Service
 from omniforcing_jax.serving.web import make_app
-from tests.serving.test_web import FRAME_RATE, HEIGHT, SAMPLE_RATE, WIDTH, ColourStream, encode
+from tests.serving.test_web import FRAME_RATE, HEIGHT, SAMPLE_RATE, WIDTH, ColourStream, check
 
 pytest.importorskip("ray")
 
@@ -26,7 +26,7 @@ def colour_app():
     """Of streams that need no model, one in each replica."""
     runtime = Runtime(ColourStream, FRAME_RATE, Limits(sessions=1, waiting=0, lead=1.0))
     runtime.__enter__()
-    return make_app(Service(runtime, encode, WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE))
+    return make_app(Service(runtime, check, WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE))
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ class ColourStream(TurnsStream):
 
     def __init__(self, request):
         self.log, self.sound = request.log, request.log.sound
-        self.shown, self.block = COLOURS[request.contexts], 0
+        self.shown, self.block = COLOURS[request.log.prompt], 0
         self.heard = []
         super().__init__()
         if request.snapshot is not None:
@@ -72,12 +72,12 @@ class ColourStream(TurnsStream):
 
     def add(self, turn):
         if turn.kind == "prompt":
-            encode(turn.payload["prompt"])
+            check(turn.payload["prompt"])
         super().add(turn)
 
     def snapshot(self):
         turns = {"turns": self.waiting_turns}
-        return {"shown": self.shown, "block": self.block, "contexts": "red"} | turns
+        return {"shown": self.shown, "block": self.block} | turns
 
     def apply(self, turn):
         payload = turn.payload
@@ -112,10 +112,9 @@ class ColourStream(TurnsStream):
         )
 
 
-def encode(text: str) -> str:
+def check(text: str) -> None:
     if text not in COLOURS:
         raise ValueError(f"{text!r} is no colour")
-    return text
 
 
 @contextlib.contextmanager
@@ -127,7 +126,7 @@ def serving(token=None, hosts=("localhost", "127.0.0.1"), stream=None, store=Non
     limits = Limits(**{"lead": 2.0} | limits)
     save = store and (lambda request, snapshot: store.save(request.log, snapshot))
     with Runtime(stream or ColourStream, FRAME_RATE, limits, save=save) as runtime:
-        service = Service(runtime, encode, WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE,
+        service = Service(runtime, check, WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE,
                           token=token, hosts=hosts, snapshots=store)  # fmt: skip
         config = uvicorn.Config(make_app(service), log_level="error", ws_max_size=32 << 20)
         server = Server(config, runtime)

@@ -415,6 +415,10 @@ def decode_audio_chunk(
     return log_mel.astype(jnp.float32), history
 
 
+# so that its shapes are found once, and not for each stream
+_decode_chunk = jax.jit(decode_audio_chunk, static_argnames=("config", "start", "dtype"))
+
+
 def init_decoder_history(
     params: Mapping[str, Any],
     config: AudioVAEConfig,
@@ -424,8 +428,8 @@ def init_decoder_history(
 ) -> dict:
     """Zero history for `decode_audio_chunk`: a tree of [B, 2, W, C] arrays in `dtype`."""
     latents = jax.ShapeDtypeStruct((batch, 1, config.latent_width), jnp.float32)
-    decode = functools.partial(decode_audio_chunk, config=config, start=True, dtype=dtype)
-    _, history = jax.eval_shape(lambda p, x: decode(p, latents=x, history=None), params, latents)
+    how = {"config": config, "start": True, "dtype": dtype}
+    _, history = _decode_chunk.eval_shape(params, latents=latents, history=None, **how)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), history)
 
 
