@@ -22,6 +22,7 @@ For a checkpoint with random weights, `--random-features` derives them from the 
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -118,6 +119,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_attention(parser)
     options.add_verify(parser)
     compilation.add_option(parser)
+    add("--timings", action="store_true", help="tell what each part of a block takes; waits for it")
     return parser.parse_args(argv)
 
 
@@ -328,7 +330,7 @@ def open_session(
         max_blocks=request.length and request.length.blocks + given.unshown,
         given=given.stream,
         text_length=padded_length(request.prompts.values(), args.attention),
-        timings=True,
+        timings=args.timings,
         **session_options(args),
     )
     given.start(session)
@@ -342,8 +344,14 @@ def run(
     writer: BackgroundWriter,
     report: StreamReport,
     interrupt: Interrupt,
+    *,
+    ahead: bool,
 ) -> None:
-    """Generates, reports and writes blocks until the clip is complete or interrupted."""
+    """Generates, reports and writes blocks until the clip is complete or interrupted.
+
+    Args:
+      ahead: begin a block before the pixels of the one before it are copied to the host.
+    """
 
     def write(chunk: Chunk) -> None:
         if request.length is not None:
@@ -353,12 +361,16 @@ def run(
             writer.put(chunk)
 
     interrupt.ends_after_block = True
-    unshown = request.given.unshown
+    unshown, pending = request.given.unshown, collections.deque()
     with options.plain_warnings(report.console):
         while not interrupt.requested and session.num_blocks != session.max_blocks:
             if session.num_blocks and session.num_blocks - unshown in request.prompts:
                 session.set_prompt(request.prompts[session.num_blocks - unshown])
-            write(session.step())
+            pending.append(session.begin())
+            if len(pending) > ahead:
+                write(pending.popleft().chunk())
+        for block in pending:
+            write(block.chunk())
         write(session.finish())
 
 
@@ -421,7 +433,7 @@ def stream(
       OSError: the clip could not be written; a note says where what there is of it lies.
     """
     compilation.use_cache(not args.no_compilation_cache)
-    report = StreamReport(args.fps)
+    report = StreamReport(args.fps, args.timings)
     settings = clip_settings(args, config)
     with (
         Interrupt() as interrupt,
@@ -446,7 +458,7 @@ def stream(
         except KeyboardInterrupt:  # its threads cannot be stopped, nor Python end under them
             interrupt.leave()
         with BackgroundWriter(clip, args.enlarge) as writer:
-            run(session, request, writer, report, interrupt)
+            run(session, request, writer, report, interrupt, ahead=not args.timings)
         clip.close()  # not left to the end of the block, where an error would get no note
     report.summary(args.output)
     return report

@@ -11,8 +11,9 @@ from omniforcing_jax import Chunk, StreamingSession
 from omniforcing_jax.streaming.ahead import BlocksAhead
 from omniforcing_jax.text.prompts import TextTimes
 
-# Parts of a block's time as the report names them.
-PARTS = {
+# Parts of a block's time as the report names them: all that the device does is one, or in three.
+PARTS = {"text": "text", "generate": "device", "host": "host"}
+TIMED_PARTS = {
     "text": "text",
     "generate": "generate",
     "decode_video": "video",
@@ -23,12 +24,14 @@ PARTS = {
 class StreamReport:
     """Progress on standard error: one line per block, totals at the end."""
 
-    def __init__(self, frame_rate: float):
+    def __init__(self, frame_rate: float, timings: bool):
+        """`timings`: whether the session tells the parts of a block's time apart."""
+        self._parts = TIMED_PARTS if timings else PARTS
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         self.frame_rate = frame_rate
         self.start = time.perf_counter()
         self.first_chunk: float | None = None  # when it came
-        self.first_parts = dict.fromkeys(PARTS, 0.0)  # until then
+        self.first_parts = dict.fromkeys(self._parts, 0.0)  # until then
         self.encoding = self.compilation = 0.0  # before the stream began
         self.frames = 0
         self.seconds = 0.0
@@ -56,7 +59,7 @@ class StreamReport:
     def chunk(self, chunk: Chunk) -> None:
         """Adds one chunk and prints its line."""
         count, times = chunk.frames.shape[1], chunk.timings
-        parts = {part: getattr(times, part) for part in PARTS}
+        parts = {part: getattr(times, part) for part in self._parts}
         now = time.perf_counter()
         if self.first_chunk is None:
             self.first_parts = {p: x + parts[p] for p, x in self.first_parts.items()}
@@ -74,7 +77,7 @@ class StreamReport:
         if times.text < 0.005:  # as it is but for the first block of a prompt
             del parts["text"]
         self.console.print(
-            f"{name}  {times.total:6.2f} s  ({_list_parts(parts)})  {count:3d} frames  "
+            f"{name}  {times.total:6.2f} s  ({self._list(parts)})  {count:3d} frames  "
             f"{speed:6.1f} FPS  x{speed / self.frame_rate:.2f} real time  lead {lead:+.2f} s"
             + (f"  {chunk.late:.2f} s of what is given were late" if chunk.late else "")
         )
@@ -96,7 +99,7 @@ class StreamReport:
             return
         length = self.frames / self.frame_rate
         parts = self.first_parts | {"text": self.encoding + self.first_parts["text"]}
-        parts = f"compilation {self.compilation:.2f}, {_list_parts(parts)}"
+        parts = f"compilation {self.compilation:.2f}, {self._list(parts)}"
         first = f"{self.seconds_to_first_chunk:.2f} s ({parts})"
         average = f"{self.frames / self.seconds:.1f} FPS on average"
         table = Table(show_header=False)
@@ -105,6 +108,5 @@ class StreamReport:
         table.add_row("speed", f"{self.median_fps:.1f} FPS (median block), {average}")
         self.console.print(table)
 
-
-def _list_parts(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{PARTS[part]} {x:.2f}" for part, x in seconds.items())
+    def _list(self, seconds: dict[str, float]) -> str:
+        return ", ".join(f"{self._parts[part]} {x:.2f}" for part, x in seconds.items())
