@@ -19,6 +19,7 @@ from checkpoint_converters.output import appearing, folder_problems, progress_ba
 from checkpoint_converters.safetensors_io import ConversionError, TensorInfo, read_middle
 from omniforcing_jax import programs
 from omniforcing_jax.distributed import multihost
+from omniforcing_jax.distributed.partitioning import parse_mesh
 from omniforcing_jax.io import checksums, outputs
 from omniforcing_jax.io.checkpoints import FORMAT, write_json
 from omniforcing_jax.types import DTYPES
@@ -50,24 +51,6 @@ class ConversionPlan(NamedTuple):
     files: Mapping[str, pathlib.Path | bytes] = {}
     inputs: tuple[str | os.PathLike, ...] = ()
     weights: tuple[pathlib.Path, ...] = ()
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """'fsdp=8,tensor=2' -> {"fsdp": 8, "tensor": 2}.
-
-    Raises:
-      ValueError: not of this form, or another axis than fsdp and tensor.
-    """
-    mesh: dict[str, int] = {}
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name not in SPLIT_AXES or not size.isdigit() or int(size) < 1:
-            raise ValueError(
-                f"--mesh {text!r}: {part!r} must be AXIS=SIZE with AXIS one of {SPLIT_AXES} and "
-                "SIZE at least 1, for example fsdp=8 or fsdp=8,tensor=2"
-            )
-        mesh[name] = int(size)
-    return mesh
 
 
 def config_content(
@@ -274,7 +257,7 @@ def main(
     args = vars(parser.parse_args(argv))
     full_list = args.pop("problems")
     try:
-        args["mesh"] = parse_mesh(args["mesh"])
+        args["mesh"] = parse_mesh(args["mesh"], SPLIT_AXES)
     except ValueError as error:
         parser.error(str(error))
     if args.pop("distributed"):

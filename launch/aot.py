@@ -29,6 +29,7 @@ import jax
 
 from launch import dry_run
 from omniforcing_jax import programs
+from omniforcing_jax.distributed.partitioning import parse_mesh
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.scaling import aot, devices, traffic
 from omniforcing_jax.scaling.planning import ACHIEVABLE
@@ -95,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       ValueError: the target is unknown, its compiler is missing, or the mesh or a setting is wrong.
     """
-    target, mesh = devices.Target.parse(args.target), dry_run.parse_mesh(args.mesh)
+    target, mesh = devices.Target.parse(args.target), parse_mesh(args.mesh, rest=True)
     machine = target.load()
     changes = dry_run.parse_settings(args.set)
     if args.program == "stream":

@@ -19,7 +19,6 @@ from omniforcing_jax import (
     RolloutConfig,
     TransformerConfig,
 )
-from omniforcing_jax.distributed.partitioning import MESH_AXES
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.models.video_vae.model import VideoVAEConfig
 from omniforcing_jax.sampling import flow
@@ -31,23 +30,6 @@ STREAM = {
     "height": 512, "width": 768, "window": 7, "layout": "prefix", "text_tokens": 1024,
     "quantize": "none", "cache_dtype": None,
 }  # fmt: skip
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """ "fsdp=32,sequence=2" -> {"fsdp": 32, "sequence": 2}.
-
-    Raises:
-      ValueError: not of this form, or an axis that there is not.
-    """
-    axes = {}
-    for pair in text.split(","):
-        name, _, size = pair.partition("=")
-        if name not in MESH_AXES or not size.lstrip("-").isdigit():
-            raise ValueError(
-                f"mesh {text!r}: write it as fsdp=32,sequence=2; axes are {', '.join(MESH_AXES)}"
-            )
-        axes[name] = int(size)
-    return axes
 
 
 def mesh_text(mesh: Mapping[str, int]) -> str:

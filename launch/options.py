@@ -10,12 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from rich.console import Console
 
-from omniforcing_jax import AVGuidance, PromptEncoder
+from omniforcing_jax import AVGuidance, PipelineConfig, PromptEncoder
+from omniforcing_jax.distributed.partitioning import make_mesh, parse_mesh
 from omniforcing_jax.io import checkpoints, outputs
 from omniforcing_jax.models import quantization
 from omniforcing_jax.ops.attention import IMPLEMENTATIONS
+from omniforcing_jax.pipeline import check_split
 from omniforcing_jax.sampling.kv_cache import DTYPES as CACHE_DTYPES
 from omniforcing_jax.sampling.kv_cache import POSITIONS
 from omniforcing_jax.sampling.trained import TrainedSettings
@@ -259,12 +262,36 @@ def check_precision(args: argparse.Namespace) -> list[str]:
     return []
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Adds --mesh; see `find_mesh`."""
+    parser.add_argument(
+        "--mesh", default="1", metavar="tensor=N",
+        help="split the transformer's heads and hidden units over N devices (default: one)",
+    )  # fmt: skip
+
+
+def find_mesh(args: argparse.Namespace, config: PipelineConfig) -> Mesh | None:
+    """The devices of --mesh; None for one.
+
+    Raises:
+      ValueError: not so many devices, or a model or precision that cannot be split over them.
+    """
+    shape = {"tensor": 1} | parse_mesh(args.mesh)
+    check_split(config, shape, args.quantize)
+    ways, devices = shape["tensor"], jax.local_devices()
+    if ways > len(devices):
+        raise ValueError(f"--mesh tensor={ways}: there are {len(devices)} devices")
+    return make_mesh(tensor=ways, devices=devices[:ways]) if ways > 1 else None
+
+
 def loading(args: argparse.Namespace) -> str:
     """Says what is loaded, in which precision, and where."""
     precision = compute_dtype(args).__name__
     if args.quantize != "none":
         precision += f" and {args.quantize}"
-    return f"loading {args.checkpoint} as {precision} on {jax.devices()[0]}"
+    ways = ({"tensor": 1} | parse_mesh(args.mesh))["tensor"]
+    place = jax.devices()[0] if ways == 1 else f"{ways} x {jax.devices()[0].device_kind}"
+    return f"loading {args.checkpoint} as {precision} on {place}"
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:

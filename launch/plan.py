@@ -16,6 +16,7 @@ from typing import Any
 
 from launch import dry_run
 from omniforcing_jax import programs
+from omniforcing_jax.distributed.partitioning import parse_mesh
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.scaling.devices import EXAMPLES, GIB, Target
@@ -159,7 +160,7 @@ def compare(file: pathlib.Path) -> str:
         if not r["step"] or r["program"] == "stream":
             continue
         target = Target.parse(r["target"])
-        mesh = dry_run.parse_mesh(r["mesh"])
+        mesh = parse_mesh(r["mesh"])
         changes, variant = r["settings"], r.get("variant")
         if variant is None:  # compiled when gradients were added up in the compute dtype
             changes, variant = {"compute.reduce_dtype": "bfloat16"} | changes, "19b"

@@ -86,6 +86,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_decoder(parser)
     options.add_dtype(parser)
     options.add_quantize(parser)
+    options.add_mesh(parser)
     options.add_attention(parser)
     options.add_verify(parser)
     compilation.add_option(parser)
@@ -170,6 +171,7 @@ def check_arguments(args: argparse.Namespace) -> ServeRequest:
     notes = options.list_deviations(options.use_trained(args, config.trained))
     for note in (*notes, *options.check_precision(args)):
         programs.say(note)
+    options.find_mesh(args, config)
     layout = config.layout(args.layout, args.fps)
     cache = config.cache(layout, args.window, args.anchors, args.positions)
     cache = dataclasses.replace(cache, dtype=args.cache_dtype)
@@ -324,6 +326,7 @@ def load_service(
     console.print(options.loading(args))
     how = {"verify": args.verify, "encoders": True, "tiny": args.decode == "tiny"}
     how |= {"quantize": args.quantize, "loras": request.loras}
+    how["mesh"] = options.find_mesh(args, request.config)
     pipeline = load_pipeline(args.checkpoint, dtype=options.compute_dtype(args), **how)
     num_compilations()  # counts from here on
     open_stream = streams(args, pipeline, request.rollout, request.encoder)

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from checkpoint_converters import lora
 from launch import compilation, given_stream, options
@@ -116,6 +117,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_decoder(parser)
     options.add_dtype(parser)
     options.add_quantize(parser)
+    options.add_mesh(parser)
     options.add_attention(parser)
     options.add_verify(parser)
     compilation.add_option(parser)
@@ -143,6 +145,7 @@ class StreamRequest:
       notes: what is otherwise than one might think, a line each.
       given: pictures, film and sound.
       loras: what is added to the transformer's weights.
+      mesh: devices that the transformer is split over; None is one.
     """
 
     rollout: RolloutConfig
@@ -152,6 +155,7 @@ class StreamRequest:
     notes: list[str]
     given: GivenToStream
     loras: list[KernelUpdate] = dataclasses.field(default_factory=list)
+    mesh: Mesh | None = None
 
 
 def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamRequest:
@@ -171,6 +175,7 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     _check_decoder(args, config)
     _check_attention(args, config)
     notes += options.check_precision(args)
+    mesh = options.find_mesh(args, config)
     layout = config.layout(args.layout, args.fps)
     cache = config.cache(layout, args.window, args.anchors, args.positions)
     cache = dataclasses.replace(cache, dtype=args.cache_dtype)
@@ -192,7 +197,7 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     else:
         dims = config.transformer.text_dims
         prompts = {block: _contexts(args, text, dims) for block, text in prompts.items()}
-    return StreamRequest(rollout, length, prompts, encoder, notes, given)
+    return StreamRequest(rollout, length, prompts, encoder, notes, given, mesh=mesh)
 
 
 def _cache_bytes(args: argparse.Namespace, config: PipelineConfig, rollout: RolloutConfig) -> int:
@@ -303,7 +308,9 @@ def compile_ahead(
 ) -> BlocksAhead | None:
     """Begins to compile blocks where sentences are encoded before, only text is given, and the
     weights will be as they are in the checkpoint."""
-    if request.encoder is None or request.given.encoders or args.quantize != "none":
+    if request.encoder is None or request.given.encoders:
+        return None
+    if args.quantize != "none" or request.mesh is not None:
         return None
     dtype = options.compute_dtype(args)
     return BlocksAhead(
@@ -413,7 +420,7 @@ def check_request(args: argparse.Namespace) -> tuple[PipelineConfig, StreamReque
 def load(args: argparse.Namespace, request: StreamRequest) -> Pipeline:
     """Reads the weights."""
     how = {"verify": args.verify, "encoders": request.given.encoders, "loras": request.loras}
-    how |= {"tiny": args.decode == "tiny", "quantize": args.quantize}
+    how |= {"tiny": args.decode == "tiny", "quantize": args.quantize, "mesh": request.mesh}
     return load_pipeline(args.checkpoint, dtype=options.compute_dtype(args), **how)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.io import checkpoints
@@ -359,8 +362,9 @@ def load_pipeline(
     loras: Sequence[lora.KernelUpdate] = (),
     per_layer: bool = True,
     quantize: str = "none",
+    mesh: Mesh | None = None,
 ) -> Pipeline:
-    """Restores the components that a sampler needs, onto the first device.
+    """Restores the components that a sampler needs, onto the first device or a mesh.
 
     Args:
       directory: folder written by `checkpoint_converters`.
@@ -373,18 +377,31 @@ def load_pipeline(
         clips are sampled from stacked ones as well, whose programs compile sooner.
       quantize: "none", or one of `quantization.PRECISIONS` for the transformer, whose weights are
         read into the computer's memory then, and go to the device in that precision.
+      mesh: devices, along `tensor` alone, that the heads and hidden units of the transformer are
+        split over, for streaming; from `distributed.partitioning.make_mesh`. All else is on the
+        first of them.
 
     Returns:
       Configuration and parameters, from which sessions start.
 
     Raises:
       FileNotFoundError, ValueError: see `PipelineConfig.from_checkpoint` and `check_complete`;
-        before any weights are read. No such precision, or not for weights that are stacked.
+        before any weights are read. No such precision, or not for weights that are stacked, or for
+        8-bit products over a mesh; a mesh that does not divide the heads, or has other axes.
       DamagedFile: a file is not what was written, or is missing.
     """
     config = PipelineConfig.from_checkpoint(directory)
     config.check_complete()
-    places = {} if quantize == "none" else {"transformer": _host(quantize, per_layer)}
+    at, first = None, jax.local_devices()[0]
+    if mesh is not None:
+        check_split(config, mesh.shape, quantize)
+        if not per_layer:
+            raise ValueError("a mesh is for streaming: leave per_layer as it is")
+        at, first = weights.places(config.transformer, mesh), mesh.devices.flat[0]
+    alone = jax.sharding.SingleDeviceSharding(first)
+    places = {"transformer": alone if at is None else lambda path, shape: at[path]}
+    if quantize != "none":
+        places["transformer"] = _host(quantize, per_layer)
     dtypes = dict.fromkeys(PIPELINE_COMPONENTS, dtype) | {"vocoder": jnp.float32}
     left_out = dict.fromkeys(dtypes, None if encoders else "encoder")
     if tiny:
@@ -394,15 +411,33 @@ def load_pipeline(
             del dtypes["video_vae"]
     params = {}
     for name, component_dtype in dtypes.items():
-        how = {"without": left_out[name], "verify": verify, "sharding": places.get(name)}
+        how = {"without": left_out[name], "verify": verify, "sharding": places.get(name, alone)}
         params[name] = checkpoints.load_params(directory, name, dtype=component_dtype, **how)
     params["transformer"] = lora.merge(params["transformer"], loras)
     if per_layer:
-        how = {"quantize": quantize, "scales": checkpoints.float8_scales(directory)}
+        how = {"quantize": quantize, "scales": checkpoints.float8_scales(directory), "at": at}
         params["transformer"] = weights.per_layer(params["transformer"], **how)
-    if places:
-        params["transformer"] = jax.device_put(params["transformer"], jax.local_devices()[0])
+    if quantize != "none":  # what is not waits in the computer's memory still
+        rest = dict(params["transformer"])
+        layers = () if at is None else rest.pop("blocks")  # on their mesh already
+        where = alone if at is None else unflatten_dict({p: at[p] for p in flatten_dict(rest)})
+        params["transformer"] = jax.device_put(rest, where) | ({"blocks": layers} if layers else {})
     return Pipeline(config, params, dtype)
+
+
+def check_split(config: PipelineConfig, mesh: Mapping[str, int], quantize: str = "none") -> None:
+    """Raises ValueError where `load_pipeline` cannot split a model over a mesh.
+
+    Args:
+      mesh: devices per axis.
+      quantize: as for `load_pipeline`.
+    """
+    weights.check_mesh(config.transformer, mesh)
+    precision = quantization.PRECISIONS.get(quantize)
+    if precision is not None and precision.products and math.prod(mesh.values()) > 1:
+        raise ValueError(
+            f"{quantize}: 8-bit products run on one device; over a mesh use int8 or fp8"
+        )
 
 
 def _host(quantize: str, per_layer: bool) -> jax.sharding.Sharding:

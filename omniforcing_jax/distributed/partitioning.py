@@ -68,6 +68,30 @@ class WeightRules:
     reduce_dtype: Any = jnp.float32
 
 
+def parse_mesh(
+    text: str, axes: tuple[str, ...] = MESH_AXES, *, rest: bool = False
+) -> dict[str, int]:
+    """ "fsdp=32,sequence=2" -> {"fsdp": 32, "sequence": 2}; "1", for one device, -> {}.
+
+    Args:
+      axes: that may be named.
+      rest: whether a size may be -1, for all devices that are left.
+
+    Raises:
+      ValueError: not of this form, or another axis.
+    """
+    mesh: dict[str, int] = {}
+    for part in text.split(",") if text not in ("", "1") else ():
+        name, _, size = part.partition("=")
+        if name not in axes or not ((size.isdecimal() and int(size)) or (rest and size == "-1")):
+            raise ValueError(
+                f"mesh {text!r}: {part!r} must be AXIS=SIZE, with an axis of {', '.join(axes)} and "
+                f"a size from 1 on, such as {axes[0]}=8"
+            )
+        mesh[name] = int(size)
+    return mesh
+
+
 def make_mesh(
     *,
     data: int = 1,
@@ -213,7 +237,8 @@ class _Split(NamedTuple):
         # One mesh axis after the other: no more bytes than both at once, whereas a gather over all
         # devices of a TPU slice may be compiled to an all-reduce, with twice the bytes.
         for name in reversed(WEIGHT_AXES):
-            kernel = jax.lax.all_gather(kernel, name, axis=self.gathered, tiled=True)
+            if jax.lax.axis_size(name) > 1:
+                kernel = jax.lax.all_gather(kernel, name, axis=self.gathered, tiled=True)
         return kernel
 
 

@@ -245,6 +245,15 @@ def cache_sharding(cache: RollingCache, mesh: Mesh) -> RollingCache:
     return jax.tree.map(place, cache)
 
 
+def constrained(cache: RollingCache) -> RollingCache:
+    """In a program: the cache where `cache_sharding` puts it, if there is a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return cache
+    where = cache_sharding(cache, mesh)
+    return jax.tree.map(jax.lax.with_sharding_constraint, cache, where)
+
+
 def write(
     cache: RollingCache, new: Pathways, patches: int, *, first: bool, detach: bool = True
 ) -> RollingCache:

@@ -18,8 +18,13 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from omniforcing_jax.distributed import partitioning
 from omniforcing_jax.models import quantization
+from omniforcing_jax.models.transformer.config import TransformerConfig
+from omniforcing_jax.models.transformer.model import Transformer, init_boxed_params
 
 # (attention, name of the joined product): what it is joined of, in the order of its outputs.
 JOINED = {
@@ -37,11 +42,49 @@ def is_per_layer(params: Mapping[str, Any]) -> bool:
     return isinstance(params.get("blocks"), tuple)
 
 
+def check_mesh(config: TransformerConfig, mesh: Mapping[str, int]) -> None:
+    """Raises ValueError for a mesh (devices per axis) that a sampler cannot be split over.
+
+    Heads and hidden units are split over `tensor`; one stream has nothing for the other axes.
+    """
+    others = [axis for axis, ways in mesh.items() if axis != "tensor" and ways != 1]
+    if others:
+        raise ValueError(f"a stream is split over tensor alone, not over {', '.join(others)}")
+    ways = mesh["tensor"]
+    for name, heads in (("video", config.video_heads), ("audio", config.audio_heads)):
+        if ways < 1 or heads % ways:
+            fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(
+                f"tensor={ways} does not divide the {heads} heads of the {name} stream; "
+                f"{', '.join(fits)} do"
+            )
+
+
+def places(config: TransformerConfig, mesh: Mesh) -> dict[tuple[str, ...], NamedSharding]:
+    """{path: where a stacked parameter is} of a sampler over a mesh."""
+    model = Transformer(config)
+    boxed = jax.eval_shape(lambda: init_boxed_params(model, jax.random.key(0)))
+    return flax.traverse_util.flatten_dict(partitioning.shardings(boxed, mesh))
+
+
+def layer_place(stacked: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """Where a layer's part of a stacked parameter is; of a kernel in 8 bits its scales, too.
+
+    Args:
+      shape: of the part; what has one entry along the input axis are scales.
+    """
+    spec = stacked.spec[1:]
+    if len(shape) == 2 and shape[0] == 1:
+        spec = P(None, *spec[1:])
+    return NamedSharding(stacked.mesh, P(*spec))
+
+
 def per_layer(
     params: Mapping[str, Any],
     *,
     join: bool = True,
     quantize: str = "none",
+    at: Mapping[tuple[str, ...], NamedSharding] | None = None,
     scales: Mapping[str, Sequence[float | None]] | None = None,
 ) -> dict[str, Any]:
     """A transformer's weights as samplers use them; the stacked arrays are deleted on the way.
@@ -53,6 +96,8 @@ def per_layer(
     Args:
       params: from `io.checkpoints.load_params`, layers stacked on the first axis of `blocks`.
       join: join the products of `JOINED`. Over devices that split the heads, leave them apart.
+      at: from `places`, for the layers over a mesh, which are then not joined; None leaves them on
+        the device where they are, or where they are quantised.
       quantize: "none", or one of `quantization.PRECISIONS`, for the kernels of `QUANTIZED`.
       scales: of weights that were float8 in their file, from `io.checkpoints.float8_scales`. As
         float8 they become again what they were there, and those without a scale are left as they
@@ -72,6 +117,12 @@ def per_layer(
     num_layers = next(iter(flat.values())).shape[0]
     layers: list[dict[tuple, Any]] = [{} for _ in range(num_layers)]
 
+    join = join and at is None
+
+    def put(path: tuple[str, ...], piece: Any) -> Any:
+        stacked = at["blocks", *path]
+        return jax.tree.map(lambda x: jax.device_put(x, layer_place(stacked, x.shape)), piece)
+
     def place(path: tuple[str, ...], *paths: tuple[str, ...]) -> None:
         """Puts what lies at `paths`, joined, at `path` of the layers."""
         parts = [jnp.asarray(flat.pop(path)) for path in paths]
@@ -84,7 +135,7 @@ def per_layer(
         else:
             pieces = _unstacked(*parts)
         for layer, piece in zip(layers, pieces, strict=True):
-            layer[path] = piece
+            layer[path] = piece if at is None else put(path, piece)
         if not isinstance(parts[0], jax.core.Tracer):
             jax.block_until_ready([layer[path] for layer in layers])
             for part in parts:

@@ -198,16 +198,15 @@ def _per_layer(params: Any, mesh: jax.sharding.Mesh, quantize: str) -> Any:
     join = mesh.size == 1
     how = {"join": join, "quantize": quantize}
     blocks = jax.eval_shape(lambda p: weights.per_layer(p, **how), params)["blocks"]
+    whole = NamedSharding(mesh, P())
 
     def place(path, x):
         stacked = params["blocks"]
         keys = [key.key for key in path[1:] if isinstance(key, jax.tree_util.DictKey)]
         for key in keys:
             stacked = stacked.get(key, {})  # joined ones have no place of their own
-        spec = P(*stacked.sharding.spec[1:]) if stacked else P()
-        if len(keys) < len(path) - 1 and x.shape[0] == 1:  # the scales [1, out] of a kernel
-            spec = P(None, *spec[1:])
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        place = weights.layer_place(stacked.sharding, x.shape) if stacked else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     return {**params, "blocks": jax.tree.map_with_path(place, blocks)}
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 
 from omniforcing_jax.models.transformer.model import Transformer
-from omniforcing_jax.sampling import student
+from omniforcing_jax.sampling import kv_cache, student
 from omniforcing_jax.sampling.conditions import Condition
 from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.rollout_config import RolloutConfig
@@ -18,6 +18,7 @@ from omniforcing_jax.streaming.block_programs import (
     fills_cache,
     latent_shapes,
     on_device,
+    on_mesh,
     write_block,
     written_anew,
 )
@@ -53,7 +54,7 @@ class BlockMaker:
         """
         Args:
           max_blocks: of the longest stream; None is without end.
-          device: where everything is put; None leaves that to JAX.
+          device: where everything is put, on a mesh what is not split; None leaves that to JAX.
 
         Raises:
           ValueError: an endless stream with absolute positions.
@@ -61,8 +62,22 @@ class BlockMaker:
         self.model, self.params, self.config, self.batch = model, params, config, batch
         self.steerable, self._max_blocks, self._device = steerable, max_blocks, device
         self.rope = config.rope(model, max_blocks)
-        self.cache = student.new_cache(model, config, batch, params)
+        if isinstance(device, NamedSharding):
+            self.rope = jax.device_put(self.rope, device)
+        self.cache = self._new_cache()
         self.held: dict[int, Condition] = {}
+
+    def _new_cache(self) -> RollingCache:
+        how = self.model, self.config, self.batch, self.params
+        if not isinstance(self._device, NamedSharding):
+            return student.new_cache(*how)
+        shapes = jax.eval_shape(lambda: student.new_cache(*how))
+        where = kv_cache.cache_sharding(shapes, self._device.mesh)
+        return jax.jit(lambda: student.new_cache(*how), out_shardings=where)()
+
+    def _cache_place(self, x: jax.Array) -> Sharding | None:
+        """Of an array of the cache, as a block gives it back."""
+        return x.sharding if isinstance(self._device, NamedSharding) else self._device
 
     @property
     def keeps_latents(self) -> bool:
@@ -96,7 +111,8 @@ class BlockMaker:
         """Asks for the latents [B, T, C] of a block, the one behind those in the cache."""
         full = fills_cache(self.params, self.config, block + 1)
         arguments, options = self.arguments(now, self.cache, condition, first=block == 0, full=full)
-        latents, self.cache = block_program(condition)(*arguments, **options)
+        with on_mesh(self._device):
+            latents, self.cache = block_program(condition)(*arguments, **options)
         if self.keeps_latents:
             condition = condition or media.generated(block)
             self.held[block] = condition.replace(clean=latents)
@@ -119,8 +135,10 @@ class BlockMaker:
         for block in self.in_cache(num_blocks):
             how = {"first": block == 0, "again": True}
             arguments, options = self.arguments(now, cache, self.held[block], **how)
-            _, cache = write_block(*arguments, **options)
-        self.cache = written_anew(cache, count, self.config.patches)
+            with on_mesh(self._device):
+                _, cache = write_block(*arguments, **options)
+        with on_mesh(self._device):
+            self.cache = written_anew(cache, count, self.config.patches)
 
     def check_kept(self, block: int, num_blocks: int) -> None:
         """Raises ValueError where a stream of `num_blocks` blocks cannot go back to this one."""
@@ -138,7 +156,7 @@ class BlockMaker:
         """
         self.held = {other: held for other, held in self.held.items() if other < block}
         if not block:
-            self.cache = student.new_cache(self.model, self.config, self.batch, self.params)
+            self.cache = self._new_cache()
         seen = [other for other in self.held if not other or other >= block - DECODED_ANEW]
         return [self.held[other].clean for other in sorted(seen)]
 
@@ -147,22 +165,27 @@ class BlockMaker:
     ) -> dict[str, Callable[[], None]]:
         """What compiles the programs, by its name; what makes blocks waits before."""
         # as a block gives them back
-        cache = jax.tree.map(lambda x: on_device(x.shape, x.dtype, self._device), self.cache)
+        cache = jax.tree.map(
+            lambda x: on_device(x.shape, x.dtype, self._cache_place(x)), self.cache
+        )
         first, later = map(self.shapes, (0, 1))
 
         def compile_block(cache: RollingCache, shapes: AVLatents, **how: bool) -> None:
             wait()
             for condition in media.programs(now.given, first=how["first"]):
                 arguments, options = self.arguments(now, cache, condition, **how)
-                block_program(condition).lower(*arguments, **options).compile()
+                with on_mesh(self._device):
+                    block_program(condition).lower(*arguments, **options).compile()
             all_finite.lower(shapes).compile()
 
         def compile_recache() -> None:
             for block in (0, 1):
                 how = {"first": block == 0, "again": True}
                 arguments, options = self.arguments(now, cache, media.generated(block), **how)
-                write_block.lower(*arguments, **options).compile()
-            written_anew.lower(cache, cache.num_blocks, self.config.patches).compile()
+                with on_mesh(self._device):
+                    write_block.lower(*arguments, **options).compile()
+            with on_mesh(self._device):
+                written_anew.lower(cache, cache.num_blocks, self.config.patches).compile()
 
         parts = {
             "first block": lambda: compile_block(self.cache, first, first=True),
@@ -204,7 +227,8 @@ class BlockMaker:
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Goes on from a `snapshot` that was checked."""
-        self.cache, self.held = jax.device_put(snapshot["cache"], self._device), {}
+        where = jax.tree.map(self._cache_place, self.cache)
+        self.cache, self.held = jax.device_put(snapshot["cache"], where), {}
         for block, condition in snapshot["held"].items():
             clean = jax.device_put(condition.clean, self._device)
             self.held[block] = condition.replace(clean=clean)

@@ -1,12 +1,13 @@
 """The jitted programs that a session runs for each block."""
 
+import contextlib
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.ops.attention import platform
@@ -45,7 +46,7 @@ def generate_block(
     how = {"first": first, "full": full, "text_mask": text_mask, "condition": condition}
     how["exit_step"] = exit_step
     trace, cache = student.block_step(model, params, cache, text, rope, noise, config, **how)
-    return trace.x0, cache
+    return trace.x0, kv_cache.constrained(cache)
 
 
 @functools.partial(
@@ -58,10 +59,13 @@ def write_block(
     noise = student.block_noise(key, cache.num_blocks, config, model, batch, first=first)
     block = params, cache, text, rope, noise, config, condition
     cache = student.write_block(model, *block, first=first, text_mask=text_mask)
-    return condition.clean, cache
+    return condition.clean, kv_cache.constrained(cache)
 
 
-written_anew = jax.jit(kv_cache.written_anew, static_argnums=2, donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def written_anew(cache, num_blocks, patches) -> RollingCache:
+    """`kv_cache.written_anew`."""
+    return kv_cache.constrained(kv_cache.written_anew(cache, num_blocks, patches))
 
 
 @jax.jit
@@ -101,6 +105,31 @@ def latent_shapes(
             for size in zip(tokens, channels, strict=True)
         )
     )
+
+
+def place_of(params: Any) -> Sharding | None:
+    """Where all that is not split lies: the device of a tree of parameters, or each of their mesh.
+
+    None where they are not committed to any.
+    """
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding if isinstance(sharding, SingleDeviceSharding) else None
+
+
+def first_device(place: Sharding | None) -> Sharding | None:
+    """Of a mesh the first device, which decodes; another place is itself."""
+    if isinstance(place, NamedSharding):
+        return SingleDeviceSharding(place.mesh.devices.flat[0])
+    return place
+
+
+def on_mesh(place: Sharding | None) -> contextlib.AbstractContextManager:
+    """In here programs are traced and called for the mesh of a place, if it has one."""
+    if isinstance(place, NamedSharding):
+        return jax.set_mesh(place.mesh)
+    return contextlib.nullcontext()
 
 
 def placed(state: Any, device: Sharding | None) -> Any:

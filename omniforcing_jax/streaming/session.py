@@ -24,14 +24,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.streaming.ahead import BlocksAhead
 from omniforcing_jax.streaming.audio import StreamingAudioDecoder
 from omniforcing_jax.streaming.block_maker import BlockMaker
-from omniforcing_jax.streaming.block_programs import all_finite
+from omniforcing_jax.streaming.block_programs import all_finite, first_device, place_of
 from omniforcing_jax.streaming.chunks import Chunk, ChunkPart, PendingBlock, Timings
 from omniforcing_jax.streaming.decoders import SessionDecoders
 from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingVideoEncoder
@@ -106,14 +105,14 @@ class StreamingSession(TakesTurns):
         """
         self.config, self.max_blocks = config, max_blocks
         self._failed = False
-        sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-        self._device = sharding if isinstance(sharding, SingleDeviceSharding) else None
+        self._device = place_of(params)
+        self._decoding = first_device(self._device)
         contexts, text_seconds = encoded(prompt, prompts)
         self._batch = contexts[0].shape[0]
         size = video_decoder.config.spatial_compression
         pixels = config.height * size, config.width * size
         self._decoders = SessionDecoders(
-            video_decoder, audio_decoder, self._batch, pixels, self._device
+            video_decoder, audio_decoder, self._batch, pixels, self._decoding
         )
         how = {"batch": self._batch, "max_blocks": max_blocks, "steerable": steerable}
         self._blocks = BlockMaker(model, params, config, device=self._device, **how)
@@ -167,7 +166,8 @@ class StreamingSession(TakesTurns):
         with self._failing():
             if self.num_blocks:
                 self._parts.append(self._flushed())
-            behind = [(self._unpatchify(x), x.audio) for x in self._blocks.go_back(block)]
+            seen = map(self._to_decoders, self._blocks.go_back(block))
+            behind = [(self._unpatchify(x), x.audio) for x in seen]
             latents = layout.num_video_frames(block), layout.num_audio_frames(block)
             self._steering.skip(*self._decoders.rebuild(behind, latents))
         self.num_blocks, self._steering.recache_due = block, True
@@ -255,7 +255,11 @@ class StreamingSession(TakesTurns):
         parts = {"encoders": lambda: self._media.warm_up(self._steering.given)}
         wait = ahead.wait if ahead is not None else lambda: None
         parts |= self._blocks.parts(self._steering, self._media, wait)
-        blocks, decoders = self._blocks.zeros, self._decoders
+        decoders = self._decoders
+
+        def blocks() -> Iterator[AVLatents]:
+            return map(self._to_decoders, self._blocks.zeros())
+
         if self._media.stream != "video":
             parts["pictures"] = lambda: decoders.video.warm_up(
                 decoders.video_state, map(self._unpatchify, blocks())
@@ -310,9 +314,10 @@ class StreamingSession(TakesTurns):
         condition, late = steering.take(self.num_blocks)
         latents = self._blocks.make(steering, self.num_blocks, condition, self._media)
         mark(latents)
-        frames = self._pictures(latents)
+        decoded = self._to_decoders(latents)
+        frames = self._pictures(decoded)
         mark(frames)
-        waveform = self._sound(latents)
+        waveform = self._sound(decoded)
         mark(waveform)
         finite = all_finite(latents), self._decoders.video_state.finite
         part = self._part(self.num_blocks, frames, waveform, finite)
@@ -397,6 +402,12 @@ class StreamingSession(TakesTurns):
             waveform = self._decoders.flush_sound()
         finite = True, self._decoders.video_state.finite
         return self._part(self.num_blocks - 1, frames, waveform, finite)
+
+    def _to_decoders(self, latents: AVLatents) -> AVLatents:
+        """From the mesh, if there is one, to the device that decodes."""
+        if self._device is self._decoding:
+            return latents
+        return jax.device_put(latents, self._decoding)
 
     def _unpatchify(self, latents: AVLatents) -> jax.Array:
         c = self.config

@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 from omniforcing_jax.models.transformer.inputs import TextKV
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling.conditions import Condition
-from omniforcing_jax.streaming.block_programs import jitted_prompt_kv
+from omniforcing_jax.streaming.block_programs import jitted_prompt_kv, on_mesh
 from omniforcing_jax.streaming.given import GivenMedia, check_same_rate, unshown_blocks
 from omniforcing_jax.streaming.turns import MEDIA_TURNS, Turn, TurnQueue, WaitingTurn
 from omniforcing_jax.text.prompts import PromptEncoder
@@ -259,7 +259,8 @@ class Steering:
             rollout = self.media.rollout
             levels = rollout.text_levels(frozen=self.media.stream is not None)
             how = {"levels": levels, "dtype": rollout.cache.dtype}
-            self._text = jitted_prompt_kv(self._model, self._params, *contexts, **how)
+            with on_mesh(self._device):
+                self._text = jitted_prompt_kv(self._model, self._params, *contexts, **how)
         return self._text
 
     # What is given

@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from checkpoint_converters import (
-    converting,
     export,
     key_map,
     ltx2,
@@ -28,7 +27,9 @@ from checkpoint_converters import (
     reading,
     synthetic,
 )
+from checkpoint_converters.converting import SPLIT_AXES
 from checkpoint_converters.safetensors_io import ConversionError, read_header, read_tensor
+from omniforcing_jax.distributed.partitioning import parse_mesh
 from omniforcing_jax.io import checkpoints
 from omniforcing_jax.io.checkpoints import COMPONENTS
 from tests.checkpoint_converters.files import read_file, write_file
@@ -465,11 +466,12 @@ def test_synthetic_weights_are_well_scaled_and_reproducible(tmp_path, version):
 
 
 def test_mesh_argument():
-    assert converting.parse_mesh("fsdp=8,tensor=2") == {"fsdp": 8, "tensor": 2}
-    assert converting.parse_mesh("") == {}
-    for text in ("fsdp", "data=2", "fsdp=0", "fsdp=x"):
+    assert parse_mesh("fsdp=8,tensor=2", SPLIT_AXES) == {"fsdp": 8, "tensor": 2}
+    assert parse_mesh("") == parse_mesh("1") == {}
+    assert parse_mesh("data=-1", rest=True) == {"data": -1}
+    for text in ("fsdp", "data=2", "fsdp=0", "fsdp=x", "fsdp=-1", "fsdp=2,"):
         with pytest.raises(ValueError, match="AXIS=SIZE"):
-            converting.parse_mesh(text)
+            parse_mesh(text, SPLIT_AXES)
 
 
 def test_bfloat16_is_kept(tiny):

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from launch import dry_run, plan
+from omniforcing_jax.distributed.partitioning import parse_mesh
 from omniforcing_jax.scaling import planning
 from omniforcing_jax.scaling.devices import Target
 from omniforcing_jax.training.config.problems import ConfigError
@@ -74,7 +75,7 @@ def test_allowances_fitted_to_some_machines_hold_for_others(monkeypatch):
     for r in json.loads(COMPILED.read_text()):
         if r["step"] and r["program"] != "stream":
             target = Target.parse(r["target"])
-            mesh = dry_run.parse_mesh(r["mesh"])
+            mesh = parse_mesh(r["mesh"])
             variant = r.get("variant", "19b")
             e = experiment(r["program"], target.num_devices, mesh, variant, **r["settings"])
             peak = max(part["peak"] for part in r["parts"].values())
