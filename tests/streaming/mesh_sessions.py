@@ -57,7 +57,9 @@ def main(checkpoint: str, how: str, quantize: str, *numbers: str) -> None:
         mesh = make_mesh(tensor=ways, devices=jax.devices()[:ways]) if ways > 1 else None
         pipeline = load_pipeline(checkpoint, dtype=jnp.float32, quantize=quantize, mesh=mesh)
         layout, dims = pipeline.config.layout("prefix", 24.0), pipeline.config.transformer.text_dims
-        config = RolloutConfig(CacheConfig(layout, window=2), (1.0, 0.7, 0.0), 2, 2, steered)
+        config = RolloutConfig(
+            CacheConfig(layout, window=2), (1.0, 0.7, 0.0), 2, 2, recache=steered
+        )
         session = pipeline.session(
             config, contexts(dims, 0), seed=3, decode_mode="causal", steerable=steered
         )

