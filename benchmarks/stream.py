@@ -18,6 +18,8 @@ stderr says what it was doing. Sizes are those of `checkpoint_converters.synthet
   the prompt's text features to the first chunk that has frames and sound. It has the connectors and
   the text's keys and values (text), and the RoPE tables and the allocation of the cache (setup). It
   does not have Gemma, whose time `benchmarks.text` measures.
+* A block's parts are told apart by waiting for each. What a block takes without that is measured in
+  another stream: one by one, and each begun before the one before it is copied to the host.
 * A block's time in the transformer is split in the refresh, with the write to the cache, which is
   timed as a program of its own, and denoising, which is the rest.
 * Error at seams is measured up to size "small" unless it is asked for: it decodes a clip at once,
@@ -48,7 +50,7 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks import stream_report
-from benchmarks.stream_report import measure_stream
+from benchmarks.stream_report import block_seconds, measure_stream
 from checkpoint_converters import synthetic
 from launch import options
 from omniforcing_jax import programs
@@ -238,7 +240,11 @@ def text_kv(pipeline: Pipeline, args, config: RolloutConfig, prompt: str) -> Tex
 
 
 def make_session(
-    pipeline: Pipeline, args, config: RolloutConfig, prompt: tuple[jax.Array, jax.Array]
+    pipeline: Pipeline,
+    args,
+    config: RolloutConfig,
+    prompt: tuple[jax.Array, jax.Array],
+    timings: bool = True,
 ) -> StreamingSession:
     """A session at its very beginning."""
     return pipeline.session(
@@ -247,7 +253,7 @@ def make_session(
         implementation=args.attention,
         max_blocks=None if args.positions == "relative" else 10 * args.blocks,
         decode_mode=args.decode,
-        timings=True,
+        timings=timings,
         **options.decoder_settings(args),
     )
 
@@ -385,6 +391,12 @@ def run(args: argparse.Namespace, report: Callable[[dict], None] = lambda result
     parts["denoise"] = parts["generate"] - parts["refresh"]
     result = result | {"part_seconds": parts}
     report(result)
+    progress("beginning blocks before the ones before them are copied")
+    prompt = contexts(pipeline, args, "ahead")
+    session = make_session(pipeline, args, config, prompt, timings=False)
+    measure_stream(session, config.cache.capacity + 1)
+    result = result | {"block_seconds": block_seconds(session, args.blocks)}
+    report(result)
     seam_blocks = args.seam_blocks
     if seam_blocks is None:
         seam_blocks = 0 if args.size == "full" else 3
@@ -425,6 +437,7 @@ def steady_state(pipeline: Pipeline, args, config: RolloutConfig) -> dict:
         "memory_of": memory_of,
         **counts,
         "mfu": mfu,
+        "block_seconds": None,
         "seams": None,
     }
 

@@ -66,6 +66,32 @@ def measure_stream(session: StreamingSession, num_blocks: int) -> Trace:
     return Trace(frames, timings, np.asarray(seconds), np.asarray(memory))
 
 
+def block_seconds(session: StreamingSession, num_blocks: int, rounds: int = 4) -> dict[str, float]:
+    """Wall seconds of a block whose parts are not told apart, as `launch.stream` makes them.
+
+    Args:
+      session: without `timings`, its cache full.
+      num_blocks: of each way, in so many rounds in turn.
+
+    Returns:
+      Medians of the rounds. one_by_one: each is copied to the host before the next one is begun;
+      ahead: each is begun before the one before it is copied.
+    """
+    count, seconds = -(-num_blocks // rounds), {"one_by_one": [], "ahead": []}
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(count):
+            session.step()
+        middle, pending = time.perf_counter(), session.begin()
+        for _ in range(count - 1):
+            copied, pending = pending, session.begin()
+            copied.chunk()
+        pending.chunk()
+        seconds["one_by_one"].append((middle - start) / count)
+        seconds["ahead"].append((time.perf_counter() - middle) / count)
+    return {way: float(np.median(values)) for way, values in seconds.items()}
+
+
 def deadline_attainment(counts: list[int], seconds: np.ndarray, frame_rate: float) -> float:
     """Share of chunks ready before a player that starts with the first chunk runs dry.
 
@@ -124,6 +150,10 @@ def markdown(result: dict) -> str:
         "chunk p50 / p95 / p99 s": " / ".join(f"{chunk[q]:.3f}" for q in ("50", "95", "99")),
         "denoise / refresh / video / sound / host s": " / ".join(
             _number(p.get(part), ".3f") for part in parts
+        ),
+        "block one by one / begun ahead s": " / ".join(
+            _number((result["block_seconds"] or {}).get(way), ".3f")
+            for way in ("one_by_one", "ahead")
         ),
         "deadlines met": f"{result['deadline_attainment']:.0%}",
         "memory in use / peak GiB": " / ".join(f"{x / 2**30:.1f}" for x in memory),

@@ -16,7 +16,8 @@ import pytest
 from benchmarks import decoders, stream, stream_report, text
 from omniforcing_jax.sampling import student
 from omniforcing_jax.streaming import block_programs
-from omniforcing_jax.streaming.session import Chunk, StreamingSession, Timings
+from omniforcing_jax.streaming.chunks import Chunk, PendingBlock, Timings
+from omniforcing_jax.streaming.session import StreamingSession
 
 OPTIONS = (
     "--height 64 --width 64 --text-tokens 128 --timesteps 1000 500 --dtype float32 "
@@ -39,14 +40,15 @@ def quick_steps(pipeline, monkeypatch):
     """Blocks of 24 frames in no time, by a model that is there; the process grows by one each."""
     in_use = iter(range(100, 1000))
 
-    def step(session):  # what a session holds is not changed by its steps
+    def begin(session):  # what a session holds is not changed by its steps
         session.num_blocks += 1
         frames, waveform = np.zeros((1, 24, 8, 8, 3), np.uint8), np.zeros((1, 100, 2), np.float32)
-        return Chunk(session.num_blocks - 1, 0, 0, frames, waveform, Timings(0.5, 1, 1, 1, 1))
+        chunk = Chunk(session.num_blocks - 1, 0, 0, frames, waveform, Timings(0.5, 1, 1, 1, 1))
+        return PendingBlock(24, False, lambda: chunk)
 
     monkeypatch.setattr(stream, "random_pipeline", lambda args: pipeline)
     monkeypatch.setattr(stream_report, "bytes_in_use", lambda device: next(in_use))
-    monkeypatch.setattr(StreamingSession, "step", step)
+    monkeypatch.setattr(StreamingSession, "begin", begin)
 
 
 def test_one_cache_at_a_time(args, pipeline, quick_steps, monkeypatch):
@@ -74,8 +76,8 @@ def test_one_cache_at_a_time(args, pipeline, quick_steps, monkeypatch):
     )
     args.size, args.blocks = "full", 20
     result = stream.run(args, reports.append)
-    # warm-up, first chunk, steady state, connectors, parts of a block
-    assert found == [0] * 5
+    # warm-up, first chunk, steady state, connectors, parts of a block, blocks begun ahead
+    assert found == [0] * 6
     first, parts = result["ttfc_seconds"], result["part_seconds"]
     assert first["text"] == 0.75
     assert reports[0]["ttfc_seconds"]["total"] == pytest.approx(first["total"] - 0.25)
@@ -85,7 +87,7 @@ def test_one_cache_at_a_time(args, pipeline, quick_steps, monkeypatch):
     drift = result["late_over_early"]["memory"]
     assert drift["tenths"] == pytest.approx([x / 107.5 for x in np.arange(107.5, 127.5, 2)])
     assert result["memory_in_use_bytes"] == 116.5
-    assert len(reports) == 2 and reports[-1] == result
+    assert len(reports) == 3 and reports[-1] == result
 
 
 def test_the_main_row_survives_what_follows(quick_steps, monkeypatch, tmp_path, capsys):
@@ -126,6 +128,7 @@ def test_row():
         "peak_memory_bytes": 2**31,
         "flops_per_second_of_video": 231e12,
         "mfu": None,
+        "block_seconds": None,
         "late_over_early": {
             "seconds": {"ratio": 1.25, "least": 0.875, "most": 1.5},
             "memory": {"ratio": 1.0, "least": None, "most": None},
@@ -141,6 +144,7 @@ def test_row():
         "1.00 + 0.50 + 0.12)",
         "chunk p50 / p95 / p99 s": "0.500 / 0.750 / 1.000",
         "denoise / refresh / video / sound / host s": "– / – / 0.250 / 0.125 / 0.062",
+        "block one by one / begun ahead s": "– / –",
         "deadlines met": "100%",
         "memory in use / peak GiB": "1.5 / 2.0",
         "TFLOP per s of video": "231",
@@ -151,10 +155,12 @@ def test_row():
     }
     assert {name: early[name] for name in expected} == expected
     result["part_seconds"] |= {"denoise": 0.41, "refresh": 0.09}
+    result |= {"block_seconds": {"one_by_one": 0.5, "ahead": 0.25}}
     result |= {"mfu": 0.41, "seams": {"seam": 3.0, "median": 2.0, "ratio": 1.5}}
     late = cells(stream_report.markdown(result))
     assert {name: late[name] for name in late if late[name] != early[name]} == {
         "denoise / refresh / video / sound / host s": "0.410 / 0.090 / 0.250 / 0.125 / 0.062",
+        "block one by one / begun ahead s": "0.500 / 0.250",
         "MFU": "41%",
         "error at seams / median, grey levels": "3 / 2 = 1.5",
     }
