@@ -57,7 +57,7 @@ try:
     from starlette.applications import Starlette
 
     from omniforcing_jax.serving.service import Service, SessionRequest
-    from omniforcing_jax.serving.snapshots import SnapshotStore
+    from omniforcing_jax.serving.snapshots import SessionKeeper, SnapshotStore
     from omniforcing_jax.serving.turn_log import TurnLog
     from omniforcing_jax.serving.web import make_app
 except ImportError as error:
@@ -106,6 +106,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="of sessions without client (default: user's cache)")  # fmt: skip
     server.add_argument("--snapshot-limit", type=float, default=10.0, metavar="GIB",
                         help="of all, the oldest go first (default 10; 0: none)")  # fmt: skip
+    server.add_argument("--snapshot-every", type=float, metavar="SECONDS",
+                        help="of running sessions, too, so that they outlive this server "
+                        "(default: 10 with --snapshots, else never)")  # fmt: skip
     server.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     for name, text in (
         ("sessions", "streams side by side"),
@@ -162,6 +165,10 @@ def check_arguments(args: argparse.Namespace) -> ServeRequest:
         raise ValueError(f"--enlarge must be 1 or more, not {args.enlarge}")
     if not 0 <= args.snapshot_limit < float("inf"):
         raise ValueError(f"--snapshot-limit must be 0 or more, not {args.snapshot_limit}")
+    if args.snapshot_every is None:
+        args.snapshot_every = 10.0 if args.snapshots else float("inf")
+    if not args.snapshot_every >= 1:
+        raise ValueError(f"--snapshot-every must be 1 or more, not {args.snapshot_every:g}")
     config = PipelineConfig.from_checkpoint(args.checkpoint)
     config.check_complete()
     if not config.trained.causal:
@@ -183,7 +190,10 @@ def check_arguments(args: argparse.Namespace) -> ServeRequest:
     Load(rollout.num_steps, least)
     size = cache_bytes(cache, config.transformer, batch=1, patches=rollout.patches,
                        dtype=options.compute_dtype(args), per_layer=True)  # fmt: skip
-    check_memory(f"the caches of {limits.sessions} sessions", limits.sessions * size)
+    caches, what = limits.sessions, f"the caches of {limits.sessions} sessions"
+    if _copies(args):
+        caches, what = caches + 1, f"{what}, and a copy of one,"
+    check_memory(what, caches * size)
     loras, metadata = [], checkpoints.load_config(args.checkpoint)
     if args.loras:
         loras, lines = lora.updates(args.loras, metadata["config"])
@@ -194,6 +204,11 @@ def check_arguments(args: argparse.Namespace) -> ServeRequest:
     known = metadata, rollout, encoder.length, [vars(args)[name] for name in names]
     fingerprint = hashlib.sha256(repr(known).encode()).hexdigest()
     return ServeRequest(config, rollout, encoder, limits, least, loras, fingerprint)
+
+
+def _copies(args: argparse.Namespace) -> bool:
+    """Whether running sessions are saved."""
+    return bool(args.snapshot_limit) and args.snapshot_every < float("inf")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -263,10 +278,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def warm_up(open_stream, request: ServeRequest, console: Console) -> Load:
+def warm_up(open_stream, request: ServeRequest, console: Console, copies: bool) -> Load:
     """Compiles all that streams with and without pushed sound will need, and makes some blocks.
 
     A program is slow when it runs for the first time; the first client shall not notice.
+
+    Args:
+      copies: whether running sessions are saved.
 
     Returns:
       What blocks cost, with all steps and with the least.
@@ -284,6 +302,8 @@ def warm_up(open_stream, request: ServeRequest, console: Console) -> Load:
             stream.warm_up(show)
         for _ in range(request.rollout.cache.capacity + 3):  # a stream has run all programs then
             stream.step()
+        if copies:
+            stream.begin_snapshot()()
         stream.rewind(stream.num_blocks - 1)
         stream.step()
         costs = {}
@@ -331,12 +351,12 @@ def load_service(
     num_compilations()  # counts from here on
     open_stream = streams(args, pipeline, request.rollout, request.encoder)
     with options.plain_warnings(console):
-        load = warm_up(open_stream, request, console)
+        load = warm_up(open_stream, request, console, _copies(args))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("omniforcing_jax.serving").setLevel(logging.INFO)
-    save = store and (lambda order, snapshot: store.save(order.log, snapshot))
+    keeper = store and SessionKeeper(store, args.snapshot_every)
     return Service(
-        Runtime(open_stream, args.fps, request.limits, load, save),
+        Runtime(open_stream, args.fps, request.limits, load, keeper),
         lambda text: request.encoder.check([text]),
         args.width,
         args.height,

@@ -204,8 +204,6 @@ class Connection:
                     seed, name = request.log.seed, request.log.name
                     self._log("begun", seed=seed, again=request.snapshot is not None)
                     fragments = await beside(self._service.fragments)
-                    if request.snapshot is not None:
-                        await beside(self._service.snapshots.remove, name)
                     await self._send(protocol.Begun(seed, name))
                 case events.Refused(problem):
                     await self._send(protocol.ProblemFound(problem))

@@ -118,6 +118,7 @@ class Figures:
     waiting: int = 0
     refused: int = 0
     saved: int = 0
+    copies: int = 0
     steps: int = 0
     load: float = 0.0  # share of the device's time that the sessions need
     queue_places: int = 0

@@ -18,9 +18,10 @@ model nor the network: a stream is anything that makes chunks.
 import collections
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,10 +38,11 @@ from omniforcing_jax.serving.events import (
     Shed,
 )
 from omniforcing_jax.serving.load import Load
-from omniforcing_jax.serving.seat import Seat, Stream
+from omniforcing_jax.serving.seat import Keeper, Seat, Stream
 from omniforcing_jax.streaming.chunks import PendingBlock
 from omniforcing_jax.streaming.turns import Turn
 
+_log = logging.getLogger(__name__)
 POLL = 0.02  # seconds after which a stream that waits for its sound is asked again
 
 
@@ -68,7 +70,7 @@ class Runtime:
         frame_rate: float,
         limits: Limits | None = None,
         load: Load | None = None,
-        save: Callable[[Any, dict[str, Any]], bool] | None = None,
+        keeper: Keeper | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """
@@ -78,8 +80,8 @@ class Runtime:
           frame_rate: frames per second of all streams.
           limits: see `Limits`.
           load: what blocks cost, and what may be left out; without it that is nothing.
-          save: keeps the snapshot of a request's stream, in a thread of its own; says whether it
-            did. The place is free again when it returns.
+          keeper: keeps sessions that are left, whose places are free again when that is done, and
+            from time to time those that go on, one at a time.
           clock: replaced in tests.
         """
         self.limits, self.load, self.clock = limits or Limits(), load or Load(), clock
@@ -90,7 +92,7 @@ class Runtime:
         self._pending: collections.deque[_Begun] = collections.deque()
         self._done = 0.0  # when the last block was
         self._longest_chunk = 0
-        self._save, self._being_saved = save, 0
+        self._keeper, self._being_saved, self._copying = keeper, 0, False
         self._opener, self._saver = (ThreadPoolExecutor(1, name) for name in ("opener", "saver"))
         self._closing: str | None = None
         self._figures = Figures()
@@ -260,24 +262,52 @@ class Runtime:
             return
         places.remove(seat)
         stream, seat._stream = seat._stream, None
-        if self._save is None or not seat._keep or not seat._made:
+        if self._keeper is not None and stream is not None and not seat._keep:
+            self._saver.submit(self._keeper.forget, seat._request)
+        if self._keeper is None or stream is None or not (seat._keep and stream.num_made):
             self._tell(seat, Over(seat._leaving))
             return
         self._being_saved += 1
-        self._saver.submit(self._saved, seat, stream)
+        saving = self._keeper.saving(seat._request, stream, goes_on=False)
+        self._saver.submit(self._saved, seat, saving)
 
-    def _saved(self, seat: Seat, stream: Stream) -> None:
+    def _saved(self, seat: Seat, saving: Callable[[], bool]) -> None:
         saved = False
         try:
-            saved = self._save(seat._request, stream.snapshot())
+            saved = saving()
         except Exception as error:  # it is lost then; the others are not
             seat._leaving += f" (it could not be saved: {error})"
-        del stream
+        del saving  # and with it the stream
         with self.changed:
             self._being_saved -= 1
             self._figures.saved += saved
             self.changed.notify()
         self._tell(seat, Over(seat._leaving, saved=saved))
+
+    def _copy(self, seat: Seat) -> None:
+        """Has a session kept that goes on, if it is time."""
+        now = self.clock()
+        if self._copying or now < seat._copy_due:
+            return
+        seat._copy_due, self._copying = now + self._keeper.every, True
+        with self._copying_may_fail():
+            saving = self._keeper.saving(seat._request, seat._stream, goes_on=True)
+            self._saver.submit(self._copied, seat, saving)
+
+    def _copied(self, seat: Seat, saving: Callable[[], bool]) -> None:
+        with self._copying_may_fail():
+            kept, self._copying = saving(), False
+            seat._copied |= kept
+            self._figures.copies += kept
+
+    @contextlib.contextmanager
+    def _copying_may_fail(self) -> Iterator[None]:
+        """For want of memory or of room on the disk: the session goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._copying = False
+            _log.warning("a session that goes on could not be saved: %s", error)
 
     def _lets_in(self, now: float) -> bool:
         """Whether the next of the queue may have a place: if there is one, and no lead is short."""
@@ -349,6 +379,8 @@ class Runtime:
             stream = opening.result()
             with self.changed:
                 seat._stream, seat._steps, seat._heard = stream, stream.num_steps, self.clock()
+                if self._keeper is not None and seat._paced:
+                    seat._copy_due = self.clock() + self._keeper.every
             self._tell(seat, Opened())
 
     def _begin_block(self, seat: Seat) -> None:
@@ -370,6 +402,7 @@ class Runtime:
                 return
             seat._begun += pending.num_frames / self._frame_rate
         self._pending.append(_Begun(seat, pending, start, self.load.steps))
+        self._copy(seat)
 
     def _end_block(self) -> None:
         """Waits for the oldest of the blocks that were begun."""
@@ -417,7 +450,7 @@ class Runtime:
             seat._stream = None
             others = [begun for begun in self._pending if begun.seat is not seat]
             self._pending = collections.deque(others)
-        self._tell(seat, Over(str(error), error))
+        self._tell(seat, Over(str(error), error, saved=seat._copied))
 
     def _tell(self, seat: Seat, event: Event) -> None:
         try:

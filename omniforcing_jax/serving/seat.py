@@ -1,5 +1,6 @@
 """A client's session, as the runtime steps it."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Condition
@@ -17,6 +18,7 @@ class Stream(Protocol):
 
     waiting_turns: tuple[Turn, ...]
     num_steps: int
+    num_made: int
 
     def add(self, *turns: Turn) -> None:
         """Queues turns for the next block border."""
@@ -24,8 +26,28 @@ class Stream(Protocol):
     def begin(self) -> PendingBlock:
         """Asks the device for the next block."""
 
-    def snapshot(self) -> dict[str, Any]:
-        """All that it goes on from."""
+
+class Keeper(Protocol):
+    """Keeps sessions so that they can be taken up again.
+
+    Attributes:
+      every: seconds after which a session that goes on is kept again.
+    """
+
+    every: float
+
+    def saving(self, request: Any, stream: Stream, *, goes_on: bool) -> Callable[[], bool]:
+        """Called at a block border, by the thread that steps: what saves the stream of a request.
+
+        Args:
+          goes_on: whether the stream makes more blocks meanwhile.
+
+        Returns:
+          Called in a thread beside it; says whether the session can be taken up again.
+        """
+
+    def forget(self, request: Any) -> None:
+        """The session is over, and nobody will take it up; called in that thread."""
 
 
 class Seat(TakesTurns):
@@ -53,6 +75,8 @@ class Seat(TakesTurns):
         self._not_before = 0.0  # its sound has not arrived
         self._leaving: str | None = None
         self._keep = False  # a snapshot, when it leaves
+        self._copied = False  # there is one of it already
+        self._copy_due = math.inf
 
     def add(self, *turns: Turn) -> None:
         """Queues turns for the next block border, in the order of the calls.

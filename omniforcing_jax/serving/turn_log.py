@@ -28,6 +28,8 @@ class TurnLog:
       prompt, seed, sound: see `protocol.Start`.
       turns: as they were applied.
       complete: whether none is missing, as pictures and sound became too large.
+      taken_up: how many blocks were made when it was taken up from a snapshot, each time; if its
+        server had died, blocks that had been made behind them, and turns, are no part of it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class TurnLog:
     sound: bool
     turns: list[Turn] = dataclasses.field(default_factory=list)
     complete: bool = True
+    taken_up: list[int] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         self._size, self._lock = sum(map(_size, self.turns)), threading.Lock()
@@ -48,13 +51,18 @@ class TurnLog:
             if self.complete:
                 self.turns.append(turn)
 
+    def copy(self) -> "TurnLog":
+        """The log as it is now."""
+        with self._lock:
+            lists = {"turns": list(self.turns), "taken_up": list(self.taken_up)}
+            return dataclasses.replace(self, **lists)
+
     def to_json(self) -> str:
         """The log as text."""
-        with self._lock:
-            turns, complete = list(self.turns), self.complete
-        fields = {"prompt": self.prompt, "seed": self.seed, "sound": self.sound}
-        fields |= {"complete": complete, "turns": json.loads(turns_to_json(turns))}
-        return json.dumps(fields)
+        now = self.copy()
+        fields = {"prompt": now.prompt, "seed": now.seed, "sound": now.sound}
+        fields |= {"complete": now.complete, "taken_up": now.taken_up}
+        return json.dumps(fields | {"turns": json.loads(turns_to_json(now.turns))})
 
     @classmethod
     def from_json(cls, text: str, name: str = "") -> "TurnLog":

@@ -44,7 +44,10 @@ _HEADERS = {
 
 
 def make_app(service: Service) -> Starlette:
-    """The ASGI application of a service; see docs/protocol.md for its addresses."""
+    """The ASGI application of a service; see docs/protocol.md for its addresses.
+
+    Its `state.close` ends the sessions, as its own end does.
+    """
     workers = Workers(service)
     server = _Server(service, workers)
 
@@ -54,7 +57,7 @@ def make_app(service: Service) -> Starlette:
         await asyncio.get_running_loop().run_in_executor(None, service.runtime.close)
         workers.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             WebSocketRoute("/session", server.session),
             Route("/clip", server.clip, methods=["POST"]),
@@ -66,6 +69,8 @@ def make_app(service: Service) -> Starlette:
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(service.hosts))],
         lifespan=lifespan,
     )
+    app.state.close = service.runtime.close
+    return app
 
 
 class _Page(StaticFiles):
@@ -228,6 +233,7 @@ class _Figures:
             (CounterMetricFamily, "host_seconds", "of them, not spent on waiting for the device"),
             (CounterMetricFamily, "refused", "sessions refused"),
             (CounterMetricFamily, "saved", "sessions saved to be taken up again"),
+            (CounterMetricFamily, "copies", "of running sessions, saved in case the server dies"),
             (GaugeMetricFamily, "steps", "of denoising; fewer under load"),
             (GaugeMetricFamily, "load", "share of the device's time that the sessions need"),
             (GaugeMetricFamily, "queue_places", "places in the queue; none under load"),

@@ -18,6 +18,7 @@ before the chunk of this one is waited for.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,7 +38,7 @@ from omniforcing_jax.streaming.encoders import StreamingAudioEncoder, StreamingV
 from omniforcing_jax.streaming.given import GivenMedia
 from omniforcing_jax.streaming.parallel import parallel
 from omniforcing_jax.streaming.steering import Steering, encoded
-from omniforcing_jax.streaming.turns import TakesTurns, Turn
+from omniforcing_jax.streaming.turns import TakesTurns, Turn, WaitingTurn
 from omniforcing_jax.streaming.video import StreamingVideoDecoder
 from omniforcing_jax.text.prompts import PromptEncoder
 from omniforcing_jax.types import AVLatents
@@ -419,10 +420,29 @@ class StreamingSession(TakesTurns):
         Raises:
           RuntimeError: a step of this session failed, so there is nothing to copy.
         """
+        return _on_host(self._state())
+
+    def begin_snapshot(self) -> Callable[[], dict[str, Any]]:
+        """The same beside the blocks that follow: only what they overwrite is copied at once.
+
+        Those copies are made on the device, and need its memory: about that of the cache.
+
+        Returns:
+          What waits for the state and gives the snapshot, in any thread.
+
+        Raises:
+          RuntimeError: as `snapshot`.
+        """
+        state = self._state()
+        for name in ("cache", "video_state"):
+            state[name] = jax.tree.map(_copied, state[name])
+        return functools.partial(_on_host, state)
+
+    def _state(self) -> dict[str, Any]:
         self._check_whole()
-        state = self._blocks.snapshot() | self._decoders.snapshot() | {"parts": self._parts}
-        state = jax.device_get(state)
-        return state | {name: getattr(self, name) for name in COUNTERS} | self._steering.snapshot()
+        state = self._blocks.snapshot() | self._decoders.snapshot()
+        state |= {name: getattr(self, name) for name in COUNTERS}
+        return state | {"parts": list(self._parts)} | self._steering.snapshot()
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Continues from a `snapshot` of a session with the same weights and configuration.
@@ -438,3 +458,12 @@ class StreamingSession(TakesTurns):
         self._parts = list(snapshot["parts"])
         for name in COUNTERS:
             setattr(self, name, snapshot[name])
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, jax.Array) else value
+
+
+def _on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """A session's state as its `snapshot`."""
+    return jax.device_get(state) | {"turns": tuple(map(WaitingTurn.on_host, state["turns"]))}

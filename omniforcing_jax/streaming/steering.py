@@ -301,12 +301,12 @@ class Steering:
     # State
 
     def snapshot(self) -> dict[str, Any]:
-        """A host copy of all that `restore` needs."""
+        """All that `restore` needs, as it is; nothing of it is changed or reused later."""
         return {
-            "key": np.asarray(jax.random.key_data(self.key)),
-            "contexts": jax.device_get(self.contexts),
-            "given": jax.device_get(self.given),
-            "turns": tuple(map(WaitingTurn.on_host, self._queue.waiting)),
+            "key": jax.random.key_data(self.key),
+            "contexts": self.contexts,
+            "given": self.given,
+            "turns": tuple(self._queue.waiting),
             "blend": self._blend,
             "steps": self.steps,
             "recache_due": self.recache_due,

@@ -39,6 +39,7 @@ class FakeStream:
         self.name, self.cost = request
         self.clock, self.log = clock, log
         self.prompt, self.block, self.waiting, self.num_steps = "first", 0, False, 4
+        self.num_made = 0  # or asked for
         self.waiting_turns, self.order = (), []
 
     def add(self, turn: Turn) -> None:
@@ -55,10 +56,8 @@ class FakeStream:
             self.num_steps = turn.payload.get("steps", self.num_steps)
         self.order.append("begin")
         self.waiting = self.prompt == "wait"
+        self.num_made += not self.waiting
         return PendingBlock(0 if self.waiting else FRAME_RATE, self.waiting, self.chunk)
-
-    def snapshot(self) -> dict:
-        return {"block": self.block}
 
     def chunk(self) -> Chunk:
         if self.prompt == "break":
@@ -73,12 +72,30 @@ class FakeStream:
         return Chunk(self.block, 0, 0, frames, waveform, timings, waiting=self.waiting)
 
 
+class FakeKeeper:
+    """Notes what is saved: of whom, at which block, and whether it goes on."""
+
+    every = 10.0
+
+    def __init__(self):
+        self.saved, self.forgotten, self.breaks = [], [], False
+
+    def saving(self, request, stream, *, goes_on):
+        found = (request[0], stream.num_made, goes_on)
+        if self.breaks:
+            raise MemoryError("no room for a copy")
+        return lambda: not self.saved.append(found)
+
+    def forget(self, request):
+        self.forgotten.append(request[0])
+
+
 @dataclasses.dataclass
 class World:
     runtime: Runtime
     clock: Clock
     log: list
-    saved: list
+    keeper: FakeKeeper
 
     def client(self, name, cost=0.1):
         events = []
@@ -95,6 +112,8 @@ class World:
             if opening := [s._opening for s in self.runtime._seats if s._opening]:
                 futures.wait(opening, 10)  # which takes no time of the clock
                 continue
+            if self.runtime._copying:
+                self.wait_for_saver()
             for seat in seats:
                 seat.taken(seat._made)
             if wait != 0:
@@ -104,16 +123,16 @@ class World:
 @pytest.fixture
 def world():
     def make(load=None, **limits):
-        clock, log, saved = Clock(), [], []
+        clock, log, keeper = Clock(), [], FakeKeeper()
         runtime = Runtime(
             lambda request: FakeStream(request, clock, log),
             FRAME_RATE,
             Limits(**limits),
             load,
-            lambda request, snapshot: not saved.append((request[0], snapshot)),
+            keeper,
             clock,
         )
-        return World(runtime, clock, log, saved)
+        return World(runtime, clock, log, keeper)
 
     return make
 
@@ -236,16 +255,37 @@ def test_places_and_the_queue(world):
         w.client("d")
     assert [events[0].position for _, events in seats[1:]] == [1, 2]
     seats[0][0].leave(keep=True)
-    while not w.saved:  # in a thread of its own, and the place is free behind it
+    while not w.keeper.saved:  # in a thread of its own, and the place is free behind it
         w.run(0.1)
     w.wait_for_saver()
     w.run(1, seats[1][0])
     assert seats[0][1][-1] == Over("the client has left", saved=True)
-    assert w.saved == [("a", {"block": 3})]
+    assert w.keeper.saved == [("a", 3, False)]
     assert any(isinstance(event, Opened) for event in seats[1][1])
     assert seats[2][1][-1] == Queued(1)
     figures = w.runtime.figures()
     assert (figures.sessions, figures.waiting, figures.refused) == (1, 1, 1)
+
+
+def test_copies_of_sessions_that_go_on(world):
+    """Every ten seconds, one at a time; they are forgotten when a session is stopped."""
+    w = world(sessions=2)
+    (a, heard), (b, _) = w.client("a"), w.client("b")
+    w.run(35, a, b)
+    w.wait_for_saver()
+    for name in "ab":
+        blocks = [made for of, made, goes_on in w.keeper.saved if of == name and goes_on]
+        assert len(blocks) == 3
+        assert np.diff(blocks) == pytest.approx(10, abs=1)
+    w.keeper.breaks = True
+    w.run(12, a, b)
+    assert len(w.keeper.saved) == 6
+    a.set_prompt("break")
+    b.leave("stopped")
+    w.run(5, a)
+    w.wait_for_saver()
+    assert heard[-1].saved, "a failure loses what was made since the last copy only"
+    assert w.keeper.forgotten == ["b"]
 
 
 def test_clients_that_stall_pause_or_vanish(world):

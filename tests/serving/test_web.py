@@ -26,7 +26,7 @@ from omniforcing_jax.serving.connection import Connection
 from omniforcing_jax.serving.events import Limits
 from omniforcing_jax.serving.runtime import Runtime
 from omniforcing_jax.serving.service import Service
-from omniforcing_jax.serving.snapshots import SnapshotStore
+from omniforcing_jax.serving.snapshots import SessionKeeper, SnapshotStore
 from omniforcing_jax.serving.turn_log import TurnLog
 from omniforcing_jax.serving.web import make_app
 from omniforcing_jax.streaming.chunks import Chunk, PendingBlock, Timings
@@ -40,6 +40,10 @@ class TurnsStream:
     """Applies the turns that came before it makes a block."""
 
     num_steps = 1
+
+    @property
+    def num_made(self):
+        return self.block
 
     def __init__(self, turns=()):
         self.turns = collections.deque(turns)
@@ -77,7 +81,11 @@ class ColourStream(TurnsStream):
 
     def snapshot(self):
         turns = {"turns": self.waiting_turns}
-        return {"shown": self.shown, "block": self.block} | turns
+        return {"shown": self.shown, "block": self.block, "num_made": self.block} | turns
+
+    def begin_snapshot(self):
+        snapshot = self.snapshot()
+        return lambda: snapshot
 
     def apply(self, turn):
         payload = turn.payload
@@ -124,8 +132,8 @@ def serving(token=None, hosts=("localhost", "127.0.0.1"), stream=None, store=Non
     bound.bind(("127.0.0.1", 0))
     bound.listen()
     limits = Limits(**{"lead": 2.0} | limits)
-    save = store and (lambda request, snapshot: store.save(request.log, snapshot))
-    with Runtime(stream or ColourStream, FRAME_RATE, limits, save=save) as runtime:
+    keeper = store and SessionKeeper(store)
+    with Runtime(stream or ColourStream, FRAME_RATE, limits, keeper=keeper) as runtime:
         service = Service(runtime, check, WIDTH, HEIGHT, FRAME_RATE, SAMPLE_RATE,
                           token=token, hosts=hosts, snapshots=store)  # fmt: skip
         config = uvicorn.Config(make_app(service), log_level="error", ws_max_size=32 << 20)
@@ -361,6 +369,9 @@ def test_sessions_are_taken_up_again(tmp_path):
         assert "is not kept any more" in ended.reason
     log, snapshot = store.read(name)
     assert [turn.payload["prompt"] for turn in log.turns][:2] == ["blue", "blue"]
+    assert log.taken_up and store.save(log, snapshot)
+    late = dataclasses.replace(log, taken_up=log.taken_up[:-1])
+    assert not store.save(late, snapshot), "by who did not know that it was taken up elsewhere"
     with pytest.raises(ValueError, match="made with another model"):
         SnapshotStore(tmp_path, 1 << 20, "another").read(name)
     file = store._path(name)

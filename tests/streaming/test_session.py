@@ -21,7 +21,8 @@ from omniforcing_jax.sampling.student import RolloutConfig
 from omniforcing_jax.serving.events import Limits, Made
 from omniforcing_jax.serving.load import Load
 from omniforcing_jax.serving.runtime import Runtime
-from omniforcing_jax.serving.snapshots import SnapshotStore
+from omniforcing_jax.serving.service import SessionRequest
+from omniforcing_jax.serving.snapshots import SessionKeeper, SnapshotStore
 from omniforcing_jax.serving.turn_log import TurnLog
 from omniforcing_jax.streaming import block_maker, steering
 from omniforcing_jax.streaming.block_programs import generate_block
@@ -225,12 +226,12 @@ def test_sentences(pipeline):
 
 
 def test_what_a_server_has_logged_replays(pipeline, tmp_path):
-    """Turns that came at any time, steps left out under load, and a pause on the disk."""
+    """Turns that came at any time, steps left out under load, a pause on the disk, and a death."""
     prompts = Sentences(sea=contexts(pipeline), storm=contexts(pipeline, seed=1))
     store, found = SnapshotStore(tmp_path, 1 << 30, "this model"), []
 
-    def open_stream(order):
-        log, snapshot = order
+    def open_stream(request):
+        log, snapshot = request.log, request.snapshot
         how = {"seed": log.seed, "prompts": prompts, "decode_mode": "window", "steerable": True}
         live = pipeline.session(make_config(pipeline), log.prompt, log=log.append, **how)
         if snapshot is not None:
@@ -242,7 +243,7 @@ def test_what_a_server_has_logged_replays(pipeline, tmp_path):
         24.0,
         Limits(lead=1e6),
         Load(2, 1, {2: 5.0}),  # too slow for two steps
-        lambda order, snapshot: store.save(order[0], snapshot),
+        SessionKeeper(store, every=0.0),  # at each block, if the last copy is written
         lambda: 0.0,
     )
 
@@ -254,20 +255,28 @@ def test_what_a_server_has_logged_replays(pipeline, tmp_path):
     def hear(event):
         found.extend([event.chunk] if isinstance(event, Made) else [])
 
-    seat = runtime.join((TurnLog("its name", "sea", 3, False), None), hear)
+    seat = runtime.join(SessionRequest(TurnLog("its name", "sea", 3, False)), hear)
     run(seat, 3)
     seat.set_prompt("storm", blend=1)
     run(seat, 6)
     seat.rewind(2)
     run(seat, 8)
+    runtime._saver.submit(int).result(60)
+    log, snapshot = store.read("its name")  # as if the process had died in the next moment
+    (made,) = log.taken_up
+    run(seat, made + 1)
+    revived = open_stream(SessionRequest(log, snapshot)).step()
+    for a, b in zip(join([revived]), join([found[made]]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert made > 6 and all(turn.block < made for turn in log.turns)
     seat.leave(keep=True)
     runtime.advance()
     runtime._saver.submit(int).result(60)
     log, snapshot = store.read("its name")
-    run(runtime.join((log, snapshot), hear), len(found) + 2)
+    run(runtime.join(SessionRequest(log, snapshot), hear), len(found) + 2)
     log = TurnLog.from_json(log.to_json())
     assert [turn.kind for turn in log.turns] == ["steps", "prompt", "rewind"]
-    other = open_stream((TurnLog("", log.prompt, log.seed, False), None))
+    other = open_stream(SessionRequest(TurnLog("", log.prompt, log.seed, False)))
     other.add(*log.turns)
     replayed = join([other.step() for _ in found])
     for a, b in zip(join(found), replayed, strict=True):
