@@ -49,6 +49,7 @@ from omniforcing_jax.sampling.kv_cache import cache_bytes
 from omniforcing_jax.scaling.devices import check_memory
 from omniforcing_jax.serving.events import Limits
 from omniforcing_jax.serving.load import Load
+from omniforcing_jax.serving.room import Room
 from omniforcing_jax.serving.runtime import Runtime
 from omniforcing_jax.training.metrics import num_compilations
 
@@ -278,7 +279,9 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def warm_up(open_stream, request: ServeRequest, console: Console, copies: bool) -> Load:
+def warm_up(
+    open_stream, request: ServeRequest, console: Console, copies: bool
+) -> tuple[Load, Room]:
     """Compiles all that streams with and without pushed sound will need, and makes some blocks.
 
     A program is slow when it runs for the first time; the first client shall not notice.
@@ -287,8 +290,9 @@ def warm_up(open_stream, request: ServeRequest, console: Console, copies: bool) 
       copies: whether running sessions are saved.
 
     Returns:
-      What blocks cost, with all steps and with the least.
+      What blocks cost, with all steps and with the least; and how many sessions the device holds.
     """
+    room = Room(jax.devices()[0])
     start, frame_rate = time.perf_counter(), request.rollout.cache.layout.frame_rate
     with console.status("compiling ...") as status:
         for sound in (True, False):
@@ -304,6 +308,7 @@ def warm_up(open_stream, request: ServeRequest, console: Console, copies: bool) 
             stream.step()
         if copies:
             stream.begin_snapshot()()
+        room.measure()
         stream.rewind(stream.num_blocks - 1)
         stream.step()
         costs = {}
@@ -314,7 +319,9 @@ def warm_up(open_stream, request: ServeRequest, console: Console, copies: bool) 
     console.print(f"compiling  {time.perf_counter() - start:6.2f} s")
     told = ", ".join(f"{cost:.2f} s with {steps} steps" for steps, cost in costs.items())
     console.print(f"a second   takes {told}")
-    return Load(request.rollout.num_steps, request.least_steps, costs)
+    if str(room):
+        console.print(f"memory     {room}")
+    return Load(request.rollout.num_steps, request.least_steps, costs), room
 
 
 def _cost(stream: StreamingSession, frame_rate: float) -> float:
@@ -351,12 +358,12 @@ def load_service(
     num_compilations()  # counts from here on
     open_stream = streams(args, pipeline, request.rollout, request.encoder)
     with options.plain_warnings(console):
-        load = warm_up(open_stream, request, console, _copies(args))
+        load, room = warm_up(open_stream, request, console, _copies(args))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("omniforcing_jax.serving").setLevel(logging.INFO)
     keeper = store and SessionKeeper(store, args.snapshot_every)
     return Service(
-        Runtime(open_stream, args.fps, request.limits, load, keeper),
+        Runtime(open_stream, args.fps, request.limits, load, keeper, room),
         lambda text: request.encoder.check([text]),
         args.width,
         args.height,

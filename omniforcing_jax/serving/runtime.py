@@ -19,6 +19,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ class Runtime:
         limits: Limits | None = None,
         load: Load | None = None,
         keeper: Keeper | None = None,
+        room: Callable[[], int] = lambda: sys.maxsize,
         clock: Callable[[], float] = time.monotonic,
     ):
         """
@@ -82,11 +84,12 @@ class Runtime:
           load: what blocks cost, and what may be left out; without it that is nothing.
           keeper: keeps sessions that are left, whose places are free again when that is done, and
             from time to time those that go on, one at a time.
+          room: how many more sessions the device's memory holds now.
           clock: replaced in tests.
         """
         self.limits, self.load, self.clock = limits or Limits(), load or Load(), clock
         self.changed = threading.Condition()
-        self._open, self._frame_rate = open_stream, frame_rate
+        self._open, self._frame_rate, self._room = open_stream, frame_rate, room
         self._seats: list[Seat] = []
         self._queue: list[Seat] = []
         self._pending: collections.deque[_Begun] = collections.deque()
@@ -149,6 +152,9 @@ class Runtime:
     def _admissible(self) -> int:
         """How many may have a place now: by memory, and by the time that blocks take."""
         free = self.limits.sessions - len(self._seats) - self._being_saved
+        if free > 0 and self._seats:  # one always has a place
+            opening = sum(seat._stream is None for seat in self._seats)
+            free = min(free, self._room() - opening)
         while free > 0 and not self.load.fits(len(self._seats) + free):
             free -= 1
         return max(free, 0)

@@ -1,6 +1,7 @@
 """Who is stepped when, with streams that take a fixed time and a clock that is set by hand."""
 
 import dataclasses
+import types
 from concurrent import futures
 
 import numpy as np
@@ -17,6 +18,7 @@ from omniforcing_jax.serving.events import (
     Shed,
 )
 from omniforcing_jax.serving.load import Load
+from omniforcing_jax.serving.room import Room
 from omniforcing_jax.serving.runtime import Runtime
 from omniforcing_jax.serving.seat import MOST_TURNS
 from omniforcing_jax.streaming.chunks import Chunk, PendingBlock, Timings
@@ -130,7 +132,7 @@ def world():
             Limits(**limits),
             load,
             keeper,
-            clock,
+            clock=clock,
         )
         return World(runtime, clock, log, keeper)
 
@@ -265,6 +267,27 @@ def test_places_and_the_queue(world):
     assert seats[2][1][-1] == Queued(1)
     figures = w.runtime.figures()
     assert (figures.sessions, figures.waiting, figures.refused) == (1, 1, 1)
+
+
+def test_places_by_the_memory_of_the_device(world):
+    """What a session holds is measured with one; who is being let in has not taken it yet."""
+    stats = {"bytes_limit": 100, "bytes_in_use": 40, "peak_bytes_in_use": 60}
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    room = Room(device)
+    stats["bytes_in_use"] = 52
+    room.measure()  # a session holds 12, and a block takes 8 beside
+    stats["bytes_in_use"] = 40
+    assert room() == (100 - 40 - 8) // 12
+    assert Room(types.SimpleNamespace(memory_stats=lambda: None))() > 1000
+    w = world(sessions=9)
+    w.runtime._room = room
+    for name in "abcdef":
+        w.client(name, 0.01)
+        w.run(0.1)
+        stats["bytes_in_use"] = 40 + 12 * w.runtime.figures().sessions
+    figures = w.runtime.figures()
+    assert (figures.sessions, figures.waiting) == (4, 2)
+    assert w.runtime._room() == 0
 
 
 def test_copies_of_sessions_that_go_on(world):

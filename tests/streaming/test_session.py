@@ -244,7 +244,7 @@ def test_what_a_server_has_logged_replays(pipeline, tmp_path):
         Limits(lead=1e6),
         Load(2, 1, {2: 5.0}),  # too slow for two steps
         SessionKeeper(store, every=0.0),  # at each block, if the last copy is written
-        lambda: 0.0,
+        clock=lambda: 0.0,
     )
 
     def run(seat, blocks):
