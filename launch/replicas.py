@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,10 +80,13 @@ def _close_at(ending: Any, close: Callable[[], None]) -> None:
 
 
 def _connect() -> None:
+    handler = signal.getsignal(signal.SIGTERM)  # Ray's own aborts the program after three seconds
     if cluster := os.environ.get("RAY_ADDRESS"):
         ray.init(address=cluster)
     else:
         ray.init(address="local", object_store_memory=_STORE)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)  # None: not set from Python
 
 
 def _start(make_app: Callable[[], Any], replicas: Replicas, ending: Any) -> None:

@@ -10,6 +10,7 @@ import threading
 import pytest
 from websockets.exceptions import WebSocketException
 
+from omniforcing_jax import programs
 from omniforcing_jax.serving import client, protocol
 from omniforcing_jax.serving.events import Limits
 from omniforcing_jax.serving.runtime import Runtime
@@ -108,9 +109,15 @@ def test_two_replicas_of_which_one_is_killed(tmp_path):
         return await asyncio.gather(*tasks)
 
     try:
-        with replicas.running(functools.partial(colour_app, tmp_path), wanted):
+        with (
+            pytest.raises(programs.Terminated),
+            programs.sigterm_interrupts(),
+            replicas.running(functools.partial(colour_app, tmp_path), wanted),
+        ):
             tasks = result(run())
             pids = replica_processes()
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
         ends = result(ended(tasks))
     finally:
         loop.call_soon_threadsafe(loop.stop)
