@@ -48,6 +48,10 @@ def test_a_person_steers_a_stream(browser, tmp_path):
         page.press("#prompt", "Enter")
         wait(page, "document.querySelector('#first').textContent !== '–'")
         wait(page, "document.querySelector('#video').currentTime > 0.5")
+        # a browser that is behind catches up
+        wait(page, "document.querySelector('#video').currentTime > 3.5")
+        page.evaluate("document.querySelector('#video').currentTime = 0.1")
+        wait(page, "document.querySelector('#video').playbackRate > 1")
         page.fill("#prompt", "blue")
         page.press("#prompt", "Enter")
         wait(page, "document.querySelector('#switch').textContent !== '–'")

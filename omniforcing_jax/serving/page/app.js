@@ -76,8 +76,17 @@ class Player {
     return ranges.length ? ranges.end(ranges.length - 1) : 0;
   }
 
+  // A browser that stood still is behind from then on, and a new prompt is seen that much later: it
+  // plays a tenth faster until it has no more in store than was made ahead.
+  catchUp(lead) {
+    const behind = this.end - video.currentTime - Math.max(lead, 0);
+    if (behind > 1.5) video.playbackRate = 1.1;
+    else if (behind < 0.5) video.playbackRate = 1;
+  }
+
   close() {
     this.over = true;
+    video.playbackRate = 1;
     this.feed();
   }
 }
@@ -156,6 +165,7 @@ class Stream {
     if (rate > 0) show("speed", `${(rate * this.hello.frame_rate / message.took).toFixed(0)} FPS`);
     show("lead", seconds(message.lead));
     show("late", seconds(this.late));
+    this.player.catchUp(message.lead);
     this.feedSound();
   }
 
