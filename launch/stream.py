@@ -38,7 +38,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoint_converters import lora
-from launch import compilation, given_stream, options
+from launch import compilation, fit, given_stream, options
 from launch.given_stream import GivenToStream
 from launch.interrupt import Interrupt
 from launch.prompt_times import prompts_by_block, turns
@@ -118,6 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_dtype(parser)
     options.add_quantize(parser)
     options.add_mesh(parser)
+    fit.add_fit(parser)
     options.add_attention(parser)
     options.add_verify(parser)
     compilation.add_option(parser)
@@ -185,9 +186,12 @@ def check_arguments(args: argparse.Namespace, config: PipelineConfig) -> StreamR
     length = clip_length(args, config, layout, notes)
     num_blocks = None if length is None else length.blocks
     rollout.cache.blocks_in_positions(num_blocks)
-    check_memory("the cache", _cache_bytes(args, config, rollout))
     given = given_stream.read(args, rollout, length and length[:2], config)
     notes += given.notes
+    ways = mesh.size if mesh else 1
+    rollout, lines = fit.fit(args, config, rollout, encoders=given.encoders, ways=ways)
+    notes += lines
+    check_memory("the cache", _cache_bytes(args, config, rollout))
     options.check_source(args)
     prompts = prompts_by_block(turns(args), layout, num_blocks, notes)
     encoder = None
