@@ -19,6 +19,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import sys
 import threading
 import time
@@ -291,9 +292,10 @@ class Runtime:
         self._tell(seat, Over(seat._leaving, saved=saved))
 
     def _copy(self, seat: Seat) -> None:
-        """Has a session kept that goes on, if it is time."""
+        """Has a session kept that goes on, if it is time, and its blocks are done."""
         now = self.clock()
-        if self._copying or now < seat._copy_due:
+        done = all(begun.seat is not seat for begun in self._pending)
+        if self._copying or now < seat._copy_due + (0.0 if done else self._keeper.every):
             return
         seat._copy_due, self._copying = now + self._keeper.every, True
         with self._copying_may_fail():
@@ -390,6 +392,8 @@ class Runtime:
             self._tell(seat, Opened())
 
     def _begin_block(self, seat: Seat) -> None:
+        if seat._copy_due < math.inf:
+            self._copy(seat)
         start = self.clock()
         try:
             if self.load.sheds and seat._steps != self.load.steps:
@@ -408,7 +412,6 @@ class Runtime:
                 return
             seat._begun += pending.num_frames / self._frame_rate
         self._pending.append(_Begun(seat, pending, start, self.load.steps))
-        self._copy(seat)
 
     def _end_block(self) -> None:
         """Waits for the oldest of the blocks that were begun."""
