@@ -96,6 +96,8 @@ EXPENSIVE = {
     "benchmarks.stream": "run",
     "benchmarks.given": "load_pipeline",
     "benchmarks.precision": "tables",
+    "benchmarks.page": "figures",
+    "benchmarks.peers": "measure _in_process",
     "benchmarks.text": "make_encoder",
     "benchmarks.text_dataset": "write",
     "benchmarks.convert": "convert_here subprocess.run",
