@@ -23,7 +23,7 @@ import statistics
 import time
 import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,9 +32,18 @@ from launch import options, sample_teacher, stream
 from launch.sample_teacher import ClipRequest
 from launch.shard_job import ShardProgress
 from launch.stream import StreamRequest
-from omniforcing_jax import Chunk, ClipWriter, Pipeline, PipelineConfig, decode_clip, load_pipeline
+from omniforcing_jax import (
+    AVLatents,
+    Chunk,
+    ClipWriter,
+    Pipeline,
+    PipelineConfig,
+    decode_clip,
+    load_pipeline,
+)
 from omniforcing_jax import sample as sample_whole
 from omniforcing_jax.distributed import multihost
+from omniforcing_jax.evaluation.picture import slope
 from omniforcing_jax.io.paths import new_file
 from omniforcing_jax.sampling.teacher import Prompt
 from omniforcing_jax.scaling.memory import peak_bytes
@@ -49,6 +58,8 @@ TIMINGS: dict[str, tuple[int, str]] = {
     "longest_chunk_gap": (-1, "seconds between chunks, the longest of a clip"),
     "fps": (+1, "frames made per second"),
     "peak_memory": (-1, "GB of the device (on CPU: of the process)"),
+    "video_latent_drift": (0, "spread of the latents over that of the clip, per minute"),
+    "audio_latent_drift": (0, "the same of the sound's"),
 }
 # What is the same for all samplers, or belongs to one clip only.
 _NOT_HERE = (
@@ -56,6 +67,13 @@ _NOT_HERE = (
     *("reference", "keep_encoder", "overwrite"),
 )
 _LINES = 50  # of progress, where there is no terminal
+
+
+class Spread(NamedTuple):
+    """Standard deviations of latent frames, [F] and [T]."""
+
+    video: np.ndarray
+    audio: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,13 +242,14 @@ def _make_clips(sampler: Sampler, abouts: Mapping[str, dict[str, Any]]) -> Itera
     for name, about in abouts.items():
         clip, partial = sampler.clips / f"{name}.mp4", sampler.clips / f".{name}.mp4"
         partial.unlink(missing_ok=True)
-        chunks, came, frames, sound = make(about), [], 0, []
+        chunks, came, frames, sound, spreads = make(about), [], 0, [], []
         with (
             ClipWriter(partial, program="launch.evaluate", **settings) as writer,
             BackgroundWriter(writer, enlarge) as background,
         ):
             start = time.perf_counter()
-            for chunk in chunks:
+            for chunk, spread in chunks:
+                spreads.append(spread)
                 if chunk.frames.shape[1]:
                     came.append(time.perf_counter())
                 frames += chunk.frames.shape[1]
@@ -240,6 +259,7 @@ def _make_clips(sampler: Sampler, abouts: Mapping[str, dict[str, Any]]) -> Itera
         partial.replace(clip)
         peak, _ = peak_bytes(device)
         timings = _timings(start, came, frames, peak if peak > before else None)
+        timings |= latent_drifts(spreads, frames / settings["frame_rate"])
         with new_file(sampler.record(name)) as temporary:
             temporary.write_text(json.dumps({"about": about, "timings": timings}) + "\n")
         yield
@@ -258,6 +278,33 @@ def _timings(
     }
 
 
+def spread_of(latents: AVLatents | None, patches: int) -> Spread:
+    """Standard deviation of each latent frame: of the picture's tokens [1, F P, C], and of the
+    sound's [1, T, C]; nothing where there are no latents."""
+    if latents is None:
+        return Spread(np.zeros(0), np.zeros(0))
+    video, audio = (np.asarray(x[0], np.float64) for x in (latents.video, latents.audio))
+    return Spread(video.reshape(-1, patches * video.shape[-1]).std(1), audio.std(1))
+
+
+def latent_drifts(spreads: Sequence[Spread], seconds: float) -> dict[str, float | None]:
+    """Straight line through the spread of a clip's latents, per minute, over its mean.
+
+    A student that drifts moves its latents away from what it was trained on, before it shows.
+
+    Args:
+      spreads: of the clip's blocks.
+      seconds: that they last.
+    """
+    drifts = {}
+    for name, parts in zip(Spread._fields, zip(*spreads, strict=True), strict=True):
+        values = np.concatenate(parts)
+        known = len(values) > 2 and values.mean() > 0
+        drift = slope(values, len(values) / seconds) / float(values.mean()) if known else None
+        drifts[f"{name}_latent_drift"] = drift
+    return drifts
+
+
 def write_wav(path: pathlib.Path, waveform: np.ndarray, sample_rate: int) -> None:
     """[N, 2] float32 in [-1, 1] as 16-bit samples."""
     with new_file(path) as temporary, wave.open(str(temporary), "wb") as file:
@@ -265,7 +312,8 @@ def write_wav(path: pathlib.Path, waveform: np.ndarray, sample_rate: int) -> Non
         file.writeframes((waveform.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
 
 
-MakeClip = Callable[[dict[str, Any]], Iterator[Chunk]]
+# chunks, each with the spread of the latents that it came with
+MakeClip = Callable[[dict[str, Any]], Iterator[tuple[Chunk, Spread]]]
 
 
 def _load(sampler: Sampler, prompts: list[str]) -> MakeClip:
@@ -294,7 +342,7 @@ def _load(sampler: Sampler, prompts: list[str]) -> MakeClip:
         )
     pipeline, compiled = stream.load(args, request), set()
 
-    def make(about: dict[str, Any]) -> Iterator[Chunk]:
+    def make(about: dict[str, Any]) -> Iterator[tuple[Chunk, Spread]]:
         text = contexts[about["prompt"]]
         session = pipeline.session(
             request.rollout,
@@ -306,8 +354,10 @@ def _load(sampler: Sampler, prompts: list[str]) -> MakeClip:
         if text[0].shape not in compiled:
             session.warm_up()
             compiled.add(text[0].shape)
-        length = request.length
-        return (c.until(length.frames, length.samples) for c in session.stream(length.blocks))
+        length, patches = request.length, request.rollout.patches
+        for chunk in session.stream(length.blocks):
+            latents = session.latents if chunk.block >= 0 else None  # what was held back
+            yield chunk.until(length.frames, length.samples), spread_of(latents, patches)
 
     return make
 
@@ -319,7 +369,7 @@ def whole_clip(
     contexts: Contexts,
     negative: Prompt | None,
     seed: int,
-) -> Iterator[Chunk]:
+) -> Iterator[tuple[Chunk, Spread]]:
     """A clip as launch.sample_teacher makes it, as one chunk."""
     key, clip, prompt = jax.random.key(seed), request.sample.clip, Prompt(*contexts)
     weights = pipeline.params["transformer"]
@@ -341,4 +391,5 @@ def whole_clip(
     size = (clip.video_frames, clip.height, clip.width)
     frames, waveform = decode_clip(pipeline.config, pipeline.params, latents, size, pipeline.dtype)
     nothing = Timings(0.0, 0.0, 0.0, 0.0, 0.0)  # is told apart
-    yield Chunk(0, 0, 0, frames[None], waveform[None], nothing)
+    chunk = Chunk(0, 0, 0, frames[None], waveform[None], nothing)
+    yield chunk, spread_of(latents, size[1] * size[2])

@@ -54,6 +54,7 @@ class StreamingSession(TakesTurns):
       num_blocks: blocks generated so far, without those that a rewind took back.
       num_made: with them.
       num_frames, num_samples: pixel frames and audio samples emitted so far.
+      latents: [B, T, C] of the block that was begun last, on the device; None before the first.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class StreamingSession(TakesTurns):
             absolute positions, or a sentence without `prompts`.
         """
         self.config, self.max_blocks = config, max_blocks
+        self.latents: AVLatents | None = None
         self._failed = False
         self._device = place_of(params)
         self._decoding = first_device(self._device)
@@ -314,6 +316,7 @@ class StreamingSession(TakesTurns):
         mark(steering.text)
         condition, late = steering.take(self.num_blocks)
         latents = self._blocks.make(steering, self.num_blocks, condition, self._media)
+        self.latents = latents
         mark(latents)
         decoded = self._to_decoders(latents)
         frames = self._pictures(decoded)

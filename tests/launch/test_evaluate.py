@@ -21,6 +21,7 @@ from omniforcing_jax import Chunk, ClipWriter, read_clip
 from omniforcing_jax.evaluation import distances
 from omniforcing_jax.streaming.chunks import Timings
 from omniforcing_jax.text import prompt_files
+from omniforcing_jax.types import AVLatents
 from tests.evaluation.test_measures import FRAME_RATE, FRAMES, SAMPLE_RATE, WAVEFORM, brighter
 
 SECONDS = 3
@@ -152,7 +153,9 @@ class Sampling:
         for block in range(3):
             frames = random.integers(0, 255, (1, 4, 64, 64, 3), np.uint8)
             sound = random.uniform(-0.5, 0.5, (1, 4000, 2)).astype(np.float32)
-            yield Chunk(block, 4 * block, 4000 * block, frames, sound, Timings(0, 0, 0, 0, 0))
+            chunk = Chunk(block, 4 * block, 4000 * block, frames, sound, Timings(0, 0, 0, 0, 0))
+            spread = np.array([1.0 + block / 100, 1.005 + block / 100])
+            yield chunk, sampled_clips.Spread(spread, np.ones(5))
 
 
 @pytest.fixture
@@ -205,6 +208,9 @@ def test_samplers_are_sampled_and_a_killed_run_goes_on(
     same = {name: row for name, row in found.items() if name not in sampled_clips.TIMINGS}
     assert same == {n: r for n, r in rows(resumed).items() if n not in sampled_clips.TIMINGS}
     assert found["seams"]["reached"]["teacher"]["count"] == 0  # made as a whole
+    drift = found["video_latent_drift"]["reached"]["student"]  # 6 frames in half a second
+    assert drift["mean"] == pytest.approx(0.005 * 12 * 60 / 1.0125)
+    assert found["audio_latent_drift"]["reached"]["student"]["mean"] == pytest.approx(0, abs=1e-9)
 
     # as public tools read them
     names = [path.name for path in sorted((whole / "clips" / "student").iterdir())]
@@ -225,6 +231,18 @@ def test_samplers_are_sampled_and_a_killed_run_goes_on(
     more = [word.replace("--stg-block 1", "--stg-block 1 --seed 3") for word in more]
     assert evaluate.main(more) == 2
     assert "teacher: no --seed here" in capsys.readouterr().err
+
+
+def test_spread_of_latents():
+    """Of a frame's tokens, all channels together; of a moment's sound."""
+    rng = np.random.default_rng(0)
+    video, audio = rng.normal(size=(1, 3 * 4, 5)), rng.normal(size=(1, 7, 6))
+    found = sampled_clips.spread_of(AVLatents(video, audio), 4)
+    np.testing.assert_allclose(found.video, [video[0, 4 * i : 4 * i + 4].std() for i in range(3)])
+    np.testing.assert_allclose(found.audio, [frame.std() for frame in audio[0]])
+    nothing = sampled_clips.spread_of(None, 4)
+    drifts = sampled_clips.latent_drifts([nothing], 1.0)
+    assert drifts == {"video_latent_drift": None, "audio_latent_drift": None}
 
 
 def test_hosts_share_the_clips(sampling, random_checkpoint, prompt_file, tmp_path, monkeypatch):
@@ -303,6 +321,15 @@ def test_clips_are_those_of_the_programs(random_checkpoint, prompt_file, tmp_pat
     assert not stream.main([*checkpoint, *one])
     two = [*clip, str(tmp_path / "teacher.mp4"), "--stg-block", "1", "--steps", "2"]
     assert not sample_teacher.main([*checkpoint, *two])
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    reached = {row["measure"]: row["reached"] for row in rows}
+    counts = {
+        (name, sampler): reached[f"{name}_latent_drift"][sampler]["count"]
+        for name in ("video", "audio")
+        for sampler in ("teacher", "student")
+    }
+    assert counts.pop(("video", "teacher")) == 0  # a line through two latents says nothing
+    assert set(counts.values()) == {3}
     for name, made in (("student", "stream"), ("teacher", "teacher")):
         ours = read_clip(tmp_path / "out" / "clips" / name / "sample_0001.mp4")
         theirs = read_clip(tmp_path / f"{made}.mp4")
