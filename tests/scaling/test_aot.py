@@ -142,7 +142,7 @@ def test_a_training_step_is_measured(tmp_path, capsys):
     [
         (["--target", "v99:1x1"], "there are, for example, v5p:4x4x4"),
         (["--target", "h100:12"], "whole nodes of 8"),
-        (["--mesh", "rows=2"], "axes are data, fsdp, sequence, tensor"),
+        (["--mesh", "rows=2"], "with an axis of data, fsdp, sequence, tensor"),
         (["--mesh", "fsdp=2"], "does not multiply to the 1 devices"),
         (["--set", "no.such=1", "--mesh", "fsdp=1"], "no.such"),
         (["--set", "compute.separate_scores=true", "--mesh", "fsdp=1"], "cannot be halved"),

@@ -14,7 +14,7 @@ from checkpoint_converters import synthetic
 from omniforcing_jax.models.audio import vae as audio_vae
 from omniforcing_jax.models.audio import vocoder
 from omniforcing_jax.models.video_vae import model as video_vae
-from omniforcing_jax.pipeline import PipelineConfig
+from omniforcing_jax.pipeline import PipelineConfig, load_pipeline
 from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
@@ -225,15 +225,18 @@ def test_sentences(pipeline):
         pipeline.session(config, "sea")
 
 
-def test_what_a_server_has_logged_replays(pipeline, tmp_path):
-    """Turns that came at any time, steps left out under load, a pause on the disk, and a death."""
+def test_what_a_server_has_logged_replays(random_checkpoint, tmp_path):
+    """Turns that came at any time, steps left out under load, a pause on the disk, and a death; of
+    weights and a cache in int8, which a rewind writes anew."""
+    pipeline = load_pipeline(random_checkpoint("2.0"), dtype=jnp.float32, quantize="int8")
     prompts = Sentences(sea=contexts(pipeline), storm=contexts(pipeline, seed=1))
     store, found = SnapshotStore(tmp_path, 1 << 30, "this model"), []
 
     def open_stream(request):
         log, snapshot = request.log, request.snapshot
         how = {"seed": log.seed, "prompts": prompts, "decode_mode": "window", "steerable": True}
-        live = pipeline.session(make_config(pipeline), log.prompt, log=log.append, **how)
+        config = make_config(pipeline, dtype="int8")
+        live = pipeline.session(config, log.prompt, log=log.append, **how)
         if snapshot is not None:
             live.restore(snapshot)
         return live
