@@ -5,7 +5,7 @@
 WHERE is the process to which it happens; WHAT: `term`, `stop` and `kill` are signals in step AT,
 `kill_in_save` and `kill_in_data` the latter in a save and while a batch is read, `hang` is a step
 that never ends, `full` a disk without room from step AT on, `unreadable` the part that this process
-reads of checkpoint AT. The last line is how it ended.
+reads of checkpoint AT. How it ended is printed after `ended: `.
 """
 
 import os
@@ -123,11 +123,11 @@ def main(process_id, num_processes, port, run, result, steps, mishap="none:0:-1"
     except Exception as error:
         error = multihost.explained(error, str(job))
         status = getattr(error, "exit_status", 1)
-        print(f"{status} {error}", flush=True)
+        print(f"ended: {status} {error}", flush=True)
         multihost.leave(status)
     if job.process_id == 0:
         np.savez(pathlib.Path(result), *jax.tree.leaves(jax.device_get(whole)))
-    print(outcome.reason)
+    print("ended:", outcome.reason)
 
 
 if __name__ == "__main__":
