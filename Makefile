@@ -23,7 +23,7 @@ PROMPT = a big yellow ball bounces on the floor
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve pocket pocket-report pocket-ablations pocket-evaluate tiny test test-slow aot lint format bench clean
+.PHONY: help demo serve pocket pocket-report pocket-ranks pocket-ablations pocket-evaluate tiny test test-slow aot lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

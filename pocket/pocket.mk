@@ -242,6 +242,52 @@ $(POCKET)/ablations/%.done: $(POCKET)/ode_pairs.done $(POCKET)/mismatched/config
 		--workdir=$(POCKET)/ablations/$*
 	@touch $@
 
+# Adapters of several ranks beside full training: the same teacher, captions and steps, a third of
+# those of `make pocket`. Stem: RANK/SEED.
+RANKS ?= 4 16 64 full
+RANK_STEPS ?= 100
+RANKED := $(POCKET)/ranks
+trained = $(if $(filter full/,$(dir $*)),pocket,pocket-lora '--config.adapters.ranks=($(patsubst %/,%,$(dir $*)),)')
+RANK_STAGE = JAX_COMPILATION_CACHE_DIR=$(POCKET)/compiled $(RUN) launch.$(1) \
+	--config=configs/$(1).py:$(trained) --config.checkpoint=$(POCKET)/ltx2 \
+	--config.seed=$(notdir $*) --config.num_steps=$(RANK_STEPS) --config.log_every=1 \
+	--workdir=$(RANKED)/$(1)/$*
+
+pocket-ranks: $(RANKED)/measures.md $(RANKED)/runs.md
+
+$(RANKED)/stage1/%.done: $(POCKET)/prompts.done
+	$(call RANK_STAGE,stage1) --config.data=$(POCKET)/prompts
+	@touch $@
+
+$(RANKED)/ode_pairs/%.done: $(RANKED)/stage1/%.done $(POCKET)/ode_prompts.done
+	$(RUN) launch.ode_pairs --text $(POCKET)/ode_prompts --checkpoint $(POCKET)/ltx2 \
+		--generator $(RANKED)/stage1/$* --layout prefix --batch-size 8 --clips-per-shard 64 \
+		--output $(RANKED)/ode_pairs/$*
+	@touch $@
+
+$(RANKED)/stage2/%.done: $(RANKED)/ode_pairs/%.done
+	$(call RANK_STAGE,stage2) --config.data=$(RANKED)/ode_pairs/$* \
+		--config.generator=$(RANKED)/stage1/$*
+	@touch $@
+
+$(RANKED)/stage3/%.done: $(RANKED)/stage2/%.done
+	$(call RANK_STAGE,stage3) --config.data=$(POCKET)/prompts --config.generator=$(RANKED)/stage2/$*
+	@touch $@
+
+$(RANKED)/clips/%/measures.json: $(RANKED)/stage3/%.done
+	$(RUN) launch.export_run --run $(RANKED)/stage3/$* --output $(RANKED)/students/$* --overwrite
+	$(RUN) pocket.sample --text-encoder $(POCKET)/gemma --checkpoint $(RANKED)/students/$* \
+		--sampler stream $(SHORT) --no-speed --seed $(notdir $*) --output $(@D)
+
+RANK_RUNS := $(foreach seed,$(SEEDS),$(addsuffix /$(seed),$(RANKS)))
+.PRECIOUS: $(foreach part,stage1 ode_pairs stage2 stage3,$(RANKED)/$(part)/%.done)
+
+$(RANKED)/measures.md: $(foreach run,$(RANK_RUNS),$(RANKED)/clips/$(run)/measures.json)
+	$(RUN) pocket.report $(addprefix $(RANKED)/clips/,$(RANKS)) --output $(basename $@)
+
+$(RANKED)/runs.md: $(foreach run,$(RANK_RUNS),$(RANKED)/stage3/$(run).done)
+	$(RUN) pocket.report --runs $(addprefix $(RANKED)/stage3/,$(RANKS)) --output $(basename $@)
+
 # The shipped teacher and student beside true clips, by one program.
 EVALUATION := outputs/pocket-evaluation
 EVALUATED ?= 16
