@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import pathlib
+from collections.abc import Iterator
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,16 +23,31 @@ if os.environ.get("TEST_XLA") != "default":
         "XLA_FLAGS",
         "--xla_cpu_enable_concurrency_optimized_scheduler=false"
         " --xla_cpu_parallel_codegen_split_count=1"
+        # of devices that are threads here, and wait for each other: on a busy machine XLA's 40
+        # seconds, after which it ends the process, may be too few
+        " --xla_cpu_collective_call_terminate_timeout_seconds=600"
         + " --xla_cpu_use_fusion_emitters=false"
         * version("jaxlib").startswith("0.10."),
     )
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 
+from tests.ports import reserved_port
+
 # Operands of different ranks are a mistake more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same examples every time, however long they take: a busy machine finds no fault.
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -53,6 +69,13 @@ def forget_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    """A port for a server that is told its port, kept free while the test runs."""
+    with reserved_port() as port:
+        yield port
 
 
 @pytest.fixture(scope="session")

@@ -322,10 +322,7 @@ def check_options(parsers, there, folder, capsys, monkeypatch, examples: int) ->
     values = st.one_of(st.sampled_from(NO_NUMBERS + OTHERS + TEXTS), st.integers().map(str),
                        st.floats().map(repr))  # fmt: skip
 
-    @settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(list(cases(parsers))), values)
     def check(case, value):
         try_option(parsers, there, folder, capsys, *case, value)

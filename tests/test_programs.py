@@ -146,7 +146,7 @@ PROGRAM = textwrap.dedent(
         with programs.when_interrupted("nothing was written"):
             print("ready", flush=True)
             if sys.argv[1] == "wait":
-                time.sleep(60)
+                time.sleep(600)
 
     sys.exit(main())
     """
@@ -167,7 +167,7 @@ def test_signals(number, status, how):
     process = start("wait")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, text = process.communicate(timeout=30)
+    _, text = process.communicate(timeout=240)
     assert (process.returncode, text) == (status, f"{how}; nothing was written\n")
 
 
@@ -175,7 +175,7 @@ def test_a_reader_that_leaves():
     process = start("print")
     assert process.stdout.readline() == "0\n"
     process.stdout.close()
-    assert (process.wait(30), process.stderr.read()) == (141, "")
+    assert (process.wait(240), process.stderr.read()) == (141, "")
 
 
 def test_nothing_is_left_to_be_flushed_into_a_closed_pipe(monkeypatch):
@@ -197,7 +197,7 @@ def test_nothing_is_left_to_be_flushed_into_a_closed_pipe(monkeypatch):
 def test_standard_output_without_room():
     with open("/dev/full", "w") as full:
         process = start("print", full)
-        _, text = process.communicate(timeout=30)
+        _, text = process.communicate(timeout=240)
     assert process.returncode == 1
     assert text == "error: No space left on device; make room, or write to another place\n"
 

@@ -157,9 +157,9 @@ def test_downloads_are_compared_with_what_was_published(source, tmp_path, layout
     if layout == "list":
         (file.parent / "SHA256SUMS").write_text(f"{name}  {file.name}\n")
     assert downloads.known_checksum(file) == name and downloads.damaged([file]) == []
-    with file.open("r+b") as opened:
-        opened.seek(-3, 2)
-        opened.write(b"x")
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
     if layout == "folder":
         os.utime(file, (0, 0))  # damaged on the disk, not changed by anybody
     said = refused(file, tmp_path / "out")
@@ -298,19 +298,22 @@ def test_signals_clean_up(source, tmp_path, number):
     """The conversion is held after its third tensor, then gets the signal."""
     script = textwrap.dedent(
         """
-        import signal, sys, threading, time
+        import signal, sys, threading
         from checkpoint_converters import ltx2, orbax_io
         # what a suite in the background of a shell starts would ignore it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signalled = threading.Event()
+        closed = lambda: sys.stdin.read() or signalled.set()
+        threading.Thread(target=closed, daemon=True).start()
         read, count = orbax_io.read_tensor, []
-        def slow(info):
+        def held(info):
             count.append(info)
             if len(count) == 3:
                 print("ready", flush=True)
             if len(count) >= 3:
-                time.sleep(0.2)
+                signalled.wait()
             return read(info)
-        orbax_io.read_tensor = slow
+        orbax_io.read_tensor = held
         source, output = sys.argv[1:]
         sys.exit(ltx2.main(["--input", source, "--output", output, "--components", "connectors"]))
         """
@@ -318,6 +321,7 @@ def test_signals_clean_up(source, tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(source), str(tmp_path / "out")],
         cwd=ROOT,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
@@ -325,7 +329,7 @@ def test_signals_clean_up(source, tmp_path, number):
         assert process.poll() is None
     assert (tmp_path / ".out.partial").is_dir()
     os.kill(process.pid, number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)  # closes its standard input
     assert process.returncode == 128 + number
     assert list(tmp_path.iterdir()) == []
 

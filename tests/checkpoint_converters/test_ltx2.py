@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
@@ -400,7 +399,7 @@ def test_saved_parameters_can_be_loaded_and_exported(tiny, tmp_path):
     assert_trees_equal(back, trained)
 
 
-def test_two_processes_share_the_work(tiny, tmp_path):
+def test_two_processes_share_the_work(tiny, free_port, tmp_path):
     """Each writes half; together they give what one process gives."""
     source, converted = tiny
     script = textwrap.dedent(
@@ -409,25 +408,22 @@ def test_two_processes_share_the_work(tiny, tmp_path):
         index, port, source, output = sys.argv[1:]
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index), initialization_timeout=60)
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index), initialization_timeout=240)
         from checkpoint_converters import ltx2
         ltx2.convert(source, output, components=("connectors",))
         """
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     command = [sys.executable, "-c", script]
     workers = [
         subprocess.Popen(
-            [*command, str(i), port, str(source), str(tmp_path / "out")],
+            [*command, str(i), str(free_port), str(source), str(tmp_path / "out")],
             cwd=ROOT,
             stderr=subprocess.PIPE,
         )
         for i in range(2)
     ]
     for worker in workers:
-        _, errors = worker.communicate(timeout=120)
+        _, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors.decode()[-2000:]
     assert_trees_equal(
         checkpoints.load_params(tmp_path / "out", "connectors"),

@@ -331,6 +331,6 @@ print(sorted(set(sys.modules) - before))
         [sys.executable, "-c", program, tmp_path, json.dumps(dataclasses.asdict(SHARED))],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert run.stdout.strip() == "[]", run.stderr

@@ -1,14 +1,14 @@
 """A text encoder that is arithmetic on the token ids, for tests of what surrounds it.
 
-    python -m tests.launch.fake_text_encoder DELAY [COORDINATOR INDEX COUNT] -- OPTIONS
+    python -m tests.launch.fake_text_encoder STEPS [COORDINATOR INDEX COUNT] -- OPTIONS
 
-runs `launch.encode_prompts` with it; a step takes DELAY seconds, so that it can be killed midway.
+runs `launch.encode_prompts` with it; after so many steps it stands still, to be killed midway.
 """
 
 import json
 import pathlib
 import sys
-import time
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from omniforcing_jax.distributed import multihost
 from omniforcing_jax.models.text.connectors import ConnectorConfig
 from omniforcing_jax.text.tokenizer import load_tokenizer
 
-DELAY = 0.0
+STEPS = float("inf")
 
 
 class FakeTextEncoder:
@@ -48,7 +48,8 @@ class FakeTextEncoder:
         )
 
     def features(self, token_ids, mask):
-        time.sleep(DELAY)
+        if len(self.shapes) >= STEPS:
+            threading.Event().wait()  # for a signal
         self.shapes.append(token_ids.shape)
         total = np.cumsum(np.where(mask, token_ids + 1, 0), axis=1)
         arrays = [
@@ -61,10 +62,10 @@ class FakeTextEncoder:
 
 if __name__ == "__main__":
     split = sys.argv.index("--")
-    DELAY, *process = sys.argv[1:split]
-    DELAY = float(DELAY)
+    STEPS, *process = sys.argv[1:split]
+    STEPS = float(STEPS)
     if process:
         address, index, count = process
-        jax.distributed.initialize(address, int(count), int(index), initialization_timeout=60)
+        jax.distributed.initialize(address, int(count), int(index), initialization_timeout=240)
     encode_prompts.TextEncoder = FakeTextEncoder
     multihost.end(encode_prompts.main(sys.argv[split + 1 :]))

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -106,14 +105,14 @@ def test_captions_of_all_kinds(folders, tmp_path, fake, capsys):
     assert not fake  # no weights were read
 
 
-def run_fake(arguments, *process, delay=0.0, **kwargs):
-    command = [sys.executable, "-m", "tests.launch.fake_text_encoder", str(delay), *process, "--"]
+def run_fake(arguments, *process, steps=float("inf"), **kwargs):
+    command = [sys.executable, "-m", "tests.launch.fake_text_encoder", str(steps), *process, "--"]
     return subprocess.Popen(
         [*command, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT, **kwargs
     )
 
 
-def wait_for(path, process, seconds=120):
+def wait_for(path, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -129,10 +128,10 @@ def test_killed_and_continued(random_gemma, random_checkpoint, tmp_path, fake, k
     assert len(contents(undisturbed)) == 6 + 4
 
     arguments = options(folders, path, output)
-    process = run_fake(arguments, delay=0.1)
+    process = run_fake(arguments, steps=7)  # of 12, two for a shard
     wait_for(output / SHARD.format(1), process)
     process.send_signal(kill)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     there = contents(output)
     assert SHARD.format(1) in there and SHARD.format(5) not in there
     assert not json.loads(there["manifest.json"])["complete"]
@@ -152,19 +151,16 @@ def test_killed_and_continued(random_gemma, random_checkpoint, tmp_path, fake, k
     assert len(fake[0].shapes) < 12 - done  # complete shards were not encoded again
 
 
-def test_several_hosts(random_gemma, random_checkpoint, tmp_path, fake):
+def test_several_hosts(random_gemma, random_checkpoint, free_port, tmp_path, fake):
     """Two processes share the shards, and write the files that one writes."""
     folders = random_gemma, random_checkpoint("2.0")
     path = write_captions(tmp_path)
     alone, output = tmp_path / "alone", tmp_path / "features"
     assert encode_prompts.main(options(folders, path, alone)) == 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    arguments = options(folders, path, output)
+    address, arguments = f"127.0.0.1:{free_port}", options(folders, path, output)
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     processes = [run_fake(arguments, address, str(i), "2", env=environment) for i in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert contents(output) == contents(alone)
     assert "12 of 12 prompts" in errors[0]  # shards 0, 2 and 4

@@ -308,7 +308,7 @@ def tiny_model():
     return Tiny()
 
 
-@settings(max_examples=12, derandomize=True, deadline=None)
+@settings(max_examples=12)
 @given(frames=masks, sound=st.integers(0, 18))
 def test_the_sampler_keeps_what_is_given(tiny_model, frames, sound):
     """Bit for bit, whatever frames they are, in one compiled program."""
@@ -331,7 +331,7 @@ def test_the_sampler_keeps_what_is_given(tiny_model, frames, sound):
         assert (states[-1] != clean)[:, tokens > 0].any() or not tokens.any()
 
 
-@settings(max_examples=20, derandomize=True, deadline=None)
+@settings(max_examples=20)
 @given(frames=masks)
 def test_no_gradient_reaches_what_is_given(frames):
     """Nor does what the network made of it, NaN included; what is generated keeps its bits."""

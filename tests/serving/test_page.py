@@ -6,7 +6,7 @@ import pytest
 
 from omniforcing_jax.serving.snapshots import SnapshotStore
 from omniforcing_jax.serving.turn_log import TurnLog
-from tests.serving.test_web import serving
+from tests.serving.test_web import ColourStream, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 # Chromium looks for much of its own at every start; none of it is there, or needed.
@@ -29,14 +29,27 @@ def browser():
 
 
 def wait(page, condition: str) -> None:
-    page.wait_for_function(condition, timeout=60_000)
+    page.wait_for_function(condition)
+
+
+APPLIED: list[str] = []
+
+
+class RecordedStream(ColourStream):
+    """Notes the turns that were applied."""
+
+    def apply(self, turn):
+        super().apply(turn)
+        APPLIED.append(turn.kind)
 
 
 def test_a_person_steers_a_stream(browser, tmp_path):
     """Types, sees it, changes it, goes back, leaves, comes again, stops, and takes it along."""
-    with serving(lead=1.0, store=SnapshotStore(tmp_path, 1 << 20, "")) as port:
+    store = SnapshotStore(tmp_path, 1 << 20, "")
+    with serving(lead=1.0, stream=RecordedStream, store=store) as port:
         # Playwright's waiting evaluates strings, which the page's own policy forbids
         page = browser.new_context(bypass_csp=True).new_page()
+        page.set_default_timeout(180_000)
         errors, asked = [], []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
@@ -64,6 +77,10 @@ def test_a_person_steers_a_stream(browser, tmp_path):
         page.click("#pause")
         assert page.inner_text("#pause") == "Resume"
         page.click("#pause")
+        for _ in range(3600):  # a page that goes may take along what it has not sent
+            if APPLIED == ["prompt", "rewind", "seed"]:
+                break
+            page.wait_for_timeout(50)
         page.reload()
         page.click("#again")
         wait(page, "document.querySelector('#video').currentTime > 0.5")

@@ -104,7 +104,7 @@ class World:
         return self.runtime.join((name, cost), events.append), events
 
     def wait_for_saver(self) -> None:
-        self.runtime._saver.submit(int).result(10)  # it has one thread
+        self.runtime._saver.submit(int).result(120)  # it has one thread
 
     def run(self, seconds: float, *seats) -> None:
         """Lets the time pass; the clients take what is made."""
@@ -112,7 +112,7 @@ class World:
         while self.clock.now < end:
             wait = self.runtime.advance()
             if opening := [s._opening for s in self.runtime._seats if s._opening]:
-                futures.wait(opening, 10)  # which takes no time of the clock
+                futures.wait(opening, 120)  # which takes no time of the clock
                 continue
             if self.runtime._copying:
                 self.wait_for_saver()
@@ -257,9 +257,8 @@ def test_places_and_the_queue(world):
         w.client("d")
     assert [events[0].position for _, events in seats[1:]] == [1, 2]
     seats[0][0].leave(keep=True)
-    while not w.keeper.saved:  # in a thread of its own, and the place is free behind it
-        w.run(0.1)
-    w.wait_for_saver()
+    w.run(0.1)
+    w.wait_for_saver()  # in a thread of its own, and the place is free behind it
     w.run(1, seats[1][0])
     assert seats[0][1][-1] == Over("the client has left", saved=True)
     assert w.keeper.saved == [("a", 3, False)]
@@ -391,7 +390,7 @@ def test_the_thread():
     log = []
     with Runtime(lambda request: Stream(request, Clock(), log), FRAME_RATE) as runtime:
         seat = runtime.join(("a", 0), on_event)
-        assert begun.wait(10)
+        assert begun.wait(120)
         seat.set_prompt("second")
         seat.taken(100)
     assert ended.is_set()

@@ -149,8 +149,13 @@ def said(monkeypatch):
     return lines
 
 
+def talk(args, lines, file) -> None:
+    """A session from its first line to its last."""
+    asyncio.run(asyncio.wait_for(talker.converse(args, lines, file), 300))
+
+
 async def until(condition) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -162,14 +167,14 @@ def test_a_talk_and_its_interruptions(said):
 
         async def lines():
             yield "endless\n"
-            await until(lambda: len(models.spoken) >= 3)
+            await until(lambda: len(models.spoken) >= 12 and file.getvalue().count(b"moof") >= 2)
             yield "/stop\n"
             await until(models.left.is_set)
             quiet.append((len(models.spoken), len(file.getvalue())))
             yield "\n"
             yield "hello\n"
 
-        asyncio.run(talker.converse(arguments(port, base), lines(), file))
+        talk(arguments(port, base), lines(), file)
     assert models.spoken[:3] == ["Good day.", "It is late.", "And on."]
     assert models.spoken[quiet[0][0] :][-2:] == ["Good day.", "It is late."]
     first, second = models.histories
@@ -186,8 +191,9 @@ def test_a_talk_and_its_interruptions(said):
     seconds = sum(len(data) - 44 for data in voice) / 2 / RATE
     loud = np.abs(waveform).max(-1) > 0.02
     assert np.flatnonzero(loud)[-1] / rate - np.flatnonzero(loud)[0] / rate > 0.7 * seconds
-    # everything that was interrupted together would last longer than the stream does
-    assert len(waveform) / rate < 3 * seconds + 10
+    # of what was interrupted nothing was pushed any more
+    heard = read_clip(io.BytesIO(file.getvalue()[: quiet[0][1]]))[2]
+    assert loud[len(heard) :].sum() / rate < seconds + 2
 
 
 def test_what_goes_wrong_is_said_and_the_stream_goes_on(said):
@@ -196,15 +202,14 @@ def test_what_goes_wrong_is_said_and_the_stream_goes_on(said):
             (["--voice", "nobody"], "404: there is no such voice"),
             (["--chat", "http://127.0.0.1:1/v1"], "127.0.0.1:1/v1/chat/completions"),
         ):
-
-            async def lines():
-                yield "hello\n"
-                await asyncio.sleep(0.3)
-
             file = io.BytesIO()
-            asyncio.run(talker.converse(arguments(port, base, *more), lines(), file))
+
+            async def lines(file=file, problem=problem):
+                yield "hello\n"
+                await until(lambda: said and problem in said[-1] and file.getvalue())
+
+            talk(arguments(port, base, *more), lines(), file)
             assert problem in said[-1]
-            assert file.getvalue()
     assert talker.samples_of(speech("a")[:30], RATE) is None
     with pytest.raises(ValueError, match=f"{RATE} Hz"):
         talker.samples_of(speech("a"), 16_000)
@@ -212,7 +217,7 @@ def test_what_goes_wrong_is_said_and_the_stream_goes_on(said):
 
 
 @pytest.mark.slow
-def test_a_talk_with_a_model(random_checkpoint, random_gemma, tmp_path, said):
+def test_a_talk_with_a_model(random_checkpoint, random_gemma, free_port, tmp_path, said):
     """The whole way, with launch.serve and a tiny model of random weights."""
     from tests.test_extremes import link_files, write_run
 
@@ -222,10 +227,7 @@ def test_a_talk_with_a_model(random_checkpoint, random_gemma, tmp_path, said):
     content |= {"trained": TrainedSettings.of_run(config).to_json()}
     student = link_files(checkpoint, tmp_path / "student")
     write_json(student / "config.json", {k: v for k, v in content.items() if k != SEAL})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "launch.serve", "--checkpoint", student, "--port", port]
+    command = [sys.executable, "-m", "launch.serve", "--checkpoint", student, "--port", free_port]
     command += ["--text-encoder", random_gemma, "--prompt-cache", "none"]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     file = io.BytesIO()
@@ -237,7 +239,7 @@ def test_a_talk_with_a_model(random_checkpoint, random_gemma, tmp_path, said):
                 yield "hello\n"
 
             more = ("--prompt", "a person talks", "--ahead", "2")
-            asyncio.run(talker.converse(arguments(port, base, *more), lines(), file))
+            talk(arguments(free_port, base, *more), lines(), file)
     finally:
         process.terminate()
         process.wait()

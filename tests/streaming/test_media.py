@@ -119,7 +119,7 @@ def test_a_pipe_is_written_front_to_back_and_decodes_at_any_time(tmp_path):
     os.close(read_end)
     with os.fdopen(write_end, "wb") as target, writer(target) as clip:
         write_seconds(clip, 2)
-    received = reader.communicate(timeout=99)[0]
+    received = reader.communicate(timeout=240)[0]
     frames, _, waveform, _ = media.read_clip(io.BytesIO(received))
     assert len(frames) == 2 * RATE and len(waveform) >= 48_000
 
@@ -137,7 +137,9 @@ def test_standard_output(tmp_path):
         "with ClipWriter('-', width=96, height=64, frame_rate=24, sample_rate=24000) as clip:\n"
         "    clip.write(np.zeros((24, 64, 96, 3), np.uint8), np.zeros((24000, 2), np.float32))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, timeout=99)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=ROOT, timeout=240
+    )
     assert result.returncode == 0, result.stderr.decode()
     assert len(media.read_clip(io.BytesIO(result.stdout))[0]) == 24
 
@@ -154,7 +156,7 @@ def test_a_killed_process_leaves_a_clip_that_plays(tmp_path):
     for expected in range(1, 4):
         assert int(process.stdout.readline()) == expected
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=99)
+    process.communicate(timeout=240)
     frames, _, waveform, _ = media.read_clip(path)
     assert len(frames) >= 3 * RATE - 3
     assert len(waveform) >= 3 * 24_000 - 5 * media.AAC_FRAME_SAMPLES
@@ -245,7 +247,9 @@ def test_a_full_disk_is_reported_and_leaves_the_old_clip(tmp_path):
         "    print(type(error).__name__)\n"
         "clip.close()\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, timeout=99)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=ROOT, timeout=240
+    )
     assert result.returncode == 0, result.stderr.decode()
     assert b"Error" in result.stdout
     assert path.read_bytes() == b"precious"
@@ -422,7 +426,7 @@ def test_contact_sheet_of_a_file(tmp_path):
         str(clip_path),
         str(picture),
     ]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=99)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -435,5 +439,5 @@ def test_importing_media_needs_no_codec_library():
         "except ValueError as error: print(error)\n"
     )
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, check=True, timeout=99, capture_output=True)
+    result = subprocess.run(command, cwd=ROOT, check=True, timeout=240, capture_output=True)
     assert b"drawing needs matplotlib" in result.stdout
