@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -247,7 +246,7 @@ def test_spread_of_latents():
 
 def test_hosts_share_the_clips(sampling, random_checkpoint, prompt_file, tmp_path, monkeypatch):
     """Two hosts in step: every clip is made by one of them, and both know all."""
-    barrier, here = threading.Barrier(2, timeout=60), threading.local()
+    barrier, here = threading.Barrier(2, timeout=240), threading.local()
     monkeypatch.setattr(sampled_clips.multihost, "barrier", lambda name: barrier.wait())
     fake = types.SimpleNamespace(
         process_index=lambda: here.rank, process_count=lambda: 2,
@@ -273,7 +272,7 @@ def test_hosts_share_the_clips(sampling, random_checkpoint, prompt_file, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_table_of_one(random_checkpoint, prompt_file, tmp_path):
+def test_two_processes_make_the_table_of_one(random_checkpoint, prompt_file, free_port, tmp_path):
     """Real ones, which share a folder and nothing else."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     quick = lambda output: [  # noqa: E731
@@ -281,9 +280,7 @@ def test_two_processes_make_the_table_of_one(random_checkpoint, prompt_file, tmp
         for word in sampled(random_checkpoint, prompt_file, output)
     ]
     assert not evaluate.main(quick(alone))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port}"
     program = (
         "import sys, jax; from launch import evaluate; "
         "from omniforcing_jax.distributed import multihost; "

@@ -36,7 +36,7 @@ def launch(script: str, *arguments: str, **environment: str) -> subprocess.Compl
         capture_output=True,
         text=True,
         env=clean | SCRIPTS[script] | {"DRY_RUN": "1"} | environment,
-        timeout=60,
+        timeout=240,
     )
 
 

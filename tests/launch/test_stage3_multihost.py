@@ -6,7 +6,6 @@ process 0 finds its program there, the others compile anew.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from checkpoint_converters import gemma3, synthetic_gemma
 from launch import encode_prompts
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.training.metrics import read_records
+from tests.ports import reserved_port
 
 STEPS = 8
 SETTINGS = {
@@ -38,16 +38,13 @@ class Job:
     """Processes of one run of `launch.stage3`."""
 
     def __init__(self, world, run, count: int, **settings):
-        checkpoint, data = world
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        checkpoint, data, port = world
         values = SETTINGS | {"checkpoint": checkpoint, "data": data, "sample_every": 0} | settings
         command = [sys.executable, "-m", "launch.stage3", "--config=configs/stage3.py:tiny"]
         command += [f"--workdir={run}", "--heartbeat_seconds=20", "--join_seconds=120"]
         command += [f"--config.{name}={value}" for name, value in values.items()]
         if count > 1:
-            command += [f"--coordinator={coordinator}", f"--num_processes={count}"]
+            command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
         self.processes = [
             subprocess.Popen(
                 [*command, *([f"--process_id={i}"] if count > 1 else [])],
@@ -73,7 +70,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, random_checkpoint):
-    """(tiny LTX-2, encoded captions)."""
+    """(tiny LTX-2, encoded captions, a port for one job after the other)."""
     folder = tmp_path_factory.mktemp("world")
     synthetic_gemma.write(folder / "hf", "tiny")
     gemma3.convert(folder / "hf", folder / "gemma")
@@ -85,7 +82,8 @@ def world(tmp_path_factory, random_checkpoint):
          "--prompts", str(folder / "prompts.txt"), "--output", str(folder / "prompts"),
          "--length", "128"]
     )  # fmt: skip
-    return checkpoint, folder / "prompts"
+    with reserved_port() as port:
+        yield checkpoint, folder / "prompts", port
 
 
 def finish(world, run, count: int, **settings) -> None:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +173,8 @@ def test_released_student(checkpoint, tmp_path):
         for key, value in weights.items()
         if key.startswith(prefix) and "connector" not in key
     }
-    student["model.audio_sink_tokens"] = torch.randn(1, 16, 32)
+    sinks = rng.standard_normal((1, 16, 32), np.float32)
+    student["model.audio_sink_tokens"] = torch.from_numpy(sinks)
     save_file(student, tmp_path / "student.safetensors")
     converted = tmp_path / "student"
     inputs = ["--input", str(tmp_path / "student.safetensors"), "--base", str(base)]
@@ -282,7 +282,7 @@ def test_a_reader_that_has_stalled_is_left_at_once(checkpoint):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     errors = process.stderr.read()
-    assert process.wait(timeout=60) == 130, errors.decode()[-2000:]
+    assert process.wait(timeout=240) == 130, errors.decode()[-2000:]
     assert errors.endswith(b"interrupted\n") and b"Traceback" not in errors
     process.stdout.close()
 
@@ -305,7 +305,7 @@ def test_a_second_signal_ends_what_python_cannot(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.2)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert (process.returncode, output) == (143, b"cleared\n") and b"Traceback" not in errors
 
 
@@ -327,7 +327,7 @@ def test_leaving_needs_nobody_who_listens():
         "    os.dup2(writer, 2)\n"
         "for harm in (broken, closed, full):\n"
         "    if not (child := os.fork()):\n"
-        "        signal.alarm(30)\n"
+        "        signal.alarm(240)\n"
         "        interrupt = Interrupt()\n"
         "        harm(interrupt)\n"
         "        interrupt.leave()\n"
@@ -353,17 +353,17 @@ def endless_stream(checkpoint, pipe_bytes=None):
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, pipe_bytes)
     head = b""
     while len(head) < 20000:
-        head += process.stdout.read(4096)
+        piece = process.stdout.read(4096)
+        assert piece, process.stderr.read().decode()[-2000:]
+        head += piece
     return process, head
 
 
 def test_ctrl_c_ends_an_endless_stream_properly(checkpoint):
     process, head = endless_stream(checkpoint)
     process.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    rest, errors = process.communicate(timeout=120)
+    rest, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors.decode()[-2000:]
-    assert time.monotonic() - started < 120
     frames, *_ = media.read_clip(io.BytesIO(head + rest))
     assert len(frames) % 24 == 1 and len(frames) >= 25
     assert b"ending after this block" in errors
@@ -373,7 +373,7 @@ def test_a_player_that_is_closed_ends_the_stream_quietly(checkpoint):
     process, _ = endless_stream(checkpoint)
     process.stdout.close()
     errors = process.stderr.read().decode()
-    assert process.wait(timeout=120) == 0, errors[-2000:]
+    assert process.wait(timeout=240) == 0, errors[-2000:]
     assert "first chunk after" in errors
     assert "Traceback" not in errors and "Broken" not in errors
 
