@@ -34,10 +34,14 @@ class Session:
         self._connection, self.hello = connection, hello
 
     async def send(self, message: WireMessage, data: bytes | None = None) -> None:
-        """Sends a message, and the binary one that it announces."""
-        await self._connection.send(message.to_json())
-        if data is not None:
-            await self._connection.send(data)
+        """Sends a message, and the binary one that it announces.
+
+        Nothing happens if the server has closed the connection: why is still to be read.
+        """
+        with contextlib.suppress(ConnectionClosed):
+            await self._connection.send(message.to_json())
+            if data is not None:
+                await self._connection.send(data)
 
     async def __aiter__(self) -> AsyncIterator[WireMessage | bytes]:
         """What comes: messages, and the MP4 in pieces; `protocol.Ended` is the last.
@@ -54,8 +58,7 @@ class Session:
                 continue
             message = protocol.read(received, protocol.SERVER)
             if isinstance(message, protocol.BlockMade):
-                with contextlib.suppress(ConnectionClosed):  # why is still to be read
-                    await self.send(protocol.Progress(message.end))
+                await self.send(protocol.Progress(message.end))
             yield message
             if isinstance(message, protocol.Ended):
                 return

@@ -207,14 +207,11 @@ print("told:", batches[0].astype(int).tolist())
 """
 
 
-def test_two_processes_agree_and_make_the_same_batches_on_any_mesh(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def test_two_processes_agree_and_make_the_same_batches_on_any_mesh(free_port, tmp_path):
     command = [sys.executable, "-c", AGREEING]
     processes = [
         subprocess.Popen(
-            [*command, str(i), port, str(tmp_path)],
+            [*command, str(i), str(free_port), str(tmp_path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 
 from omniforcing_jax.distributed import multihost
 from omniforcing_jax.training.metrics import read_records
+from tests.ports import reserved_port
 from tests.training.toy_stage import train_toy
 
 pytestmark = pytest.mark.slow
@@ -26,9 +26,11 @@ STEPS = 20
 
 def launch(run, count: int = 2, mishap: str = "none:0:-1", steps: int = STEPS) -> list:
     """Runs all processes to their ends: (exit status, how it ended, standard error) of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    with reserved_port() as port:
+        return launch_at(port, run, count, mishap, steps)
+
+
+def launch_at(port: int, run, count: int, mishap: str, steps: int) -> list:
     result = f"{run}.npz"
     processes = [
         subprocess.Popen(
