@@ -28,7 +28,6 @@ def golden(request, golden_dir):
     return MediaEncoder(config, params, jnp.float32), request.param
 
 
-@pytest.mark.default_xla
 def test_pictures_equal_the_reference(golden, golden_dir):
     encoder, version = golden
     expected = np.load(golden_dir / "conditions" / "image_preprocess.npz")

@@ -118,14 +118,19 @@ GIVEN = [(stream, words) for words in (*INPUTS, *OF_STREAMS)]
 GIVEN += [(sample_teacher, words) for words in (*INPUTS, *OF_CLIPS)]
 
 
+def write_clip(clip, program):
+    """As if the program had."""
+    frames, sound = np.zeros((5, 32, 32, 3), np.uint8), np.zeros((5000, 2), np.float32)
+    settings = {"width": 32, "height": 32, "frame_rate": 24, "sample_rate": 24000}
+    with media.ClipWriter(clip, **settings, program=program) as writer:
+        writer.write(frames, sound)
+    return clip
+
+
 @pytest.mark.parametrize(("program", "words"), GIVEN)
 def test_no_clip_replaces_what_it_is_made_of(world, tmp_path, capsys, program, words):
     """Although the same program wrote it."""
-    clip = tmp_path / "X.mp4"
-    frames, sound = np.zeros((5, 32, 32, 3), np.uint8), np.zeros((5000, 2), np.float32)
-    settings = {"width": 32, "height": 32, "frame_rate": 24, "sample_rate": 24000}
-    with media.ClipWriter(clip, **settings, program=program.PROGRAM) as writer:
-        writer.write(frames, sound)
+    clip = write_clip(tmp_path / "X.mp4", program.PROGRAM)
     before = clip.read_bytes()
     words = f"{words} --overwrite --output X".replace("X", str(clip)).split()
     status = program.main(["--checkpoint", str(world / "ltx2"), *words])
@@ -155,8 +160,7 @@ def test_a_new_clip_is_complete_before_the_old_one_goes(world, tmp_path, monkeyp
     size = "--height 64 --width 64 --decode causal --sigmas 1 0 --seconds 1"
     source = ["--checkpoint", str(world / "ltx2"), "--random-features", "--bidirectional"]
     arguments = [*source, *size.split(), "--output", str(out)]
-    assert stream.main(arguments) == 0
-    before = out.read_bytes()
+    before = write_clip(out, stream.PROGRAM).read_bytes()
 
     def fail(*args, **options):
         raise OSError(28, "No space left on device")
@@ -166,3 +170,4 @@ def test_a_new_clip_is_complete_before_the_old_one_goes(world, tmp_path, monkeyp
         assert stream.main([*arguments, "--overwrite"]) == 1
     assert out.read_bytes() == before
     assert stream.main([*arguments, "--overwrite"]) == 0
+    assert media.read_clip(out)[0].shape == (24, 64, 64, 3)

@@ -369,6 +369,7 @@ def test_ctrl_c_ends_an_endless_stream_properly(checkpoint):
     assert b"ending after this block" in errors
 
 
+@pytest.mark.slow
 def test_a_player_that_is_closed_ends_the_stream_quietly(checkpoint):
     process, _ = endless_stream(checkpoint)
     process.stdout.close()

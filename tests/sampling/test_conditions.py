@@ -439,6 +439,7 @@ def test_a_condition_is_cut_into_blocks():
 
 ROLLOUT_BATCH, NUM_BLOCKS = 2, 3
 jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+prompt_kv = jit(student.prompt_kv, static_argnames=("model", "levels"))
 block_step = jit(student.block_step, static_argnames=("model", "config", "first"))
 
 
@@ -454,8 +455,8 @@ class Stream:
         self.clip = ClipGeometry.from_blocks(layout, NUM_BLOCKS, 1, 2)
         self.contexts = random_contexts(self.model.config, batch=ROLLOUT_BATCH)
         self.rope = self.config.rope(self.model, NUM_BLOCKS)
-        self.text = student.prompt_kv(
-            self.model, self.params, *self.contexts, self.config.sigma_levels
+        self.text = prompt_kv(
+            self.model, self.params, *self.contexts, levels=self.config.sigma_levels
         )
         self.latents = random_latents(
             self.model.config, self.clip.video_tokens, self.clip.audio_frames,
@@ -524,7 +525,7 @@ def test_a_given_stream_is_clean_to_the_network(stream):
     config = dataclasses.replace(stream.config, sigmas=(1.0, 0.0), context_noise=0.4)
     assert config.text_levels(frozen=False) == config.sigma_levels == (1.0, 0.4)
     levels = config.text_levels(frozen=True)
-    text = student.prompt_kv(stream.model, stream.params, *stream.contexts, levels)
+    text = prompt_kv(stream.model, stream.params, *stream.contexts, levels=levels)
     cache = student.new_cache(stream.model, config, ROLLOUT_BATCH)
     noise = student.block_noise(
         jax.random.key(1), 0, config, stream.model, ROLLOUT_BATCH, first=True

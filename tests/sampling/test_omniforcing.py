@@ -1,6 +1,7 @@
 """The student against the public OmniForcing code: masked forward passes and the cached rollout."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,6 @@ from omniforcing_jax.sampling import kv_cache, student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig, block_step, prompt_kv
 from omniforcing_jax.types import AVLatents
-
-pytestmark = pytest.mark.default_xla
 
 V2 = TransformerConfig(
     num_layers=2,
@@ -129,9 +128,13 @@ def check(outputs, arrays, case, atol):
     np.testing.assert_allclose(audio, arrays[f"{case}_audio_velocity"], atol=atol)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def velocities(model, params, video, audio):
+    return model.apply({"params": params}, video, audio)[0]
+
+
 def run(config, params, video, audio, causal=None):
-    model = Transformer(config, causal=causal)
-    return jax.jit(lambda p: model.apply({"params": p}, video, audio)[0])(params)
+    return velocities(Transformer(config, causal=causal), params, video, audio)
 
 
 @pytest.mark.parametrize("tables, atol", [("stored", 1e-4), ("own", 3e-3)])
@@ -155,6 +158,7 @@ def test_v2_block_causal_forward(v2, tables, atol):
     check(run(V2, params, *masked, causal), arrays, "m_textmask", atol)
 
 
+@pytest.mark.default_xla
 def test_v1_with_sinks(v1):
     arrays, params = v1
     causal = ClipMask(BlockLayout.prefix(), 7, 51, 4)
@@ -176,6 +180,7 @@ def test_v1_with_sinks(v1):
         check(*forward(silent, "m", *by_frame))
 
 
+@pytest.mark.default_xla
 def test_v2_recorded_rollout(v2):
     """Three blocks with the reference's noise: every block's result and the cache at the end."""
     arrays, params = v2

@@ -32,6 +32,7 @@ NUM_BLOCKS = 7  # a window of two blocks has let go of four by then
 KEY = jax.random.key(3)
 
 jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+encode = jit(prompt_kv, static_argnames=("model", "levels", "dtype"))
 block_step = jit(student.block_step, static_argnames=("model", "config", "first", "full"))
 
 
@@ -50,7 +51,7 @@ class Setup:
         self._programs = {}
 
     def encode(self, model):
-        return prompt_kv(model, self.params, *self.contexts, self.config.sigma_levels)
+        return encode(model, self.params, *self.contexts, levels=self.config.sigma_levels)
 
     def noise(self, block, key=KEY):
         return block_noise(key, block, self.config, self.model, BATCH, first=block == 0)
@@ -61,7 +62,6 @@ class Setup:
         if params is None:
             params = self.params
         else:
-            encode = jit(prompt_kv, static_argnames=("model", "levels", "dtype"))
             how = {"levels": self.config.sigma_levels, "dtype": self.config.cache.dtype}
             text = encode(self.model, params, *self.contexts, **how)
         cache = student.new_cache(self.model, self.config, BATCH, params)
@@ -139,7 +139,6 @@ def block_by_hand(s: Setup, block, history=None):
 
 
 @pytest.mark.parametrize("name", ["sinks", "ltx25"])
-@pytest.mark.default_xla
 def test_block_step_by_hand(name, request):
     """Noise, sigmas, refresh, and text K/V (per noise level in LTX-2.3) instead of contexts."""
     s = request.getfixturevalue(name)
@@ -202,7 +201,6 @@ def test_a_cache_in_int8_makes_almost_the_same_blocks(sinks):
         student.new_cache(changed.model, changed.config, BATCH)
 
 
-@pytest.mark.default_xla
 def test_text_kv_depends_on_the_level_only_where_it_is_modulated(sinks, ltx25):
     c = sinks.model.config
     assert sinks.text.video.k.shape == (c.num_layers, BATCH, 3, c.video_heads, c.video_head_dim)
@@ -224,7 +222,6 @@ def assert_close(actual, expected, atol=2e-5):
 # -- noise ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.default_xla
 def test_any_block_can_be_redrawn(sinks, ltx25):
     """Noise follows from key and block index, whether the index is static or traced."""
     traced = jit(
@@ -263,7 +260,6 @@ def test_scan_is_the_host_loop(name, request):
     assert_close(clip, joined, atol=1e-5)
 
 
-@pytest.mark.default_xla
 def test_a_clip_of_one_block(sinks):
     clip = jax.eval_shape(
         functools.partial(
@@ -283,7 +279,6 @@ def test_seeds(sinks):
     assert np.abs(first.audio - other.audio).max() > 0.1
 
 
-@pytest.mark.default_xla
 def test_a_stream_compiles_two_programs(sinks):
     """One for block 0 and one for all others, whatever the cache holds."""
     programs = [block_step._cache_size() for _ in sinks.host_loop(NUM_BLOCKS)]
@@ -364,7 +359,6 @@ def test_bad_configs(ltx25, changes, message):
         dataclasses.replace(ltx25.config, **changes)
 
 
-@pytest.mark.default_xla
 def test_absolute_positions_need_a_length(ltx25):
     cache = dataclasses.replace(ltx25.config.cache, positions="absolute")
     config = dataclasses.replace(ltx25.config, cache=cache)

@@ -102,7 +102,9 @@ def test_stream_matches_reference_2_0(golden_dir):
     np.testing.assert_allclose(stream(decoder, tokens, (7,)), wanted, atol=5e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_stream_matches_reference_2_3(golden_dir):
+    """By default a small vocoder is streamed, and this one compared in tests/models."""
     vae_config, config, params, expected = load(golden_dir, "ltx23")
     decoder = StreamingAudioDecoder(vae_config, config, params)
     tokens = np.transpose(expected["h_dec_latent"], (0, 2, 1, 3)).reshape(1, 6, -1)

@@ -68,7 +68,13 @@ def token_blocks(layout) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(video, PATCHES), audio
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layout"), compiler_options=QUICK_COMPILE)
+jit = functools.partial(
+    jax.jit, static_argnames=("model", "layout"), compiler_options=QUICK_COMPILE
+)
+compiled_forward = jit(forward)
+
+
+@jit
 def gradients(model, params, layout, x, keep):
     """{stream: AVLatents [K, 1, T, C]}: gradient of each block's summed velocities of a stream."""
     _, backward = jax.vjp(lambda x: forward(model, params, layout, x, keep), x)
@@ -160,10 +166,8 @@ def test_later_latents_do_not_change_earlier_velocities(params):
         jnp.where((video_blocks == last)[:, None], other.video, x.video),
         jnp.where((audio_blocks == last)[:, None], other.audio, x.audio),
     )
-    run = jax.jit(lambda x: forward(model, params[0], layout, x), compiler_options=QUICK_COMPILE)
-    for before, after, blocks in zip(
-        run(x), run(changed), (video_blocks, audio_blocks), strict=True
-    ):
+    found = (compiled_forward(model, params[0], layout, clip) for clip in (x, changed))
+    for before, after, blocks in zip(*found, (video_blocks, audio_blocks), strict=True):
         np.testing.assert_array_equal(before[:, blocks < last], after[:, blocks < last])
         assert not np.allclose(before[:, blocks == last], after[:, blocks == last], atol=1e-3)
 
@@ -179,12 +183,7 @@ def assert_student_is_teacher(config, params):
         Transformer(config, implementation=implementation, causal=mask)
         for implementation in ("xla", "prefix")
     ]
-    teacher, *students = (
-        jax.jit(
-            lambda x, model=model: forward(model, params, clip, x), compiler_options=QUICK_COMPILE
-        )(x)
-        for model in models
-    )
+    teacher, *students = (compiled_forward(model, params, clip, x) for model in models)
     for student in students:
         for actual, expected in zip(student, teacher, strict=True):
             assert np.std(expected) > 0.1

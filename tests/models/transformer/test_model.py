@@ -57,6 +57,12 @@ def rope_from_bounds(
     return Rope(jnp.asarray(split(cos)), jnp.asarray(split(sin)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def velocities(model, params, video, audio, keep):
+    """One program for all cases that differ in values alone."""
+    return model.apply({"params": params}, video, audio, keep=keep)[0]
+
+
 class Reference:
     """A golden LTX-2 file: config, weights, arrays, and its inputs as `Modality` objects."""
 
@@ -89,9 +95,7 @@ class Reference:
 
     def run(self, video, audio, *, keep=None, unroll=1, **changes):
         config = dataclasses.replace(self.config, **changes) if changes else self.config
-        model = Transformer(config, unroll=unroll)
-        apply = jax.jit(lambda p, v, a, k: model.apply({"params": p}, v, a, keep=k)[0])
-        return apply(self.params, video, audio, keep)
+        return velocities(Transformer(config, unroll=unroll), self.params, video, audio, keep)
 
     def check(self, case, outputs, streams=("video", "audio")):
         for stream, velocity in zip(("video", "audio"), outputs, strict=True):

@@ -1,6 +1,7 @@
 """The stabilisers of the paper's Table 3: sinks and their RoPE, QK-norm, tanh gates, none."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,12 @@ from tests.tiny_model import QUICK_COMPILE, abstract_params, random_params
 FRAMES, AUDIO_FRAMES = 4, 26
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
+def apply(model, params, video, audio):
+    return model.apply({"params": params}, video, audio)[0]
+
+
 def velocities(config: TransformerConfig, change=None):
-    model = Transformer(config)
     params = random_params(config, 0)
     if change:
         params = change(params)
@@ -41,10 +46,7 @@ def velocities(config: TransformerConfig, change=None):
         rope.audio_cross_rope(audio_frames, sinks),
         context,
     )
-    apply = jax.jit(
-        lambda p: model.apply({"params": p}, video, audio)[0], compiler_options=QUICK_COMPILE
-    )
-    return apply(params)
+    return apply(Transformer(config), params, video, audio)
 
 
 def test_sinks_are_dropped_from_the_output_and_take_part():
@@ -97,10 +99,11 @@ def test_tanh_gate_starts_closed():
     def open_audio(params):
         return zeroed(params, "alpha", ("video_attn", "a2v_attn", "v2a_attn"))
 
-    alpha = jax.jit(init_params, static_argnums=0)(Transformer(config), jax.random.key(0))[
-        "blocks"
-    ]["a2v_attn"]["alpha"]
-    np.testing.assert_array_equal(alpha, np.zeros((2, 1)))
+    @jax.jit
+    def alpha(key):
+        return init_params(Transformer(config), key)["blocks"]["a2v_attn"]["alpha"]
+
+    np.testing.assert_array_equal(alpha(jax.random.key(0)), np.zeros((2, 1)))
     closed = velocities(config, closed_gates)
     for a, b in zip(closed, velocities(config, zero_outputs), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)

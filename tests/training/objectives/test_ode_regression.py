@@ -62,8 +62,13 @@ def make_batch(stage: ODERegression) -> dict[str, jax.Array]:
     }
 
 
+@functools.partial(jit, static_argnums=0)
+def task_of(stage, batch, keys):
+    return stage.task(batch, keys)
+
+
 def draw(stage: ODERegression, seed: int = 0) -> RegressionTask:
-    return stage.task(make_batch(stage), jax.random.split(jax.random.key(seed), BATCH))
+    return task_of(stage, make_batch(stage), jax.random.split(jax.random.key(seed), BATCH))
 
 
 def drawn_states(stage: ODERegression, task: RegressionTask) -> np.ndarray:
@@ -163,7 +168,7 @@ def test_masked_loss_by_hand():
     np.testing.assert_allclose(total.audio, expected.audio, rtol=1e-5)
     assert np.all((np.asarray(per_block.video) > 0) == (np.asarray(task.weight) > 0))
     for a, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
-        np.testing.assert_allclose(a, e, atol=1e-4 * float(jnp.abs(e).max() + 1e-9))
+        np.testing.assert_allclose(a, e, atol=1e-4 * float(np.abs(e).max() + 1e-9))
 
 
 def test_clean_history_equals_one_masked_pass_per_block():
@@ -199,7 +204,7 @@ def test_clean_history_equals_one_masked_pass_per_block():
         expected = masked(params, dataclasses.replace(task, noisy=shown, sigma=level))
         np.testing.assert_allclose(per_block.video[:, block], expected.video[:, block], rtol=2e-4)
         np.testing.assert_allclose(per_block.audio[:, block], expected.audio[:, block], rtol=2e-4)
-    assert float(jnp.abs(grads["audio_sinks"]).max()) > 0
+    assert float(np.abs(grads["audio_sinks"]).max()) > 0
 
 
 @pytest.mark.slow

@@ -77,8 +77,8 @@ def assert_trees_close(actual, expected, tolerance):
     for (path, a), e in zip(
         jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):
-        scale = float(jnp.max(jnp.abs(e))) + 1e-6
-        error = float(jnp.max(jnp.abs(a.astype(jnp.float32) - e))) / scale
+        scale = float(np.abs(e).max()) + 1e-6
+        error = float(np.abs(np.asarray(a, np.float32) - e).max()) / scale
         assert error < tolerance, f"{jax.tree_util.keystr(path)}: {error}"
 
 
@@ -117,7 +117,7 @@ class Uncached:
         """The clip, and the noisy input of every block's last pass."""
         keys = jax.random.split(jax.random.key(0), BATCH)
         x = jax.tree.map(jnp.zeros_like, draw_noise(keys, self.clip, self.model))
-        masked_x0 = jit(self.masked_x0, static_argnums=1)
+        masked_x0 = jit(self.masked_x0)
         inputs = []
         for block in range(self.num_blocks):
             video, audio = self.bounds(block)
@@ -211,6 +211,7 @@ def test_self_forcing_step_equals_uncached_masked_computation(self_forcing, exit
 
     reference = Uncached(generator, params, contexts)
 
+    @functools.partial(jit, static_argnums=0)
     def noise(block):
         return noise_of_block(keys, block, generator.config, generator.model, first=block == 0)
 
@@ -232,9 +233,9 @@ def test_self_forcing_step_equals_uncached_masked_computation(self_forcing, exit
 
     expected_grads = jit(jax.grad(objective))(params)
     assert_trees_close(grads, expected_grads, 2e-4)
-    assert float(jnp.abs(grads["audio_sinks"]).max()) > 0
+    assert float(np.abs(grads["audio_sinks"]).max()) > 0
     text = grads["blocks"]["video_text_attn"]
-    assert float(jnp.abs(text["k"]["kernel"]).max()) > 0, "text keys must receive gradients"
+    assert float(np.abs(text["k"]["kernel"]).max()) > 0, "text keys must receive gradients"
 
 
 # -- stage III against autodiff through the block step, where blocks leave the window ---------
@@ -282,7 +283,7 @@ def test_window_of_a_long_rollout():
     expected_grads, expected = jit(jax.grad(objective, has_aux=True))(params)
     assert_trees_close(sample, expected, 2e-5)
     assert_trees_close(grads, expected_grads, 2e-4)
-    assert float(jnp.abs(grads["audio_sinks"]).max()) == 0, "block 0 was not scored"
+    assert float(np.abs(grads["audio_sinks"]).max()) == 0, "block 0 was not scored"
 
 
 @pytest.mark.slow
@@ -327,7 +328,7 @@ def test_sample_is_that_of_the_sampler(self_forcing):
     expected = student.rollout(model, params, one_text, rope, key, config=config, **one)
     assert_trees_close(jax.tree.map(lambda x: x[first], sample), expected, 2e-5)
     early, _ = program(params, keys, step_key_with_exit(0))
-    assert float(jnp.abs(early.video - sample.video).max()) > 1e-2
+    assert float(np.abs(early.video - sample.video).max()) > 1e-2
 
 
 # -- stage I ----------------------------------------------------------------------------------
@@ -424,4 +425,4 @@ def test_history_carries_no_gradient():
         return jnp.sum(x0.video) + jnp.sum(x0.audio)
 
     grads = jit(jax.grad(second_block))(params)
-    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) == 0
+    assert max(float(np.abs(g).max()) for g in jax.tree.leaves(grads)) == 0
