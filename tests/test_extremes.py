@@ -429,7 +429,7 @@ def test_json_of_the_wrong_shape(
     (folder / file).write_text(json.dumps(content))
     assert run()[0] is None
     found = list(places(content))
-    found = [(), *found[:: max(1, len(found) // (60 * shapes_each))]]
+    found = [(), *found[:: max(1, len(found) // (30 * shapes_each))]]
     refused = 0
     for number, place in enumerate(found):
         for shape in range(number, number + shapes_each):

@@ -6,7 +6,9 @@ import pytest
 from benchmarks import page, peers
 
 
-@pytest.mark.parametrize("make", [peers.transformers, peers.decoders])
+@pytest.mark.parametrize(
+    "make", [peers.transformers, pytest.param(peers.decoders, marks=pytest.mark.slow)]
+)
 def test_both_agree_before_they_are_timed(make, tmp_path):
     ours, theirs = make(peers.SIZES["tiny"], tmp_path, "float32")
     found = peers.compare((ours, theirs), 3, "float32")

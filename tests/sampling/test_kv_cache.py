@@ -179,7 +179,10 @@ class Clip:
 
 @pytest.mark.parametrize(
     "layout, changes, sigmas",
-    [(*case, [0.9, 0.3, 0.7, 0.5]) for case in CASES.values()]
+    [
+        pytest.param(*case, [0.9, 0.3, 0.7, 0.5], marks=[pytest.mark.slow] * (name == "prefix"))
+        for name, case in CASES.items()
+    ]
     # LTX-2.3's and 2.5's text takes one noise level a sample: blocks of several cannot share a pass
     + [(BlockLayout.merged(), LTX25_CHANGES, [0.6] * 4)],
     ids=[*CASES, "merged, LTX-2.5"],

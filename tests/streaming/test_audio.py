@@ -141,7 +141,7 @@ def test_sample_counts_of_both_layouts(golden_dir):
         decoder.samples_after(-1, True)
 
 
-@pytest.mark.parametrize("pushes", [1, 2])
+@pytest.mark.parametrize("pushes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_restored_state_continues_identically(decoder, pushes):
     latents = random_latents(decoder, LENGTH)
     state = decoder.init(BATCH)

@@ -71,7 +71,7 @@ def test_the_base_at_zero_and_merged_weights(network):
     found = adapted(base, moved)[0]
     merged = plain(adapters.merged(base, moved, CONFIG))
     leaves = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    assert all(float(jnp.max(jnp.abs(a - b))) > 1e-2 for a, b in leaves)
+    assert all(np.abs(np.asarray(a) - b).max() > 1e-2 for a, b in leaves)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, merged)
 
 
@@ -106,7 +106,7 @@ def test_gradients_are_finite_differences(network):
                 return float(value_and_grad(unflatten_dict(there))[0])
 
             slope = (at(1e-3) - at(-1e-3)) / 2e-3
-            expected = float(jnp.sum(gradient[path] * direction))
+            expected = float(np.sum(np.asarray(gradient[path]) * direction))
             np.testing.assert_allclose(slope, expected, rtol=2e-2, atol=2e-3, err_msg=str(path))
 
 
