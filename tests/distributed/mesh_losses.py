@@ -1,6 +1,6 @@
-"""Prints the losses of two training steps on a mesh; run as a program, with eight CPU devices.
+"""Prints the losses of two training steps on meshes; run as a program, with eight CPU devices.
 
-python -m tests.distributed.mesh_losses stage3 data=2 fsdp=2 tensor=2
+python -m tests.distributed.mesh_losses stage3 data=1 data=2,fsdp=2,tensor=2
 
 "-given" behind a stage: under conditions of all modes; "-adapters": adapters over a frozen base.
 On a mesh the batch is cut into two microbatches, on one device it is not.
@@ -146,5 +146,6 @@ def main(stage: str, axes: dict[str, int]) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    axes = dict(pair.split("=") for pair in sys.argv[2:])
-    print(json.dumps(main(sys.argv[1], {name: int(size) for name, size in axes.items()})))
+    meshes = [dict(pair.split("=") for pair in mesh.split(",")) for mesh in sys.argv[2:]]
+    sizes = [{name: int(size) for name, size in mesh.items()} for mesh in meshes]
+    print(json.dumps([main(sys.argv[1], axes) for axes in sizes]))

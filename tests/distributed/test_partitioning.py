@@ -31,15 +31,14 @@ params = random_params(config)
 clip = jax.jit(clip)
 expected = clip(params, contexts)
 boxed = jax.eval_shape(lambda k: init_boxed_params(model, k), jax.random.key(0))
-for axes in (dict(data=4, fsdp=2), dict(data=2, fsdp=2, tensor=2)):
-    mesh = partitioning.make_mesh(**axes)
-    placed = jax.device_put(params, partitioning.shardings(boxed, mesh))
-    q = placed["blocks"]["video_attn"]["q"]["kernel"].sharding.spec
-    assert q == jax.sharding.PartitionSpec(None, ("fsdp", "sequence"), "tensor"), q
-    with jax.set_mesh(mesh):
-        actual = clip(placed, contexts)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4)
+mesh = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
+placed = jax.device_put(params, partitioning.shardings(boxed, mesh))
+q = placed["blocks"]["video_attn"]["q"]["kernel"].sharding.spec
+assert q == jax.sharding.PartitionSpec(None, ("fsdp", "sequence"), "tensor"), q
+with jax.set_mesh(mesh):
+    actual = clip(placed, contexts)
+for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4)
 try:
     partitioning.make_mesh(data=3)
 except ValueError as error:
