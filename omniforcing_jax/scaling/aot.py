@@ -35,9 +35,10 @@ from omniforcing_jax.training.config.experiment import Experiment
 from omniforcing_jax.training.objectives.split_dmd import SplitDMD, SplitFrozen, split_meshes
 from omniforcing_jax.training.state import state_shardings
 
-# With it the compiler takes half to a quarter of the time; where both were tried, peaks differed by
-# less than 1 % (docs/scaling.md).
-QUICK = {"exec_time_optimization_effort": -1.0}
+# With it the compiler takes less time; where both were tried, peaks differed by less than 1 %
+# (docs/scaling.md). Below -0.4 libtpu 0.0.42 aborts at a reduce-scatter of a small array, such as
+# an adapter's gradient, over four devices of a plane ("reduction_loop_bound == max_shard_scaling").
+QUICK = {"exec_time_optimization_effort": -0.4}
 # libtpu 0.0.42 aborts when it moves an all-reduce to v7x's SparseCores (a failed check of
 # offload_collective_strategies, "std::abs(inc) < core_count()").
 V7X = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}
