@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = programs.Parser("launch.aot", __doc__)
     add = parser.add_argument
     add("--target", default="cpu", help=f"machine: {devices.EXAMPLES}")
-    add("--program", choices=(*STAGES, "stream"), default="stage3")
+    add("--program", choices=(*STAGES, "stream", "forward"), default="stage3")
     add("--mesh", default="fsdp=-1", help="axes, such as fsdp=32,sequence=2; -1 is the rest")
     add("--variant", default="19b", help="of the stage's config file (default 19b)")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the config")
@@ -99,9 +99,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     target, mesh = devices.Target.parse(args.target), parse_mesh(args.mesh, rest=True)
     machine = target.load()
     changes = dry_run.parse_settings(args.set)
-    if args.program == "stream":
+    if args.program in ("stream", "forward"):
         config = dry_run.stream_config(changes, size=args.size, layers=args.layers)
-        case = aot.stream_case(target, machine, mesh, *config)
+        make = aot.stream_case if args.program == "stream" else aot.forward_case
+        case = make(target, machine, mesh, *config)
     else:
         c = dry_run.stage_config(args.program, args.variant, changes, mesh)
         e = dry_run.make_experiment(c, len(machine), size=args.size, layers=args.layers)

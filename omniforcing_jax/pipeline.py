@@ -416,6 +416,8 @@ def load_pipeline(
     params["transformer"] = lora.merge(params["transformer"], loras)
     if per_layer:
         how = {"quantize": quantize, "scales": checkpoints.float8_scales(directory), "at": at}
+        if first.platform == "tpu":
+            how["by_heads"] = config.transformer
         params["transformer"] = weights.per_layer(params["transformer"], **how)
     if quantize != "none":  # what is not waits in the computer's memory still
         rest = dict(params["transformer"])

@@ -58,6 +58,11 @@ class QuantizedArray:
     scale: jax.Array
     products: bool = flax.struct.field(pytree_node=False, default=False)
 
+    @property
+    def ndim(self) -> int:
+        """Axes of the values."""
+        return self.values.ndim
+
 
 def check_mode(mode: str, modes: Any = MODES) -> None:
     """Raises ValueError unless `mode` is one of `modes`."""
@@ -146,6 +151,38 @@ def matmul(x: jax.Array, kernel: jax.Array | QuantizedArray, dtype: jnp.dtype) -
     else:
         y = jnp.matmul(x.astype(dtype), values.astype(dtype), preferred_element_type=jnp.float32)
     return scaled(y, kernel).astype(dtype)
+
+
+def matmul_by_heads(
+    x: jax.Array, kernel: jax.Array | QuantizedArray, dtype: jnp.dtype, over_heads: bool
+) -> jax.Array:
+    """A product to heads, or from them, with weights that lie by heads.
+
+    Args:
+      x: [..., E], or [..., N, H] in any dtype.
+      kernel: [N, H, E]; quantised with scales [N, H, 1] if it makes heads, [1, 1, E] if not.
+      over_heads: x has heads, over which is summed.
+
+    Returns:
+      [..., N, H], or [..., E], in `dtype`.
+    """
+    axes = ((x.ndim - 2, x.ndim - 1), (0, 1)) if over_heads else ((x.ndim - 1,), (2,))
+    how = (axes, ((), ()))
+    if not isinstance(kernel, QuantizedArray):
+        return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), how)
+    x, dtypes = x.astype(dtype), {"preferred_element_type": jnp.float32}
+    values, scale = kernel.values.astype(dtype), kernel.scale
+    if kernel.products:
+        rounded = quantize(x, axes[0], Precision(kernel.values.dtype))
+        x, values = rounded.values, kernel.values
+        if jnp.issubdtype(values.dtype, jnp.integer):
+            dtypes = {"preferred_element_type": jnp.int32}
+    y = jax.lax.dot_general(x, values, how, **dtypes).astype(jnp.float32)
+    if kernel.products:
+        ones = (1,) * (1 if over_heads else 2)
+        y = y * rounded.scale.reshape(*x.shape[: x.ndim - len(axes[0])], *ones)
+    scale = scale[0, 0] if over_heads else scale[..., 0]  # [E], or [N, H]
+    return (y * jnp.expand_dims(scale, range(y.ndim - scale.ndim))).astype(dtype)
 
 
 def scaled(y: jax.Array, kernel: QuantizedArray) -> jax.Array:

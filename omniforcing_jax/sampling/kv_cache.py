@@ -25,6 +25,7 @@ One type serves the self-attention of both streams and both directions between t
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -144,7 +145,7 @@ class RollingCache:
 
     Attributes:
       kv: [L, B, slots, N, H] per pathway; or, for weights per layer, a tuple of the layers', each
-        [B, slots, N, H].
+        [B, slots, N, H], or in another order of `KV`.
       num_blocks: [] int32, blocks written.
       config: shape of the cache.
       num_sinks: sink tokens of the model; they are the first audio slots.
@@ -154,6 +155,16 @@ class RollingCache:
     num_blocks: jax.Array
     config: CacheConfig = flax.struct.field(pytree_node=False)
     num_sinks: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def buffers(self) -> Pathways | tuple[Pathways, ...]:
+        """`kv` with heads behind tokens."""
+        return jax.tree.map(lambda kv: kv.ordered(), self.kv, is_leaf=_is_kv)
+
+    def holding(self, buffers: Pathways | tuple[Pathways, ...]) -> "RollingCache":
+        """The cache with other `buffers`."""
+        kv = jax.tree.map(lambda old, kv: kv.ordered(old.order), self.kv, buffers, is_leaf=_is_kv)
+        return self.replace(kv=kv)
 
     @property
     def ring(self) -> int:
@@ -181,11 +192,13 @@ def init_cache(
     patches: int,
     dtype: jnp.dtype = jnp.float32,
     per_layer: bool = False,
+    by_heads: bool = False,
 ) -> RollingCache:
     """An empty cache for `patches` tokens per video latent.
 
     Args:
       per_layer: buffers of their own for each layer, with a slot for the block that is made.
+      by_heads: in the order of `KV.order_on_tpu`.
 
     Raises:
       ValueError: 8 bits for buffers that are not per layer.
@@ -205,7 +218,8 @@ def init_cache(
                 return jnp.zeros(shape, dtype)
             return QuantizedArray(jnp.zeros(shape, config.dtype), jnp.zeros((*shape[:-1], 1)))
 
-        return KV(buffer(), buffer())
+        kv = KV(buffer(), buffer())
+        return kv.order_on_tpu() if by_heads else kv
 
     def pathways():
         return Pathways(
@@ -230,19 +244,26 @@ def cache_bytes(config: CacheConfig, model: TransformerConfig, **how: Any) -> in
 
 
 def cache_sharding(cache: RollingCache, mesh: Mesh) -> RollingCache:
-    """Shardings of a rolling cache [..., B, S, N, H]: the batch, and the heads as in attention."""
+    """Shardings of keys and values [..., B, S, N, H]: the batch, and the heads as in attention."""
 
-    def place(leaf):
+    def place(leaf, heads_axis: int = -2):
         if leaf.ndim < 4:
             return NamedSharding(mesh, P())
         batch_axes = tuple(a for a in BATCH_AXES if mesh.shape[a] > 1)
         batch_size = math.prod(mesh.shape[a] for a in batch_axes)
         batch = batch_axes if batch_axes and leaf.shape[-4] % batch_size == 0 else None
         ways = math.prod(mesh.shape[a] for a in HEAD_AXES)
-        heads = HEAD_AXES if leaf.shape[-2] % ways == 0 else None
-        return NamedSharding(mesh, P(*(None,) * (leaf.ndim - 4), batch, None, heads, None))
+        last = [None] * 3
+        if leaf.shape[heads_axis] % ways == 0:
+            last[heads_axis] = HEAD_AXES
+        return NamedSharding(mesh, P(*(None,) * (leaf.ndim - 4), batch, *last))
 
-    return jax.tree.map(place, cache)
+    def places(x):
+        if not isinstance(x, KV):
+            return place(x)
+        return jax.tree.map(functools.partial(place, heads_axis=x.order.index("N") - 3), x)
+
+    return jax.tree.map(places, cache, is_leaf=_is_kv)
 
 
 def constrained(cache: RollingCache) -> RollingCache:
@@ -267,7 +288,7 @@ def write(
     """
     block = cache.num_blocks
     if isinstance(cache.kv, tuple) and not first:
-        return cache.replace(kv=new, num_blocks=block + 1)
+        return cache.holding(new).replace(num_blocks=block + 1)
     video, audio = (0, 0) if first else cache.starts(cache.slot(block), patches)
 
     def put(old: KV, kv: KV, start) -> KV:
@@ -277,8 +298,8 @@ def write(
         return KV(update(old.k, kv.k), update(old.v, kv.v))
 
     starts = Pathways(video=video, audio=audio, a2v=audio, v2a=video)
-    kv = jax.tree.map(put, cache.kv, new, _like(cache.kv, starts), is_leaf=_is_kv)
-    return cache.replace(kv=kv, num_blocks=block + 1)
+    kv = jax.tree.map(put, cache.buffers, new, _like(cache.kv, starts), is_leaf=_is_kv)
+    return cache.holding(kv).replace(num_blocks=block + 1)
 
 
 def empty_block(cache: RollingCache, patches: int, dtype: jnp.dtype, *, first: bool) -> Any:
@@ -295,7 +316,7 @@ def empty_block(cache: RollingCache, patches: int, dtype: jnp.dtype, *, first: b
 
         return KV(of(kv.k), of(kv.v))
 
-    return jax.tree.map(zeros, cache.kv, _like(cache.kv, tokens), is_leaf=_is_kv)
+    return jax.tree.map(zeros, cache.buffers, _like(cache.kv, tokens), is_leaf=_is_kv)
 
 
 def _like(kv: Pathways | tuple, pathways: Pathways) -> Pathways | tuple:
@@ -327,8 +348,8 @@ def written_anew(cache: RollingCache, num_blocks: jax.Array, patches: int) -> Ro
 
         return jax.tree.map(roll, kv)
 
-    kv = jax.tree.map(turned, cache.kv, _like(cache.kv, places), is_leaf=_is_kv)
-    return cache.replace(kv=kv, num_blocks=num_blocks)
+    kv = jax.tree.map(turned, cache.buffers, _like(cache.kv, places), is_leaf=_is_kv)
+    return cache.holding(kv).replace(num_blocks=num_blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +397,7 @@ def slots(cache: RollingCache, rope: ClipRope, patches: int, *, full: bool) -> t
 
         return Pathways(**{name: of(name) for name in ("video", "audio", "a2v", "v2a")})
 
-    return tuple(of_layer(kv) for kv in cache.kv)
+    return tuple(of_layer(kv) for kv in cache.buffers)
 
 
 def _slot_ropes(cache: RollingCache, rope: ClipRope) -> Pathways:

@@ -30,7 +30,7 @@ from omniforcing_jax.geometry import (
 )
 from omniforcing_jax.models import quantization
 from omniforcing_jax.models.transformer.inputs import Pathways, TextKV
-from omniforcing_jax.models.transformer.layers import Slots
+from omniforcing_jax.models.transformer.layers import KV, Slots
 from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.models.transformer.rope import ClipRope
 from omniforcing_jax.sampling import kv_cache
@@ -42,7 +42,7 @@ from omniforcing_jax.sampling.conditions import (
 )
 from omniforcing_jax.sampling.kv_cache import RollingCache
 from omniforcing_jax.sampling.rollout_config import RolloutConfig
-from omniforcing_jax.sampling.weights import is_per_layer
+from omniforcing_jax.sampling.weights import is_by_heads, is_per_layer
 from omniforcing_jax.types import AVLatents, Contexts
 
 
@@ -64,16 +64,19 @@ def prompt_kv(
 
     Returns:
       [L, B, S, N, H] arrays; where the text attention is modulated (LTX-2.3) they depend on the
-      noise level and have a leading axis of len(levels).
+      noise level and have a leading axis of len(levels). By heads, if the weights are.
     """
 
     def encode(sigma):
         contexts = video_context, audio_context
         text = model.apply({"params": params}, *contexts, sigma, method="text_kv")
-        if dtype is None:
-            return text
-        precision = quantization.PRECISIONS[dtype]
-        return jax.tree.map(lambda x: quantization.quantize(x, -1, precision), text)
+        if dtype is not None:
+            precision = quantization.PRECISIONS[dtype]
+            text = jax.tree.map(lambda x: quantization.quantize(x, -1, precision), text)
+        if is_by_heads(params):
+            is_kv = lambda x: isinstance(x, KV)  # noqa: E731
+            text = jax.tree.map(KV.order_on_tpu, text, is_leaf=is_kv)
+        return text
 
     if not model.config.text_adaln:
         return encode(None)
@@ -235,7 +238,7 @@ def block_step(
     """
     how = {"first": first, "full": full, "text_mask": text_mask}
     forward = bind(model, params, cache, rope, config, **how)
-    kv = cache.kv
+    kv = cache.buffers
     if first or not is_per_layer(params):
         kv = kv_cache.empty_block(cache, config.patches, model.dtype, first=first)
     x0, exit_input, kv = passes(forward, text, noise, kv, config, exit_step, condition)
@@ -429,10 +432,12 @@ def new_cache(
 
     Returns:
       Keys and values [L, B, S, N, H] for each attention, or of each layer, of zeros, and no blocks.
+      Where the weights lie by heads, so do they.
     """
     how = {"batch": batch, "patches": config.patches, "dtype": model.dtype}
-    per_layer = params is not None and is_per_layer(params)
-    return kv_cache.init_cache(config.cache, model.config, **how, per_layer=per_layer)
+    how["per_layer"] = params is not None and is_per_layer(params)
+    how["by_heads"] = params is not None and is_by_heads(params)
+    return kv_cache.init_cache(config.cache, model.config, **how)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "num_blocks", "batch"))

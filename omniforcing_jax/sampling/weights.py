@@ -8,6 +8,10 @@ whatever else changes them for sampling (low precision, adapters) belongs here, 
 In low precision are the products of the layers: q, k, v, out, and both of the feed-forward, which
 are 98 % of the weights of the 19B model. First and last layer, modulation and gates stay as they
 are; `benchmarks.precision` measures what each kind of module costs.
+
+A TPU attends to heads, one after the other, [B, N, T, H]. A product whose weights lie as [in, N H]
+makes [B, T, N H], which XLA then copies twice for each of q, k and v. Weights that lie by heads,
+[N, H, in], make what attention reads, and those behind it, [N, H, out], read what it makes.
 """
 
 import functools
@@ -35,11 +39,18 @@ JOINED = {
 }
 # Names of the modules in a layer whose kernels may be in low precision.
 QUANTIZED = ("q", "k", "v", "qkv", "kv", "out", "up", "down")
+# Those that may lie by heads.
+BY_HEADS = ("q", "k", "v", "out")
 
 
 def is_per_layer(params: Mapping[str, Any]) -> bool:
     """Whether a transformer's weights are those of `per_layer`."""
     return isinstance(params.get("blocks"), tuple)
+
+
+def is_by_heads(params: Mapping[str, Any]) -> bool:
+    """Whether they lie by heads."""
+    return is_per_layer(params) and params["blocks"][0]["video_attn"]["out"]["kernel"].ndim == 3
 
 
 def check_mesh(config: TransformerConfig, mesh: Mapping[str, int]) -> None:
@@ -71,10 +82,12 @@ def layer_place(stacked: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     """Where a layer's part of a stacked parameter is; of a kernel in 8 bits its scales, too.
 
     Args:
-      shape: of the part; what has one entry along the input axis are scales.
+      shape: of the part, perhaps by heads; what has one entry along the input axis are scales.
     """
     spec = stacked.spec[1:]
-    if len(shape) == 2 and shape[0] == 1:
+    if len(shape) == 3:
+        spec = P(*(axis for axis in spec if axis == "tensor" and shape[0] > 1))
+    elif len(shape) == 2 and shape[0] == 1:
         spec = P(None, *spec[1:])
     return NamedSharding(stacked.mesh, P(*spec))
 
@@ -85,6 +98,7 @@ def per_layer(
     join: bool = True,
     quantize: str = "none",
     at: Mapping[tuple[str, ...], NamedSharding] | None = None,
+    by_heads: TransformerConfig | None = None,
     scales: Mapping[str, Sequence[float | None]] | None = None,
 ) -> dict[str, Any]:
     """A transformer's weights as samplers use them; the stacked arrays are deleted on the way.
@@ -98,6 +112,8 @@ def per_layer(
       join: join the products of `JOINED`. Over devices that split the heads, leave them apart.
       at: from `places`, for the layers over a mesh, which are then not joined; None leaves them on
         the device where they are, or where they are quantised.
+      by_heads: of the model, if the weights around attention shall lie by heads, as is best for
+        TPUs; they are not joined then. None leaves them [in, out].
       quantize: "none", or one of `quantization.PRECISIONS`, for the kernels of `QUANTIZED`.
       scales: of weights that were float8 in their file, from `io.checkpoints.float8_scales`. As
         float8 they become again what they were there, and those without a scale are left as they
@@ -117,7 +133,8 @@ def per_layer(
     num_layers = next(iter(flat.values())).shape[0]
     layers: list[dict[tuple, Any]] = [{} for _ in range(num_layers)]
 
-    join = join and at is None
+    join = join and at is None and by_heads is None
+    heads = {} if by_heads is None else _heads(by_heads)
 
     def put(path: tuple[str, ...], piece: Any) -> Any:
         stacked = at["blocks", *path]
@@ -127,6 +144,7 @@ def per_layer(
         """Puts what lies at `paths`, joined, at `path` of the layers."""
         parts = [jnp.asarray(flat.pop(path)) for path in paths]
         pieces: Iterable[Any]
+        count = heads.get(path[0]) if path[-1] == "kernel" and path[-2] in BY_HEADS else None
         if precision and path[-1] == "kernel" and path[-2] in QUANTIZED:
             known = [[math.nan] * num_layers] * len(parts)  # for all to be found
             if as_filed:
@@ -134,6 +152,8 @@ def per_layer(
             pieces = _quantized_layers(parts, precision, known)
         else:
             pieces = _unstacked(*parts)
+        if count:
+            pieces = (split_by_heads(piece, count, path[-2] == "out") for piece in pieces)
         for layer, piece in zip(layers, pieces, strict=True):
             layer[path] = piece if at is None else put(path, piece)
         if not isinstance(parts[0], jax.core.Tracer):
@@ -171,6 +191,29 @@ def _quantized_layers(
             yield jnp.concatenate(kernels, axis=-1)
         else:
             yield _quantized(kernels, known, precision=precision)
+
+
+def _heads(config: TransformerConfig) -> dict[str, int]:
+    """{attention: heads}."""
+    audio = dict.fromkeys(
+        ("audio_attn", "audio_text_attn", "a2v_attn", "v2a_attn"), config.audio_heads
+    )
+    return audio | dict.fromkeys(("video_attn", "video_text_attn"), config.video_heads)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def split_by_heads(
+    kernel: quantization.QuantizedArray | jax.Array, heads: int, behind: bool
+) -> quantization.QuantizedArray | jax.Array:
+    """A kernel [in, N H] as [N, H, in], or, of a product behind attention, [N H, out] as
+    [N, H, out]."""
+    turned = isinstance(kernel, quantization.QuantizedArray) and kernel.products  # [out, in]
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x if turned != behind else x.T  # [N H, in], or [N H, out]
+        return x.reshape(heads, -1, x.shape[1]) if x.shape[0] > 1 else x[None]
+
+    return jax.tree.map(split, kernel)
 
 
 @functools.partial(jax.jit, static_argnames="precision")

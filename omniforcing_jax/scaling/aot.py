@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from omniforcing_jax.blocks import BlockLayout
 from omniforcing_jax.distributed import partitioning
+from omniforcing_jax.geometry import modalities, stream_ropes
 from omniforcing_jax.models.transformer.config import TransformerConfig
 from omniforcing_jax.models.transformer.model import Transformer
+from omniforcing_jax.models.transformer.rope import clip_rope
 from omniforcing_jax.sampling import kv_cache, weights
 from omniforcing_jax.sampling.student import (
     RolloutConfig,
@@ -27,13 +30,14 @@ from omniforcing_jax.sampling.student import (
 )
 from omniforcing_jax.scaling import collectives, planning, traffic
 from omniforcing_jax.scaling.devices import Target, check_products, group_speed
-from omniforcing_jax.scaling.flops import block_flops
+from omniforcing_jax.scaling.flops import block_flops, forward_flops, text_flops
 from omniforcing_jax.scaling.planning import Work
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config import experiment
 from omniforcing_jax.training.config.experiment import Experiment
 from omniforcing_jax.training.objectives.split_dmd import SplitDMD, SplitFrozen, split_meshes
 from omniforcing_jax.training.state import state_shardings
+from omniforcing_jax.types import AVLatents
 
 # With it the compiler takes less time; where both were tried, peaks differed by less than 1 %
 # (docs/scaling.md). Below -0.4 libtpu 0.0.42 aborts at a reduce-scatter of a small array, such as
@@ -45,6 +49,7 @@ V7X = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}
 # Where no GPU is there to try tiles out on, XLA takes Triton's default ones for fused products, and
 # fails for those of audio tokens split by heads ("couldn't find output tile sizes").
 GPU = {"xla_gpu_enable_triton_gemm": False}
+SECONDS = 5  # of the clip that a forward pass sees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +165,7 @@ def stream_case(
       ValueError: the mesh does not fit the devices, or they lack a precision, or there is none of
         that name.
     """
-    if target.device is not None:
-        check_products(quantize, devices[0].device_kind)
-    shape = {axis: len(devices) if n == -1 else n for axis, n in mesh_shape.items()}
-    mesh = partitioning.make_mesh(**shape, devices=devices)
-    model = Transformer(config, jnp.bfloat16)
-    params = _per_layer(assembly.abstract_params(model, mesh, jnp.bfloat16), mesh, quantize)
+    mesh, model, params = _sampler(target, devices, mesh_shape, config, quantize)
     empty = jax.eval_shape(functools.partial(new_cache, model, rollout, 1), params)
     cache = _placed(empty, mesh)
     contexts = [jax.ShapeDtypeStruct((1, text_tokens, d), jnp.bfloat16) for d in config.text_dims]
@@ -194,10 +194,82 @@ def stream_case(
     return Case(target, mesh, {"block_step": program}, read)
 
 
-def _per_layer(params: Any, mesh: jax.sharding.Mesh, quantize: str) -> Any:
+def forward_case(
+    target: Target,
+    devices: Sequence[Any],
+    mesh_shape: Mapping[str, int],
+    config: TransformerConfig,
+    rollout: RolloutConfig,
+    text_tokens: int = 1024,
+    quantize: str = "none",
+) -> Case:
+    """One pass over a clip of five seconds, as the teacher is sampled: bfloat16, text included.
+
+    Args and errors are those of `stream_case`; of `rollout` it needs the picture's size.
+    """
+    mesh, model, params = _sampler(target, devices, mesh_shape, config, quantize)
+    blocks = BlockLayout.prefix()
+    count = SECONDS + 1  # the first is a single picture
+    frames, audio_frames = blocks.num_video_frames(count), blocks.num_audio_frames(count)
+    clip = {"video_frames": frames, "audio_frames": audio_frames}
+    rope = clip_rope(config, height=rollout.height, width=rollout.width, **clip)
+    indices = jnp.arange(frames), jnp.arange(audio_frames)
+    ropes = functools.partial(stream_ropes, rope, *indices, sinks=config.num_audio_sinks > 0)
+
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, P())
+        return jax.ShapeDtypeStruct((1, *sizes), jnp.bfloat16, sharding=where)
+
+    latents = AVLatents(
+        shape(frames * rollout.patches, config.video_channels),
+        shape(audio_frames, config.audio_channels),
+    )
+    contexts = tuple(shape(text_tokens, width) for width in config.text_dims)
+
+    def forward(params, x, contexts):
+        sigma = jnp.ones((1, 1))
+        streams = modalities(x, AVLatents(sigma, sigma), ropes(), contexts)
+        return model.apply({"params": params}, *streams)[0]
+
+    def lower():
+        with jax.set_mesh(mesh):
+            return jax.jit(forward).lower(params, latents, contexts)
+
+    video, audio = latents.video.shape[1], latents.audio.shape[1]
+    flops = forward_flops(
+        config, video_tokens=video, audio_tokens=audio, video_keys=video, audio_keys=audio,
+        text_tokens=text_tokens,
+    )  # fmt: skip
+    flops += text_flops(config, text_tokens)
+    program = Program(lower, 1.0, Work(flops, 0.0, 1, 0.0, video))
+    read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) / mesh.shape["tensor"]
+    return Case(target, mesh, {"forward": program}, read)
+
+
+def _sampler(
+    target: Target,
+    devices: Sequence[Any],
+    mesh_shape: Mapping[str, int],
+    config: TransformerConfig,
+    quantize: str,
+) -> tuple[jax.sharding.Mesh, Transformer, Any]:
+    """The mesh, the model, and shapes and places of its weights, as `load_pipeline` has them."""
+    if target.device is not None:
+        check_products(quantize, devices[0].device_kind)
+    shape = {axis: len(devices) if n == -1 else n for axis, n in mesh_shape.items()}
+    mesh = partitioning.make_mesh(**shape, devices=devices)
+    model = Transformer(config, jnp.bfloat16)
+    stacked = assembly.abstract_params(model, mesh, jnp.bfloat16)
+    by_heads = config if devices[0].platform == "tpu" else None
+    return mesh, model, _per_layer(stacked, mesh, quantize, by_heads)
+
+
+def _per_layer(
+    params: Any, mesh: jax.sharding.Mesh, quantize: str, by_heads: TransformerConfig | None
+) -> Any:
     """Shapes and places of `weights.per_layer`."""
     join = mesh.size == 1
-    how = {"join": join, "quantize": quantize}
+    how = {"join": join, "quantize": quantize, "by_heads": by_heads}
     blocks = jax.eval_shape(lambda p: weights.per_layer(p, **how), params)["blocks"]
     whole = NamedSharding(mesh, P())
 

@@ -8,7 +8,8 @@ often as the loops around it run (`collectives.run_computations`).
 A fusion that computes one part of its result and moves the other, such as a concatenation of keys
 that are rotated on the way with keys that are not, counts as movement with the second part only. An
 update in place writes what is put in, not the whole buffer. On TPUs what lies in the chip's vector
-memory (`S(1)`) costs no traffic.
+memory (`S(1)`) costs no traffic; what is copied into it ahead of its use, weights mostly, is counted
+with the products that read it there.
 """
 
 import collections
@@ -31,6 +32,7 @@ _KINDS = {
     "reshape": "copy",
     "transpose": "transpose",
     "slice": "slice",
+    "slice-start": "slice",
     "dynamic-slice": "slice",
     "gather": "slice",
     "dynamic-update-slice": "update",
@@ -93,14 +95,26 @@ class _Instruction:
     @functools.cached_property
     def bytes(self) -> float:
         """Of the result, as far as it lies in the device's main memory."""
+        return sum(size for size, near in self._arrays if not near)
+
+    @functools.cached_property
+    def ahead(self) -> float:
+        """Bytes that are copied into vector memory while other instructions run."""
+        starts = self.opcode in ("copy-start", "slice-start")
+        return sum(size for size, near in self._arrays if near and starts)
+
+    @functools.cached_property
+    def _arrays(self) -> list[tuple[float, bool]]:
+        """Bytes of each array of the result, and whether it lies in vector memory."""
         arrays = _ARRAY.findall(self.type)
-        if self.opcode.endswith("-start"):  # (result, operand, counter)
-            arrays = arrays[:1]
-        return sum(
-            BYTES[kind] * math.prod(_dims(dims))
+        if self.opcode.endswith("-start"):  # (result, operand, counter), or ((operand), result, …)
+            operand_first = self.opcode == "slice-start"
+            arrays = arrays[1:2] if operand_first else arrays[:1]
+        return [
+            (BYTES[kind] * math.prod(_dims(dims)), "S(1)" in layout)
             for kind, dims, layout in arrays
-            if kind in BYTES and "S(1)" not in layout
-        )
+            if kind in BYTES
+        ]
 
 
 def _dims(text: str) -> list[int]:
@@ -234,6 +248,8 @@ def _kernels(i: _Instruction, fused: _Fusion | None, body, count: float) -> list
     if i.opcode in _FREE or i.opcode.endswith("-done") or i.elements == 1:  # or a loop's counter
         return []
     place = _place(i.text)
+    if i.ahead:
+        return [Kernel("products", i.opcode, i.ahead, 0.0, place, count)]
     read = fused.read if fused else sum(body[o].bytes for o in i.operands if o in body)
     attention = _ATTENTION.search(i.text)
     product = i.opcode in ("dot", "convolution") or _PRODUCT.search(i.text)

@@ -9,9 +9,11 @@ from omniforcing_jax.models.quantization import (
     PRECISIONS,
     dequantize,
     matmul,
+    matmul_by_heads,
     quantize,
     quantize_kernel,
 )
+from omniforcing_jax.sampling.weights import split_by_heads
 from omniforcing_jax.scaling.devices import check_products
 
 
@@ -43,6 +45,14 @@ def test_products(name):
     size = np.abs(np.asarray(operand, np.float64)).sum(-1, keepdims=True)
     assert (np.abs(y - expected) / size).max() < 5e-6
     assert jnp.asarray(matmul(x, kernel, jnp.bfloat16)).dtype == jnp.bfloat16
+    heads = split_by_heads(kernel, 2, False)  # [N, H, E]
+    assert heads.values.shape == (2, 3, 40) and heads.scale.shape == (2, 3, 1)
+    found = matmul_by_heads(x, heads, jnp.float32, False)
+    np.testing.assert_allclose(found.reshape(y.shape), y, rtol=1e-5, atol=1e-6)
+    heads = split_by_heads(kernel, 4, True)
+    assert heads.values.shape == (4, 10, 6)
+    found = matmul_by_heads(x.reshape(2, 3, 4, 10), heads, jnp.float32, True)
+    np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-6)
 
     limit = 448 if "fp8" in name else 127
     whole = rng.integers(-8, 9, (4, 40)).astype(np.float32)

@@ -17,7 +17,7 @@ from omniforcing_jax.models.transformer.model import Transformer
 from omniforcing_jax.sampling import student
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig, block_noise, prompt_kv
-from omniforcing_jax.sampling.weights import is_per_layer, per_layer
+from omniforcing_jax.sampling.weights import is_by_heads, is_per_layer, per_layer
 from omniforcing_jax.types import AVLatents
 from tests.tiny_model import (
     LTX25_CHANGES,
@@ -167,24 +167,27 @@ def test_block_step_by_hand(name, request):
 
 @pytest.mark.parametrize("name", ["sinks", "ltx25"])
 def test_weights_per_layer_make_the_same_blocks(name, request):
-    """Before the ring is full, when it is, and when blocks are evicted; anchors apart."""
+    """Before the ring is full, when it is, and when blocks are evicted; anchors apart. Those of one
+    model are joined, those of the other lie by heads."""
     s = request.getfixturevalue(name)
     stacked = jax.tree.map(jnp.array, s.params)
-    params = per_layer(stacked)
+    params = per_layer(stacked, by_heads=s.model.config if name == "ltx25" else None)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stacked["blocks"]))
-    assert (
-        "qkv" in params["blocks"][1]["video_attn"] and "q" not in params["blocks"][1]["audio_attn"]
-    )
+    names = [set(params["blocks"][1][attn]) for attn in ("video_attn", "audio_attn")]
+    assert all({"qkv", "q"} & found == {"q" if is_by_heads(params) else "qkv"} for found in names)
     blocks = zip(s.host_loop(NUM_BLOCKS), s.host_loop(NUM_BLOCKS, params), strict=True)
     for block, ((expected, _), (found, cache)) in enumerate(blocks):
         close = functools.partial(np.testing.assert_allclose, atol=2e-4, err_msg=str(block))
         jax.tree.map(close, found, expected)
         assert cache.num_blocks == block + 1 and isinstance(cache.kv, tuple)
+        kv = cache.kv[0].video
+        assert (kv.order == "NHS") == is_by_heads(params) == (name == "ltx25")
+        assert kv.k.shape[1 if is_by_heads(params) else 2] == s.model.config.video_heads
 
 
 def test_a_cache_in_int8_makes_almost_the_same_blocks(sinks):
     """All of its writes and reads: block 0, a ring that fills, is full, and lets go."""
-    params = per_layer(jax.tree.map(jnp.array, sinks.params))
+    params = per_layer(jax.tree.map(jnp.array, sinks.params), by_heads=sinks.model.config)
     changed, exact = copy.copy(sinks), list(sinks.host_loop(NUM_BLOCKS, params))
     cache = dataclasses.replace(sinks.config.cache, dtype="int8")
     changed.config = dataclasses.replace(sinks.config, cache=cache)
@@ -194,6 +197,7 @@ def test_a_cache_in_int8_makes_almost_the_same_blocks(sinks):
             assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
     cache = blocks[-1][1]
     assert cache.kv[0].v2a.k.values.dtype == jnp.int8
+    assert cache.kv[0].v2a.k.scale.shape[-2] == 1, "the tokens of the scales are last, by heads"
     exact = exact[-1][1].kv[0].audio.v  # within half a step of one layer's values
     error = np.abs(dequantize(cache.kv[0].audio.v, jnp.float32) - exact)
     assert 0 < error.max() < 0.05 * np.abs(exact).max()

@@ -32,6 +32,8 @@ BLOCK_STEP = {
     # expanded a layer at a time, in every pass, and never before the loop: no second copy
     ("h200:1", "int8"): (1_177_300_520, 3_001_618_732, 7_256_192_512),
     ("h200:1", "w8a8-fp8"): (1_169_244_200, 2_991_964_564, 370_324_992),
+    # keys and values lie as attention reads them: none are copied as the block starts and ends
+    ("v5p:1x1x1", "none"): (607_753_984, 3_036_345_952, 1_060_664_744),
 }
 CPU_TEMPORARIES = {"2.0": 8_590_983_208}
 TEST_FLAGS = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")  # of tests/conftest.py
@@ -203,3 +205,18 @@ def test_a_gradient_of_an_adapter_compiles_for_tpus():
     case = aot.Case(target, mesh, {"gradient": aot.Program(lower, open_loops=1.0)})
     part, _ = aot.measure(case, "gradient")
     assert part["moved"]["reduce-scatter"] == 4096 * 64 * 4 * 3 / 4  # float32, of three others
+
+
+def test_the_forward_pass_of_a_clip():
+    """Of the tiny model: its products are those that are counted, and text is among them."""
+    target = Target.parse("cpu")
+    settings = {"height": 64, "width": 96, "text_tokens": 128}
+    config, rollout, *how = dry_run.stream_config(settings, size="tiny")
+    case = aot.forward_case(target, target.load(), {"tensor": 1}, config, rollout, *how)
+    part, text = aot.measure(case, "forward")
+    report = aot.traffic_report(case, "forward", text)
+    assert part["arguments"] > case.weights_bytes > 0 and part["temporaries"] > 0
+    assert case.compiled["forward"].cost_analysis()["flops"] == pytest.approx(
+        case.programs["forward"].work.flops, rel=0.2
+    )
+    assert report["bytes"]["products"][0] > case.weights_bytes / 2

@@ -48,6 +48,8 @@ ENTRY %main (a: bf16[64,8]) -> f32[64,8] {
   %loop = (s32[], bf16[64,8]) while(%a), condition=%cond, body=%body
   %out = bf16[64,8]{1,0} get-tuple-element(%loop), index=1
   %near = bf16[64,8]{1,0:T(8,128)S(1)} copy(%out)
+  %half = ((bf16[64,8]{1,0}), bf16[32,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:32], [0:8]}
+  %whole = (bf16[64,8]{1,0:T(8,128)S(1)}, bf16[64,8]{1,0}, u32[]{:S(2)}) copy-start(%a)
   ROOT %wide = f32[64,8]{1,0} convert(%near)
 }
 """  # noqa: E501
@@ -57,12 +59,13 @@ def test_a_program_by_hand():
     kernels = traffic.read(PROGRAM)
     totals = traffic.totals(kernels)
     row = 8 * 2  # bytes
-    assert totals["products"] == (3 * 64 * row, 3 * 8 * row)
+    ahead = (32 + 64) * row  # into the vector memory of a TPU
+    assert totals["products"] == (3 * 64 * row + ahead, 3 * 8 * row)
     assert totals["slice"] == (3 * 8 * row, 3 * 8 * row)
     assert totals["concatenate"] == (3 * 6 * row, 3 * 6 * row)  # without the rows that were added
     assert totals["arithmetic"] == (3 * 2 * row, 3 * 2 * row)
     assert totals["update"][1] == 3 * 2 * row  # not the whole ring
-    assert totals["copy"][1] == 0  # into the vector memory of a TPU
+    assert totals["copy"][1] == 0  # into vector memory as well
     assert totals["convert"][1] == 64 * 8 * 4
     moves = [totals[kind][1] for kind in traffic.MOVES]
     assert totals["moves"][1] == sum(moves)

@@ -3,11 +3,13 @@
 python -m tests.streaming.mesh_sessions CHECKPOINT steered none 2 4
 
 The last arguments are the precision and the numbers of devices; "steered": a change of the prompt
-writes the cache anew, and a snapshot is taken and restored. Prints for each number the largest
+writes the cache anew, and a snapshot is taken and restored; "by_heads": weights and cache lie as on
+a TPU. Prints for each number the largest
 differences of pictures and sound, what was compiled in its blocks, and the messages of a block.
 """
 
 import collections
+import functools
 import json
 import sys
 
@@ -19,7 +21,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from omniforcing_jax.distributed.partitioning import make_mesh  # noqa: E402
-from omniforcing_jax.pipeline import load_pipeline  # noqa: E402
+from omniforcing_jax.pipeline import PipelineConfig, load_pipeline  # noqa: E402
+from omniforcing_jax.sampling import weights  # noqa: E402
 from omniforcing_jax.sampling.kv_cache import CacheConfig  # noqa: E402
 from omniforcing_jax.sampling.student import RolloutConfig  # noqa: E402
 from omniforcing_jax.scaling import collectives  # noqa: E402
@@ -52,7 +55,10 @@ def held(x: jax.Array) -> jax.Array:
 
 
 def main(checkpoint: str, how: str, quantize: str, *numbers: str) -> None:
-    frames, sound, report, steered = {}, {}, {}, how == "steered"
+    frames, sound, report, steered = {}, {}, {}, how != "plain"
+    config = PipelineConfig.from_checkpoint(checkpoint).transformer
+    laid_out = functools.partial(weights.per_layer, by_heads=config if how == "by_heads" else None)
+    weights.per_layer = laid_out
     for ways in map(int, ("1", *numbers)):
         mesh = make_mesh(tensor=ways, devices=jax.devices()[:ways]) if ways > 1 else None
         pipeline = load_pipeline(checkpoint, dtype=jnp.float32, quantize=quantize, mesh=mesh)
@@ -83,7 +89,7 @@ def main(checkpoint: str, how: str, quantize: str, *numbers: str) -> None:
             "sound": float(np.abs(sound[ways] - sound[1]).max()),
             "range": int(np.ptp(frames[1])),
             "compiled": compiled,
-            "heads": held(session._blocks.cache.kv[0].video.k).shape[-2],
+            "heads": held(session._blocks.cache.buffers[0].video.k).shape[-2],
             "weights": sum(held(x).nbytes for x in layers) / sum(x.nbytes for x in layers),
             "messages": messages(session),
         }

@@ -44,11 +44,12 @@ def test_a_stream_over_a_mesh_is_that_of_one_device(random_checkpoint):
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_a_steered_stream_over_a_mesh(random_checkpoint, quantize, version):
+@pytest.mark.parametrize("how", ["steered", "by_heads"])
+def test_a_steered_stream_over_a_mesh(random_checkpoint, how, quantize, version):
     """Its cache is written anew, and it is taken up from a snapshot."""
-    found = streamed(random_checkpoint(version), "steered", quantize, "2", "4")
+    found = streamed(random_checkpoint(version), how, quantize, "2", "4")
     check(found["2"], 2, 0.6)
-    check(found["4"], 4, 0.32)
+    check(found["4"], 4, 0.36)
 
 
 def test_what_cannot_be_split(random_checkpoint, random_pipeline, tmp_path, capsys):

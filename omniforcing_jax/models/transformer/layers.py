@@ -25,10 +25,37 @@ class KV:
 
     Those of a stream's cache and text may be `QuantizedArray`, with a scale for each token and
     head; attention expands what it reads.
+
+    Attributes:
+      order: of the axes S, N and H. "SNH" it is in programs; what is kept between those of a TPU
+        lies as attention reads it there (`order_on_tpu`), or they would copy it as they start.
     """
 
     k: jax.Array
     v: jax.Array
+    order: str = flax.struct.field(pytree_node=False, default="SNH")
+
+    def ordered(self, order: str = "SNH") -> "KV":
+        """The same in another order; scales of quantised ones have their tokens last in all but
+        "SNH", as nothing else fills a register."""
+
+        def turned(x: jax.Array, old: str, new: str) -> jax.Array:
+            axes = [x.ndim - 3 + old.index(letter) for letter in new]
+            return jnp.transpose(x, (*range(x.ndim - 3), *axes))
+
+        def one(x: jax.Array | quantization.QuantizedArray):
+            if not isinstance(x, quantization.QuantizedArray):
+                return turned(x, self.order, order)
+            scales = ("SNH" if o == "SNH" else "NHS" for o in (self.order, order))
+            values = turned(x.values, self.order, order)
+            return x.replace(values=values, scale=turned(x.scale, *scales))
+
+        return self if order == self.order else KV(one(self.k), one(self.v), order)
+
+    def order_on_tpu(self) -> "KV":
+        """By heads; of less than a register's 128 channels, the tokens are the last axis."""
+        head_dim = jax.tree.leaves(self.k)[0].shape[-1]
+        return self.ordered("NHS" if head_dim % 128 else "NSH")
 
 
 @flax.struct.dataclass
@@ -93,7 +120,8 @@ class Linear(nn.Dense):
     """y = x W + b, made by `linear`; plus (x A) B where its parameters have adapters beside W.
 
     Adapters are `lora_A` [in, rank] and `lora_B` [rank, out], see `training/adapters.py`. W is an
-    array, or, of a sampler, a `QuantizedArray` (see `sampling/weights.py`).
+    array, or, of a sampler, a `QuantizedArray` (see `sampling/weights.py`). A sampler's W may also
+    lie by heads: as [N, H, in], which makes [B, T, N, H] of [B, T, in], or the other way round.
     """
 
     axes: tuple[str | None, str | None] = (None, None)
@@ -102,6 +130,12 @@ class Linear(nn.Dense):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.get_variable("params", "kernel")
+        if _lies_by_heads(kernel):
+            y = quantization.matmul_by_heads(x, kernel, self.dtype, x.ndim == 4)
+            if self.use_bias:
+                bias = self.get_variable("params", "bias").astype(self.dtype)
+                y = y + bias.reshape(1, 1, *y.shape[2:])  # [B, T, out] or [B, T, N, H]
+            return y
         if isinstance(kernel, quantization.QuantizedArray):
             y = self._quantized(x.astype(self.dtype), kernel)
         else:
@@ -129,6 +163,11 @@ class Linear(nn.Dense):
             bias = self.get_variable("params", "bias").astype(self.dtype)
             y = y + jnp.expand_dims(bias, range(y.ndim - 1))
         return y
+
+
+def _lies_by_heads(kernel: jax.Array | quantization.QuantizedArray | None) -> bool:
+    """Whether a kernel is one of three axes; None, or in a box, it is being initialised."""
+    return getattr(kernel, "ndim", 2) == 3
 
 
 def linear(
@@ -176,7 +215,8 @@ def linear(
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` times a learnt scale over the last axis, computed in float32."""
+    """`rms_norm` times a learnt scale, in float32, over the last axis, or over heads [..., N, H]
+    of so many channels together."""
 
     dim: int
     eps: float
@@ -187,8 +227,11 @@ class RMSNorm(nn.Module):
         self.scale = self.param("scale", init, (self.dim,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = jnp.expand_dims(self.scale, range(x.ndim - 1))
-        return (rms_norm(x, self.eps) * scale).astype(self.dtype)
+        by_heads = x.shape[-1] != self.dim
+        scale = self.scale.reshape(x.shape[-2:]) if by_heads else self.scale
+        scale = jnp.expand_dims(scale, range(x.ndim - scale.ndim))
+        normalised = rms_norm(x, self.eps, (-2, -1) if by_heads else -1)
+        return (normalised * scale).astype(self.dtype)
 
 
 class HeadNorm(nn.Module):
@@ -301,8 +344,15 @@ class Attention(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
             self.alpha = self.param("alpha", init, (1,))
 
+    @property
+    def by_heads(self) -> bool:
+        """Whether the weights are a sampler's that lie by heads, see `sampling/weights.py`."""
+        out = self.variables.get("params", {}).get("out", {})
+        return _lies_by_heads(out.get("kernel"))
+
     def _heads(self, x: jax.Array) -> jax.Array:
-        return rearrange(x, "B T (N H) -> B T N H", N=self.heads)
+        """[B, T, N, H] of a product's [B, T, N H], or of one that is by heads already."""
+        return x if x.ndim == 4 else rearrange(x, "B T (N H) -> B T N H", N=self.heads)
 
     def keys_values(self, x: jax.Array) -> KV:
         """x [B, S, D_kv] -> keys (normalised, not rotated) and values [B, S, N, H]."""
@@ -361,6 +411,7 @@ class Attention(nn.Module):
           [B, T, out_dim], and what this call adds to the history: `kv`, or its buffers with `kv` in
           the block's slots.
         """
+        kv = kv.ordered()
         k, v, length, new = kv.k, kv.v, None, kv
         if rope is not None:
             q = rope.rotate(q, self.rope_type)
@@ -386,8 +437,10 @@ class Attention(nn.Module):
             y = jnp.where(keep[:, None, None, None] > 0, y, kv.v)
         if self.gated:
             y = y * (2 * nn.sigmoid(self.gate(x)))[..., None]  # gates [B, T, N, 1]
-        y = rearrange(y, "B T N H -> B T (N H)")
-        y = self.out(constrain(y, "batch", "tokens" if self.split_tokens[0] else None))
+        if not self.by_heads:
+            y = rearrange(y, "B T N H -> B T (N H)")
+            y = constrain(y, "batch", "tokens" if self.split_tokens[0] else None)
+        y = self.out(y)
         if self.tanh_gate:
             y = y * jnp.tanh(self.alpha).astype(self.dtype)[None, None]
         if keep is not None and not self.value_when_skipped:
