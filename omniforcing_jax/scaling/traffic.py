@@ -8,8 +8,8 @@ often as the loops around it run (`collectives.run_computations`).
 A fusion that computes one part of its result and moves the other, such as a concatenation of keys
 that are rotated on the way with keys that are not, counts as movement with the second part only. An
 update in place writes what is put in, not the whole buffer. On TPUs what lies in the chip's vector
-memory (`S(1)`) costs no traffic; what is copied into it ahead of its use, weights mostly, is counted
-with the products that read it there.
+memory (`S(1)`) costs no traffic; what is copied into it ahead of its use, weights mostly, is
+counted with the products that read it there.
 """
 
 import collections
