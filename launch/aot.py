@@ -5,6 +5,7 @@
     python -m launch.aot --all --output docs/scaling.json    # every row of docs/scaling.md
     python -m launch.aot --target h200:1 --program stream --mesh tensor=1 --thorough --traffic
 
+The sampler's programs are the block step of a stream (`stream`) and a pass over a clip (`forward`).
 Nothing is allocated, no device needed: weights, optimizer states and batches are shapes. A TPU
 compiler refuses what does not fit into the chips' memory; for GPUs the peak is compared with what
 they have. Prints, per device, arguments, temporaries and peak; what travels between devices; and a

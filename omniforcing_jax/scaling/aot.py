@@ -27,10 +27,11 @@ from omniforcing_jax.sampling.student import (
     block_step,
     new_cache,
     prompt_kv,
+    text_at,
 )
 from omniforcing_jax.scaling import collectives, planning, traffic
 from omniforcing_jax.scaling.devices import Target, check_products, group_speed
-from omniforcing_jax.scaling.flops import block_flops, forward_flops, text_flops
+from omniforcing_jax.scaling.flops import block_flops, forward_flops
 from omniforcing_jax.scaling.planning import Work
 from omniforcing_jax.training import assembly
 from omniforcing_jax.training.config import experiment
@@ -203,7 +204,8 @@ def forward_case(
     text_tokens: int = 1024,
     quantize: str = "none",
 ) -> Case:
-    """One pass over a clip of five seconds, as the teacher is sampled: bfloat16, text included.
+    """One pass over a clip of five seconds, as the teacher is sampled: in bfloat16, with the keys
+    and values of its text at hand.
 
     Args and errors are those of `stream_case`; of `rollout` it needs the picture's size.
     """
@@ -225,25 +227,26 @@ def forward_case(
         shape(audio_frames, config.audio_channels),
     )
     contexts = tuple(shape(text_tokens, width) for width in config.text_dims)
+    encode = functools.partial(prompt_kv, model, levels=(1.0,))
+    text = _placed(jax.eval_shape(encode, params, *contexts), mesh)
 
-    def forward(params, x, contexts):
+    def forward(params, x, text):
         sigma = jnp.ones((1, 1))
-        streams = modalities(x, AVLatents(sigma, sigma), ropes(), contexts)
-        return model.apply({"params": params}, *streams)[0]
+        streams = modalities(x, AVLatents(sigma, sigma), ropes())
+        return model.apply({"params": params}, *streams, text=text_at(model, text, 0))[0]
 
     def lower():
         with jax.set_mesh(mesh):
-            return jax.jit(forward).lower(params, latents, contexts)
+            return jax.jit(forward).lower(params, latents, text)
 
     video, audio = latents.video.shape[1], latents.audio.shape[1]
     flops = forward_flops(
         config, video_tokens=video, audio_tokens=audio, video_keys=video, audio_keys=audio,
         text_tokens=text_tokens,
     )  # fmt: skip
-    flops += text_flops(config, text_tokens)
     program = Program(lower, 1.0, Work(flops, 0.0, 1, 0.0, video))
-    read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) / mesh.shape["tensor"]
-    return Case(target, mesh, {"forward": program}, read)
+    read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, text)))
+    return Case(target, mesh, {"forward": program}, read / mesh.shape["tensor"])
 
 
 def _sampler(

@@ -208,15 +208,15 @@ def test_a_gradient_of_an_adapter_compiles_for_tpus():
 
 
 def test_the_forward_pass_of_a_clip():
-    """Of the tiny model: its products are those that are counted, and text is among them."""
+    """Of the tiny model: its products are those that are counted."""
     target = Target.parse("cpu")
     settings = {"height": 64, "width": 96, "text_tokens": 128}
     config, rollout, *how = dry_run.stream_config(settings, size="tiny")
     case = aot.forward_case(target, target.load(), {"tensor": 1}, config, rollout, *how)
     part, text = aot.measure(case, "forward")
     report = aot.traffic_report(case, "forward", text)
-    assert part["arguments"] > case.weights_bytes > 0 and part["temporaries"] > 0
+    assert part["arguments"] > 0.5 * case.weights_bytes > 0 and part["temporaries"] > 0
     assert case.compiled["forward"].cost_analysis()["flops"] == pytest.approx(
         case.programs["forward"].work.flops, rel=0.2
     )
-    assert report["bytes"]["products"][0] > case.weights_bytes / 2
+    assert report["bytes"]["products"][0] > part["arguments"] / 2

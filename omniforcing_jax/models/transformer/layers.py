@@ -227,11 +227,14 @@ class RMSNorm(nn.Module):
         self.scale = self.param("scale", init, (self.dim,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        by_heads = x.shape[-1] != self.dim
-        scale = self.scale.reshape(x.shape[-2:]) if by_heads else self.scale
-        scale = jnp.expand_dims(scale, range(x.ndim - scale.ndim))
-        normalised = rms_norm(x, self.eps, (-2, -1) if by_heads else -1)
-        return (normalised * scale).astype(self.dtype)
+        if x.shape[-1] == self.dim:
+            scale = jnp.expand_dims(self.scale, range(x.ndim - 1))
+            return (rms_norm(x, self.eps) * scale).astype(self.dtype)
+        # as attention reads them, or a TPU turns them on the way
+        x = jnp.swapaxes(x, -3, -2)  # [B, N, T, H]
+        scale = self.scale.reshape(1, x.shape[-3], 1, x.shape[-1])
+        normalised = rms_norm(x, self.eps, (-3, -1)) * scale
+        return jnp.swapaxes(normalised.astype(self.dtype), -3, -2)
 
 
 class HeadNorm(nn.Module):
