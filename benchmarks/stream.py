@@ -185,7 +185,9 @@ def random_pipeline(args: argparse.Namespace) -> Pipeline:
     width = config.transformer.audio_channels
     params = {
         "transformer": weights.per_layer(
-            random_transformer(model, keys[0]), quantize=args.quantize
+            random_transformer(model, keys[0]),
+            quantize=args.quantize,
+            by_heads=weights.laid_out_for(jax.default_backend(), config.transformer),
         ),
         "video_vae": random_params(vae, keys[1], dtype),  # without its encoder, as loaded
         "audio_vae": {

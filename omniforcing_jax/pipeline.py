@@ -416,8 +416,7 @@ def load_pipeline(
     params["transformer"] = lora.merge(params["transformer"], loras)
     if per_layer:
         how = {"quantize": quantize, "scales": checkpoints.float8_scales(directory), "at": at}
-        if first.platform == "tpu":
-            how["by_heads"] = config.transformer
+        how["by_heads"] = weights.laid_out_for(first.platform, config.transformer)
         params["transformer"] = weights.per_layer(params["transformer"], **how)
     if quantize != "none":  # what is not waits in the computer's memory still
         rest = dict(params["transformer"])
@@ -464,7 +463,9 @@ def transformer_shapes(directory: str | pathlib.Path, dtype: jnp.dtype) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
         checkpoints.param_shapes(directory, "transformer"),
     )
-    return jax.eval_shape(weights.per_layer, shapes)
+    config = PipelineConfig.from_checkpoint(directory).transformer
+    by_heads = weights.laid_out_for(jax.local_devices()[0].platform, config)
+    return jax.eval_shape(functools.partial(weights.per_layer, by_heads=by_heads), shapes)
 
 
 def decode_clip(

@@ -53,6 +53,11 @@ def is_by_heads(params: Mapping[str, Any]) -> bool:
     return is_per_layer(params) and params["blocks"][0]["video_attn"]["out"]["kernel"].ndim == 3
 
 
+def laid_out_for(platform: str, config: TransformerConfig) -> TransformerConfig | None:
+    """`by_heads` of `per_layer` for devices of a platform."""
+    return config if platform == "tpu" else None
+
+
 def check_mesh(config: TransformerConfig, mesh: Mapping[str, int]) -> None:
     """Raises ValueError for a mesh (devices per axis) that a sampler cannot be split over.
 

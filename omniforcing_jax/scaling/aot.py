@@ -204,8 +204,8 @@ def forward_case(
     text_tokens: int = 1024,
     quantize: str = "none",
 ) -> Case:
-    """One pass over a clip of five seconds, as the teacher is sampled: in bfloat16, with the keys
-    and values of its text at hand.
+    """One pass over a clip of five seconds in bfloat16, with weights as streams have them, and the
+    keys and values of its text at hand.
 
     Args and errors are those of `stream_case`; of `rollout` it needs the picture's size.
     """
@@ -263,7 +263,7 @@ def _sampler(
     mesh = partitioning.make_mesh(**shape, devices=devices)
     model = Transformer(config, jnp.bfloat16)
     stacked = assembly.abstract_params(model, mesh, jnp.bfloat16)
-    by_heads = config if devices[0].platform == "tpu" else None
+    by_heads = weights.laid_out_for(devices[0].platform, config)
     return mesh, model, _per_layer(stacked, mesh, quantize, by_heads)
 
 

@@ -3,13 +3,12 @@
 python -m tests.streaming.mesh_sessions CHECKPOINT steered none 2 4
 
 The last arguments are the precision and the numbers of devices; "steered": a change of the prompt
-writes the cache anew, and a snapshot is taken and restored; "by_heads": weights and cache lie as on
-a TPU. Prints for each number the largest
-differences of pictures and sound, what was compiled in its blocks, and the messages of a block.
+writes the cache anew, and a snapshot is taken and restored; "by_heads": that, with weights and
+cache as they lie on a TPU. Prints for each number the largest differences of pictures and sound,
+what was compiled in its blocks, and the messages of a block.
 """
 
 import collections
-import functools
 import json
 import sys
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from omniforcing_jax.distributed.partitioning import make_mesh  # noqa: E402
-from omniforcing_jax.pipeline import PipelineConfig, load_pipeline  # noqa: E402
+from omniforcing_jax.pipeline import load_pipeline  # noqa: E402
 from omniforcing_jax.sampling import weights  # noqa: E402
 from omniforcing_jax.sampling.kv_cache import CacheConfig  # noqa: E402
 from omniforcing_jax.sampling.student import RolloutConfig  # noqa: E402
@@ -56,9 +55,8 @@ def held(x: jax.Array) -> jax.Array:
 
 def main(checkpoint: str, how: str, quantize: str, *numbers: str) -> None:
     frames, sound, report, steered = {}, {}, {}, how != "plain"
-    config = PipelineConfig.from_checkpoint(checkpoint).transformer
-    laid_out = functools.partial(weights.per_layer, by_heads=config if how == "by_heads" else None)
-    weights.per_layer = laid_out
+    if how == "by_heads":
+        weights.laid_out_for = lambda platform, config: config
     for ways in map(int, ("1", *numbers)):
         mesh = make_mesh(tensor=ways, devices=jax.devices()[:ways]) if ways > 1 else None
         pipeline = load_pipeline(checkpoint, dtype=jnp.float32, quantize=quantize, mesh=mesh)

@@ -49,7 +49,8 @@ def test_a_steered_stream_over_a_mesh(random_checkpoint, how, quantize, version)
     """Its cache is written anew, and it is taken up from a snapshot."""
     found = streamed(random_checkpoint(version), how, quantize, "2", "4")
     check(found["2"], 2, 0.6)
-    check(found["4"], 4, 0.36)
+    # biases and what is no kernel are whole on each device: of 8-bit weights a larger share
+    check(found["4"], 4, 0.34 if (quantize, version) == ("int8", "2.3") else 0.32)
 
 
 def test_what_cannot_be_split(random_checkpoint, random_pipeline, tmp_path, capsys):

@@ -9,8 +9,10 @@ import pytest
 
 from omniforcing_jax import load_pipeline
 from omniforcing_jax.pipeline import transformer_shapes
+from omniforcing_jax.sampling import weights
 from omniforcing_jax.sampling.kv_cache import CacheConfig
 from omniforcing_jax.sampling.student import RolloutConfig
+from omniforcing_jax.sampling.weights import is_by_heads
 from omniforcing_jax.streaming import block_programs
 from omniforcing_jax.streaming.ahead import BlocksAhead
 from omniforcing_jax.streaming.parallel import parallel
@@ -141,6 +143,16 @@ def test_blocks_are_compiled_before_there_are_weights(random_checkpoint, random_
         session.warm_up(ahead=ahead)
         list(session.stream(4))
     assert not [program for program in found if "generate_block" in program]
+
+
+def test_shapes_are_those_of_the_weights_as_a_tpu_has_them(random_checkpoint, monkeypatch):
+    monkeypatch.setattr(weights, "laid_out_for", lambda platform, config: config)
+    checkpoint = random_checkpoint("2.0")
+    expected = load_pipeline(checkpoint, dtype=jnp.bfloat16).params["transformer"]
+    assert is_by_heads(expected)
+    found = transformer_shapes(checkpoint, jnp.bfloat16)
+    kind = lambda x: (x.shape, x.dtype)  # noqa: E731
+    assert jax.tree.map(kind, found) == jax.tree.map(kind, expected)
 
 
 def test_it_changes_nothing_and_padding_is_not_attended_to(random_pipeline):
