@@ -247,9 +247,9 @@ $(POCKET)/ablations/%.done: $(POCKET)/ode_pairs.done $(POCKET)/mismatched/config
 RANKS ?= 4 16 64 full
 RANK_STEPS ?= 100
 RANKED := $(POCKET)/ranks
-trained = $(if $(filter full/,$(dir $*)),pocket,pocket-lora '--config.adapters.ranks=($(patsubst %/,%,$(dir $*)),)')
+RANK_CONFIG = $(if $(filter full/,$(dir $*)),pocket,pocket-lora '--config.adapters.ranks=($(patsubst %/,%,$(dir $*)),)')
 RANK_STAGE = JAX_COMPILATION_CACHE_DIR=$(POCKET)/compiled $(RUN) launch.$(1) \
-	--config=configs/$(1).py:$(trained) --config.checkpoint=$(POCKET)/ltx2 \
+	--config=configs/$(1).py:$(RANK_CONFIG) --config.checkpoint=$(POCKET)/ltx2 \
 	--config.seed=$(notdir $*) --config.num_steps=$(RANK_STEPS) --config.log_every=1 \
 	--workdir=$(RANKED)/$(1)/$*
 
